@@ -1,0 +1,35 @@
+"""Every exception that this package raises on purpose.
+
+    MSDiffusionError
+    ├── LayoutError (ValueError)     boxes or masks that cannot be a layout
+    ├── PhraseError (ValueError)     a phrase that cannot be found in, or told apart in, a prompt
+    ├── RequestError (ValueError)    any other argument of a call that cannot be honoured
+    ├── DataError (ValueError)       a dataset that is missing, incomplete or of another schema
+    └── WeightsError                 weights that are missing, incomplete or of another architecture
+
+Catch ``MSDiffusionError`` to catch them all; those that blame a value are also a ``ValueError``.
+"""
+
+
+class MSDiffusionError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class LayoutError(MSDiffusionError, ValueError):
+    """Boxes or masks that cannot be a layout: outside the picture, reversed, empty, or not four numbers."""
+
+
+class PhraseError(MSDiffusionError, ValueError):
+    """A phrase is not in the prompt, is cut off by the tokenizer's limit, or cannot be told from the others."""
+
+
+class RequestError(MSDiffusionError, ValueError):
+    """An argument cannot be honoured, or two arguments disagree."""
+
+
+class DataError(MSDiffusionError, ValueError):
+    """A dataset is missing, incomplete, or written to a schema this version does not know."""
+
+
+class WeightsError(MSDiffusionError):
+    """Weights are missing, incomplete, or belong to another architecture."""
