@@ -1,0 +1,52 @@
+# From nothing: `make demo` and `make test`, in either order. Both need only Python 3.10-3.13 and make.
+#   PYTHON=python3.12 make test      another interpreter (for a new .venv)
+#   WORKERS=4 make test              more test processes
+#   make test TESTS=tests/msdiffusion/test_layout.py
+
+PYTHON ?= python3
+WORKERS ?= 2
+TESTS ?= tests
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# One thread per process: the suite runs WORKERS processes, and OpenMP threads that wait for each other cost more than they bring.
+test: export OMP_NUM_THREADS = 1
+# Nothing here may need a download: a forgotten one fails at once instead of waiting for a network.
+test demo: export HF_HUB_OFFLINE = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED)  ## mine, fine-tune, generate and score, all on this machine: out/demo/index.html
+	$(BIN)/msdiffusion demo --out out/demo
+
+test: $(INSTALLED)  ## the whole test suite
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+
+lint: $(INSTALLED)  ## ruff, on everything
+	$(BIN)/ruff check .
+
+docs: $(INSTALLED)  ## draw the pictures of docs/, then check every link and every file a command names
+	$(BIN)/python docs/pictures.py
+	$(BIN)/python -m pytest tests/test_repository.py -k "docs or readme"
+
+bench: $(INSTALLED)  ## every figure of docs/benchmarks.md, one after the other
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script; done
+
+clean:  ## remove what make made, the environment included
+	rm -rf $(VENV) out runs build *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
+
+# setup.cfg says what is needed, constraints.txt in which version, overrides.txt what is left out.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt overrides.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "msdiffusion needs Python 3.10 to 3.13, but $(PYTHON) is not one of them: give another one, PYTHON=python3.12 make ..."; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --build-constraint constraints.txt \
+	  --override overrides.txt --editable ".[test]" opencv-python-headless
+	@touch $@
