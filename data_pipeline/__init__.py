@@ -1,0 +1,1 @@
+"""From captioned videos to a training set of multi-subject pairs; and the procedural world."""
