@@ -1,0 +1,211 @@
+"""Pairs dataset on disk -> records. The format is specified in ``docs/data_format.md``.
+
+A dataset is a directory of WebDataset shards (``pairs-000000.tar``, ...). They are read by position: the headers of a
+shard are walked once, which gives the offset of every member, and a sample is then three or four small reads. That
+allows any order, any number of readers, and no unpacking. Arrays are numpy: torch is not needed to read pairs.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from msdiffusion.errors import DataError
+
+PAIRS_SCHEMA = "msdiffusion.pairs/1"
+"""The one schema that this reader knows."""
+
+HOW_TO_MAKE_PAIRS = (
+    "Make one with:\n"
+    "  python -m data_pipeline.world --out data/world/clips --count 3000\n"
+    "  python -m data_pipeline.build --videos data/world/clips --out {directory}\n"
+    "or give --videos a directory of your own captioned videos."
+)
+
+
+@dataclass(frozen=True)
+class PairLocation:
+    """Where one pair lies in its shard."""
+
+    key: str
+    """Unique in the dataset: names the members of the pair inside the tar file."""
+    shard: Path
+    members: Mapping[str, tuple[int, int]]
+    """Suffix of the member (``json``, ``target.jpg``, ``reference_0.png``) -> (offset, size) in bytes."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One training pair, as it was mined: nothing is resized, cropped, shuffled or dropped."""
+
+    key: str
+    caption: str
+    target: Image.Image
+    """RGB, any size: the frame that the model learns to draw."""
+    phrases: tuple[str, ...]
+    """Per subject, the words of the caption that name it."""
+    boxes: np.ndarray
+    """float32 (S, 4): the subjects in the target, normalised xyxy."""
+    references: tuple[Image.Image, ...]
+    """Per subject, RGBA: its cut-out from the other frame, cropped to the subject."""
+
+
+def find_shards(directory: str | Path) -> list[Path]:
+    """The shards of a pairs dataset, in order of name.
+
+    Raises:
+        DataError: if there is no such directory or it holds no shard; the message says which commands make one.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise DataError(
+            f"no pairs dataset: {directory} does not exist. " + HOW_TO_MAKE_PAIRS.format(directory=directory)
+        )
+    shards = sorted(directory.glob("*.tar"))
+    if not shards:
+        raise DataError(
+            f"no pairs dataset: {directory} holds no .tar shard. " + HOW_TO_MAKE_PAIRS.format(directory=directory)
+        )
+    return shards
+
+
+def index_shards(shards: Sequence[Path]) -> list[PairLocation]:
+    """Walk the headers of the shards; nothing is decoded, but the schema of each shard's first pair is checked.
+
+    Raises:
+        DataError: if a shard is not a tar file, is cut off, holds no pair, a pair lacks its json or its target, or a
+            key occurs twice.
+    """
+    locations: dict[str, PairLocation] = {}
+    for shard in shards:
+        members: dict[str, dict[str, tuple[int, int]]] = {}
+        try:
+            with tarfile.open(shard, "r:") as archive:
+                for member in archive:
+                    if member.isfile():
+                        # as WebDataset does: the key ends at the first dot of the file name
+                        folder, _, name = member.name.rpartition("/")
+                        stem, _, suffix = name.partition(".")
+                        key = f"{folder}/{stem}" if folder else stem
+                        members.setdefault(key, {})[suffix] = (member.offset_data, member.size)
+        except (tarfile.TarError, EOFError) as error:
+            raise DataError(f"{shard} is not a complete tar file ({error}); build the dataset again") from error
+        if not members:
+            raise DataError(f"{shard} holds no pair; build the dataset again, or remove the file")
+        size_on_disk = shard.stat().st_size
+        for key, found in members.items():
+            if missing := [suffix for suffix in ("json", "target.jpg") if suffix not in found]:
+                raise DataError(f"{shard}: pair {key!r} has no {' and no '.join(missing)}, only {sorted(found)}")
+            if any(offset + size > size_on_disk for offset, size in found.values()):
+                raise DataError(f"{shard} is cut off inside pair {key!r}; build the dataset again")
+            if key in locations:
+                raise DataError(f"pair {key!r} is both in {locations[key].shard} and in {shard}; keys must be unique")
+            locations[key] = PairLocation(key, shard, found)
+        read_record(locations[next(iter(members))])
+    return list(locations.values())
+
+
+def split_by_key(locations: Sequence[PairLocation], fraction: float) -> tuple[list[PairLocation], list[PairLocation]]:
+    """(training pairs, validation pairs); which one a pair belongs to is a pure function of its key.
+
+    So the split stays the same when a dataset grows, is sharded differently, or is read in another order. A fraction
+    above 0 gives at least one validation pair.
+
+    Args:
+        locations: at least two pairs where fraction is above 0.
+        fraction: share of the keys for validation, in [0, 1).
+
+    Raises:
+        DataError: if no training pair would be left.
+    """
+    if fraction == 0:
+        return list(locations), []
+    draws = {location.key: _uniform_of(location.key) for location in locations}
+    threshold = max(fraction, min(draws.values(), default=0.0))  # so that the smallest draw is always held out
+    training = [location for location in locations if draws[location.key] > threshold]
+    validation = [location for location in locations if draws[location.key] <= threshold]
+    if not training:
+        raise DataError(
+            f"{len(locations)} pairs leave none to train on with validation_fraction={fraction}; "
+            "give more pairs, a smaller fraction, or validation_fraction=0"
+        )
+    return training, validation
+
+
+def read_record(location: PairLocation) -> dict[str, Any]:
+    """The json of a pair, checked against the schema.
+
+    Raises:
+        DataError: if it is not json, of another schema version, lacks a field, has no subject, or lacks a reference.
+    """
+    where = f"{location.shard}: pair {location.key!r}"
+    try:
+        record = json.loads(_read_member(location, "json"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: its json cannot be read ({error}); build the dataset again") from error
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema != PAIRS_SCHEMA:
+        raise DataError(
+            f"{where} has schema {schema!r}, but this version reads {PAIRS_SCHEMA!r}; "
+            "build the dataset again with this version's data_pipeline.build"
+        )
+    if missing := [name for name in ("caption", "subjects") if name not in record]:
+        raise DataError(f"{where} lacks {missing}")
+    if not record["subjects"]:
+        raise DataError(f"{where} has no subject; a pair needs at least one")
+    for number, subject in enumerate(record["subjects"]):
+        if missing := [name for name in ("phrase", "target_box") if name not in subject]:
+            raise DataError(f"{where}, subject {number} lacks {missing}")
+        if f"reference_{number}.png" not in location.members:
+            raise DataError(f"{where} has {len(record['subjects'])} subjects, but no reference_{number}.png")
+        box = subject["target_box"]
+        if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            raise DataError(f"{where}, subject {number}: target_box {box} is not a normalised xyxy box inside [0, 1]")
+    return record
+
+
+def read_pair(location: PairLocation) -> Pair:
+    """Read and decode one pair.
+
+    Raises:
+        DataError: as ``read_record``, or if a picture cannot be decoded.
+    """
+    record = read_record(location)
+    subjects = record["subjects"]
+    return Pair(
+        key=location.key,
+        caption=record["caption"],
+        target=_read_picture(location, "target.jpg", "RGB"),
+        phrases=tuple(subject["phrase"] for subject in subjects),
+        boxes=np.array([subject["target_box"] for subject in subjects], dtype=np.float32),
+        references=tuple(_read_picture(location, f"reference_{i}.png", "RGBA") for i in range(len(subjects))),
+    )
+
+
+def _read_member(location: PairLocation, suffix: str) -> bytes:
+    offset, size = location.members[suffix]
+    try:
+        with location.shard.open("rb") as shard:
+            shard.seek(offset)
+            return shard.read(size)
+    except OSError as error:
+        raise DataError(f"{location.shard} could be read when training started, but no longer: {error}") from error
+
+
+def _read_picture(location: PairLocation, suffix: str, mode: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(_read_member(location, suffix))).convert(mode)
+    except OSError as error:
+        raise DataError(f"{location.shard}: {suffix} of pair {location.key!r} cannot be decoded ({error})") from error
+
+
+def _uniform_of(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone (Python's own hash changes from run to run)."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56

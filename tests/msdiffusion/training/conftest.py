@@ -1,0 +1,80 @@
+"""A pairs dataset of the documented schema, written here by hand: training must not need mining to be tested."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+WORDS = ("dog", "cat", "teapot", "hat")
+
+
+def encode(picture, format):
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **({"quality": 95, "subsampling": 0} if format == "JPEG" else {}))
+    return buffer.getvalue()
+
+
+def make_record(key, boxes, size, **changes):
+    record = {
+        "schema": "msdiffusion.pairs/1",
+        "key": key,
+        "caption": " and ".join(f"a {WORDS[i]}" for i in range(len(boxes))) + " on the beach",
+        "width": size[0],
+        "height": size[1],
+        "subjects": [{"phrase": WORDS[i], "target_box": list(box)} for i, box in enumerate(boxes)],
+    }
+    return record | changes
+
+
+def write_shard(path, entries, size=(96, 64), seed=0, leave_out=(), **changes):
+    """entries: (key, record) each; the target is noise with every subject's box filled in one colour.
+
+    The pictures are those of the record, the json is the record with ``changes``.
+    """
+    generator = np.random.default_rng(seed)
+    with tarfile.open(path, "w") as archive:
+        for key, record in entries:
+            pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            files = {}
+            for i, subject in enumerate(record["subjects"]):
+                x1, y1, x2, y2 = (np.array(subject["target_box"]) * [*size, *size]).round().astype(int)
+                color = generator.integers(0, 256, 3, dtype=np.uint8)
+                pixels[y1:y2, x1:x2] = color
+                cut_out = np.full((20 + i, 30, 4), 255, dtype=np.uint8)
+                cut_out[..., :3] = color
+                files[f"reference_{i}.png"] = encode(Image.fromarray(cut_out), "PNG")
+            files["target.jpg"] = encode(Image.fromarray(pixels), "JPEG")
+            files["json"] = json.dumps(record | changes).encode()
+            for suffix, content in files.items():
+                if suffix not in leave_out:
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+
+def write_pairs(directory, count, size=(96, 64), per_shard=10):
+    """count pairs with 1, 2, 1, 2, ... subjects side by side."""
+    directory.mkdir(parents=True, exist_ok=True)
+    layouts = ([(0.25, 0.25, 0.75, 0.75)], [(0.05, 0.25, 0.45, 0.75), (0.55, 0.25, 0.95, 0.75)])
+    keys = [f"clip_{i:06d}" for i in range(count)]
+    entries = [(key, make_record(key, layouts[i % 2], size)) for i, key in enumerate(keys)]
+    for number, start in enumerate(range(0, count, per_shard)):
+        path = directory / f"pairs-{number:06d}.tar"
+        write_shard(path, entries[start : start + per_shard], size, seed=number)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def pairs_dir(tmp_path_factory) -> Path:
+    """24 pairs of 96 x 64 pixels in three shards."""
+    return write_pairs(tmp_path_factory.mktemp("pairs"), 24)
+
+
+@pytest.fixture
+def shard_writer():
+    """(write_shard, make_record), for datasets with something wrong in them."""
+    return write_shard, make_record
