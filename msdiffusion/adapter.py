@@ -1,0 +1,386 @@
+"""MSAdapter: everything that is trained. The resampler, and keys and values of the subjects for every layer.
+
+Shapes: B batch, S subjects, T tokens per subject, L encoder tokens, D encoder width, P phrase width, C cross-attention
+width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from msdiffusion.attention import (
+    AutoLayout,
+    Backend,
+    MultiSubjectAttnProcessor,
+    SubjectCondition,
+    TransparentAttnProcessor,
+)
+from msdiffusion.errors import LayoutError, RequestError, WeightsError
+from msdiffusion.official import read_official
+from msdiffusion.resampler import GroundingResampler, ResamplerParams
+
+SCHEMA = "msdiffusion.adapter/1"
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "adapter.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What config.json beside the weights says; the defaults are those of the official release."""
+
+    resampler: ResamplerParams
+    base_model: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    """Path relative to the adapter's directory, other path, or hub name of the diffusers pipeline."""
+    image_encoder: str = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
+    """The same of a CLIPVisionModelWithProjection."""
+    training_resolution: int = 512
+    """Side of the training pictures in pixels."""
+    reference_background: tuple[int, int, int] = (0, 0, 0)
+    """RGB, 0-255, behind a cut-out reference."""
+    reference_fit: str = "squash"
+    """How a reference becomes square: "squash" changes its aspect, "pad" adds background."""
+    defaults: Mapping[str, Any] = field(default_factory=lambda: {"scale": 0.6, "steps": 30, "guidance_scale": 7.5})
+    """Defaults of MSDiffusion.generate: scale, steps, guidance_scale, negative_prompt, height, width."""
+
+    def __post_init__(self) -> None:
+        background = tuple(self.reference_background)
+        if len(background) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in background):
+            raise WeightsError(f"reference_background must be three whole numbers in 0-255, got {background}")
+        object.__setattr__(self, "reference_background", background)
+        if self.reference_fit not in ("squash", "pad"):
+            raise WeightsError(f'reference_fit must be "squash" or "pad", got {self.reference_fit!r}')
+        known = {"scale", "steps", "guidance_scale", "negative_prompt", "height", "width"}
+        unknown = set(self.defaults) - known
+        if unknown:
+            raise WeightsError(f"unknown defaults {sorted(unknown)} in an adapter's config; known: {sorted(known)}")
+
+    def to_json(self) -> str:
+        """The text of config.json."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = CONFIG_NAME) -> AdapterConfig:
+        """Read config.json.
+
+        Raises:
+            WeightsError: not JSON, another schema, or keys that are missing or unknown.
+        """
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise WeightsError(f"{source} is not JSON: {error}") from None
+        schema = record.pop("schema", None) if isinstance(record, dict) else None
+        if schema != SCHEMA:
+            raise WeightsError(f"{source} has schema {schema!r}; this version reads {SCHEMA!r}")
+        unknown = set(record) - {item.name for item in fields(cls)}
+        if unknown:
+            raise WeightsError(f"{source} has unknown keys {sorted(unknown)}")
+        try:
+            return cls(**{**record, "resampler": ResamplerParams(**record["resampler"])})
+        except (KeyError, TypeError) as error:
+            raise WeightsError(f"{source} is incomplete or of another version: {error}") from None
+
+
+class SubjectProjection(nn.Module):
+    """Keys and values of the subject tokens for one cross-attention layer."""
+
+    def __init__(self, token_width: int, layer_width: int) -> None:
+        super().__init__()
+        self.to_k = nn.Linear(token_width, layer_width, bias=False)
+        self.to_v = nn.Linear(token_width, layer_width, bias=False)
+
+
+class MSAdapter(nn.Module):
+    """The trained part of MS-Diffusion.
+
+    ``resampler`` makes tokens of the references; ``layers`` holds, per cross-attention layer of the UNet, the two
+    projections that turn tokens into keys and values. Layer names are the UNet's module paths with "/" for ".".
+    """
+
+    def __init__(self, config: AdapterConfig, layer_widths: Mapping[str, int]) -> None:
+        """Build with random weights.
+
+        Args:
+            config: sizes and surroundings.
+            layer_widths: width of every cross-attention layer, by name, in the order of ``unet.attn_processors``.
+        """
+        super().__init__()
+        self.config = config
+        self.resampler = GroundingResampler(config.resampler)
+        width = config.resampler.output_width
+        self.layers = nn.ModuleDict({name: SubjectProjection(width, size) for name, size in layer_widths.items()})
+
+    @classmethod
+    def from_unet(cls, unet: UNet2DConditionModel, params: ResamplerParams, **config: Any) -> MSAdapter:
+        """A fresh adapter: random resampler, keys and values copied from the frozen ones that read the text.
+
+        Args:
+            unet: the frozen UNet; its weights are copied, not shared.
+            params: sizes of the resampler.
+            config: other fields of AdapterConfig.
+
+        Raises:
+            WeightsError: the UNet has no cross-attention, or one that is not ``params.output_width`` wide.
+        """
+        modules = cross_attentions(unet)
+        adapter = cls(AdapterConfig(resampler=params, **config), {name: m.to_k.out_features for name, m in modules.items()})
+        adapter.check_unet(unet)
+        with torch.no_grad():
+            for name, module in modules.items():
+                adapter.layers[name].to_k.weight.copy_(module.to_k.weight)
+                adapter.layers[name].to_v.weight.copy_(module.to_v.weight)
+        return adapter
+
+    @property
+    def tokens_per_subject(self) -> int:
+        """T."""
+        return self.config.resampler.tokens
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.resampler.null_queries.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.resampler.null_queries.device
+
+    def check_unet(self, unet: UNet2DConditionModel) -> None:
+        """Raise unless the adapter was made for a UNet of this architecture.
+
+        Raises:
+            WeightsError: names the first difference, with the shapes of both sides.
+        """
+        theirs = {name: (m.to_k.out_features, m.to_k.in_features) for name, m in cross_attentions(unet).items()}
+        ours = {name: tuple(layer.to_k.weight.shape) for name, layer in self.layers.items()}
+        if len(ours) != len(theirs):
+            raise WeightsError(
+                f"the adapter is for a UNet with {len(ours)} cross-attention layers, but this one has {len(theirs)}: "
+                "use the base model that the adapter was trained on"
+            )
+        for (our_name, our_shape), (their_name, their_shape) in zip(ours.items(), theirs.items(), strict=True):
+            if our_name != their_name or our_shape != their_shape:
+                raise WeightsError(
+                    f"the adapter does not fit the UNet: its layer {our_name} has keys of shape {our_shape}, the UNet's "
+                    f"{their_name} of shape {their_shape}: use the base model that the adapter was trained on"
+                )
+
+    def install(self, unet: UNet2DConditionModel, backend: Backend = "sdpa") -> None:
+        """Give the UNet the processors that read a SubjectCondition. Without one they change nothing.
+
+        Args:
+            unet: a UNet that the adapter fits.
+            backend: "sdpa", or "softmax", whose backward is cheaper on a CPU (then for all attention of the UNet).
+
+        Raises:
+            WeightsError: the UNet is of another architecture.
+            RequestError: unknown backend.
+        """
+        if backend not in ("sdpa", "softmax"):
+            raise RequestError(f'backend must be "sdpa" or "softmax", got {backend!r}')
+        self.check_unet(unet)
+        processors: dict[str, Any] = {}
+        for name, present in unet.attn_processors.items():
+            layer = _layer_name(name)
+            if layer in self.layers:
+                processors[name] = MultiSubjectAttnProcessor(layer, backend)
+                continue
+            base = present.base if isinstance(present, TransparentAttnProcessor) else present
+            if isinstance(base, (AttnProcessor, AttnProcessor2_0)):
+                base = AttnProcessor2_0() if backend == "sdpa" else AttnProcessor()
+            processors[name] = TransparentAttnProcessor(base)
+        unet.set_attn_processor(processors)
+
+    def forward(
+        self,
+        image_tokens: Tensor,
+        phrase_embeddings: Tensor,
+        boxes: Tensor,
+        *,
+        drop_grounding: Tensor | None = None,
+        **options: Any,
+    ) -> SubjectCondition:
+        """References to condition in one go: the resampler, then ``condition``, whose options these are."""
+        tokens = self.resampler(image_tokens, phrase_embeddings, boxes, drop_grounding)
+        return self.condition(tokens, boxes, **options)
+
+    def condition(
+        self,
+        subject_tokens: Tensor,
+        boxes: Tensor,
+        *,
+        height: int,
+        width: int,
+        scale: float = 1.0,
+        subject_scales: Sequence[float] | Tensor | None = None,
+        masks: Tensor | None = None,
+        auto_layout: AutoLayout | None = None,
+        guidance: bool = False,
+    ) -> SubjectCondition:
+        """Keys, values and regions for one call of the UNet, or one run of a sampler. Differentiable.
+
+        Args:
+            subject_tokens: (B, S, T, C) from the resampler. B = 1 serves a batch of any size.
+            boxes: (B, S, 4) normalised xyxy; an empty box (padding) removes its subject.
+            height: rows of the latents.
+            width: columns of the latents.
+            scale: weight of all subjects against the text.
+            subject_scales: (S,) or (B, S) weights that multiply ``scale``; 0 removes a subject.
+            masks: (B, S, H, W) bool regions that replace the boxes, at any resolution.
+            auto_layout: let the text's attention replace the regions after some steps.
+            guidance: the UNet's batch is [unconditional; conditional]; the first half sees no subjects.
+
+        Raises:
+            LayoutError: shapes of tokens, boxes, masks or spans do not go together.
+            RequestError: there is not one scale per subject.
+        """
+        if subject_tokens.ndim != 4 or boxes.shape != (*subject_tokens.shape[:2], 4):
+            raise LayoutError(
+                f"subject tokens of shape {tuple(subject_tokens.shape)} need boxes of shape "
+                f"(batch, subjects, 4), got {tuple(boxes.shape)}"
+            )
+        B, S, T, _ = subject_tokens.shape
+        scales = self._scales(scale, subject_scales, B, S)  # (B, S)
+        tokens = subject_tokens.flatten(1, 2)
+        # Scaling the values equals the official scaling of probabilities, because attention is linear in the values.
+        weights = scales.repeat_interleave(T, dim=1).unsqueeze(-1).to(tokens.dtype)
+        return SubjectCondition(
+            keys={name: layer.to_k(tokens) for name, layer in self.layers.items()},
+            values={name: layer.to_v(tokens) * weights for name, layer in self.layers.items()},
+            boxes=boxes,
+            height=height,
+            width=width,
+            masks=masks,
+            # Without this a subject of scale 0 would still take its share of the softmax where boxes overlap.
+            present=scales != 0,
+            auto_layout=auto_layout,
+            guidance=guidance,
+        )
+
+    def _scales(self, scale: float, subject_scales: Sequence[float] | Tensor | None, B: int, S: int) -> Tensor:
+        if subject_scales is None:
+            return torch.full((B, S), float(scale), device=self.device)
+        scales = torch.as_tensor(subject_scales, dtype=torch.float32, device=self.device)
+        if scales.shape not in ((S,), (B, S)):
+            raise RequestError(f"subject_scales must be one number per subject ({S}), got shape {tuple(scales.shape)}")
+        return (scale * scales).expand(B, S)
+
+    def save_pretrained(self, directory: str | Path, **config: Any) -> None:
+        """Write adapter.safetensors and config.json.
+
+        Args:
+            directory: is made if it is missing.
+            config: fields of AdapterConfig to write with other values.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, directory / WEIGHTS_NAME, metadata={"format": "pt", "schema": SCHEMA})
+        (directory / CONFIG_NAME).write_text(replace(self.config, **config).to_json(), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> MSAdapter:
+        """Read what save_pretrained wrote.
+
+        Raises:
+            WeightsError: a file is missing or broken, or weights and config do not belong together.
+        """
+        directory = Path(directory)
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (directory / name).is_file():
+                raise WeightsError(f"{directory} holds no {name}: an adapter is {CONFIG_NAME} and {WEIGHTS_NAME}")
+        config = AdapterConfig.from_json((directory / CONFIG_NAME).read_text(encoding="utf-8"), f"{directory / CONFIG_NAME}")
+        try:
+            weights = load_file(directory / WEIGHTS_NAME)
+        except SafetensorError as error:
+            raise WeightsError(f"{directory / WEIGHTS_NAME} is not a safetensors file: {error}") from None
+        return cls._from_weights(config, weights, str(directory / WEIGHTS_NAME))
+
+    @classmethod
+    def from_official(
+        cls, path: str | Path, unet: UNet2DConditionModel, *, head_width: int = 64, **config: Any
+    ) -> MSAdapter:
+        """Read the official ``ms_adapter.bin`` (without unpickling code) and convert it.
+
+        Args:
+            path: the file.
+            unet: the UNet it was trained on, which names the numbered layers of the file.
+            head_width: width of a resampler head, the one size that the file does not tell (64 in the release).
+            config: other fields of AdapterConfig.
+
+        Raises:
+            WeightsError: no such file, not such a file, or a UNet of another architecture.
+        """
+        official = read_official(path, list(unet.attn_processors), head_width=head_width)
+        names = {key: _layer_name(name) for key, name in official.layer_names.items()}
+        weights = {f"resampler.{name}": tensor for name, tensor in official.resampler.items()}
+        for (key, part), tensor in official.layers.items():
+            weights[f"layers.{names[key]}.{part}.weight"] = tensor
+        adapter = cls._from_weights(AdapterConfig(resampler=official.params, **config), weights, str(path))
+        adapter.check_unet(unet)
+        return adapter
+
+    @classmethod
+    def _from_weights(cls, config: AdapterConfig, weights: Mapping[str, Tensor], source: str) -> MSAdapter:
+        """Strict loading on the meta device's shapes, so that no random weights are drawn first."""
+        prefix, suffix = "layers.", ".to_k.weight"
+        widths = {
+            key[len(prefix) : -len(suffix)]: tensor.shape[0]
+            for key, tensor in weights.items()
+            if key.startswith(prefix) and key.endswith(suffix)
+        }
+        with torch.device("meta"):
+            adapter = cls(config, widths)
+        expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
+        missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+        if missing or unexpected:
+            raise WeightsError(f"{source}: missing {_some(missing)}, unexpected {_some(unexpected)}")
+        for name, shape in expected.items():
+            if tuple(weights[name].shape) != shape:
+                raise WeightsError(
+                    f"{source}: {name} has shape {tuple(weights[name].shape)}, but the config asks for {shape}: "
+                    "weights and config belong to different adapters"
+                )
+        adapter.load_state_dict(weights, assign=True)
+        return adapter
+
+
+def cross_attentions(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
+    """The UNet's cross-attention layers by name, in the order of ``unet.attn_processors``: down, up, mid.
+
+    Raises:
+        WeightsError: there are none, or they have parts that the processors do not know.
+    """
+    found = {}
+    for name in unet.attn_processors:
+        path = name.removesuffix(".processor")
+        if not path.endswith("attn2"):
+            continue
+        module = unet.get_submodule(path)
+        if any(getattr(module, part, None) is not None for part in ("group_norm", "spatial_norm", "norm_q", "add_k_proj")):
+            raise WeightsError(f"{path} is not a plain cross-attention layer: this kind of UNet is not supported")
+        found[_layer_name(name)] = module
+    if not found:
+        raise WeightsError("the UNet has no cross-attention layers (attn2), so there is nothing to adapt")
+    return found
+
+
+def _layer_name(processor_name: str) -> str:
+    return processor_name.removesuffix(".processor").replace(".", "/")  # a module's name may not hold a dot
+
+
+def _some(names: Sequence[str], limit: int = 6) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{list(names[:limit])}{more}" if names else "nothing"

@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from msdiffusion.errors import WeightsError
+from msdiffusion.official import infer_params, rename_resampler
+from msdiffusion.resampler import GroundingResampler, ResamplerParams
+
+
+@pytest.fixture(scope="module")
+def golden(golden_tensors):
+    return golden_tensors("resampler")
+
+
+@pytest.fixture(scope="module")
+def resampler(golden):
+    tensors, config = golden
+    weights = {name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")}
+    weights = rename_resampler(weights)
+    module = GroundingResampler(infer_params(weights, config["dim_head"]))
+    module.load_state_dict(weights)  # strict
+    return module.eval()
+
+
+@pytest.mark.parametrize(("key", "drop"), [("00", [0, 0]), ("01", [0, 1]), ("11", [1, 1])])
+def test_equals_the_official_resampler(resampler, golden, key, drop):
+    tensors, _ = golden
+    with torch.no_grad():
+        ours = resampler(
+            tensors["image_tokens"].unflatten(0, (2, 3)),
+            tensors["phrase_embeds"].unflatten(0, (2, 3)),
+            tensors["boxes"],
+            torch.tensor(drop),
+        )
+    torch.testing.assert_close(ours.flatten(0, 1), tensors[f"out_drop_{key}"], rtol=1e-5, atol=1e-5)
+
+
+def test_params_are_read_from_the_official_weights(resampler, golden):
+    _, config = golden
+    params = resampler.params
+    assert (params.width, params.depth, params.heads) == (config["dim"], config["depth"], config["heads"])
+    assert (params.tokens, params.image_width) == (config["num_queries"], config["embedding_dim"])
+    assert (params.phrase_width, params.output_width) == (config["phrase_embeddings_dim"], config["output_dim"])
+
+
+def test_no_drop_flags_mean_no_drop(resampler, golden):
+    tensors, _ = golden
+    inputs = (tensors["image_tokens"].unflatten(0, (2, 3)), tensors["phrase_embeds"].unflatten(0, (2, 3)), tensors["boxes"])
+    with torch.no_grad():
+        assert torch.equal(resampler(*inputs), resampler(*inputs, torch.zeros(2, dtype=torch.bool)))
+
+
+def test_subjects_do_not_see_one_another(resampler, golden):
+    tensors, _ = golden
+    images = tensors["image_tokens"].unflatten(0, (2, 3))
+    phrases = tensors["phrase_embeds"].unflatten(0, (2, 3))
+    with torch.no_grad():
+        before = resampler(images, phrases, tensors["boxes"])
+        changed = images.clone()
+        changed[:, 1] += 1.0
+        after = resampler(changed, phrases, tensors["boxes"])
+    torch.testing.assert_close(after[:, [0, 2]], before[:, [0, 2]])
+    assert not torch.allclose(after[:, 1], before[:, 1])
+
+
+def test_box_features_are_frequency_major_without_two_pi():
+    resampler = GroundingResampler(ResamplerParams(image_width=4, phrase_width=4, output_width=4, width=8, heads=1))
+    box = torch.tensor([[[0.1, 0.2, 0.3, 0.4]]])
+    features = resampler.box_features(box)[0, 0]
+    assert features.shape == (64,)
+    torch.testing.assert_close(features[:4], box[0, 0].sin())
+    torch.testing.assert_close(features[4:8], box[0, 0].cos())
+    torch.testing.assert_close(features[8:12], (box[0, 0] * 100 ** (1 / 8)).sin())
+
+
+def test_the_released_sizes_have_the_released_number_of_weights():
+    with torch.device("meta"):
+        module = GroundingResampler(ResamplerParams(image_width=1664, phrase_width=768, output_width=2048))
+    assert sum(weight.numel() for weight in module.parameters()) == 118_943_616
+    assert len(module.state_dict()) == 59
+
+
+@pytest.mark.parametrize("name", ["depth", "heads", "tokens", "width"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_bad_sizes_are_refused(name, value):
+    with pytest.raises(WeightsError, match=name):
+        ResamplerParams(**{"image_width": 8, "phrase_width": 8, "output_width": 8, name: value})
+
+
+def test_tokens_of_another_encoder_are_refused_with_both_widths(resampler):
+    with pytest.raises(WeightsError, match="48.*24.*32 and 24"):
+        resampler(torch.zeros(1, 1, 10, 32), torch.zeros(1, 1, 24), torch.zeros(1, 1, 4))
