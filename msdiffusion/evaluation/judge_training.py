@@ -1,0 +1,270 @@
+"""Training the judge on renders: `lightning fit -c configs/embedded/judge.yaml`.
+
+Generated pictures are softer, noisier and more bent than renders, so the renders are degraded in many ways while the
+judge learns. It still never sees a generated picture: what it learns can't lean towards one model.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data_pipeline.world import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS, Scene, sample_scene
+from msdiffusion.errors import DataError
+from msdiffusion.evaluation.judge import QUESTIONS, Judge, JudgeParams, as_pixels
+
+Batch = dict[str, Tensor]
+"""pictures (B, 3, H, W) in [0, 1]; boxes (N, 4) normalised xyxy; owners (N,) int64; category, color, pattern (N,) int64;
+background (B,) int64."""
+
+
+def world_params(**changes: object) -> JudgeParams:
+    """The judge's parameters for the vocabulary of the procedural world."""
+    return JudgeParams(tuple(CATEGORIES), tuple(COLORS), tuple(PATTERNS), tuple(BACKGROUNDS), **changes)
+
+
+@dataclass(frozen=True)
+class LabelledScene:
+    """One render in memory: uint8 (H, W, 3), normalised xyxy boxes (S, 4), class numbers."""
+
+    picture: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    """(S, 3) int64: category, main colour, pattern."""
+    background: int
+
+
+def label_scene(scene: Scene, params: JudgeParams) -> LabelledScene:
+    """A rendered scene as class numbers of `params`."""
+    labels = [
+        (
+            params.categories.index(subject.category),
+            params.colors.index(subject.main_color),
+            params.patterns.index(subject.pattern),
+        )
+        for subject in scene.subjects
+    ]
+    return LabelledScene(
+        picture=scene.image,
+        boxes=np.asarray(scene.boxes, dtype=np.float32),
+        labels=np.asarray(labels, dtype=np.int64),
+        background=params.backgrounds.index(scene.background),
+    )
+
+
+class SceneDataset(Dataset[LabelledScene]):
+    """Rendered scenes; with `jpeg`, each reading passes through JPEG of a random quality half of the time."""
+
+    def __init__(self, scenes: Sequence[LabelledScene], *, jpeg: bool = False) -> None:
+        self.scenes = scenes
+        self.jpeg = jpeg
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> LabelledScene:
+        scene = self.scenes[index]
+        if self.jpeg and torch.rand(()) < 0.5:
+            quality = int(torch.randint(30, 96, ()))
+            return LabelledScene(_through_jpeg(scene.picture, quality), scene.boxes, scene.labels, scene.background)
+        return scene
+
+
+def collate_scenes(scenes: Sequence[LabelledScene]) -> Batch:
+    """Scenes of one size as a batch."""
+    labels = torch.from_numpy(np.concatenate([scene.labels for scene in scenes]))
+    owners = [torch.full((len(scene.boxes),), index) for index, scene in enumerate(scenes)]
+    return {
+        "pictures": torch.stack([as_pixels(scene.picture) for scene in scenes]),
+        "boxes": torch.from_numpy(np.concatenate([scene.boxes for scene in scenes])),
+        "owners": torch.cat(owners),
+        "background": torch.tensor([scene.background for scene in scenes]),
+        **{question: labels[:, column] for column, question in enumerate(QUESTIONS[:3])},
+    }
+
+
+class JudgeRenderings(pl.LightningDataModule):
+    """Scenes rendered into memory: TRAIN identities to learn from, held-out identities to validate on."""
+
+    def __init__(
+        self,
+        train_scenes: int = 16000,
+        validation_scenes: int = 1000,
+        size: int = 64,
+        batch_size: int = 40,
+        seed: int = 1000,
+    ) -> None:
+        """
+        Args:
+            train_scenes, validation_scenes: number of renders of each split.
+            size: side of the renders in pixels.
+            batch_size: scenes per step.
+            seed: of the renders; differs from the seeds of the pretraining and of the evaluation sets.
+
+        Raises:
+            DataError: a number below 1.
+        """
+        super().__init__()
+        for name, value in {
+            "train_scenes": train_scenes,
+            "validation_scenes": validation_scenes,
+            "size": size,
+            "batch_size": batch_size,
+        }.items():
+            if value < 1:
+                raise DataError(f"{name} must be at least 1, got {value}")
+        self.train_scenes = train_scenes
+        self.validation_scenes = validation_scenes
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self._rendered: dict[str, list[LabelledScene]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Renders both splits once; `stage` only tells that training or validation is about to begin."""
+        if not self._rendered:
+            self._rendered = {
+                "train": self._render("train", self.train_scenes, self.seed),
+                "held_out": self._render("held_out", self.validation_scenes, self.seed + 1),
+            }
+
+    def train_dataloader(self) -> DataLoader[LabelledScene]:
+        data = SceneDataset(self._rendered["train"], jpeg=True)
+        return DataLoader(data, self.batch_size, shuffle=True, drop_last=True, collate_fn=collate_scenes)
+
+    def val_dataloader(self) -> DataLoader[LabelledScene]:
+        return DataLoader(SceneDataset(self._rendered["held_out"]), self.batch_size, collate_fn=collate_scenes)
+
+    def _render(self, split: str, count: int, seed: int) -> list[LabelledScene]:
+        params, rng = world_params(), np.random.default_rng(seed)
+        steps = tqdm(range(count), desc=f"rendering {split} scenes", mininterval=2)
+        return [label_scene(sample_scene(rng, split=split, size=self.size), params) for _ in steps]
+
+
+class JudgeTraining(pl.LightningModule):
+    """Cross-entropy on every question at once; writes the judge to `output` when training ends."""
+
+    def __init__(
+        self,
+        output: str,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.02,
+        label_smoothing: float = 0.05,
+        degrade: bool = True,
+        widths: tuple[int, ...] = (32, 64, 128, 192),
+    ) -> None:
+        """
+        Args:
+            output: directory for config.json and model.safetensors.
+            learning_rate: peak of a one-cycle schedule.
+            weight_decay: of AdamW.
+            label_smoothing: share of the target spread over the other classes.
+            degrade: bend, blur, dim and dirty the training renders, and jitter their boxes.
+            widths: channels of the box network, see JudgeParams.
+        """
+        super().__init__()
+        self.save_hyperparameters()
+        self.judge = Judge(world_params(widths=tuple(widths)))
+        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self._right: dict[str, list[Tensor]] = {}
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        if self.hparams.degrade:
+            batch = degrade(batch)
+        logits = self.judge(batch["pictures"], batch["boxes"], batch["owners"])
+        losses = {question: self.loss(logits[question], batch[question]) for question in QUESTIONS}
+        self.log_dict({f"train/{question}": loss for question, loss in losses.items()}, batch_size=len(batch["boxes"]))
+        total = torch.stack(list(losses.values())).sum()
+        self.log("loss", total, prog_bar=True, logger=False)
+        return total
+
+    def on_validation_epoch_start(self) -> None:
+        self._right = {}
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        # A fixed generator, so that every validation degrades the renders in the same way.
+        generator = torch.Generator().manual_seed(batch_index)
+        for prefix, shown in (("val", batch), ("val_degraded", degrade(batch, generator=generator))):
+            logits = self.judge(shown["pictures"], shown["boxes"], shown["owners"])
+            for question in QUESTIONS:
+                right = logits[question].argmax(1) == batch[question]
+                self._right.setdefault(f"{prefix}/{question}", []).append(right)
+
+    def on_validation_epoch_end(self) -> None:
+        rates = {name: torch.cat(flags).float().mean() for name, flags in self._right.items()}
+        self.log_dict(rates, prog_bar=False)
+        self.print("held-out renders: " + ", ".join(f"{name} {float(rate):.3f}" for name, rate in rates.items()))
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay
+        )
+        steps = max(2, int(self.trainer.estimated_stepping_batches))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.hparams.learning_rate, steps, pct_start=0.15)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_end(self) -> None:
+        if self.trainer.is_global_zero:
+            self.judge.save_pretrained(Path(self.hparams.output))
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+def degrade(batch: Batch, *, generator: torch.Generator | None = None) -> Batch:
+    """A copy of the batch with pictures bent, blurred, re-lit and noisy, and with boxes that are a little off.
+
+    It runs in float32 even inside mixed precision: these are pictures, not features.
+
+    Args:
+        batch: see Batch.
+        generator: source of randomness on the CPU; None takes torch's global one.
+    """
+    pictures, boxes = batch["pictures"], batch["boxes"]
+    count, device = len(pictures), pictures.device
+
+    def uniform(*shape: int, low: float, high: float) -> Tensor:
+        return (torch.rand(shape, generator=generator) * (high - low) + low).to(device)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    # Bend: a smooth random displacement of up to a few per cent of the side.
+    coarse = normal(count, 2, 5, 5) * uniform(count, 1, 1, 1, low=0.0, high=0.06)
+    field = nn.functional.interpolate(coarse, pictures.shape[2:], mode="bicubic", align_corners=True)
+    identity = torch.eye(2, 3, device=device).expand(count, 2, 3)
+    grid = nn.functional.affine_grid(identity, list(pictures.shape), align_corners=False) + field.permute(0, 2, 3, 1)
+    shown = nn.functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    # Blur: a random mixture of the picture and its 5 x 5 binomial smoothing; negative weights would sharpen.
+    taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=device) / 16
+    kernel = (taps[:, None] * taps[None]).expand(3, 1, 5, 5)
+    padded = nn.functional.pad(shown, (2, 2, 2, 2), mode="replicate")
+    smooth = nn.functional.conv2d(padded, kernel, groups=3)
+    shown = torch.lerp(shown, smooth, uniform(count, 1, 1, 1, low=-0.5, high=1.0).clamp_min(0))
+    # Light: gain and offset of the picture, and a far smaller one per channel, since colour is a question.
+    gain = uniform(count, 1, 1, 1, low=0.85, high=1.15) * uniform(count, 3, 1, 1, low=0.96, high=1.04)
+    shown = shown * gain + uniform(count, 1, 1, 1, low=-0.06, high=0.06)
+    # Noise, fine and coarse: the second is what half-denoised latents leave behind.
+    shown = shown + normal(*shown.shape) * uniform(count, 1, 1, 1, low=0.0, high=0.06)
+    blotches = normal(count, 3, pictures.shape[2] // 4, pictures.shape[3] // 4)
+    blotches = nn.functional.interpolate(blotches, pictures.shape[2:], mode="bilinear", align_corners=False)
+    shown = (shown + blotches * uniform(count, 1, 1, 1, low=0.0, high=0.05)).clamp(0, 1)
+    # Boxes: every edge off by up to a tenth of the side, as when a subject doesn't fill its box exactly.
+    sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    moved = (boxes + sides * uniform(len(boxes), 4, low=-0.1, high=0.1)).clamp(0, 1)
+    return batch | {"pictures": shown, "boxes": moved}
+
+
+def _through_jpeg(picture: np.ndarray, quality: int) -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer).convert("RGB"))

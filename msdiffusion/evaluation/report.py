@@ -1,0 +1,262 @@
+"""Pictures and pages for people: the grid of cases, and a page that opens by a double click (nothing is loaded from outside)."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from msdiffusion.errors import DataError
+from msdiffusion.evaluation.world import BOX_QUESTIONS, Readings, WorldCase
+
+CELL = 192
+"""Side of a picture in the grid, in pixels."""
+LABEL_WIDTH = 190
+TITLE_HEIGHT = 44
+LINE_HEIGHT = 19
+GAP = 10
+INK, FAINT, PAPER, GOOD, BAD = "#22262e", "#8b93a1", "#ffffff", "#1f8a4c", "#c43c3c"
+BOX_COLORS = ("#e4572e", "#2e86de", "#27ae60", "#8e44ad")
+"""Colour of the first, second, ... subject of a case, in the row of boxes."""
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """One condition in the grid: its label, one picture per case, and what the judge read in them (None: no marks)."""
+
+    label: str
+    pictures: Sequence[Image.Image]
+    readings: Readings | None = None
+
+
+def draw_grid(cases: Sequence[WorldCase], rows: Sequence[GridRow]) -> Image.Image:
+    """One column per case: prompt, reference cut-outs, boxes, then one row per condition with the judge's answers below.
+
+    Args:
+        cases: at least one.
+        rows: conditions, top to bottom.
+
+    Returns:
+        RGB picture.
+
+    Raises:
+        DataError: no cases, or a row with another number of pictures than cases.
+    """
+    if not cases:
+        raise DataError("a grid needs at least one case")
+    for row in rows:
+        if len(row.pictures) != len(cases):
+            raise DataError(f"row {row.label!r} has {len(row.pictures)} pictures for {len(cases)} cases")
+    marks = LINE_HEIGHT * (max(len(case.subjects) for case in cases) + 1)
+    heights = [CELL, CELL] + [CELL + (marks if row.readings else 0) for row in rows]
+    width = LABEL_WIDTH + len(cases) * (CELL + GAP) + GAP
+    sheet = Image.new("RGB", (width, TITLE_HEIGHT + sum(heights) + GAP * (len(heights) + 1)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    tops = [TITLE_HEIGHT + GAP + sum(heights[:index]) + GAP * index for index in range(len(heights))]
+    for top, label in zip(tops, ["references", "boxes", *(row.label for row in rows)], strict=True):
+        _text_block(draw, label, GAP, top + CELL // 2 - LINE_HEIGHT, LABEL_WIDTH - 2 * GAP, size=16)
+    first_box = 0
+    for column, case in enumerate(cases):
+        left = LABEL_WIDTH + column * (CELL + GAP)
+        _text_block(draw, case.prompt, left, 4, CELL, size=14)
+        sheet.paste(_reference_cell(case), (left, tops[0]))
+        sheet.paste(draw_boxes(case.boxes, case.phrases), (left, tops[1]))
+        for row, top in zip(rows, tops[2:], strict=True):
+            sheet.paste(enlarge(row.pictures[column], CELL), (left, top))
+            if row.readings:
+                _draw_marks(draw, case, row.readings, column, first_box, left, top + CELL + 2)
+        first_box += len(case.subjects)
+    return sheet
+
+
+def draw_boxes(boxes: Sequence[Sequence[float]], phrases: Sequence[str], side: int = CELL) -> Image.Image:
+    """A layout on an empty sheet: each box in its own colour with its phrase.
+
+    Args:
+        boxes: normalised xyxy.
+        phrases: one per box.
+        side: of the returned RGB square.
+    """
+    sheet = Image.new("RGB", (side, side), "#f1f3f6")
+    draw = ImageDraw.Draw(sheet, "RGBA")
+    for index, (box, phrase) in enumerate(zip(boxes, phrases, strict=True)):
+        color = BOX_COLORS[index % len(BOX_COLORS)]
+        corners = [edge * (side - 1) for edge in box]
+        draw.rectangle(corners, fill=f"{color}30", outline=color, width=3)
+        draw.text((corners[0] + 6, corners[1] + 4), phrase, fill=color, font=_font(14))
+    return sheet
+
+
+def enlarge(picture: Image.Image, side: int) -> Image.Image:
+    """A picture at `side` pixels: small ones keep crisp pixels at whole multiples, others are resampled."""
+    crisp = side % picture.width == 0 and picture.width == picture.height
+    return picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST if crisp else Image.Resampling.LANCZOS)
+
+
+def write_page(
+    path: str | Path,
+    *,
+    title: str,
+    introduction: str,
+    scores: Mapping[str, Any] | None,
+    pictures: Sequence[tuple[str, Image.Image]],
+    details: Mapping[str, str],
+) -> None:
+    """Writes one HTML file with everything inside it, for a double click.
+
+    Args:
+        path: of the file.
+        title, introduction: plain text; it is escaped here. Blank lines part paragraphs.
+        scores: report of `evaluate_world`, or None.
+        pictures: heading and picture, in order.
+        details: label to text, shown at the bottom (commands, versions, times).
+    """
+    paragraphs = "".join(f"<p>{html.escape(part)}</p>" for part in introduction.split("\n\n"))
+    sections = "".join(
+        f'<h2>{html.escape(heading)}</h2><img src="{_data_uri(picture)}" alt="{html.escape(heading)}">'
+        for heading, picture in pictures
+    )
+    facts = "".join(
+        f"<dt>{html.escape(label)}</dt><dd><code>{html.escape(text)}</code></dd>" for label, text in details.items()
+    )
+    table = score_table(scores) if scores else ""
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>"
+        f"<h1>{html.escape(title)}</h1>{paragraphs}{table}{sections}<h2>How it was made</h2><dl>{facts}</dl>"
+        "</main></body></html>\n"
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def score_table(report: Mapping[str, Any]) -> str:
+    """The scores as HTML: one row per question, one column per condition, then the paired tests."""
+    questions = report["questions"]
+    conditions = list(questions["category"]["conditions"])
+    header = "".join(f"<th>{html.escape(_readable(name))}</th>" for name in conditions)
+    rows = ""
+    for question in (*BOX_QUESTIONS, "background"):
+        cells = "".join(_rate_cell(questions[question]["conditions"][name]) for name in conditions)
+        rows += f"<tr><th>{html.escape(_readable(question))}</th>{cells}<td>{questions[question]['chance']:.0%}</td></tr>"
+    if any(questions["mixing"].values()):
+        cells = "".join(f"<td>{own['rate']:.0%}</td>" if own else "<td></td>" for own in questions["mixing"].values())
+        rows += f"<tr><th>colour of another subject <small>(less is better)</small></th>{cells}<td></td></tr>"
+    tests = "".join(
+        f"<li>{html.escape(_readable(question))}: {html.escape(_readable(test['first']))} minus {html.escape(_readable(test['second']))} "
+        f"{test['difference']:+.0%} [{test['low']:+.0%}, {test['high']:+.0%}], p = {format_p(test['p_value'])} over subjects, "
+        f"p = {format_p(test['pictures']['p_value'])} over pictures</li>"
+        for question in (*BOX_QUESTIONS, "background")
+        for test in questions[question]["tests"]
+    )
+    return (
+        f"<p><b>{report['subjects']} subjects in {report['pictures']} pictures.</b> Share that the judge reads right, with a 95 % interval:</p>"
+        f"<table><tr><th></th>{header}<th>chance</th></tr>{rows}</table><ul>{tests}</ul>"
+    )
+
+
+def format_p(value: float) -> str:
+    """A p value for people: three significant digits, and a bound where it is tiny."""
+    return "< 1e-15" if value < 1e-15 else f"{value:.3g}"
+
+
+def summarize(report: Mapping[str, Any]) -> str:
+    """The scores as lines of text for a terminal."""
+    questions = report["questions"]
+    conditions = list(questions["category"]["conditions"])
+    width = max(len(_readable(name)) for name in conditions) + 2
+    lines = [f"{report['subjects']} subjects in {report['pictures']} pictures; share right as the judge reads them:"]
+    lines.append(f"{'':<14}" + "".join(f"{_readable(name):>{width}}" for name in conditions) + f"{'chance':>10}")
+    for question in (*BOX_QUESTIONS, "background"):
+        rates = [questions[question]["conditions"][name]["rate"] for name in conditions]
+        chance = questions[question]["chance"]
+        lines.append(f"{_readable(question):<14}" + "".join(f"{rate:>{width}.3f}" for rate in rates) + f"{chance:>10.3f}")
+    for question in BOX_QUESTIONS:
+        for test in questions[question]["tests"]:
+            lines.append(
+                f"{_readable(question)}: {_readable(test['first'])} - {_readable(test['second'])} = {test['difference']:+.3f} "
+                f"[{test['low']:+.3f}, {test['high']:+.3f}], p {format_p(test['p_value'])} (subjects), "
+                f"{format_p(test['pictures']['p_value'])} (pictures)"
+            )
+    return "\n".join(lines)
+
+
+def _readable(name: str) -> str:
+    return {"color": "main colour"}.get(name, name.replace("_", " "))
+
+
+def _rate_cell(rate: Mapping[str, float]) -> str:
+    return f"<td>{rate['rate']:.0%} <small>[{rate['low']:.0%}, {rate['high']:.0%}]</small></td>"
+
+
+def _reference_cell(case: WorldCase) -> Image.Image:
+    """The case's cut-outs side by side, each over the colour of its box."""
+    sheet = Image.new("RGB", (CELL, CELL), PAPER)
+    share = CELL // len(case.references)
+    draw = ImageDraw.Draw(sheet)
+    for index, reference in enumerate(case.references):
+        room = share - 14
+        factor = min(room / reference.width, room / reference.height)
+        size = (max(1, round(reference.width * factor)), max(1, round(reference.height * factor)))
+        shown = reference.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
+        left, top = index * share + (share - size[0]) // 2, (CELL - size[1]) // 2
+        sheet.paste(shown, (left, top), shown)
+        draw.rectangle((index * share + 4, CELL - 5, (index + 1) * share - 5, CELL - 2), fill=BOX_COLORS[index % len(BOX_COLORS)])
+    return sheet
+
+
+def _draw_marks(
+    draw: ImageDraw.ImageDraw, case: WorldCase, readings: Readings, picture: int, first_box: int, left: int, top: int
+) -> None:
+    """The judge's answers: green where right, red where wrong; one line per box, then the background."""
+    for row, subject in enumerate(case.subjects):
+        wanted = (subject.main_color, subject.pattern, subject.category)
+        x = left
+        for question, right_answer in zip(("color", "pattern", "category"), wanted, strict=True):
+            answer = readings.boxes[question][first_box + row]
+            draw.text((x, top), answer, fill=GOOD if answer == right_answer else BAD, font=_font(13))
+            x += draw.textlength(answer + " ", font=_font(13))
+        top += LINE_HEIGHT
+    answer = readings.backgrounds[picture]
+    draw.text((left, top), answer, fill=GOOD if answer == case.background else BAD, font=_font(13))
+
+
+def _text_block(draw: ImageDraw.ImageDraw, text: str, left: int, top: int, width: int, *, size: int) -> None:
+    """Text broken into lines of at most `width` pixels."""
+    font, line = _font(size), ""
+    for word in text.split():
+        longer = f"{line} {word}".strip()
+        if line and draw.textlength(longer, font=font) > width:
+            draw.text((left, top), line, fill=INK, font=font)
+            top, line = top + LINE_HEIGHT, word
+        else:
+            line = longer
+    draw.text((left, top), line, fill=INK, font=font)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _data_uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+_STYLE = """
+body{margin:0;background:#f6f7f9;color:#22262e;font:16px/1.55 system-ui,sans-serif}
+main{max-width:1180px;margin:0 auto;padding:32px 24px 64px}
+h1{font-size:30px;margin:0 0 8px}h2{font-size:20px;margin:36px 0 12px}
+img{max-width:100%;background:#fff;border-radius:8px;box-shadow:0 1px 4px #0002}
+table{border-collapse:collapse;background:#fff;border-radius:8px;box-shadow:0 1px 4px #0002}
+th,td{padding:8px 14px;text-align:right;border-bottom:1px solid #eceef2}th:first-child{text-align:left}
+small{color:#8b93a1;font-weight:normal}dt{font-weight:600;margin-top:10px}dd{margin:0}
+code{font-size:13px;white-space:pre-wrap;overflow-wrap:anywhere}
+"""

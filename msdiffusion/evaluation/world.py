@@ -1,0 +1,281 @@
+"""The benchmark on the procedural world: frozen sets of held-out subjects, read by the judge, compared in pairs.
+
+Each case has a true render of the same subjects in the same boxes: reading those gives the ceiling that the judge itself
+sets. Pictures come from any callable, so nothing here knows how they are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.world import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS, Identity, render_subject, sample_scene
+from msdiffusion.errors import DataError
+from msdiffusion.evaluation import scores
+
+if TYPE_CHECKING:
+    from msdiffusion.evaluation.judge import Judge
+
+BOX_QUESTIONS = ("category", "color", "pattern")
+SCHEMA = "msdiffusion.scores/1"
+TRUTH = "true_renders"
+CLASSES = {
+    "category": len(CATEGORIES),
+    "color": len(COLORS),
+    "pattern": len(PATTERNS),
+    "background": len(BACKGROUNDS),
+}
+
+
+@dataclass(frozen=True)
+class WorldCase:
+    """One picture to make: what the generator is given, and the truth it never sees."""
+
+    prompt: str
+    phrases: tuple[str, ...]
+    boxes: tuple[tuple[float, float, float, float], ...]
+    """Normalised xyxy, one per subject."""
+    references: tuple[Image.Image, ...]
+    """RGBA cut-outs, each in another pose than in `truth`."""
+    seed: int
+    """Of the noise: the same under every condition."""
+    subjects: tuple[Identity, ...]
+    background: str
+    truth: Image.Image
+    """RGB render of these subjects in these boxes."""
+
+
+PictureMaker = Callable[[Sequence[WorldCase]], list[Image.Image]]
+"""Makes one picture per case, in order."""
+
+
+def draw_cases(
+    subjects: int,
+    *,
+    seed: int = 0,
+    size: int = 64,
+    split: str = "held_out",
+    shares: Sequence[float] = (0.5, 0.35, 0.15),
+) -> list[WorldCase]:
+    """Draws subject sets until they hold at least `subjects` subjects; the same arguments give the same cases.
+
+    Args:
+        subjects: least number of subjects over all cases.
+        seed: of identities, layouts, backgrounds and of the noise seeds.
+        size: side of the true renders in pixels.
+        split: identities to draw from; "held_out" were never seen in any training.
+        shares: how often a case has one, two, three, ... subjects.
+
+    Raises:
+        DataError: no subjects are asked for, or the shares don't form a distribution.
+    """
+    if subjects < 1:
+        raise DataError(f"an evaluation needs at least 1 subject, got {subjects}")
+    if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise DataError(f"shares must be at least 0 and sum to 1, got {tuple(shares)}")
+    rng = np.random.default_rng([seed, 0x5C0E])
+    cases: list[WorldCase] = []
+    drawn = 0
+    while drawn < subjects:
+        count = 1 + int(rng.choice(len(shares), p=np.asarray(shares) / sum(shares)))
+        cases.append(draw_case(rng, count, size=size, split=split))
+        drawn += count
+    return cases
+
+
+def draw_case(rng: np.random.Generator, num_subjects: int, *, size: int = 64, split: str = "held_out") -> WorldCase:
+    """Draws one case of a given number of subjects, see `draw_cases`."""
+    scene = sample_scene(rng, split=split, num_subjects=num_subjects, size=size)
+    references = tuple(
+        Image.fromarray(render_subject(subject, size, pose=float(rng.random()), flip=bool(rng.random() < 0.5)))
+        for subject in scene.subjects
+    )
+    return WorldCase(
+        prompt=scene.caption,
+        phrases=tuple(subject.category for subject in scene.subjects),
+        boxes=tuple(tuple(float(edge) for edge in box) for box in scene.boxes),
+        references=references,
+        seed=int(rng.integers(2**31)),
+        subjects=tuple(scene.subjects),
+        background=scene.background,
+        truth=Image.fromarray(scene.image),
+    )
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What the judge read from one set of pictures, flat over the cases' boxes; strings throughout."""
+
+    boxes: Mapping[str, tuple[str, ...]]
+    """"category", "color", "pattern" to one answer per box."""
+    backgrounds: tuple[str, ...]
+    """One answer per picture."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What should have been read, in the same order; `pictures` tells which case a box belongs to."""
+
+    boxes: Mapping[str, tuple[str, ...]]
+    backgrounds: tuple[str, ...]
+    pictures: tuple[int, ...]
+
+
+def truth_of(cases: Sequence[WorldCase]) -> Truth:
+    """The right answers to all questions about `cases`."""
+    subjects = [subject for case in cases for subject in case.subjects]
+    return Truth(
+        boxes={
+            "category": tuple(subject.category for subject in subjects),
+            "color": tuple(subject.main_color for subject in subjects),
+            "pattern": tuple(subject.pattern for subject in subjects),
+        },
+        backgrounds=tuple(case.background for case in cases),
+        pictures=tuple(index for index, case in enumerate(cases) for _ in case.subjects),
+    )
+
+
+def read_pictures(judge: Judge, cases: Sequence[WorldCase], pictures: Sequence[Image.Image]) -> Readings:
+    """Lets the judge read one picture per case.
+
+    Raises:
+        DataError: other numbers of pictures and cases.
+    """
+    if len(cases) != len(pictures):
+        raise DataError(f"every case needs one picture: {len(cases)} cases, {len(pictures)} pictures")
+    found = judge.read(pictures, [case.boxes for case in cases])
+    boxes = [box for picture in found for box in picture.boxes]
+    return Readings(
+        boxes={question: tuple(getattr(box, question) for box in boxes) for question in BOX_QUESTIONS},
+        backgrounds=tuple(picture.background for picture in found),
+    )
+
+
+def score_readings(cases: Sequence[WorldCase], readings: Mapping[str, Readings], *, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Rates, intervals and paired tests for every question; plain numbers, ready for JSON.
+
+    Args:
+        cases: the cases that were read.
+        readings: condition name ("adapter_on", "adapter_off", "true_renders", ...) to its readings.
+        pairs: conditions to test against each other, the first expected to be better.
+
+    Returns:
+        per question: "conditions" (rate, right, count, 95 % interval; `shuffled` is the rate that answers of the same
+        distribution reach by luck), "chance" (1 / classes) and "tests" (difference with its interval over pictures,
+        exact McNemar p over boxes, exact sign-test p over pictures); and "mixing", see `mixing_rate`.
+
+    Raises:
+        DataError: no cases, or a pair names an unknown condition.
+    """
+    if not cases:
+        raise DataError("there are no cases to score")
+    for name in {name for pair in pairs for name in pair}:
+        if name not in readings:
+            raise DataError(f"no readings for condition {name!r}; there are {', '.join(readings)}")
+    truth = truth_of(cases)
+    result: dict[str, Any] = {}
+    for question in (*BOX_QUESTIONS, "background"):
+        whole = question == "background"
+        wanted = np.asarray(truth.backgrounds if whole else truth.boxes[question])
+        groups = np.arange(len(cases)) if whole else np.asarray(truth.pictures)
+        answers = {name: np.asarray(own.backgrounds if whole else own.boxes[question]) for name, own in readings.items()}
+        result[question] = {
+            "chance": 1 / CLASSES[question],
+            "conditions": {name: _rate(wanted, given) for name, given in answers.items()},
+            "tests": [_compare(wanted, answers, groups, first, second) for first, second in pairs],
+        }
+    result["mixing"] = {name: mixing_rate(cases, own) for name, own in readings.items()}
+    return result
+
+
+def mixing_rate(cases: Sequence[WorldCase], readings: Readings) -> dict[str, float | int] | None:
+    """How often a box shows the main colour of ANOTHER subject of its picture: the failure that box masks should prevent.
+
+    Counted are boxes of pictures with several subjects, where some other subject has another main colour.
+
+    Returns:
+        {"rate", "count"}, or None if no picture has such boxes.
+    """
+    mixed, position = [], 0
+    for case in cases:
+        colors = [subject.main_color for subject in case.subjects]
+        for own in colors:
+            others = set(colors) - {own}
+            if others:
+                mixed.append(readings.boxes["color"][position] in others)
+            position += 1
+    return {"rate": float(np.mean(mixed)), "count": len(mixed)} if mixed else None
+
+
+def _rate(wanted: np.ndarray, given: np.ndarray) -> dict[str, float | int]:
+    right = int((wanted == given).sum())
+    return {
+        "rate": right / wanted.size,
+        "right": right,
+        "count": int(wanted.size),
+        **asdict(scores.wilson_interval(right, wanted.size)),
+        "shuffled": scores.chance_agreement(wanted, given),
+    }
+
+
+def _compare(
+    wanted: np.ndarray, answers: Mapping[str, np.ndarray], groups: np.ndarray, first: str, second: str
+) -> dict[str, Any]:
+    one, two = answers[first] == wanted, answers[second] == wanted
+    boxes = scores.mcnemar_exact(one, two)
+    pictures = scores.paired_group_test(one, two, groups)
+    spread = scores.bootstrap_interval(one.astype(float) - two.astype(float), groups=groups)
+    return {
+        "first": first,
+        "second": second,
+        "difference": boxes.difference,
+        **asdict(spread),
+        "only_first": boxes.only_first,
+        "only_second": boxes.only_second,
+        "p_value": boxes.p_value,
+        "pictures": {
+            "count": pictures.count,
+            "better_with_first": pictures.only_first,
+            "better_with_second": pictures.only_second,
+            "p_value": pictures.p_value,
+        },
+    }
+
+
+def evaluate_world(
+    cases: Sequence[WorldCase],
+    makers: Mapping[str, PictureMaker],
+    judge: Judge,
+    *,
+    pairs: Sequence[tuple[str, str]],
+) -> tuple[dict[str, Any], dict[str, list[Image.Image]]]:
+    """Makes the pictures of every condition, reads them beside the true renders, and scores them.
+
+    Args:
+        cases: from `draw_cases`.
+        makers: condition name to the callable that makes its pictures.
+        judge: reads the pictures.
+        pairs: conditions to compare, see `score_readings`.
+
+    Returns:
+        the scores (plain numbers: schema, counts, questions) and the pictures per condition, the true renders included.
+
+    Raises:
+        DataError: a maker returns another number of pictures than cases.
+    """
+    pictures = {name: make(cases) for name, make in makers.items()}
+    pictures[TRUTH] = [case.truth for case in cases]
+    readings = {name: read_pictures(judge, cases, made) for name, made in pictures.items()}
+    counts = [len(case.subjects) for case in cases]
+    report = {
+        "schema": SCHEMA,
+        "pictures": len(cases),
+        "subjects": sum(counts),
+        "sets_by_size": {str(count): counts.count(count) for count in sorted(set(counts))},
+        "questions": score_readings(cases, readings, pairs=pairs),
+    }
+    return report, pictures
