@@ -335,10 +335,13 @@ class PairsDataModule(pl.LightningDataModule):
         """In the order of the files; nothing where there is no validation pair."""
         return self._loader(self.validation, shuffle=False) if len(self.validation) else []
 
-    def validation_batch(self, count: int) -> PairsBatch | None:
-        """The first ``count`` validation pairs as one batch, the same every time; None where there are none."""
-        samples = [self.validation[i] for i in range(min(count, len(self.validation)))]
-        return self._collator()(samples) if samples else None
+    def validation_samples(self, count: int) -> list[TrainingSample]:
+        """The first ``count`` validation pairs, the same every time; fewer where there are fewer."""
+        return [self.validation[i] for i in range(min(count, len(self.validation)))]
+
+    def collate(self, samples: Sequence[TrainingSample]) -> PairsBatch:
+        """Samples to a batch, as the loaders do it."""
+        return self._collator()(samples)
 
     def _dataset(self, locations: Sequence[PairLocation], augment: bool) -> PairsDataset:
         return PairsDataset(

@@ -157,14 +157,14 @@ def test_separate_validation_directory(pairs_dir):
 def test_without_validation(pairs_dir):
     datamodule = attached(PairsDataModule(str(pairs_dir), 64, validation_fraction=0, batch_size=4))
     assert datamodule.val_dataloader() == []
-    assert datamodule.validation_batch(4) is None
+    assert datamodule.validation_samples(4) == []
 
 
-def test_validation_batch_is_the_same_every_time(pairs_dir):
+def test_validation_samples_are_the_first_ones(pairs_dir):
     datamodule = attached(PairsDataModule(str(pairs_dir), 64, validation_pairs=str(pairs_dir), batch_size=4))
-    first, second = datamodule.validation_batch(3), datamodule.validation_batch(3)
-    assert first.keys == second.keys == ["clip_000000", "clip_000001", "clip_000002"]
-    torch.testing.assert_close(first.targets, second.targets, rtol=0, atol=0)
+    samples = datamodule.validation_samples(3)
+    assert datamodule.collate(samples).keys == ["clip_000000", "clip_000001", "clip_000002"]
+    assert len(datamodule.validation_samples(100)) == 24
 
 
 def test_worker_processes(pairs_dir):

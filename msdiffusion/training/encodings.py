@@ -1,0 +1,88 @@
+"""What the frozen encoders say about prompts, phrases and references, each distinct one asked once.
+
+Shape letters: N items, L encoder tokens, C cross-attention width, P pooled width, D encoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from msdiffusion.backbone import Backbone
+
+
+class FrozenEncodings:
+    """Encodings of a frozen backbone, detached, on its device.
+
+    Args:
+        backbone: whose encoders are asked.
+        keep: remember every answer, in main memory, for the rest of the run. Right for small datasets: an answer is
+            L x D numbers per reference and L x C per prompt. Otherwise only repetitions inside one call are saved.
+    """
+
+    def __init__(self, backbone: Backbone, keep: bool) -> None:
+        self.backbone = backbone
+        self.keep = keep
+        self._prompts: dict[Hashable, tuple[Tensor, ...]] = {}
+        self._phrases: dict[Hashable, tuple[Tensor, ...]] = {}
+        self._references: dict[Hashable, tuple[Tensor, ...]] = {}
+        self._zero_reference: Tensor | None = None
+
+    @torch.no_grad()
+    def prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(states (N, L, C), pooled (N, P)) of the prompts."""
+        states, pooled = self._ask(
+            prompts, self._prompts, lambda rows: self.backbone.encode_prompts([prompts[i] for i in rows])
+        )
+        return states, pooled
+
+    @torch.no_grad()
+    def phrases(self, phrases: Sequence[str]) -> Tensor:
+        """(N, P) pooled embeddings of the phrases."""
+        (embeddings,) = self._ask(
+            phrases, self._phrases, lambda rows: (self.backbone.encode_phrases([phrases[i] for i in rows]),)
+        )
+        return embeddings
+
+    @torch.no_grad()
+    def references(self, names: Sequence[str], pixels: Tensor) -> Tensor:
+        """(N, L, D) image tokens.
+
+        Args:
+            names: one per reference; the same name always means the same picture.
+            pixels: (N, 3, h, w) as ``Backbone.prepare_references`` makes them.
+        """
+        (tokens,) = self._ask(names, self._references, lambda rows: (self.backbone.encode_references(pixels[rows]),))
+        return tokens
+
+    @torch.no_grad()
+    def zero_reference(self, pixels: Tensor) -> Tensor:
+        """(L, D) image tokens of a reference of zeros, of the size (..., 3, h, w) and type of ``pixels``."""
+        if self._zero_reference is None:
+            self._zero_reference = self.backbone.encode_references(pixels.new_zeros(1, *pixels.shape[-3:]))[0]
+        return self._zero_reference
+
+    def _ask(
+        self,
+        names: Sequence[Hashable],
+        known: dict[Hashable, tuple[Tensor, ...]],
+        encode: Callable[[list[int]], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        """One row per name; ``encode`` is called with the first row of each name that is not known yet."""
+        known = known if self.keep else {}
+        first_rows: dict[Hashable, int] = {}
+        for row, name in enumerate(names):
+            if name not in known:
+                first_rows.setdefault(name, row)
+        if first_rows:
+            answers = encode(list(first_rows.values()))
+            for i, name in enumerate(first_rows):
+                rows = tuple(answer[i] for answer in answers)
+                # a copy is kept: the row of a batch would hold the whole batch in memory
+                known[name] = tuple(row.to("cpu", copy=True) for row in rows) if self.keep else rows
+        columns = zip(*(known[name] for name in names), strict=True)
+        return tuple(torch.stack(column).to(self.backbone.device) for column in columns)

@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from msdiffusion.training.encodings import FrozenEncodings
+
+
+class CountingBackbone:
+    """Encodes a string as its length and a picture as its mean, and writes down what it was asked."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.asked = []
+
+    def encode_prompts(self, prompts):
+        self.asked.append(list(prompts))
+        lengths = torch.tensor([float(len(prompt)) for prompt in prompts])
+        return lengths.view(-1, 1, 1).expand(-1, 4, 2), lengths.view(-1, 1)
+
+    def encode_phrases(self, phrases):
+        self.asked.append(list(phrases))
+        return torch.tensor([[float(len(phrase))] for phrase in phrases])
+
+    def encode_references(self, pixels):
+        self.asked.append(len(pixels))
+        return pixels.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, 3, 2)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_repetitions_are_encoded_once(keep):
+    backbone = CountingBackbone()
+    encodings = FrozenEncodings(backbone, keep=keep)
+    states, pooled = encodings.prompts(["a", "bcd", "a"])
+    assert states.shape == (3, 4, 2)
+    assert pooled.flatten().tolist() == [1, 3, 1]
+    assert encodings.phrases(["xy", "", "xy"]).flatten().tolist() == [2, 0, 2]
+    assert backbone.asked == [["a", "bcd"], ["xy", ""]]
+
+
+def test_kept_answers_are_not_asked_again():
+    backbone = CountingBackbone()
+    encodings = FrozenEncodings(backbone, keep=True)
+    pixels = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+    first = encodings.references(["a", "b", "c", "d"], pixels)
+    second = encodings.references(["e", "b", "a"], torch.stack([pixels[3] + 5, pixels[1], pixels[0]]))
+    assert first[:, 0, 0].tolist() == [0, 1, 2, 3]
+    assert second[:, 0, 0].tolist() == [8, 1, 0]
+    assert backbone.asked == [4, 1]
+
+
+def test_without_keeping_every_call_asks():
+    backbone = CountingBackbone()
+    encodings = FrozenEncodings(backbone, keep=False)
+    encodings.phrases(["dog"])
+    encodings.phrases(["dog"])
+    assert backbone.asked == [["dog"], ["dog"]]
+
+
+def test_kept_rows_do_not_hold_their_batch_in_memory():
+    encodings = FrozenEncodings(CountingBackbone(), keep=True)
+    encodings.references(["a", "b"], torch.zeros(2, 3, 2, 2))
+    (tokens,) = encodings._references["a"]
+    assert tokens.untyped_storage().nbytes() == tokens.nbytes
+
+
+def test_the_zero_reference_is_encoded_once():
+    backbone = CountingBackbone()
+    encodings = FrozenEncodings(backbone, keep=False)
+    for _ in range(2):
+        assert encodings.zero_reference(torch.ones(2, 4, 3, 2, 2)).tolist() == [[0, 0]] * 3
+    assert backbone.asked == [1]
