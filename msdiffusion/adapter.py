@@ -113,7 +113,7 @@ class MSAdapter(nn.Module):
 
         Args:
             config: sizes and surroundings.
-            layer_widths: width of every cross-attention layer, by name, in the order of ``unet.attn_processors``.
+            layer_widths: width of every cross-attention layer, by name.
         """
         super().__init__()
         self.config = config
@@ -134,7 +134,9 @@ class MSAdapter(nn.Module):
             WeightsError: the UNet has no cross-attention, or one that is not ``params.output_width`` wide.
         """
         modules = cross_attentions(unet)
-        adapter = cls(AdapterConfig(resampler=params, **config), {name: m.to_k.out_features for name, m in modules.items()})
+        adapter = cls(
+            AdapterConfig(resampler=params, **config), {name: m.to_k.out_features for name, m in modules.items()}
+        )
         adapter.check_unet(unet)
         with torch.no_grad():
             for name, module in modules.items():
@@ -165,16 +167,18 @@ class MSAdapter(nn.Module):
         """
         theirs = {name: (m.to_k.out_features, m.to_k.in_features) for name, m in cross_attentions(unet).items()}
         ours = {name: tuple(layer.to_k.weight.shape) for name, layer in self.layers.items()}
-        if len(ours) != len(theirs):
+        use = "use the base model that the adapter was trained on"
+        if ours.keys() != theirs.keys():
             raise WeightsError(
-                f"the adapter is for a UNet with {len(ours)} cross-attention layers, but this one has {len(theirs)}: "
-                "use the base model that the adapter was trained on"
+                f"the adapter is for a UNet with {len(ours)} cross-attention layers, but this one has {len(theirs)}; "
+                f"only in the adapter: {_some(sorted(ours.keys() - theirs.keys()))}, only in the UNet: "
+                f"{_some(sorted(theirs.keys() - ours.keys()))}: {use}"
             )
-        for (our_name, our_shape), (their_name, their_shape) in zip(ours.items(), theirs.items(), strict=True):
-            if our_name != their_name or our_shape != their_shape:
+        for name, shape in ours.items():
+            if shape != theirs[name]:
                 raise WeightsError(
-                    f"the adapter does not fit the UNet: its layer {our_name} has keys of shape {our_shape}, the UNet's "
-                    f"{their_name} of shape {their_shape}: use the base model that the adapter was trained on"
+                    f"the adapter does not fit the UNet: in layer {name} its keys have shape {shape}, the UNet's "
+                    f"{theirs[name]}: {use}"
                 )
 
     def install(self, unet: UNet2DConditionModel, backend: Backend = "sdpa") -> None:
@@ -301,7 +305,9 @@ class MSAdapter(nn.Module):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (directory / name).is_file():
                 raise WeightsError(f"{directory} holds no {name}: an adapter is {CONFIG_NAME} and {WEIGHTS_NAME}")
-        config = AdapterConfig.from_json((directory / CONFIG_NAME).read_text(encoding="utf-8"), f"{directory / CONFIG_NAME}")
+        config = AdapterConfig.from_json(
+            (directory / CONFIG_NAME).read_text(encoding="utf-8"), f"{directory / CONFIG_NAME}"
+        )
         try:
             weights = load_file(directory / WEIGHTS_NAME)
         except SafetensorError as error:
@@ -335,14 +341,13 @@ class MSAdapter(nn.Module):
     @classmethod
     def _from_weights(cls, config: AdapterConfig, weights: Mapping[str, Tensor], source: str) -> MSAdapter:
         """Strict loading on the meta device's shapes, so that no random weights are drawn first."""
-        prefix, suffix = "layers.", ".to_k.weight"
-        widths = {
-            key[len(prefix) : -len(suffix)]: tensor.shape[0]
-            for key, tensor in weights.items()
-            if key.startswith(prefix) and key.endswith(suffix)
+        layers = {
+            name.removeprefix("layers.").rsplit(".", 2)[0]: tensor.shape[0]
+            for name, tensor in weights.items()
+            if name.startswith("layers.")
         }
         with torch.device("meta"):
-            adapter = cls(config, widths)
+            adapter = cls(config, layers)
         expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
         missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
         if missing or unexpected:
@@ -369,7 +374,9 @@ def cross_attentions(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
         if not path.endswith("attn2"):
             continue
         module = unet.get_submodule(path)
-        if any(getattr(module, part, None) is not None for part in ("group_norm", "spatial_norm", "norm_q", "add_k_proj")):
+        if any(
+            getattr(module, part, None) is not None for part in ("group_norm", "spatial_norm", "norm_q", "add_k_proj")
+        ):
             raise WeightsError(f"{path} is not a plain cross-attention layer: this kind of UNet is not supported")
         found[_layer_name(name)] = module
     if not found:

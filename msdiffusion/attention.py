@@ -157,17 +157,20 @@ class SubjectCondition:
 
     def _read(self, call: AttentionCall, query: Tensor, first: int) -> Tensor:
         """(B, Q, C) for the samples from ``first`` on; rows that no region covers are exactly zero."""
-        B, H, Q, D = query.shape
+        B, H, _, D = query.shape
         if call.layer not in self.keys:
             raise RequestError(f"the condition has no keys for layer {call.layer}: it was made for another UNet")
         key, value = (
-            states[call.layer].to(query.dtype).unflatten(-1, (H, D)).transpose(1, 2) for states in (self.keys, self.values)
+            states[call.layer].to(query.dtype).unflatten(-1, (H, D)).transpose(1, 2)
+            for states in (self.keys, self.values)
         )
         if key.shape[0] not in (1, B):
             half = " conditional" if self.guidance else ""
             raise RequestError(f"the condition is for {key.shape[0]} samples, but the UNet got {B}{half} ones")
         allowed, background = self._masks_for(call, query, first)
-        read = dot_product_attention(query, key.expand(B, -1, -1, -1), value.expand(B, -1, -1, -1), allowed, call.backend)
+        read = dot_product_attention(
+            query, key.expand(B, -1, -1, -1), value.expand(B, -1, -1, -1), allowed, call.backend
+        )
         return read.masked_fill(background, 0.0)
 
     def _masks_for(self, call: AttentionCall, query: Tensor, first: int) -> tuple[Tensor, Tensor]:

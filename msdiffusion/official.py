@@ -1,8 +1,8 @@
 """Reads ``ms_adapter.bin``, the file of the official release, into this project's names.
 
 The file holds {"image_proj": resampler, "ms_adapter": "<index>.to_k_ip.weight" and "<index>.to_v_ip.weight",
-"dummy_image_tokens": inert}. The index counts ``unet.attn_processors``, self-attention layers included. The dummy tokens
-have no effect on any output, so they are left behind.
+"dummy_image_tokens": inert}. The index counts ``unet.attn_processors``, self-attention layers included. The dummy
+tokens have no effect on any output, so they are left behind.
 """
 
 from __future__ import annotations

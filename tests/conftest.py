@@ -7,6 +7,25 @@ from pathlib import Path
 import pytest
 
 ASSETS = Path(__file__).parent / "assets"
+# Words that are one token to the tiny tokenizer; any other text becomes more tokens.
+WORDS = (
+    "a",
+    "an",
+    "the",
+    "dog",
+    "cat",
+    "teapot",
+    "clock",
+    "hat",
+    "red",
+    "blue",
+    "and",
+    "on",
+    "in",
+    "with",
+    "beach",
+    "room",
+)
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +46,9 @@ def golden_tensors():
         with safe_open(ASSETS / "golden" / f"{name}.safetensors", "pt") as file:
             metadata = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        config = {key: json.loads(value) for key, value in metadata.items() if key.endswith("config") or value[:1] in "[0"}
+        config = {
+            key: json.loads(value) for key, value in metadata.items() if key.endswith("config") or value[:1] in "[0"
+        }
         return tensors, config.get("config", config)
 
     return read
@@ -37,3 +58,126 @@ def golden_tensors():
 def official_adapter_file() -> Path:
     """A small ms_adapter.bin written by the official code, for the UNet of the golden file."""
     return ASSETS / "golden" / "ms_adapter.bin"
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory) -> Path:
+    """A random-weight miniature of the SDXL stack in the layout of checkpoints/tiny. Read it, don't write to it.
+
+    64 px pictures, latents 32 x 32 x 4; CLIP encoders and UNet of a few thousand weights; an adapter with defaults.
+    """
+    directory = tmp_path_factory.mktemp("tiny_model")
+    build_tiny_model(directory)
+    return directory
+
+
+def build_tiny_model(directory: Path) -> None:
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    from msdiffusion.adapter import MSAdapter
+    from msdiffusion.resampler import ResamplerParams
+
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        text_sizes = {
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": tokenizer.model_max_length,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        text_encoder = CLIPTextModel(CLIPTextConfig(hidden_size=16, projection_dim=16, **text_sizes))
+        text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=32, projection_dim=20, **text_sizes))
+        unet = UNet2DConditionModel(
+            sample_size=32,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(8, 16, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(2, 2, 4),
+            cross_attention_dim=48,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=6 * 4 + 20,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=2,
+            sample_size=64,
+            force_upcast=False,
+        )
+        image_encoder = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(
+                hidden_size=24,
+                intermediate_size=32,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                image_size=64,
+                patch_size=8,
+                projection_dim=16,
+            )
+        )
+        params = ResamplerParams(
+            image_width=24, phrase_width=16, output_width=48, width=32, depth=1, heads=2, head_width=16
+        )
+        adapter = MSAdapter.from_unet(
+            unet,
+            params,
+            base_model="base",
+            image_encoder="image_encoder",
+            training_resolution=64,
+            reference_background=(255, 255, 255),
+            reference_fit="pad",
+            defaults={"scale": 0.8, "steps": 3, "guidance_scale": 3.0},
+        )
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing")
+    pipeline = StableDiffusionXLPipeline(
+        vae, text_encoder, text_encoder_2, tokenizer, tokenizer, unet, scheduler, add_watermarker=False
+    )
+    pipeline.save_pretrained(directory / "base")
+    image_encoder.save_pretrained(directory / "image_encoder")
+    CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}).save_pretrained(
+        directory / "image_encoder"
+    )
+    adapter.save_pretrained(directory)
+
+
+def tiny_tokenizer():
+    """A CLIP tokenizer whose words are bytes, joined for the few words that tests use; 40 tokens at most."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(ByteLevel.alphabet())
+    vocabulary = [*alphabet, *(character + "</w>" for character in alphabet)]
+    merges = []
+    for word in WORDS:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            if (pair := (pieces[0], pieces[1])) not in merges:
+                merges.append(pair)
+                vocabulary.append(pieces[0] + pieces[1])
+            pieces[:2] = [pieces[0] + pieces[1]]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(vocabulary)}, merges=merges, model_max_length=40
+    )

@@ -96,7 +96,11 @@ def test_text_masks_are_honoured(layer, golden):
     mask = torch.zeros(2, 1, TEXT)
     mask[:, :, 40:] = -10000.0
     results = []
-    for processor in (AttnProcessor2_0(), MultiSubjectAttnProcessor(LAYER), MultiSubjectAttnProcessor(LAYER, "softmax")):
+    for processor in (
+        AttnProcessor2_0(),
+        MultiSubjectAttnProcessor(LAYER),
+        MultiSubjectAttnProcessor(LAYER, "softmax"),
+    ):
         layer.set_processor(processor)
         results.append(layer(tensors["hidden_states"], encoder_hidden_states=text, attention_mask=mask))
     assert torch.equal(results[0], results[1])
@@ -271,7 +275,9 @@ def test_bad_auto_layout_is_refused(arguments, message):
 def test_wrong_batch_layer_and_size_are_refused(layer, golden):
     tensors, _ = golden
     with pytest.raises(RequestError, match="2 samples, but the UNet got 3"):
-        run(layer, ({k: v[:1].repeat(3, 1, 1) for k, v in tensors.items() if v.ndim == 3}, None), make_condition(golden))
+        run(
+            layer, ({k: v[:1].repeat(3, 1, 1) for k, v in tensors.items() if v.ndim == 3}, None), make_condition(golden)
+        )
     with pytest.raises(LayoutError, match="latents of 10 x 10.*144 patches"):
         run(layer, golden, make_condition(golden, size=(10, 10)))
     condition = make_condition(golden)

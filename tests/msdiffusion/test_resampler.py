@@ -44,7 +44,11 @@ def test_params_are_read_from_the_official_weights(resampler, golden):
 
 def test_no_drop_flags_mean_no_drop(resampler, golden):
     tensors, _ = golden
-    inputs = (tensors["image_tokens"].unflatten(0, (2, 3)), tensors["phrase_embeds"].unflatten(0, (2, 3)), tensors["boxes"])
+    inputs = (
+        tensors["image_tokens"].unflatten(0, (2, 3)),
+        tensors["phrase_embeds"].unflatten(0, (2, 3)),
+        tensors["boxes"],
+    )
     with torch.no_grad():
         assert torch.equal(resampler(*inputs), resampler(*inputs, torch.zeros(2, dtype=torch.bool)))
 

@@ -1,0 +1,340 @@
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+
+from msdiffusion.adapter import AdapterConfig, MSAdapter, cross_attentions
+from msdiffusion.attention import AutoLayout, MultiSubjectAttnProcessor, TransparentAttnProcessor
+from msdiffusion.errors import LayoutError, RequestError, WeightsError
+from msdiffusion.resampler import ResamplerParams
+
+
+@pytest.fixture(scope="module")
+def golden(golden_tensors):
+    return golden_tensors("unet")
+
+
+def make_unet(golden, **changes):
+    tensors, config = golden
+    unet = UNet2DConditionModel(**{**config["unet_config"], **changes})
+    if not changes:
+        unet.load_state_dict({k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")})
+    return unet.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def unet(golden):
+    return make_unet(golden)
+
+
+@pytest.fixture(scope="module")
+def adapter(golden, unet, official_adapter_file):
+    head_width = golden[1]["resampler_config"]["dim_head"]
+    return MSAdapter.from_official(official_adapter_file, unet, head_width=head_width).eval().requires_grad_(False)
+
+
+def make_condition(adapter, golden, **options):
+    tensors, config = golden
+    return adapter(
+        tensors["image_tokens"].unflatten(0, (2, 3)),
+        tensors["phrase_embeds"].unflatten(0, (2, 3)),
+        options.pop("boxes", tensors["boxes"]),
+        drop_grounding=torch.tensor(config["drop_grounding_tokens"]),
+        **{"height": 16, "width": 16, "scale": config["scale"], **options},
+    )
+
+
+def predict(unet, golden, condition=None, latents=None):
+    tensors, _ = golden
+    return unet(
+        tensors["latents"] if latents is None else latents,
+        tensors["timesteps"],
+        encoder_hidden_states=tensors["text_states"],
+        added_cond_kwargs={"text_embeds": tensors["text_embeds"], "time_ids": tensors["time_ids"]},
+        cross_attention_kwargs=None if condition is None else {"subjects": condition},
+    ).sample
+
+
+def test_whole_unet_equals_the_official_prediction(golden, unet, adapter):
+    tensors, _ = golden
+    for backend in ("sdpa", "softmax"):
+        adapter.install(unet, backend)
+        with_subjects = predict(unet, golden, make_condition(adapter, golden))
+        torch.testing.assert_close(with_subjects, tensors["noise_pred"], rtol=1e-4, atol=1e-4)
+        without = predict(unet, golden)
+        torch.testing.assert_close(without, tensors["noise_pred_without_adapter"], rtol=1e-4, atol=1e-4)
+    assert (tensors["noise_pred"] - tensors["noise_pred_without_adapter"]).abs().max() > 0.05  # the test can tell
+
+
+def test_official_file_converts_to_ours_and_predicts_the_same(golden, unet, adapter, tmp_path):
+    adapter.save_pretrained(tmp_path, base_model="base", reference_fit="pad")
+    again = MSAdapter.from_pretrained(tmp_path)
+    assert (again.config.base_model, again.config.reference_fit) == ("base", "pad")
+    assert again.config.resampler == adapter.config.resampler
+    adapter.install(unet)
+    expected = predict(unet, golden, make_condition(adapter, golden))
+    again.install(unet)
+    assert torch.equal(predict(unet, golden, make_condition(again, golden)), expected)
+
+
+def test_layers_are_numbered_down_up_mid(adapter, unet):
+    names = list(adapter.layers)
+    assert names == list(cross_attentions(unet))
+    blocks = [name.split("/")[0] for name in names]
+    assert blocks == sorted(blocks, key=["down_blocks", "up_blocks", "mid_block"].index)
+
+
+def test_a_pickle_with_code_is_not_opened(unet, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (pytest.fail, ("the file's code ran",))
+
+    torch.save({"image_proj": Evil(), "ms_adapter": {}}, tmp_path / "evil.bin")
+    with pytest.raises(WeightsError, match="tensors only"):
+        MSAdapter.from_official(tmp_path / "evil.bin", unet)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ([1, 2], "needs image_proj and ms_adapter, found list"),
+        ({"state_dict": {}}, r"found \['state_dict'\]"),
+        ({"image_proj": {}, "ms_adapter": {}}, "has no null_queries"),
+    ],
+)
+def test_other_files_are_no_official_adapter(unet, tmp_path, record, message):
+    torch.save(record, tmp_path / "other.bin")
+    with pytest.raises(WeightsError, match=message):
+        MSAdapter.from_official(tmp_path / "other.bin", unet)
+
+
+def test_missing_and_broken_official_files(unet, tmp_path):
+    with pytest.raises(WeightsError, match="no such file"):
+        MSAdapter.from_official(tmp_path / "nowhere.bin", unet)
+    (tmp_path / "text.bin").write_text("hello")
+    with pytest.raises(WeightsError, match="tensors only"):
+        MSAdapter.from_official(tmp_path / "text.bin", unet)
+
+
+def edited(official_adapter_file, tmp_path, edit):
+    record = torch.load(official_adapter_file, weights_only=True)
+    edit(record)
+    torch.save(record, tmp_path / "edited.bin")
+    return tmp_path / "edited.bin"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda r: r["ms_adapter"].pop("1.to_k_ip.weight"), r"missing \['layers.down_blocks/1/.*to_k.weight"),
+        (lambda r: r["ms_adapter"].update({"layer.weight": torch.zeros(1)}), "unknown key layer.weight"),
+        (
+            lambda r: [r["ms_adapter"].pop(k) for k in list(r["ms_adapter"]) if k.startswith("1.")],
+            "cross-attention layers",
+        ),
+        (lambda r: r["image_proj"].pop("proj_in.bias"), r"missing \['resampler.image_projection.bias'\]"),
+        (lambda r: r["image_proj"].update({"pos_emb": torch.zeros(1)}), r"unexpected \['resampler.pos_emb'\]"),
+    ],
+)
+def test_incomplete_official_files_are_refused(unet, official_adapter_file, tmp_path, edit, message):
+    with pytest.raises(WeightsError, match=message):
+        MSAdapter.from_official(edited(official_adapter_file, tmp_path, edit), unet, head_width=16)
+
+
+def test_head_width_must_divide(unet, official_adapter_file):
+    with pytest.raises(WeightsError, match="64 wide, which 48 does not divide"):
+        MSAdapter.from_official(official_adapter_file, unet, head_width=48)
+
+
+def test_another_architecture_is_named_with_both_shapes(golden, adapter, official_adapter_file):
+    wider = make_unet(golden, block_out_channels=[16, 32, 128], attention_head_dim=[2, 4, 8])
+    with pytest.raises(WeightsError, match=r"\(64, 32\).*\(128, 32\)"):
+        adapter.install(wider)
+    other_text = make_unet(golden, cross_attention_dim=48)
+    with pytest.raises(WeightsError, match=r"\(32, 32\).*\(32, 48\)"):
+        adapter.install(other_text)
+    deeper = make_unet(golden, transformer_layers_per_block=[1, 1, 3])
+    with pytest.raises(WeightsError, match="11 cross-attention layers, but this one has 15; .*only in the UNet"):
+        adapter.install(deeper)
+    with pytest.raises(WeightsError, match="cross-attention layers"):
+        MSAdapter.from_official(official_adapter_file, deeper, head_width=16)
+
+
+def test_a_unet_without_cross_attention_is_refused():
+    unet = UNet2DConditionModel(
+        block_out_channels=[8], down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"], mid_block_type=None,
+        layers_per_block=1, norm_num_groups=4,
+    )  # fmt: skip
+    with pytest.raises(WeightsError, match="no cross-attention"):
+        cross_attentions(unet)
+
+
+def test_from_unet_copies_the_frozen_keys_and_values(unet):
+    params = ResamplerParams(
+        image_width=48, phrase_width=24, output_width=32, width=32, depth=1, heads=2, head_width=16
+    )
+    fresh = MSAdapter.from_unet(unet, params, reference_background=(255, 255, 255))
+    for name, module in cross_attentions(unet).items():
+        assert torch.equal(fresh.layers[name].to_k.weight, module.to_k.weight)
+        assert torch.equal(fresh.layers[name].to_v.weight, module.to_v.weight)
+        assert fresh.layers[name].to_k.weight.data_ptr() != module.to_k.weight.data_ptr()
+    assert all(weight.requires_grad for weight in fresh.parameters())
+    assert fresh.config.reference_background == (255, 255, 255)
+
+
+def test_install_is_silent_repeatable_and_leaves_the_bare_unet(golden, unet, adapter, caplog):
+    bare = make_unet(golden)
+    expected = predict(bare, golden)
+    adapter.install(unet)
+    adapter.install(unet)
+    processors = unet.attn_processors.values()
+    assert {type(processor) for processor in processors} == {MultiSubjectAttnProcessor, TransparentAttnProcessor}
+    assert not any(isinstance(getattr(p, "base", None), TransparentAttnProcessor) for p in processors)
+    predict(unet, golden, make_condition(adapter, golden))
+    assert torch.equal(predict(unet, golden), expected)
+    assert not caplog.records
+
+
+def test_softmax_backend_is_for_all_attention(unet, adapter):
+    adapter.install(unet, "softmax")
+    bases = [p.base for p in unet.attn_processors.values() if isinstance(p, TransparentAttnProcessor)]
+    assert bases
+    assert all(isinstance(base, AttnProcessor) for base in bases)
+    with pytest.raises(RequestError, match="backend"):
+        adapter.install(unet, "flash")
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.0}, {"subject_scales": [0, 0, 0]}, {"boxes": torch.zeros(2, 3, 4)}])
+def test_nothing_to_add_is_the_bare_unet_bit_for_bit(golden, unet, adapter, options):
+    adapter.install(unet)
+    assert torch.equal(predict(unet, golden, make_condition(adapter, golden, **options)), predict(unet, golden))
+
+
+def test_scales_compose(golden, unet, adapter):
+    adapter.install(unet)
+
+    def with_scales(**options):
+        return predict(unet, golden, make_condition(adapter, golden, **options))
+
+    torch.testing.assert_close(with_scales(scale=0.8, subject_scales=[0.5] * 3), with_scales(scale=0.4))
+    torch.testing.assert_close(
+        with_scales(scale=0.5, subject_scales=[0.4, 1.0, 0.6]), with_scales(scale=1.0, subject_scales=[0.2, 0.5, 0.3])
+    )
+    per_sample = torch.tensor([[0.2, 0.5, 0.3], [1.0, 1.0, 1.0]])
+    both = with_scales(scale=1.0, subject_scales=per_sample)
+    torch.testing.assert_close(both[0], with_scales(scale=1.0, subject_scales=[0.2, 0.5, 0.3])[0])
+    torch.testing.assert_close(both[1], with_scales(scale=1.0)[1])
+
+
+def test_a_subject_of_scale_zero_equals_an_empty_box(golden, unet, adapter):
+    adapter.install(unet)
+    boxes = golden[0]["boxes"].clone()
+    silent = predict(unet, golden, make_condition(adapter, golden, boxes=boxes, subject_scales=[1, 0, 1]))
+    boxes[:, 1] = 0.0
+    torch.testing.assert_close(silent, predict(unet, golden, make_condition(adapter, golden, boxes=boxes)))
+
+
+def test_calls_do_not_leak_into_one_another(golden, unet, adapter):
+    adapter.install(unet)
+    spans = torch.tensor([[[1, 2], [3, 5], [6, 7]]] * 2)
+
+    def sample(auto_layout):
+        condition = make_condition(
+            adapter, golden, auto_layout=AutoLayout(spans, start_step=2) if auto_layout else None
+        )
+        return torch.stack([predict(unet, golden, condition) for _ in range(3)])
+
+    boxes_first, text_first = sample(False), sample(True)
+    assert not torch.equal(boxes_first, text_first)
+    assert torch.equal(boxes_first[0], text_first[0])  # the boxes rule before start_step
+    assert torch.equal(sample(False), boxes_first)
+    assert torch.equal(sample(True), text_first)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 24), (9, 13), (17, 11)])
+def test_any_latent_size(golden, unet, adapter, height, width):
+    adapter.install(unet)
+    torch.manual_seed(0)
+    latents = torch.randn(2, 4, height, width)
+    condition = make_condition(adapter, golden, height=height, width=width)
+    result = predict(unet, golden, condition, latents)
+    assert result.isfinite().all()
+    assert not torch.equal(result, predict(unet, golden, None, latents))
+
+
+def test_gradients_reach_every_trained_weight(golden, unet, adapter):
+    trained = MSAdapter(adapter.config, {name: layer.to_k.out_features for name, layer in adapter.layers.items()})
+    trained.load_state_dict(adapter.state_dict())
+    trained.install(unet, "softmax")
+    predict(unet, golden, make_condition(trained, golden)).pow(2).mean().backward()
+    without = [name for name, weight in trained.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert without == []
+    assert all(weight.grad.isfinite().all() for weight in trained.parameters())
+    trained.install(unet, "sdpa")
+    plain = {name: weight.grad.clone() for name, weight in trained.named_parameters()}
+    trained.zero_grad()
+    predict(unet, golden, make_condition(trained, golden)).pow(2).mean().backward()
+    for name, weight in trained.named_parameters():
+        torch.testing.assert_close(weight.grad, plain[name], rtol=1e-3, atol=1e-6)
+
+
+def test_condition_checks_shapes_and_counts(golden, adapter):
+    tokens = torch.zeros(1, 2, 16, 32)
+    with pytest.raises(LayoutError, match=r"\(1, 2, 16, 32\).*\(1, 3, 4\)"):
+        adapter.condition(tokens, torch.zeros(1, 3, 4), height=16, width=16)
+    with pytest.raises(RequestError, match=r"one number per subject \(2\)"):
+        adapter.condition(tokens, torch.zeros(1, 2, 4), height=16, width=16, subject_scales=[1, 1, 1])
+
+
+def rewrite(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": "other/9"}, "other/9"),
+        ({"colour": 1}, "unknown keys.*colour"),
+        ({"resampler": {"depth": 2}}, "incomplete"),
+        ({"reference_fit": "stretch"}, "reference_fit"),
+        ({"reference_background": [0, 0, 300]}, "reference_background"),
+        ({"defaults": {"stepz": 3}}, "stepz"),
+    ],
+)
+def test_bad_configs_are_refused(adapter, tmp_path, changes, message):
+    adapter.save_pretrained(tmp_path)
+    rewrite(tmp_path, **changes)
+    with pytest.raises(WeightsError, match=message):
+        MSAdapter.from_pretrained(tmp_path)
+
+
+def test_config_and_weights_of_different_adapters_are_named_with_both_shapes(adapter, tmp_path):
+    adapter.save_pretrained(tmp_path)
+    sizes = json.loads((tmp_path / "config.json").read_text())["resampler"]
+    rewrite(tmp_path, resampler={**sizes, "image_width": 64})
+    with pytest.raises(WeightsError, match=r"\(64, 48\).*\(64, 64\)"):
+        MSAdapter.from_pretrained(tmp_path)
+    rewrite(tmp_path, resampler={**sizes, "depth": 9})
+    with pytest.raises(WeightsError, match="missing.*and .* more"):
+        MSAdapter.from_pretrained(tmp_path)
+
+
+def test_missing_and_broken_adapter_files(adapter, tmp_path):
+    with pytest.raises(WeightsError, match=r"no config\.json"):
+        MSAdapter.from_pretrained(tmp_path)
+    adapter.save_pretrained(tmp_path)
+    (tmp_path / "adapter.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(WeightsError, match="not a safetensors file"):
+        MSAdapter.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match="not JSON"):
+        MSAdapter.from_pretrained(tmp_path)
+
+
+def test_released_config_has_the_official_defaults():
+    config = AdapterConfig(resampler=ResamplerParams(image_width=1664, phrase_width=768, output_width=2048))
+    assert (config.reference_background, config.reference_fit) == ((0, 0, 0), "squash")
+    assert AdapterConfig.from_json(config.to_json()) == config
