@@ -23,6 +23,7 @@ RANKS = {
     "layout": 1,
     "phrases": 1,
     "pixel_autoencoder": 1,
+    "request": 2,
     "resampler": 2,
     "attention": 2,
     "official": 3,
