@@ -1,0 +1,116 @@
+"""Pictures for the report: frames with their boxes and masks, cut-outs, contact sheets. Pillow and numpy only."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data_pipeline.records import Box, DetectedPair, FramePair, NamedPair, TrainingPair, box_in_pixels
+
+HEIGHT = 168
+COLOURS = ((230, 57, 70), (29, 120, 220), (42, 157, 76), (244, 162, 30), (145, 70, 200), (0, 170, 170), (120, 85, 60))
+Drawn = tuple[str, Box, np.ndarray | None]
+"""A phrase, its box, and its bool (height, width) mask if there is one."""
+
+
+def draw_frame(image: np.ndarray, subjects: Sequence[Drawn], height: int = HEIGHT) -> Image.Image:
+    """The frame at the given height, masks tinted, boxes and phrases in one colour per subject. image: uint8 (h, w, 3)."""
+    pixels = image.astype(np.float32)
+    for number, (_, _, mask) in enumerate(subjects):
+        if mask is not None:
+            pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.asarray(COLOURS[number % len(COLOURS)], dtype=np.float32)
+    width = max(1, round(image.shape[1] * height / image.shape[0]))
+    picture = Image.fromarray(pixels.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
+    for number, (phrase, box, _) in enumerate(subjects):
+        colour = COLOURS[number % len(COLOURS)]
+        x1, y1, x2, y2 = box_in_pixels(box, width, height)
+        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=2)
+        place = (x1 + 3, min(max(0, y1 + 1), height - 14))
+        draw.rectangle(draw.textbbox(place, phrase, font=font), fill=colour)
+        draw.text(place, phrase, font=font, fill=(255, 255, 255))
+    return picture
+
+
+def draw_cut_out(cutout: Image.Image, height: int) -> Image.Image:
+    """An RGBA cut-out, fitted into a square of the given side, on a checkerboard."""
+    squares = (np.indices((height, height)) // 8).sum(axis=0) % 2
+    board = Image.fromarray((205 + 30 * squares).astype(np.uint8)).convert("RGB")
+    scale = (height - 4) / max(cutout.size)
+    size = tuple(max(1, round(side * scale)) for side in cutout.size)
+    small = cutout.resize(size, Image.Resampling.BICUBIC)
+    board.paste(small, ((height - size[0]) // 2, (height - size[1]) // 2), small)
+    return board
+
+
+def beside(pictures: Sequence[Image.Image], gap: int = 3) -> Image.Image:
+    """Pictures of one height, side by side on white."""
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    row = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    x = 0
+    for picture in pictures:
+        row.paste(picture, (x, 0))
+        x += picture.width + gap
+    return row
+
+
+def contact_sheet(tiles: Sequence[tuple[Image.Image, str]], width: int = 1500) -> Image.Image:
+    """Tiles with a line or two of text under each, in rows that fit the width."""
+    font, gap, line = ImageFont.load_default(size=12), 10, 15
+    placed, x, y, row_height = [], gap, gap, 0
+    for picture, text in tiles:
+        if picture.width > width - 2 * gap:
+            picture = picture.resize((width - 2 * gap, max(1, picture.height * (width - 2 * gap) // picture.width)))
+        lines = _wrapped(text, font, picture.width)
+        tile_height = picture.height + line * len(lines) + 4
+        if x > gap and x + picture.width > width - gap:
+            x, y, row_height = gap, y + row_height + gap, 0
+        placed.append((picture, lines, x, y))
+        x, row_height = x + picture.width + gap, max(row_height, tile_height)
+    sheet = Image.new("RGB", (width, y + row_height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for picture, lines, left, top in placed:
+        sheet.paste(picture, (left, top))
+        for number, words in enumerate(lines):
+            draw.text((left, top + picture.height + 2 + line * number), words, font=font, fill=(30, 30, 30))
+    return sheet
+
+
+def _wrapped(text: str, font: Any, width: int, most: int = 3) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1]} ..."]
+
+
+def draw_preview(record: Any) -> bytes:
+    """Both frames of a record as a JPEG, with whatever has been found in them; no bytes if nothing was decoded yet."""
+    if isinstance(record, FramePair):
+        frames, subjects = record, ((), ())
+    elif isinstance(record, NamedPair):
+        frames, subjects = record.frames, ((), ())
+    elif isinstance(record, DetectedPair):
+        frames, subjects = record.frames, (record.reference, record.target)
+    elif isinstance(record, TrainingPair):
+        frames = record.frames
+        subjects = (
+            tuple(match.reference for match in record.matches),
+            tuple(match.target for match in record.matches),
+        )
+    else:
+        return b""
+    pictures = [
+        draw_frame(frame.image, [(found.entity.phrase, found.box, found.mask) for found in detections])
+        for frame, detections in zip((frames.reference, frames.target), subjects, strict=True)
+    ]
+    buffer = io.BytesIO()
+    beside(pictures).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()

@@ -1,0 +1,123 @@
+"""What a run has finished so far: one done-marker per clip, so that a rerun goes on where the last one stopped.
+
+``OUT/.mining/`` holds settings.json (what the run was started with) and, per clip, a marker ``KEY.json``, the tar blocks of its samples
+``KEY.tar`` and, if it was rejected after its frames had been decoded, a preview ``KEY.jpg``. Every file is written under a temporary name and
+renamed, the marker last. When the dataset is complete, build.json appears and the folder goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.records import InputError, VideoFile
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes under a temporary name in the same folder, then renames: a reader sees the whole file or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def fingerprint(file: VideoFile) -> str:
+    """Changes when a clip changes: its size and time of change, its caption, its annotations sidecar."""
+    parts: list[Any] = [file.name, file.caption]
+    for path in (file.path, file.path.with_name(f"{file.path.stem}.annotations.json")):
+        try:
+            status = path.stat()
+            parts += [status.st_size, status.st_mtime_ns]
+        except OSError:
+            parts.append(None)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def flatten(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """``{"step": {"name": value}}`` -> ``{"step.name": value}``, values as json gives them back."""
+    return {f"{step}.{name}": value for step, own in json.loads(json.dumps(settings)).items() for name, value in own.items()}
+
+
+class Journal:
+    """The state of one output folder."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out / ".mining"
+
+    def is_complete(self) -> bool:
+        """True if a run has finished here."""
+        return (self.out / "build.json").is_file()
+
+    def start(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
+        """Creates the folder, or compares the settings with those it was started with; InputError that names what differs."""
+        stored = self.out / "build.json" if self.is_complete() else self.folder / "settings.json"
+        if stored.is_file():
+            content = json.loads(stored.read_text(encoding="utf-8"))
+            self.compare(flatten(settings), flatten(content["settings"]))
+            return
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"--out needs a folder, but {self.out} is a file")
+        if self.out.is_dir() and any(self.out.iterdir()) and not self.folder.is_dir():
+            raise InputError(f"{self.out} is not empty and no earlier run of this program is in it: choose a new --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "settings.json", json.dumps({"settings": settings}, indent=1).encode())
+
+    def compare(self, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+        """InputError that names every setting with another value than before."""
+        missing = object()
+        changed = [name for name in sorted({*now, *then}) if now.get(name, missing) != then.get(name, missing)]
+        if changed:
+            lines = [f"  {name}: {then.get(name, 'absent')!r} then, {now.get(name, 'absent')!r} now" for name in changed]
+            raise InputError(
+                f"{self.out} was started with other settings; use those again, or a new --out:\n" + "\n".join(lines)
+            )
+
+    def _path(self, key: str, suffix: str) -> Path:
+        # Spread over folders, because some disks are slow with a million files in one.
+        return self.folder / f"{zlib.crc32(key.encode()) % 256:02x}" / f"{key}{suffix}"
+
+    def read(self, file: VideoFile) -> dict[str, Any] | None:
+        """The marker of a finished clip; None if it is not finished or has changed since."""
+        try:
+            marker = json.loads(self._path(file.key, ".json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return marker if marker["fingerprint"] == fingerprint(file) else None
+
+    def commit(self, file: VideoFile, marker: Mapping[str, Any], blocks: bytes = b"", preview: bytes = b"") -> None:
+        """Leaves a clip's results on disk, its marker last."""
+        path = self._path(file.key, ".json")
+        path.parent.mkdir(exist_ok=True)
+        if blocks:
+            write_atomically(path.with_suffix(".tar"), blocks)
+        if preview:
+            write_atomically(path.with_suffix(".jpg"), preview)
+        content = {**marker, "video": file.name, "key": file.key, "fingerprint": fingerprint(file)}
+        write_atomically(path, json.dumps(content, separators=(",", ":")).encode())
+
+    def markers(self, files: list[VideoFile]) -> Iterator[dict[str, Any]]:
+        """Markers of all clips, in the order of the files; InputError if one is missing."""
+        for file in files:
+            marker = self.read(file)
+            if marker is None:
+                raise InputError(f"{file.name} changed while the dataset was being written; run the same command again")
+            yield marker
+
+    def blocks(self, key: str) -> bytes:
+        """The tar blocks of a kept clip."""
+        return self._path(key, ".tar").read_bytes()
+
+    def preview(self, key: str) -> bytes | None:
+        """The preview of a rejected clip (JPEG), if its frames had been decoded."""
+        path = self._path(key, ".jpg")
+        return path.read_bytes() if path.is_file() else None
+
+    def close(self) -> None:
+        """Removes the working folder of a complete dataset."""
+        shutil.rmtree(self.folder, ignore_errors=True)

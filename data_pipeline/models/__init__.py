@@ -1,0 +1,1 @@
+"""Thin wrappers round the libraries that are heavy to import. Only steps import them, inside ``setup``."""

@@ -1,0 +1,32 @@
+"""Masks for boxes: from the annotations that came with the video, or from Segment Anything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+from data_pipeline.models.annotations import read_mask
+from data_pipeline.records import BadClip, Detection, Frame
+
+
+class Segmenter(Protocol):
+    """Gives every detection of a frame its mask."""
+
+    def segment(self, frame: Frame, detections: tuple[Detection, ...]) -> tuple[Detection, ...]:
+        """The same detections in the same order, with masks; a mask may be empty."""
+        ...
+
+
+class AnnotationSegmenter:
+    """Reads the masks that belong to annotated boxes."""
+
+    def segment(self, frame: Frame, detections: tuple[Detection, ...]) -> tuple[Detection, ...]:
+        """BadClip if an annotated object has a box only."""
+        height, width = frame.image.shape[:2]
+        found = []
+        for detection in detections:
+            mask = read_mask(detection.annotated, width, height) if detection.annotated else None
+            if mask is None:
+                raise BadClip("annotation without a mask", phrase=detection.entity.phrase, frame=frame.index)
+            found.append(replace(detection, mask=mask))
+        return tuple(found)

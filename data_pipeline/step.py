@@ -1,0 +1,51 @@
+"""What a step of the pipeline is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from data_pipeline.records import Rejected
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+@dataclass(kw_only=True)
+class Step(Generic[In, Out]):
+    """One step: a dataclass whose fields are its settings, checked in ``__post_init__``, so a wrong one fails before any work.
+
+    A step is pickled into every worker before ``setup`` and never after it. A field with ``metadata={"hashed": False}``
+    does not change the dataset (a path to write to, say) and stays out of the settings that are compared and recorded.
+    Fields with ``init=False`` are what ``setup`` loads.
+    """
+
+    preload: ClassVar[tuple[str, ...]] = ()
+    """Modules that ``setup`` will need and that are slow to import: the runner may import them once for all workers."""
+
+    @property
+    def name(self) -> str:
+        """``CutShots`` -> ``cut_shots``: the name of the file, of the stage in reports, and of the settings."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def setup(self) -> None:
+        """Once per worker: heavy imports and weights. SettingsError or InputError if something is missing."""
+
+    def process(self, record: In) -> Out | Rejected:
+        """The next record, or why the clip goes no further. ``BadClip`` may be raised instead of returning ``Rejected``."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that shape the dataset, as JSON values."""
+        chosen = (f for f in fields(self) if f.init and f.metadata.get("hashed", True))
+        return {f.name: _as_json(getattr(self, f.name)) for f in chosen}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, tuple | frozenset | set):
+        return sorted(value) if not isinstance(value, tuple) else list(value)
+    return value

@@ -1,0 +1,63 @@
+"""Step 1: open a video, check it, and put its caption and annotations beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.records import InputError, Rejected, SettingsError, Video, VideoFile
+from data_pipeline.step import Step
+
+
+@dataclass(kw_only=True)
+class ReadVideos(Step[VideoFile, Video]):
+    """Rejects a clip without a caption, an empty or unreadable file, and annotations that disagree with their video.
+
+    reader: "auto", "decord" or "pyav" (data_pipeline/models/video_reader.py tells them apart). annotations: whether to read the
+    boxes and masks that came with the videos; annotations_file: a corpus file, else the sidecars.
+    """
+
+    reader: str = "auto"
+    annotations: bool = True
+    annotations_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.reader not in ("auto", "decord", "pyav"):
+            raise SettingsError(f"reader must be auto, decord or pyav, got {self.reader!r}")
+        if self.annotations_file is not None and not self.annotations_file.is_file():
+            raise InputError(f"no annotations file at {self.annotations_file}")
+
+    def setup(self) -> None:
+        """Loads the readers and the corpus file."""
+        from data_pipeline.models import video_reader
+        from data_pipeline.models.annotations import AnnotationSource
+
+        self._probe = video_reader.probe
+        self._choose = video_reader.choose_reader
+        self._source = AnnotationSource(self.annotations_file) if self.annotations else None
+
+    def process(self, file: VideoFile) -> Video | Rejected:
+        """The opened video."""
+        if not file.caption:
+            return Rejected("no caption", {"needed": f"{Path(file.name).stem}.txt, .json, or a row of the captions table"})
+        try:
+            content = file.path.read_bytes()
+        except OSError as error:
+            return Rejected("unreadable video", {"error": f"{type(error).__name__}: {error.strerror}"})
+        if not content:
+            return Rejected("empty file", {"bytes": 0})
+        facts = self._probe(file.path)
+        annotations = None
+        if self._source is not None:
+            annotations = self._source.read(file.path, file.name, facts.width, facts.height, len(facts.stamps))
+            if annotations is None:
+                return Rejected("no annotations", {"needed": f"{Path(file.name).stem}.annotations.json or --annotations FILE"})
+        return Video(
+            file=file,
+            caption=file.caption,
+            sha256=hashlib.sha256(content).hexdigest(),
+            facts=facts,
+            reader=self._choose(self.reader, file.path, facts),
+            annotations=annotations,
+        )

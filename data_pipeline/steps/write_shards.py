@@ -1,0 +1,134 @@
+"""Step 9: turn a pair into the files of its samples. The runner puts them into shards, in the order of the clips' names."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.records import (
+    EncodedPair,
+    Frame,
+    Match,
+    Rejected,
+    SettingsError,
+    TrainingPair,
+    cut_out,
+    encode_mask,
+)
+from data_pipeline.step import Step
+
+SCHEMA = "msdiffusion.pairs/1"
+
+
+@dataclass(kw_only=True)
+class WriteShards(Step[TrainingPair, EncodedPair]):
+    """Encodes target pictures (JPEG, 4:4:4), reference cut-outs (PNG with alpha) and metadata (json), as docs/data_format.md specifies.
+
+    pairs_per_clip: 1 takes the earlier frame as the reference, 2 adds the swapped direction as a sample of its own. pairs_per_shard: samples in
+    one tar file. pipeline: version and settings hash, copied into every sample. The same pair always gives the same bytes.
+    """
+
+    pairs_per_clip: int = 1
+    pairs_per_shard: int = 1000
+    jpeg_quality: int = 95
+    pipeline: Mapping[str, str] = field(default_factory=dict, metadata={"hashed": False})
+
+    def __post_init__(self) -> None:
+        if self.pairs_per_clip not in (1, 2):
+            raise SettingsError(f"pairs_per_clip is 1, or 2 for both directions, got {self.pairs_per_clip}")
+        if self.pairs_per_shard < 1:
+            raise SettingsError(f"pairs_per_shard must be at least 1, got {self.pairs_per_shard}")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise SettingsError(f"jpeg_quality must lie in 1..100, got {self.jpeg_quality}")
+
+    def process(self, pair: TrainingPair) -> EncodedPair | Rejected:
+        """One or two samples."""
+        frames = pair.frames
+        key = frames.video.file.key
+        directions = [(key, frames.reference, frames.target, pair.matches)]
+        if self.pairs_per_clip == 2:
+            swapped = tuple(
+                Match(reference=match.target, target=match.reference, similarity=match.similarity) for match in pair.matches
+            )
+            directions.append((f"{key}-swapped", frames.target, frames.reference, swapped))
+        samples, blocks = [], []
+        for name, reference, target, matches in directions:
+            metadata = self.metadata(name, pair, reference, target, matches)
+            members = {"target.jpg": encode_jpeg(target.image, self.jpeg_quality)}
+            for i, match in enumerate(matches):
+                members[f"reference_{i}.png"] = encode_png(cut_out(reference.image, match.reference.mask, match.reference.box))
+            members["json"] = json.dumps(metadata, separators=(",", ":")).encode()
+            blocks += [tar_member(f"{name}.{suffix}", content) for suffix, content in members.items()]
+            samples.append(metadata)
+        return EncodedPair(samples=tuple(samples), blocks=b"".join(blocks), dropped=pair.dropped)
+
+    def metadata(
+        self, key: str, pair: TrainingPair, reference: Frame, target: Frame, matches: tuple[Match, ...]
+    ) -> dict[str, Any]:
+        """The json of one sample, as specified in docs/data_format.md."""
+        video, shot = pair.frames.video, pair.frames.shot
+        height, width = target.image.shape[:2]
+        return {
+            "schema": SCHEMA,
+            "key": key,
+            "caption": video.caption,
+            "width": width,
+            "height": height,
+            "subjects": [describe(match) for match in matches],
+            "source": {
+                "video": video.file.name,
+                "sha256": video.sha256,
+                "frame_reference": reference.index,
+                "frame_target": target.index,
+                "t_reference": round(reference.time, 6),
+                "t_target": round(target.time, 6),
+                "shot": [round(shot.start, 6), round(shot.end, 6)],
+            },
+            "pipeline": dict(self.pipeline),
+        }
+
+
+def describe(match: Match) -> dict[str, Any]:
+    """The entry of one subject in the json of a sample."""
+    reference, target = match.reference, match.target
+    return {
+        "phrase": target.entity.phrase,
+        "mention": target.entity.mention,
+        "target_box": [round(float(value), 6) for value in target.box],
+        "reference_box": [round(float(value), 6) for value in reference.box],
+        "target_mask_rle": encode_mask(target.mask),
+        "reference_mask_rle": encode_mask(reference.mask),
+        "detection_score": round(min(reference.score, target.score), 6),
+        "match_similarity": round(match.similarity, 4),
+        "area": round(float(target.mask.mean()), 6),
+        "attributes": dict(target.attributes),
+    }
+
+
+def encode_jpeg(picture: np.ndarray, quality: int) -> bytes:
+    """uint8 (height, width, 3) as a JPEG with full colour resolution."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """uint8 (height, width, 4) as a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tar_member(name: str, content: bytes) -> bytes:
+    """Header and content of one member, padded to whole blocks; no clock and no user in it."""
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    header.mode = 0o644
+    return header.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)

@@ -1,0 +1,147 @@
+"""Small clips with exact annotations, and records to feed to single steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from data_pipeline.records import (
+    Detection,
+    Entity,
+    Frame,
+    FramePair,
+    Match,
+    Shot,
+    Video,
+    VideoFacts,
+    VideoFile,
+    encode_mask,
+)
+
+COLOURS = {"dog": (200, 40, 40), "teapot": (40, 60, 200), "cat": (230, 180, 40), "fish": (60, 180, 90)}
+
+
+def write_video(
+    path: Path, pictures: np.ndarray, fps: int = 8, codec: str = "libx264", options: dict[str, str] | None = None
+) -> None:
+    """pictures: uint8 (frames, height, width, 3)."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height = pictures.shape[2], pictures.shape[1]
+        stream.pix_fmt = "yuv420p"
+        stream.options = options or {}
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def draw_clip(
+    names: tuple[str, ...], *, size: int = 96, num_frames: int = 12, seed: int = 0, speed: int = 2, start: int = 6
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ellipses with a light stripe that move to the right. Returns pictures (F, H, W, 3) and masks (F, subjects, H, W)."""
+    rng = np.random.default_rng(seed)
+    ground = rng.integers(90, 160, (size // 8, size // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    rows, columns = np.mgrid[:size, :size]
+    pictures = np.repeat(ground[None], num_frames, 0)
+    masks = np.zeros((num_frames, len(names), size, size), dtype=bool)
+    high = size // (2 * len(names)) - 2
+    for frame in range(num_frames):
+        for i, name in enumerate(names):
+            y, x = (2 * i + 1) * size // (2 * len(names)), size // 4 + start + speed * frame
+            mask = ((rows - y) / high) ** 2 + ((columns - x) / (size // 5)) ** 2 < 1
+            masks[frame, i] = mask
+            pictures[frame][mask] = COLOURS.get(name, (120, 30, 150))
+            pictures[frame][mask & (np.abs(rows - y) < 3)] = (240, 240, 240)
+    return pictures, masks
+
+
+def annotate(names: tuple[str, ...], masks: np.ndarray, frames: range | list[int] | None = None) -> dict:
+    """The sidecar of a clip with these masks (F, subjects, H, W)."""
+    num_frames, _, height, width = masks.shape
+    entries = []
+    for index in range(num_frames) if frames is None else frames:
+        objects = []
+        for i in range(len(names)):
+            ys, xs = np.nonzero(masks[index, i])
+            if len(ys):
+                box = [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
+                objects.append({"id": i, "box": box, "mask_rle": encode_mask(masks[index, i])})
+        entries.append({"index": index, "time": index / 8, "objects": objects})
+    objects = [{"id": i, "name": name, "attributes": {"category": name}} for i, name in enumerate(names)]
+    schema = "data_pipeline.annotations/1"
+    return {"schema": schema, "width": width, "height": height, "fps": 8, "num_frames": num_frames, "objects": objects, "frames": entries}
+
+
+@pytest.fixture
+def write_clip() -> Callable[..., Path]:
+    """Writes clip.mp4 with its caption and its annotations; returns the path of the video."""
+
+    def write(
+        folder: Path,
+        name: str = "clip_000000",
+        names: tuple[str, ...] = ("dog", "teapot"),
+        caption: str | None = None,
+        annotated: range | list[int] | None = None,
+        **drawing: int,
+    ) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures, masks = draw_clip(names, **drawing)
+        path = folder / f"{name}.mp4"
+        write_video(path, pictures)
+        text = " and ".join(f"a {subject}" for subject in names) + " on the beach" if caption is None else caption
+        if text:
+            path.with_suffix(".txt").write_text(text)
+        sidecar = path.with_name(f"{name}.annotations.json")
+        sidecar.write_text(json.dumps(annotate(names, masks, annotated)))
+        return path
+
+    return write
+
+
+def make_entity(phrase: str = "dog", position: int = 2) -> Entity:
+    return Entity(phrase=phrase, head=phrase.split()[-1], mention=f"a {phrase}", position=position)
+
+
+def make_frames(reference: np.ndarray, target: np.ndarray, **video: object) -> FramePair:
+    """A pair of given pictures, of a video that does not exist."""
+    height, width = reference.shape[:2]
+    facts = VideoFacts(
+        codec="h264",
+        container="mp4",
+        width=width,
+        height=height,
+        rotation=0,
+        time_base=0.125,
+        stamps=tuple(range(12)),
+        open_groups=False,
+    )
+    file = VideoFile(name="clip.mp4", key="clip", path=Path("clip.mp4"), caption="a dog on the beach")
+    values = {"file": file, "caption": file.caption, "sha256": "0" * 64, "facts": facts, "reader": "pyav", "annotations": None}
+    return FramePair(
+        video=Video(**{**values, **video}),
+        shot=Shot(first=0, last=11, start=0.0, end=1.375),
+        reference=Frame(index=3, time=0.375, image=reference),
+        target=Frame(index=8, time=1.0, image=target),
+    )
+
+
+def make_detection(mask: np.ndarray, entity: Entity | None = None, **changes: object) -> Detection:
+    """A detection whose box is the tight box of its mask."""
+    from data_pipeline.records import mask_box
+
+    values = {"entity": entity or make_entity(), "box": mask_box(mask), "score": 1.0, "mask": mask}
+    return Detection(**{**values, **changes})
+
+
+def make_match(reference: np.ndarray, target: np.ndarray, phrase: str = "dog", **changes: object) -> Match:
+    entity = make_entity(phrase)
+    return Match(
+        reference=make_detection(reference, entity, **changes),
+        target=make_detection(target, entity, **changes),
+        similarity=0.9,
+    )
