@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import deprecation_utils
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
@@ -27,6 +28,8 @@ SQUASH_SIDE = 512
 
 # What a missing or broken folder, hub name or file raises inside diffusers, transformers and huggingface_hub.
 _LOADING_ERRORS = (OSError, ValueError, HfHubHTTPError, HFValidationError)
+# diffusers renamed its keyword after 0.39, and warns of the old name.
+_DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
 
 
 class Backbone:
@@ -74,7 +77,7 @@ class Backbone:
         dtype = torch.float32 if torch_dtype is None else torch_dtype
         try:
             pipeline = StableDiffusionXLPipeline.from_pretrained(
-                str(base_model), torch_dtype=dtype, add_watermarker=False
+                str(base_model), add_watermarker=False, **{_DTYPE: dtype}
             )
         except _LOADING_ERRORS as error:
             raise _not_loaded("base model", base_model, error) from error

@@ -123,7 +123,7 @@ def find_in_prompt(prompt: str, phrase: str, occurrence: int = 0) -> tuple[int, 
         return places[occurrence]
     needed = f"needed {occurrence + 1} times" if occurrence else "needed"
     raise PhraseError(
-        f"the phrase {phrase!r} is {needed} in the prompt {prompt!r}, but occurs there {len(places)} times: auto_layout "
+        f"the phrase {phrase!r} is {needed} in the prompt {prompt!r}, but occurs {len(places)} times: auto_layout "
         "finds each subject through its own words in the prompt"
     )
 

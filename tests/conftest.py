@@ -71,6 +71,12 @@ def tiny_model_dir(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """The tokenizer of tiny_model_dir."""
+    return make_tiny_tokenizer()
+
+
 def build_tiny_model(directory: Path) -> None:
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -86,7 +92,7 @@ def build_tiny_model(directory: Path) -> None:
     from msdiffusion.adapter import MSAdapter
     from msdiffusion.resampler import ResamplerParams
 
-    tokenizer = tiny_tokenizer()
+    tokenizer = make_tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         text_sizes = {
@@ -162,7 +168,7 @@ def build_tiny_model(directory: Path) -> None:
     adapter.save_pretrained(directory)
 
 
-def tiny_tokenizer():
+def make_tiny_tokenizer():
     """A CLIP tokenizer whose words are bytes, joined for the few words that tests use; 40 tokens at most."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer

@@ -1,0 +1,33 @@
+import subprocess
+import sys
+
+import pytest
+
+import msdiffusion
+from msdiffusion import errors
+
+
+def test_every_error_has_the_one_base_and_is_exported():
+    found = {value for value in vars(errors).values() if isinstance(value, type)}
+    assert all(issubclass(error, errors.MSDiffusionError) for error in found)
+    assert {error.__name__ for error in found} <= set(msdiffusion.__all__)
+
+
+@pytest.mark.parametrize("name", ["LayoutError", "PhraseError", "RequestError", "DataError"])
+def test_errors_that_blame_a_value_are_value_errors(name):
+    assert issubclass(getattr(msdiffusion, name), ValueError)
+
+
+def test_public_names():
+    assert dir(msdiffusion) == sorted(msdiffusion.__all__)
+    assert msdiffusion.MSDiffusion.__module__ == "msdiffusion.generate"
+    assert msdiffusion.__version__.count(".") == 2
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = msdiffusion.Nothing
+
+
+def test_importing_the_package_loads_no_heavy_library():
+    code = (
+        "import sys, msdiffusion; print(sorted({'torch', 'diffusers', 'transformers', 'spacy'} & sys.modules.keys()))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -1,0 +1,114 @@
+import pytest
+import spacy
+
+from msdiffusion import phrases
+from msdiffusion.errors import PhraseError
+from msdiffusion.phrases import beyond_limit, find_in_prompt, find_phrases, noun_phrases, token_span
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer):
+    return tiny_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("a dog and a teapot on the beach", ["dog", "teapot", "beach"]),
+        ("an orange dog with blue checks in a room", ["orange dog", "blue checks", "room"]),
+        ("two dogs in the jungle", ["dogs", "jungle"]),
+        ("a dog in front of a clock", ["dog", "clock"]),
+        ("it is raining", []),
+    ],
+)
+def test_noun_phrases(prompt, found):
+    assert noun_phrases(prompt) == found
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("a dog and a teapot on the beach", ["dog", "teapot"]),
+        ("a hat, a fish and a car on a cobblestone street", ["hat", "fish", "car"]),
+        ("a lantern in the snow", ["lantern"]),
+        ("a dog in a hat", ["dog", "hat"]),
+        ("a red cat and a blue clock", ["red cat", "blue clock"]),
+    ],
+)
+def test_phrases_are_found_when_they_match_the_count(prompt, found):
+    assert find_phrases(prompt, len(found)) == found
+
+
+def test_the_error_lists_what_was_found():
+    with pytest.raises(PhraseError, match="'dog', 'teapot', 'beach'.*--phrase"):
+        find_phrases("a dog and a teapot on the beach", 4)
+    with pytest.raises(PhraseError, match="are: none"):
+        find_phrases("it is raining", 1)
+
+
+def test_a_missing_language_model_is_an_error_that_helps(monkeypatch):
+    def missing(name, **_):
+        raise OSError(name)
+
+    phrases._language.cache_clear()
+    monkeypatch.setattr(spacy, "load", missing)
+    with pytest.raises(PhraseError, match=r"en_core_web_sm.*phrases=\["):
+        noun_phrases("a dog")
+    phrases._language.cache_clear()
+
+
+def test_find_in_prompt_reads_whole_words_in_any_case():
+    prompt = "A hotdog, a Dog and (a  red\ndog)."
+    assert find_in_prompt(prompt, "dog") == (12, 15)
+    assert find_in_prompt(prompt, "DOG", 1) == (28, 31)
+    assert find_in_prompt(prompt, "red dog") == (24, 31)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "occurrence", "message"),
+    [
+        ("cat", 0, "'cat' is needed in the prompt"),
+        ("dog", 1, "needed 2 times.*occurs 1 times"),
+        ("do", 0, "occurs 0 times"),
+        ("  ", 0, "empty"),
+    ],
+)
+def test_what_is_not_in_the_prompt_is_an_error(phrase, occurrence, message):
+    with pytest.raises(PhraseError, match=message):
+        find_in_prompt("a dog on the beach", phrase, occurrence)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "phrase", "occurrence", "span"),
+    [
+        ("a dog and a teapot", "dog", 0, (2, 3)),
+        ("a dog and a teapot", "teapot", 0, (5, 6)),
+        ("a red dog, a dog", "red dog", 0, (2, 4)),
+        ("a red dog, a dog", "dog", 1, (6, 7)),
+        ("Dog!", "dog", 0, (1, 2)),
+        ("a bird and a dog", "bird", 0, (2, 6)),  # four tokens, as the tiny tokenizer does not know the word
+    ],
+)
+def test_token_span(tokenizer, prompt, phrase, occurrence, span):
+    assert token_span(tokenizer, prompt, phrase, occurrence) == span
+    start, end = span
+    decoded = tokenizer.decode(tokenizer(prompt)["input_ids"][start:end]).replace(" ", "")
+    assert decoded == phrase.replace(" ", "")
+
+
+def test_a_phrase_beyond_the_limit_is_an_error(tokenizer):
+    fits = "a " * 37 + "dog"  # with both ends 40 tokens
+    assert token_span(tokenizer, fits, "dog") == (38, 39)
+    with pytest.raises(PhraseError, match="beyond the 40 tokens"):
+        token_span(tokenizer, "a " + fits, "dog")
+
+
+def test_what_the_limit_cuts_off(tokenizer):
+    assert beyond_limit(tokenizer, "a " * 38) == ""
+    assert beyond_limit(tokenizer, "a " * 38 + "red dog") == "red dog"
+
+
+def test_characters_that_the_tokenizer_drops(tokenizer, monkeypatch):
+    monkeypatch.setattr(phrases, "_encode", lambda *_, **__: {"offset_mapping": [(0, 0), (0, 1), (0, 0)]})
+    with pytest.raises(PhraseError, match="drops the phrase"):
+        token_span(tokenizer, "a dog", "dog")
