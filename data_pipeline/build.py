@@ -45,38 +45,67 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line. Every number has its default and its reason in docs/mining.md."""
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline.build",
-        description="From captioned videos to a dataset of multi-subject training pairs (docs/mining.md, docs/data_format.md).",
+        description="From captioned videos to a dataset of multi-subject pairs (docs/mining.md, docs/data_format.md).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--videos", type=Path, required=True, metavar="DIR", help="folder of videos, subfolders included")
     add("--out", type=Path, required=True, metavar="DIR", help="where the dataset goes; a rerun finishes what is there")
-    add("--captions", type=Path, metavar="FILE", help="csv, jsonl or parquet table with the columns video and caption; default: sidecars")
-    add("--annotations", type=Path, metavar="FILE", help="json with the boxes and masks of many videos; default: sidecars")
-    add("--workers", type=int, default=default_workers(), help="processes; 0 works in this one, without a time limit per clip")
+    add(
+        "--captions",
+        type=Path,
+        metavar="FILE",
+        help="csv, jsonl or parquet table with the columns video and caption; default: sidecars",
+    )
+    add(
+        "--annotations",
+        type=Path,
+        metavar="FILE",
+        help="json with the boxes and masks of many videos; default: sidecars",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=default_workers(),
+        help="processes; 0 works in this one, without a time limit per clip",
+    )
     add("--clip-timeout", type=float, default=120.0, metavar="SECONDS", help="a clip that takes longer is rejected")
     add("--quiet", action="store_true", help="no progress bar")
 
     group = parser.add_argument_group("reading and frames")
     group.add_argument("--reader", choices=("auto", "decord", "pyav"), default=ReadVideos.reader, help="video decoder")
-    group.add_argument("--reference-place", type=float, default=PickFrames.reference_place, help="where in the shot, 0 to 1")
+    group.add_argument(
+        "--reference-place", type=float, default=PickFrames.reference_place, help="where in the shot, 0 to 1"
+    )
     group.add_argument("--target-place", type=float, default=PickFrames.target_place, help="where in the shot, 0 to 1")
-    group.add_argument("--min-gap", type=float, default=PickFrames.min_gap, metavar="SECONDS", help="between the two frames")
-    group.add_argument("--max-frames", type=int, default=CutShots.max_frames, help="frames of a video that are looked at")
+    group.add_argument(
+        "--min-gap", type=float, default=PickFrames.min_gap, metavar="SECONDS", help="between the two frames"
+    )
+    group.add_argument(
+        "--max-frames", type=int, default=CutShots.max_frames, help="frames of a video that are looked at"
+    )
     group.add_argument("--language-model", metavar="NAME", help="spaCy model; default: the usual small ones")
 
     group = parser.add_argument_group("boxes and masks")
     group.add_argument("--detector", choices=DETECTORS, default=DetectBoxes.detector, help="where boxes come from")
     group.add_argument("--detector-config", type=Path, metavar="FILE", help="Grounding DINO configuration (Python)")
     group.add_argument("--detector-checkpoint", type=Path, metavar="FILE", help="Grounding DINO weights")
-    group.add_argument("--detector-text-encoder", default="", metavar="DIR", help="its BERT, if not the configuration's")
+    group.add_argument(
+        "--detector-text-encoder", default="", metavar="DIR", help="its BERT, if not the configuration's"
+    )
     group.add_argument("--box-threshold", type=float, default=DetectBoxes.box_threshold, help="least score of a box")
     group.add_argument("--segmenter", choices=SEGMENTERS, default=SegmentMasks.segmenter, help="where masks come from")
-    group.add_argument("--segmenter-model", default=SegmentMasks.model, metavar="NAME", help="vit_b, vit_l, vit_h or a json file")
+    group.add_argument(
+        "--segmenter-model", default=SegmentMasks.model, metavar="NAME", help="vit_b, vit_l, vit_h or a json file"
+    )
     group.add_argument("--segmenter-checkpoint", type=Path, metavar="FILE", help="SAM weights")
-    group.add_argument("--embedder", default=MatchSubjects.embedder, help="histogram, timm:NAME or transformers:NAME_OR_DIR")
+    group.add_argument(
+        "--embedder", default=MatchSubjects.embedder, help="histogram, timm:NAME or transformers:NAME_OR_DIR"
+    )
     group.add_argument("--embedder-checkpoint", type=Path, metavar="FILE", help="weights for timm")
-    group.add_argument("--min-similarity", type=float, default=MatchSubjects.min_similarity, help="of a match, a cosine")
+    group.add_argument(
+        "--min-similarity", type=float, default=MatchSubjects.min_similarity, help="of a match, a cosine"
+    )
     group.add_argument("--device", default="cpu", help="for detector, segmenter and embedder: cpu, cuda, cuda:1")
 
     group = parser.add_argument_group("filters")
@@ -85,8 +114,12 @@ def make_parser() -> argparse.ArgumentParser:
         group.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=meaning)
 
     group = parser.add_argument_group("shards")
-    group.add_argument("--pairs-per-clip", type=int, choices=(1, 2), default=WriteShards.pairs_per_clip, help="2: also swapped")
-    group.add_argument("--pairs-per-shard", type=int, default=WriteShards.pairs_per_shard, help="samples in one tar file")
+    group.add_argument(
+        "--pairs-per-clip", type=int, choices=(1, 2), default=WriteShards.pairs_per_clip, help="2: also swapped"
+    )
+    group.add_argument(
+        "--pairs-per-shard", type=int, default=WriteShards.pairs_per_shard, help="samples in one tar file"
+    )
     return parser
 
 
@@ -109,7 +142,9 @@ FILTERS = {
 
 
 def make_steps(arguments: argparse.Namespace) -> list[Step]:
-    """The whole pipeline, in order. SettingsError or InputError if the arguments don't make sense; nothing heavy is loaded."""
+    """The whole pipeline, in order. SettingsError or InputError if the arguments don't make sense; nothing heavy is
+    loaded.
+    """
     annotated = "annotations" in (arguments.detector, arguments.segmenter)
     if arguments.segmenter == "annotations" and arguments.detector != "annotations":
         raise SettingsError(
@@ -159,7 +194,7 @@ def check_annotations_exist(arguments: argparse.Namespace, files: Sequence[Video
     if not any(file.path.with_name(f"{file.path.stem}.annotations.json").is_file() for file in files):
         name = Path(files[0].name).stem
         raise InputError(
-            f"the detector 'annotations' reads boxes that come with the videos, but none of the {len(files)} videos has any.\n"
+            f"the detector 'annotations' reads boxes that come with the videos, but none of {len(files)} has any.\n"
             f"Give sidecars ({name}.annotations.json ...), or --annotations FILE, or find boxes with\n"
             "  --detector groundingdino --detector-config FILE --detector-checkpoint FILE "
             "--segmenter sam --segmenter-checkpoint FILE"

@@ -18,7 +18,9 @@ Drawn = tuple[str, Box, np.ndarray | None]
 
 
 def draw_frame(image: np.ndarray, subjects: Sequence[Drawn], height: int = HEIGHT) -> Image.Image:
-    """The frame at the given height, masks tinted, boxes and phrases in one colour per subject. image: uint8 (h, w, 3)."""
+    """The frame at the given height, masks tinted, boxes and phrases in one colour per subject. image: uint8 (h, w,
+    3).
+    """
     pixels = image.astype(np.float32)
     for number, (_, _, mask) in enumerate(subjects):
         if mask is not None:

@@ -1,8 +1,9 @@
 """What a run has finished so far: one done-marker per clip, so that a rerun goes on where the last one stopped.
 
-``OUT/.mining/`` holds settings.json (what the run was started with) and, per clip, a marker ``KEY.json``, the tar blocks of its samples
-``KEY.tar`` and, if it was rejected after its frames had been decoded, a preview ``KEY.jpg``. Every file is written under a temporary name and
-renamed, the marker last. When the dataset is complete, build.json appears and the folder goes.
+``OUT/.mining/`` holds settings.json (what the run was started with) and, per clip, a marker ``KEY.json``, the tar
+blocks of its samples ``KEY.tar`` and, if it was rejected after its frames had been decoded, a preview ``KEY.jpg``.
+Every file is written under a temporary name and renamed, the marker last. When the dataset is complete, build.json
+appears and the folder goes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def fingerprint(file: VideoFile) -> str:
 
 def flatten(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """``{"step": {"name": value}}`` -> ``{"step.name": value}``, values as json gives them back."""
-    return {f"{step}.{name}": value for step, own in json.loads(json.dumps(settings)).items() for name, value in own.items()}
+    return {
+        f"{step}.{name}": value for step, own in json.loads(json.dumps(settings)).items() for name, value in own.items()
+    }
 
 
 class Journal:
@@ -55,7 +58,9 @@ class Journal:
         return (self.out / "build.json").is_file()
 
     def start(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
-        """Creates the folder, or compares the settings with those it was started with; InputError that names what differs."""
+        """Creates the folder, or compares the settings with those it was started with; InputError that names what
+        differs.
+        """
         stored = self.out / "build.json" if self.is_complete() else self.folder / "settings.json"
         if stored.is_file():
             content = json.loads(stored.read_text(encoding="utf-8"))
@@ -73,7 +78,9 @@ class Journal:
         missing = object()
         changed = [name for name in sorted({*now, *then}) if now.get(name, missing) != then.get(name, missing)]
         if changed:
-            lines = [f"  {name}: {then.get(name, 'absent')!r} then, {now.get(name, 'absent')!r} now" for name in changed]
+            lines = [
+                f"  {name}: {then.get(name, 'absent')!r} then, {now.get(name, 'absent')!r} now" for name in changed
+            ]
             raise InputError(
                 f"{self.out} was started with other settings; use those again, or a new --out:\n" + "\n".join(lines)
             )

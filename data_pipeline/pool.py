@@ -1,4 +1,6 @@
-"""Worker processes of which each holds its models, works on one task at a time, and may hang or die without harm to the others."""
+"""Worker processes of which each holds its models, works on one task at a time, and may hang or die without harm to
+the others.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +70,9 @@ def run_pool(
 ) -> Iterator[tuple[Task, Any]]:
     """Yields every task with its result, or with a ``Failure``, in the order in which they finish.
 
-    make: called once in every worker, gives the function that does the work; both must pickle. timeout: seconds per task, after which its worker is
-    replaced. preload: modules that are imported once for all workers, where the platform can. What ``make`` raises is raised here.
+    make: called once in every worker, gives the function that does the work; both must pickle. timeout: seconds per
+    task, after which its worker is replaced. preload: modules that are imported once for all workers, where the
+    platform can. What ``make`` raises is raised here.
     """
     waiting = deque(tasks)
     context = _context(preload)
@@ -100,8 +103,8 @@ def run_pool(
 
 
 def _context(preload: tuple[str, ...]) -> Any:
-    # Workers are forked from a server that is small, has one thread, and has done the slow imports; a plain fork would copy
-    # whatever threads and locks the parent has.
+    # Workers are forked from a server that is small, has one thread, and has done the slow imports; a plain fork
+    # would copy whatever threads and locks the parent has.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:

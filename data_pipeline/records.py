@@ -4,11 +4,11 @@ Frames of reference, for the whole package:
 
 - pictures are uint8 RGB arrays (height, width, 3);
 - masks are bool arrays (height, width) of the same frame;
-- boxes are ``(x1, y1, x2, y2)`` as fractions of the frame, edges exclusive (the whole frame is ``(0, 0, 1, 1)``), unless the
-  name says pixels;
+- boxes are ``(x1, y1, x2, y2)`` as fractions of the frame, edges exclusive (all of it is ``(0, 0, 1, 1)``), unless
+  the name says pixels;
 - times are seconds after the first frame of the video; frame numbers count in order of presentation, from 0.
 
-Errors: MiningError <- SettingsError(ValueError), InputError(ValueError), BadClip.
+Errors: MiningError <- SettingsError(ValueError), InputError(ValueError), ClipError.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class InputError(MiningError, ValueError):
     """The run cannot start: a folder, a table or a checkpoint is missing or unreadable."""
 
 
-class BadClip(MiningError):
+class ClipError(MiningError):
     """One clip cannot be used: a step turns this into ``Rejected`` and the run goes on.
 
     reason: short and countable, the same words for every clip of its kind. evidence: what was measured, JSON values.
@@ -47,13 +47,14 @@ class BadClip(MiningError):
         self.evidence = evidence
 
 
-# ------------------------------------------------------------------------------------------------------------------ masks
+# -------------------------------------------------------------------------------------------------------------- masks
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, list[int]]:
     """COCO's uncompressed run lengths: ``{"size": [height, width], "counts": [zeros, ones, zeros, ...]}``.
 
-    mask: bool (height, width). Runs go down the columns, and the first one counts zeros, so it is 0 if the first pixel is set.
+    mask: bool (height, width). Runs go down the columns, and the first one counts zeros, so it is 0 if the first
+    pixel is set.
     """
     if mask.ndim != 2:
         raise ValueError(f"a mask has two axes, got the shape {mask.shape}")
@@ -67,14 +68,14 @@ def encode_mask(mask: np.ndarray) -> dict[str, list[int]]:
 
 
 def decode_mask(rle: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """The bool (height, width) mask of run lengths written by ``encode_mask``; BadClip if they don't fill the size."""
+    """The bool (height, width) mask of such run lengths; ClipError if they don't fill the size."""
     try:
         height, width = (int(side) for side in rle["size"])
         counts = np.asarray(rle["counts"], dtype=np.int64)
     except (KeyError, TypeError, ValueError) as error:
-        raise BadClip("unreadable mask in the annotations", error=str(error)) from error
+        raise ClipError("unreadable mask in the annotations", error=str(error)) from error
     if counts.ndim != 1 or (counts < 0).any() or int(counts.sum()) != height * width:
-        raise BadClip("unreadable mask in the annotations", size=[height, width], pixels_in_counts=int(counts.sum()))
+        raise ClipError("unreadable mask in the annotations", size=[height, width], pixels_in_counts=int(counts.sum()))
     values = np.zeros(len(counts), dtype=bool)
     values[1::2] = True
     return np.repeat(values, counts).reshape((height, width), order="F")
@@ -89,7 +90,7 @@ def mask_box(mask: np.ndarray) -> Box:
     return (columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height)
 
 
-# ------------------------------------------------------------------------------------------------------------------ boxes
+# -------------------------------------------------------------------------------------------------------------- boxes
 
 
 def box_area(box: Box) -> float:
@@ -99,7 +100,9 @@ def box_area(box: Box) -> float:
 
 def box_intersection(first: Box, second: Box) -> float:
     """Area shared by two boxes, as a fraction of the frame."""
-    return box_area((max(first[0], second[0]), max(first[1], second[1]), min(first[2], second[2]), min(first[3], second[3])))
+    return box_area(
+        (max(first[0], second[0]), max(first[1], second[1]), min(first[2], second[2]), min(first[3], second[3]))
+    )
 
 
 def box_iou(first: Box, second: Box) -> float:
@@ -118,7 +121,8 @@ def box_in_pixels(box: Box, width: int, height: int) -> tuple[int, int, int, int
 
 
 def cut_out(image: np.ndarray, mask: np.ndarray, box: Box) -> np.ndarray:
-    """The subject inside its box, uint8 RGBA (h, w, 4). Outside the mask every channel is 0, so nothing of the background leaks.
+    """The subject inside its box, uint8 RGBA (h, w, 4). Outside the mask every channel is 0, so nothing of the
+    background leaks.
 
     image: uint8 (height, width, 3). mask: bool (height, width). box: of the same frame; its crop is rounded outwards.
     """
@@ -130,7 +134,7 @@ def cut_out(image: np.ndarray, mask: np.ndarray, box: Box) -> np.ndarray:
     return pixels
 
 
-# ---------------------------------------------------------------------------------------------------------- the way of a clip
+# -------------------------------------------------------------------------------------------------- the way of a clip
 
 # Records that hold arrays are compared by identity.
 
@@ -171,8 +175,9 @@ class Annotations:
 class VideoFacts:
     """What a look through a video file tells.
 
-    stamps: presentation time stamps of all frames, ascending, in units of ``time_base`` seconds. width, height: of the upright
-    picture. rotation: degrees, a multiple of 90, that the container asks players to turn the stored picture by.
+    stamps: presentation time stamps of all frames, ascending, in units of ``time_base`` seconds. width, height: of
+    the upright picture. rotation: degrees, a multiple of 90, that the container asks players to turn the stored
+    picture by.
     """
 
     codec: str
@@ -323,7 +328,8 @@ class TrainingPair:
 class EncodedPair:
     """The samples of one clip, ready for a shard.
 
-    samples: their metadata, as in their json files. blocks: the members of all samples as tar blocks, without an end mark.
+    samples: their metadata, as in their json files. blocks: the members of all samples as tar blocks, without an end
+    mark.
     """
 
     samples: tuple[Mapping[str, Any], ...]

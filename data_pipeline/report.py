@@ -17,11 +17,11 @@ from data_pipeline.drawing import HEIGHT, beside, contact_sheet, draw_cut_out, d
 from data_pipeline.journal import Journal, write_atomically
 from data_pipeline.records import VideoFile, decode_mask
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1540px; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: .5em 0 1.5em; } td, th { padding: .2em .8em; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; } .bar { background: #2a78dc; height: .9em; display: inline-block; }
-img { max-width: 100%; border: 1px solid #ddd; } summary { cursor: pointer; } small { color: #666; }
+STYLE = """ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1540px; padding: 0 1em; color:
+#222; } table { border-collapse: collapse; margin: .5em 0 1.5em; } td, th { padding: .2em .8em; text-align: left;
+border-bottom: 1px solid #ddd; vertical-align: top; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
+.bar { background: #2a78dc; height: .9em; display: inline-block; } img { max-width: 100%; border: 1px solid #ddd; }
+summary { cursor: pointer; } small { color: #666; }
 """
 
 
@@ -142,9 +142,10 @@ def _page(tally: Tally, build: Mapping[str, Any], sheets: Mapping[str, str]) -> 
         milliseconds = f"{1000 * tally.seconds[stage] / max(1, reached):.2f}"
         funnel.append((stage, bar, reached, lost, reached - lost, reasons, milliseconds))
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Mining report</title><style>{STYLE}</style><h1>Mining report</h1>",
+        "<!doctype html><html lang=en><meta charset=utf-8><title>Mining report</title>",
+        f"<style>{STYLE}</style><h1>Mining report</h1>",
         f"<p>{tally.videos:,} videos gave {tally.samples:,} samples with {tally.subjects:,} subjects; "
-        f"{tally.videos - len(tally.kept_keys):,} videos were rejected (every one is in <code>rejected.jsonl</code>).</p>",
+        f"{tally.videos - len(tally.kept_keys):,} videos were rejected (all in <code>rejected.jsonl</code>).</p>",
         "<h2>Funnel</h2>",
         _table(("step", "", "clips in", "rejected", "clips out", "reasons", "ms per clip"), funnel),
         "<h2>Subjects</h2>",
@@ -160,8 +161,14 @@ def _page(tally: Tally, build: Mapping[str, Any], sheets: Mapping[str, str]) -> 
     for name, source in sheets.items():
         parts.append(f'<h2>{titles[name]}</h2><img src="{source}" alt="{name} clips">')
     if tally.videos and not sheets.get("rejected") and any(tally.rejected.values()):
-        parts.append("<p><small>Every rejected clip fell out before a frame was decoded: no pictures of them.</small></p>")
+        parts.append(
+            "<p><small>Every rejected clip fell out before a frame was decoded: no pictures of them.</small></p>"
+        )
     settings = [(escape(step), f"<code>{escape(json.dumps(own))}</code>") for step, own in build["settings"].items()]
     versions = ", ".join(f"{name} {version}" for name, version in build["versions"].items())
-    parts += ["<h2>Settings</h2>", _table(("step", "settings"), settings), f"<p><small>{escape(versions)}</small></p></html>"]
+    parts += [
+        "<h2>Settings</h2>",
+        _table(("step", "settings"), settings),
+        f"<p><small>{escape(versions)}</small></p></html>",
+    ]
     return "\n".join(parts)

@@ -12,7 +12,7 @@ from typing import Any
 from data_pipeline.drawing import draw_preview
 from data_pipeline.journal import Journal
 from data_pipeline.pool import Failure, Place, run_pool
-from data_pipeline.records import BadClip, Dropped, EncodedPair, Rejected, VideoFile
+from data_pipeline.records import ClipError, Dropped, EncodedPair, Rejected, VideoFile
 from data_pipeline.step import Step
 
 
@@ -28,8 +28,8 @@ class Finished:
 def mine_clip(steps: Sequence[Step], file: VideoFile, place: Place | None = None) -> tuple[dict[str, Any], Any, Any]:
     """Takes one clip through the steps, which have been set up.
 
-    place: where to leave the number of the step in hand. Returns the marker for the journal, the outcome (``EncodedPair`` or ``Rejected``) and the last
-    record before it.
+    place: where to leave the number of the step in hand. Returns the marker for the journal, the outcome
+    (``EncodedPair`` or ``Rejected``) and the last record before it.
     """
     record: Any = file
     before: Any = file
@@ -41,7 +41,7 @@ def mine_clip(steps: Sequence[Step], file: VideoFile, place: Place | None = None
         before = record
         try:
             record = step.process(record)
-        except BadClip as error:
+        except ClipError as error:
             record = Rejected(error.reason, error.evidence)
         except Exception:
             record = Rejected("unexpected error", {"traceback": traceback.format_exc(limit=-6)})
@@ -55,7 +55,11 @@ def mine_clip(steps: Sequence[Step], file: VideoFile, place: Place | None = None
 def _describe(outcome: EncodedPair | Rejected) -> dict[str, Any]:
     if isinstance(outcome, Rejected):
         return {"kept": False, "stage": outcome.stage, "reason": outcome.reason, "evidence": dict(outcome.evidence)}
-    return {"kept": True, "samples": list(outcome.samples), "dropped": [_as_dict(dropped) for dropped in outcome.dropped]}
+    return {
+        "kept": True,
+        "samples": list(outcome.samples),
+        "dropped": [_as_dict(dropped) for dropped in outcome.dropped],
+    }
 
 
 def _as_dict(dropped: Dropped) -> dict[str, Any]:
@@ -111,7 +115,9 @@ def run(
     else:
         preload = tuple(module for step in steps for module in step.preload)
         results = run_pool(make, waiting, workers=workers, timeout=timeout, preload=preload)
-    with tqdm(total=len(files), initial=len(finished), desc="mining", unit="clip", disable=quiet, mininterval=0.5) as bar:
+    with tqdm(
+        total=len(files), initial=len(finished), desc="mining", unit="clip", disable=quiet, mininterval=0.5
+    ) as bar:
         for file, result in results:
             if isinstance(result, Failure):
                 reason = "took too long" if result.kind == "timeout" else "the worker died"
@@ -123,6 +129,6 @@ def run(
             if result.unexpected:
                 unexpected += 1
                 if unexpected == 1:
-                    bar.write(f"unexpected error on {file.name} (this clip is rejected, the run goes on):\n{result.unexpected}")
+                    bar.write(f"{file.name} is rejected after an unexpected error:\n{result.unexpected}")
             bar.set_postfix(counts, refresh=False)
             bar.update()

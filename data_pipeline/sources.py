@@ -1,4 +1,6 @@
-"""Which videos there are, and their captions. Nothing is decoded here, and nothing heavy is imported until a table needs it."""
+"""Which videos there are, and their captions. Nothing is decoded here, and nothing heavy is imported until a table
+needs it.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ MAX_KEY = 60
 def find_videos(folder: Path, captions: Path | None = None) -> list[VideoFile]:
     """All videos below ``folder`` in the order of their names, each with its caption or None.
 
-    Captions come from the table ``captions`` if one is given and has a row for the video, else from ``clip.txt`` or ``clip.json`` beside
-    ``clip.mp4``. InputError for a missing or empty folder or an unusable table.
+    Captions come from the table ``captions`` if one is given and has a row for the video, else from ``clip.txt`` or
+    ``clip.json`` beside ``clip.mp4``. InputError for a missing or empty folder or an unusable table.
     """
     if not folder.exists():
         raise InputError(f"no folder of videos at {folder}")
@@ -35,13 +37,17 @@ def find_videos(folder: Path, captions: Path | None = None) -> list[VideoFile]:
     by_name = match_captions(table, names)
     keys = make_keys(names)
     return [
-        VideoFile(name=name, key=keys[name], path=paths[name], caption=by_name.get(name) or read_sidecar_caption(paths[name]))
+        VideoFile(
+            name=name, key=keys[name], path=paths[name], caption=by_name.get(name) or read_sidecar_caption(paths[name])
+        )
         for name in names
     ]
 
 
 def make_keys(names: Iterable[str]) -> dict[str, str]:
-    """A key for every name: letters, digits, - and _ only, at most 60 of them, unique. A name that needs no change is its own key."""
+    """A key for every name: letters, digits, - and _ only, at most 60 of them, unique. A name that needs no change is
+    its own key.
+    """
     names = list(names)
     plain = {name: re.sub(r"[^A-Za-z0-9_-]+", "_", name.rsplit(".", 1)[0]) for name in names}
     # Letters of another case would be one file on some disks.
@@ -114,7 +120,8 @@ def _read_parquet(path: Path) -> Iterable[Mapping[str, Any]]:
 
 
 def match_captions(table: Mapping[str, str], names: list[str]) -> dict[str, str]:
-    """Captions by video name. A row names its video by its path below the folder, or by the file name alone where that is unique.
+    """Captions by video name. A row names its video by its path below the folder, or by the file name alone where
+    that is unique.
 
     InputError if no row of a table fits any video: then the table belongs to other videos.
     """
@@ -127,5 +134,7 @@ def match_captions(table: Mapping[str, str], names: list[str]) -> dict[str, str]
         elif last_parts[last] == 1 and last in table:
             found[name] = table[last]
     if table and not found:
-        raise InputError(f"no row of the captions table names a video: it has {next(iter(table))!r}, the folder {names[0]!r}")
+        raise InputError(
+            f"no row of the captions table names a video: it has {next(iter(table))!r}, the folder {names[0]!r}"
+        )
     return found

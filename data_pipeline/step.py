@@ -15,7 +15,8 @@ Out = TypeVar("Out")
 
 @dataclass(kw_only=True)
 class Step(Generic[In, Out]):
-    """One step: a dataclass whose fields are its settings, checked in ``__post_init__``, so a wrong one fails before any work.
+    """One step: a dataclass whose fields are its settings, checked in ``__post_init__``, so a wrong one fails before
+    any work.
 
     A step is pickled into every worker before ``setup`` and never after it. A field with ``metadata={"hashed": False}``
     does not change the dataset (a path to write to, say) and stays out of the settings that are compared and recorded.
@@ -34,7 +35,9 @@ class Step(Generic[In, Out]):
         """Once per worker: heavy imports and weights. SettingsError or InputError if something is missing."""
 
     def process(self, record: In) -> Out | Rejected:
-        """The next record, or why the clip goes no further. ``BadClip`` may be raised instead of returning ``Rejected``."""
+        """The next record, or why the clip goes no further. ``ClipError`` may be raised instead of returning
+        ``Rejected``.
+        """
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:

@@ -19,7 +19,9 @@ class AnnotationDetector:
     """Takes the annotated objects whose names the caption mentions. Score 1: somebody vouches for them."""
 
     def detect(self, video: Video, frame: Frame, entities: tuple[Entity, ...]) -> tuple[Detection, ...]:
-        """Detections in the order of the annotations. An object goes to the entity with the longest phrase that it fits."""
+        """Detections in the order of the annotations. An object goes to the entity with the longest phrase that it
+        fits.
+        """
         objects = video.annotations.frames.get(frame.index, ()) if video.annotations else ()
         found = []
         for annotated in objects:
@@ -39,7 +41,9 @@ class AnnotationDetector:
 
 
 def same_thing(phrase: str, name: str) -> bool:
-    """True if one name ends with the words of the other: "soccer ball" and "ball", but not "soccer ball" and "tennis ball"."""
+    """True if one name ends with the words of the other: "soccer ball" and "ball", but not "soccer ball" and "tennis
+    ball".
+    """
     first, second = phrase.lower().split(), name.lower().replace("_", " ").split()
     shorter = min(len(first), len(second))
     return shorter > 0 and first[-shorter:] == second[-shorter:]

@@ -18,18 +18,22 @@ class Embedder(Protocol):
     """Turns cut-outs into unit vectors; the cosine of two is their similarity."""
 
     def embed(self, cutouts: list[np.ndarray]) -> np.ndarray:
-        """cutouts: uint8 RGBA (height, width, 4), alpha 0 outside the subject. Returns float32 (len(cutouts), D), rows of length 1."""
+        """cutouts: uint8 RGBA (height, width, 4), alpha 0 outside the subject. Returns float32 (len(cutouts), D),
+        rows of length 1.
+        """
         ...
 
 
 class HistogramEmbedder:
     """Colours and edge directions inside the mask: no weights, no learning, no meaning.
 
-    It knows a red thing from a blue one and stripes that lie from stripes that stand; it does not know a dog from a cat of the same fur, and light of another
-    colour fools it. Good enough to pair the instances of one phrase inside one shot; for more, name a network.
+    It knows a red thing from a blue one and stripes that lie from stripes that stand; it does not know a dog from a
+    cat of the same fur, and light of another colour fools it. Good enough to pair the instances of one phrase inside
+    one shot; for more, name a network.
 
-    The vector holds square roots of histograms, so a cosine is the Bhattacharyya coefficient in [0, 1]: 3/4 for colour (16 hues x 3 saturations, and 6 greys),
-    1/4 for edge directions (6, where left and right are one, so that a subject that turns round keeps them), weighted by edge strength.
+    The vector holds square roots of histograms, so a cosine is the Bhattacharyya coefficient in [0, 1]: 3/4 for
+    colour (16 hues x 3 saturations, and 6 greys), 1/4 for edge directions (6, where left and right are one, so that a
+    subject that turns round keeps them), weighted by edge strength.
     """
 
     longest_side = 48
@@ -52,10 +56,14 @@ class HistogramEmbedder:
         colours = np.asarray(picture.convert("RGB").convert("HSV"))[alpha].astype(np.int64)
         hue, saturation, value = colours.T
         grey = (saturation < 40) | (value < 40)
-        hue_bin = (hue * HUES // 256) * SATURATIONS + np.minimum((saturation - 40) * SATURATIONS // 216, SATURATIONS - 1)
+        hue_bin = (hue * HUES // 256) * SATURATIONS + np.minimum(
+            (saturation - 40) * SATURATIONS // 216, SATURATIONS - 1
+        )
         place = np.where(grey, HUES * SATURATIONS + value * GREYS // 256, hue_bin)
         colour = np.bincount(place, minlength=HUES * SATURATIONS + GREYS) / len(place)
-        return np.concatenate((np.sqrt(COLOUR_SHARE * colour), np.sqrt((1 - COLOUR_SHARE) * self._edges(picture, alpha))))
+        return np.concatenate(
+            (np.sqrt(COLOUR_SHARE * colour), np.sqrt((1 - COLOUR_SHARE) * self._edges(picture, alpha)))
+        )
 
     @staticmethod
     def _edges(picture: Image.Image, alpha: np.ndarray) -> np.ndarray:
@@ -107,7 +115,9 @@ class NetworkEmbedder:
 
 
 def load_timm(name: str, checkpoint: Path | None, device: str) -> NetworkEmbedder:
-    """A timm model by name, with the weights of a local state-dict file, or with timm's own (which may be downloaded)."""
+    """A timm model by name, with the weights of a local state-dict file, or with timm's own (which may be
+    downloaded).
+    """
     import timm
     import torch
 
@@ -120,16 +130,22 @@ def load_timm(name: str, checkpoint: Path | None, device: str) -> NetworkEmbedde
             weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
             report = model.load_state_dict(weights.get("state_dict", weights), strict=False)
         except Exception as error:
-            raise InputError(f"cannot load {checkpoint} into the timm model {name!r}: {str(error).splitlines()[0]}") from error
+            raise InputError(
+                f"cannot load {checkpoint} into the timm model {name!r}: {str(error).splitlines()[0]}"
+            ) from error
         if report.missing_keys:  # the classifier of the file is not needed; everything of the model is
-            raise InputError(f"{checkpoint} lacks {len(report.missing_keys)} tensors of {name!r}: {report.missing_keys[:3]}")
+            raise InputError(
+                f"{checkpoint} lacks {len(report.missing_keys)} tensors of {name!r}: {report.missing_keys[:3]}"
+            )
     config = timm.data.resolve_model_data_config(model)
     model = model.to(device).eval()
     return NetworkEmbedder(model, size=config["input_size"][-1], mean=config["mean"], std=config["std"], device=device)
 
 
 def load_transformers(name: str, device: str) -> NetworkEmbedder:
-    """A vision model of transformers by hub name or local directory; its pooled output, or its first token if it has none."""
+    """A vision model of transformers by hub name or local directory; its pooled output, or its first token if it has
+    none.
+    """
     import torch
     from transformers import AutoImageProcessor, AutoModel
 
@@ -151,7 +167,7 @@ def load_transformers(name: str, device: str) -> NetworkEmbedder:
 
 
 def load_embedder(name: str, checkpoint: Path | None, device: str) -> Embedder:
-    """ "histogram", "timm:NAME" or "transformers:NAME_OR_DIRECTORY"."""
+    """The embedder called "histogram", "timm:NAME" or "transformers:NAME_OR_DIRECTORY"."""
     library, _, model = name.partition(":")
     if name == "histogram":
         return HistogramEmbedder()

@@ -1,9 +1,10 @@
 """Grounding DINO through the package groundingdino-py 0.4, on current transformers, one frame at a time.
 
-The package wraps BERT in a way that transformers 5 no longer allows. Instead of its wrapper, BERT itself is used here, with a hook that turns the
-package's three-dimensional boolean attention mask into the additive float mask that BERT takes (a boolean one would be right with one
-attention implementation and wrong with another). Outputs are bit-equal to the package on transformers 4.57, and the names of the weights are unchanged.
-No installed file is edited: the wrapper is exchanged only while a model is being built.
+The package wraps BERT in a way that transformers 5 no longer allows. Instead of its wrapper, BERT itself is used
+here, with a hook that turns the package's three-dimensional boolean attention mask into the additive float mask that
+BERT takes (a boolean one would be right with one attention implementation and wrong with another). Outputs are
+bit-equal to the package on transformers 4.57, and the names of the weights are unchanged. No installed file is
+edited: the wrapper is exchanged only while a model is being built.
 
 Batches of different captions are wrong in the package (it repeats masks in the wrong order), so frames go one by one.
 """
@@ -56,10 +57,12 @@ def _replaced_bert_wrapper() -> Iterator[None]:
 
 
 def load_grounding_dino(config: Path, checkpoint: Path, text_encoder: str, device: str) -> torch.nn.Module:
-    """The model of a configuration file of the package (Python code: only run one that you trust) with the weights of a checkpoint.
+    """The model of a configuration file of the package (Python code: only run one that you trust) with the weights of
+    a checkpoint.
 
-    text_encoder: directory or name of the BERT, "" for the one in the configuration; its own weights are overwritten by those of the
-    checkpoint. Only tensors are read from the checkpoint. InputError if anything is missing or does not fit.
+    text_encoder: directory or name of the BERT, "" for the one in the configuration; its own weights are overwritten
+    by those of the checkpoint. Only tensors are read from the checkpoint. InputError if anything is missing or does
+    not fit.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations and syntax warnings inside the package
@@ -81,7 +84,9 @@ def load_grounding_dino(config: Path, checkpoint: Path, text_encoder: str, devic
             model = build_model(settings)
     except (OSError, ValueError) as error:
         problem = f"cannot build Grounding DINO with the text encoder {settings.text_encoder_type!r}: {error}"
-        raise InputError(f"{problem}\n  give a directory with a BERT and its tokenizer: --detector-text-encoder DIR") from error
+        raise InputError(
+            f"{problem}\n  give a directory with a BERT and its tokenizer: --detector-text-encoder DIR"
+        ) from error
     weights = _read_weights(checkpoint)
     try:
         report = model.load_state_dict(clean_state_dict(weights), strict=False)
@@ -99,13 +104,16 @@ def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         return content.get("model", content)
     except Exception as error:  # pickle, zip and runtime errors, according to what the file is
-        raise InputError(f"cannot read Grounding DINO weights from {checkpoint}: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"cannot read Grounding DINO weights from {checkpoint}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 class GroundingDino:
     """A detector (see data_pipeline.models.detector.Detector) for a built model.
 
-    All phrases are asked at once. The score of a phrase is the best sigmoid over its tokens, and a box belongs to its best phrase.
+    All phrases are asked at once. The score of a phrase is the best sigmoid over its tokens, and a box belongs to its
+    best phrase.
     """
 
     def __init__(self, model: torch.nn.Module, *, box_threshold: float, nms_iou: float, image_size: int) -> None:
@@ -125,7 +133,9 @@ class GroundingDino:
         )
 
     def question(self, phrases: list[str]) -> tuple[str, list[range]]:
-        """The caption that asks for the phrases, "dog . red ball .", and the token positions of each. Phrases over 256 tokens are cut."""
+        """The caption that asks for the phrases, "dog . red ball .", and the token positions of each. Phrases over
+        256 tokens are cut.
+        """
         parts, spans, position = [], [], 1  # position 0 is the start token
         for phrase in phrases:
             # Full stops and question marks separate phrases.
@@ -150,7 +160,9 @@ class GroundingDino:
         scores = output["pred_logits"][0].sigmoid().float().cpu().numpy()
         by_phrase = np.stack([scores[:, span.start : span.stop].max(axis=1) for span in spans], axis=1)
         centres = output["pred_boxes"][0].float().cpu().numpy()
-        corners = np.concatenate((centres[:, :2] - centres[:, 2:] / 2, centres[:, :2] + centres[:, 2:] / 2), axis=1).clip(0, 1)
+        corners = np.concatenate(
+            (centres[:, :2] - centres[:, 2:] / 2, centres[:, :2] + centres[:, 2:] / 2), axis=1
+        ).clip(0, 1)
         found: list[Detection] = []
         for row in np.argsort(-by_phrase.max(axis=1), kind="stable"):
             entity, score = entities[int(by_phrase[row].argmax())], float(by_phrase[row].max())

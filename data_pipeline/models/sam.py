@@ -93,7 +93,9 @@ def read_params(model: str) -> SamParams:
 
 
 def load_sam(model: str, checkpoint: Path, device: str) -> Sam:
-    """The SAM of ``read_params(model)`` with the weights of a checkpoint, of which only tensors are read. InputError if they don't fit."""
+    """The SAM of ``read_params(model)`` with the weights of a checkpoint, of which only tensors are read. InputError
+    if they don't fit.
+    """
     sam = build_sam(read_params(model))
     try:
         weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -107,7 +109,9 @@ def load_sam(model: str, checkpoint: Path, device: str) -> Sam:
 
 
 class SamSegmenter:
-    """A segmenter (see data_pipeline.models.segmenter.Segmenter): one mask per box, with SAM's own estimate of its quality."""
+    """A segmenter (see data_pipeline.models.segmenter.Segmenter): one mask per box, with SAM's own estimate of its
+    quality.
+    """
 
     def __init__(self, sam: Sam) -> None:
         self._predictor = SamPredictor(sam)
@@ -129,4 +133,6 @@ class SamSegmenter:
         )
         self._predictor.reset_image()
         found = zip(detections, masks[:, 0].cpu().numpy(), quality[:, 0].float().cpu().tolist(), strict=True)
-        return tuple(replace(detection, mask=mask, mask_score=min(1.0, max(0.0, score))) for detection, mask, score in found)
+        return tuple(
+            replace(detection, mask=mask, mask_score=min(1.0, max(0.0, score))) for detection, mask, score in found
+        )

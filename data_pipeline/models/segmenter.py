@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from data_pipeline.models.annotations import read_mask
-from data_pipeline.records import BadClip, Detection, Frame
+from data_pipeline.records import ClipError, Detection, Frame
 
 
 class Segmenter(Protocol):
@@ -21,12 +21,12 @@ class AnnotationSegmenter:
     """Reads the masks that belong to annotated boxes."""
 
     def segment(self, frame: Frame, detections: tuple[Detection, ...]) -> tuple[Detection, ...]:
-        """BadClip if an annotated object has a box only."""
+        """ClipError if an annotated object has a box only."""
         height, width = frame.image.shape[:2]
         found = []
         for detection in detections:
             mask = read_mask(detection.annotated, width, height) if detection.annotated else None
             if mask is None:
-                raise BadClip("annotation without a mask", phrase=detection.entity.phrase, frame=frame.index)
+                raise ClipError("annotation without a mask", phrase=detection.entity.phrase, frame=frame.index)
             found.append(replace(detection, mask=mask))
         return tuple(found)

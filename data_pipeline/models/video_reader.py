@@ -1,8 +1,9 @@
 """Decoding: facts of a video, thumbnails of all its frames, and single frames, exactly.
 
-Two readers with the same three calls. decord is quick, and wrong without a word on open groups of pictures and on HEVC (frames
-2 or 3 off), and it cannot open AV1; PyAV with the re-seek rule below was exact on every mp4, mkv, webm and avi that was tried. So
-``choose_reader`` with "auto" gives decord only what decord reads right. Both decode on one thread: workers are the parallelism.
+Two readers with the same three calls. decord is quick, and wrong without a word on open groups of pictures and on
+HEVC (frames 2 or 3 off), and it cannot open AV1; PyAV with the re-seek rule below was exact on every mp4, mkv, webm
+and avi that was tried. So ``choose_reader`` with "auto" gives decord only what decord reads right. Both decode on one
+thread: workers are the parallelism.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import av
 import numpy as np
 
-from data_pipeline.records import BadClip, SettingsError, VideoFacts
+from data_pipeline.records import ClipError, SettingsError, VideoFacts
 
 READERS = ("auto", "decord", "pyav")
 SAFE_CODECS = frozenset({"h264", "mpeg4", "vp8", "vp9"})
@@ -21,7 +22,7 @@ SAFE_CONTAINERS = frozenset({"mov", "mp4", "matroska", "webm", "avi"})
 
 
 class VideoReader(Protocol):
-    """Decodes one file. Both calls raise BadClip if the file does not hold what its container promised."""
+    """Decodes one file. Both calls raise ClipError if the file does not hold what its container promised."""
 
     def thumbnails(self, size: int, limit: int) -> np.ndarray:
         """The first ``limit`` frames, squashed to uint8 (frames, size, size, 3)."""
@@ -36,7 +37,7 @@ def _open(path: Path) -> Any:
     try:
         return av.open(str(path))
     except (av.FFmpegError, OSError) as error:
-        raise BadClip("unreadable video", error=_one_line(error)) from error
+        raise ClipError("unreadable video", error=_one_line(error)) from error
 
 
 def _one_line(error: BaseException) -> str:
@@ -44,10 +45,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def probe(path: Path) -> VideoFacts:
-    """Facts of a video: all packets are listed, one frame is decoded. BadClip if there is no video in it."""
+    """Facts of a video: all packets are listed, one frame is decoded. ClipError if there is no video in it."""
     with _open(path) as container:
         if not container.streams.video:
-            raise BadClip("no video stream")
+            raise ClipError("no video stream")
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
         stamps, open_groups, key_stamp, first = [], False, None, None
@@ -63,12 +64,12 @@ def probe(path: Path) -> VideoFacts:
             container.seek(0, stream=stream)
             first = next(container.decode(stream), None)
         except (av.FFmpegError, OSError) as error:
-            raise BadClip("undecodable video", error=_one_line(error)) from error
+            raise ClipError("undecodable video", error=_one_line(error)) from error
         if first is None or not stamps:
-            raise BadClip("video without frames")
+            raise ClipError("video without frames")
         if len(set(stamps)) != len(stamps):
-            raise BadClip("two frames with the same time stamp")
-        rotation = int(round(first.rotation / 90)) * 90 % 360
+            raise ClipError("two frames with the same time stamp")
+        rotation = round(first.rotation / 90) * 90 % 360
         width, height = (first.height, first.width) if rotation % 180 else (first.width, first.height)
         return VideoFacts(
             codec=stream.codec_context.name,
@@ -85,8 +86,8 @@ def probe(path: Path) -> VideoFacts:
 class PyAVReader:
     """Exact reading with PyAV.
 
-    The re-seek rule: after a seek the first decoded frame may already lie behind the wanted one; then seek again 1, 2, 4, ...
-    seconds earlier, and decode forward to the wanted time stamp.
+    The re-seek rule: after a seek the first decoded frame may already lie behind the wanted one; then seek again 1,
+    2, 4, ... seconds earlier, and decode forward to the wanted time stamp.
     """
 
     def __init__(self, path: Path, facts: VideoFacts) -> None:
@@ -104,7 +105,7 @@ class PyAVReader:
                 pictures[frame.pts] = self._picture(frame.reformat(width=size, height=size, format="rgb24"))
         missing = [stamp for stamp in wanted if stamp not in pictures]
         if missing:
-            raise BadClip("frames are missing", decoded=len(wanted) - len(missing), expected=len(wanted))
+            raise ClipError("frames are missing", decoded=len(wanted) - len(missing), expected=len(wanted))
         return np.stack([pictures[stamp] for stamp in wanted])
 
     def frames(self, indices: tuple[int, ...]) -> list[np.ndarray]:
@@ -118,7 +119,7 @@ class PyAVReader:
         try:
             yield from container.decode(stream)
         except (av.FFmpegError, OSError) as error:
-            raise BadClip("undecodable video", error=_one_line(error)) from error
+            raise ClipError("undecodable video", error=_one_line(error)) from error
 
     def _frame_at(self, container: Any, stamp: int) -> Any:
         stream = container.streams.video[0]
@@ -136,7 +137,8 @@ class PyAVReader:
                 overshot = count == 0
                 break
             if not overshot or start == first_stamp:
-                raise BadClip("frames are missing", wanted_time=round((stamp - first_stamp) * self.facts.time_base, 3))
+                seconds = round((stamp - first_stamp) * self.facts.time_base, 3)
+                raise ClipError("frames are missing", wanted_time=seconds)
             earlier = max(1.0, 2 * earlier)
 
     def _picture(self, frame: Any) -> np.ndarray:
@@ -162,17 +164,17 @@ class DecordReader:
         try:
             video = self._decord.VideoReader(str(self.path), num_threads=1, **size)
         except Exception as error:
-            raise BadClip("unreadable video", error=_one_line(error), reader="decord") from error
+            raise ClipError("unreadable video", error=_one_line(error), reader="decord") from error
         # A damaged file opens with fewer frames and no error: the "75 %" frame would be another one.
         if len(video) != len(self.facts.stamps):
-            raise BadClip("frames are missing", decoded=len(video), expected=len(self.facts.stamps), reader="decord")
+            raise ClipError("frames are missing", decoded=len(video), expected=len(self.facts.stamps), reader="decord")
         return video
 
     def _batch(self, video: Any, indices: list[int]) -> np.ndarray:
         try:
             return video.get_batch(indices).asnumpy()
         except Exception as error:
-            raise BadClip("undecodable video", error=_one_line(error), reader="decord") from error
+            raise ClipError("undecodable video", error=_one_line(error), reader="decord") from error
 
     def thumbnails(self, size: int, limit: int) -> np.ndarray:
         """See VideoReader."""
@@ -185,9 +187,16 @@ class DecordReader:
 
 
 def is_safe_for_decord(facts: VideoFacts) -> bool:
-    """True for the kinds of files on which decord gave every frame right: closed groups, common codecs and containers."""
+    """True for the kinds of files on which decord gave every frame right: closed groups, common codecs and
+    containers.
+    """
     containers = set(facts.container.split(","))
-    return facts.codec in SAFE_CODECS and bool(containers & SAFE_CONTAINERS) and not facts.open_groups and not facts.rotation
+    return (
+        facts.codec in SAFE_CODECS
+        and bool(containers & SAFE_CONTAINERS)
+        and not facts.open_groups
+        and not facts.rotation
+    )
 
 
 def decord_agrees(path: Path, facts: VideoFacts) -> bool:
@@ -195,7 +204,7 @@ def decord_agrees(path: Path, facts: VideoFacts) -> bool:
     try:
         video = DecordReader(path, facts)._open()
         starts = np.asarray(video.get_frame_timestamp(range(len(video))))[:, 0]
-    except (BadClip, SettingsError):
+    except (ClipError, SettingsError):
         return False
     times = np.asarray(facts.times)
     gap = float(np.diff(times).min()) if len(times) > 1 else 1.0
@@ -203,7 +212,9 @@ def decord_agrees(path: Path, facts: VideoFacts) -> bool:
 
 
 def choose_reader(name: str, path: Path, facts: VideoFacts) -> str:
-    """The reader for one file: "decord" or "pyav". "auto" takes decord where it is safe and agrees with the time stamps."""
+    """The reader for one file: "decord" or "pyav". "auto" takes decord where it is safe and agrees with the time
+    stamps.
+    """
     if name != "auto":
         return name
     return "decord" if is_safe_for_decord(facts) and decord_agrees(path, facts) else "pyav"

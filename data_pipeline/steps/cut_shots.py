@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,15 +16,17 @@ NEIGHBOURS = 8
 
 @dataclass(kw_only=True)
 class CutShots(Step[Video, VideoShots]):
-    """Cuts where two neighbouring frames differ in their colours and in their layout, and far more than the frames around them.
+    """Cuts where two neighbouring frames differ in their colours and in their layout, and far more than the frames
+    around them.
 
-    All frames are compared as thumbnails of ``thumbnail`` x ``thumbnail`` pixels. A cut needs a colour histogram distance of
-    at least ``min_histogram_change`` and a mean pixel difference of at least ``min_pixel_change`` (both in [0, 1]), and a pixel
-    difference ``times_neighbours`` times the median of the 8 changes on either side: fast motion is fast for more than one frame, a cut
-    is not. Slow dissolves are not found. Only the first ``max_frames`` frames are looked at; later ones are not used.
+    All frames are compared as thumbnails of ``thumbnail`` x ``thumbnail`` pixels. A cut needs a colour histogram
+    distance of at least ``min_histogram_change`` and a mean pixel difference of at least ``min_pixel_change`` (both
+    in [0, 1]), and a pixel difference ``times_neighbours`` times the median of the 8 changes on either side: fast
+    motion is fast for more than one frame, a cut is not. Slow dissolves are not found. Only the first ``max_frames``
+    frames are looked at; later ones are not used.
     """
 
-    min_histogram_change: float = 0.2
+    min_histogram_change: float = 0.12
     min_pixel_change: float = 0.08
     times_neighbours: float = 3.0
     thumbnail: int = 32
@@ -36,7 +39,9 @@ class CutShots(Step[Video, VideoShots]):
         if self.times_neighbours < 1:
             raise SettingsError(f"times_neighbours must be at least 1, got {self.times_neighbours}")
         if self.thumbnail < 8 or self.max_frames < 2:
-            raise SettingsError(f"thumbnail must be at least 8 and max_frames 2, got {self.thumbnail} and {self.max_frames}")
+            raise SettingsError(
+                f"thumbnail must be at least 8 and max_frames 2, got {self.thumbnail} and {self.max_frames}"
+            )
 
     def setup(self) -> None:
         """Loads the readers."""
@@ -52,8 +57,7 @@ class CutShots(Step[Video, VideoShots]):
         starts = [0, *self.cuts(pictures), len(pictures)]
         times = video.facts.times
         shots = [
-            Shot(first=start, last=end - 1, start=times[start], end=times[end - 1])
-            for start, end in zip(starts, starts[1:], strict=False)
+            Shot(first=start, last=end - 1, start=times[start], end=times[end - 1]) for start, end in pairwise(starts)
         ]
         return VideoShots(video=video, shots=tuple(shots))
 
@@ -76,7 +80,8 @@ class CutShots(Step[Video, VideoShots]):
 def soft_histogram(picture: np.ndarray) -> np.ndarray:
     """One histogram per colour channel, float64 (3, BINS), each summing to 1. picture: uint8 (height, width, 3).
 
-    Each value is shared between its two nearest bins: else a slight change of light moves a plain sky from one bin to the next.
+    Each value is shared between its two nearest bins: else a slight change of light moves a plain sky from one bin to
+    the next.
     """
     place = picture.reshape(-1, 3).astype(np.float64) * ((BINS - 1) / 255)
     low = place.astype(np.int64)

@@ -16,9 +16,10 @@ DETECTORS = ("annotations", "groundingdino")
 class DetectBoxes(Step[NamedPair, DetectedPair]):
     """Boxes by the detector of the given name.
 
-    detector: "annotations" or "groundingdino". config, checkpoint: Grounding DINO's configuration and weights; text_encoder: its BERT,
-    a directory or a name that transformers knows, if not the one named in the configuration. box_threshold: least score of a
-    box. nms_iou: of two boxes of one phrase that overlap more, the better stays. device: "cpu", "cuda", "cuda:1".
+    detector: "annotations" or "groundingdino". config, checkpoint: Grounding DINO's configuration and weights;
+    text_encoder: its BERT, a directory or a name that transformers knows, if not the one named in the configuration.
+    box_threshold: least score of a box. nms_iou: of two boxes of one phrase that overlap more, the better stays.
+    device: "cpu", "cuda", "cuda:1".
     """
 
     preload: ClassVar[tuple[str, ...]] = ()
@@ -66,6 +67,10 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
             self._detector.detect(frames.video, frame, entities) for frame in (frames.reference, frames.target)
         )
         if not reference or not target:
-            evidence = {"phrases": [entity.phrase for entity in entities], "reference": len(reference), "target": len(target)}
+            evidence = {
+                "phrases": [entity.phrase for entity in entities],
+                "reference": len(reference),
+                "target": len(target),
+            }
             return Rejected("no entity detected in one of the frames", evidence)
         return DetectedPair(frames=frames, entities=entities, reference=reference, target=target)

@@ -23,26 +23,41 @@ from data_pipeline.records import (
 )
 from data_pipeline.step import Step
 
+FRACTIONS = [
+    "min_score",
+    "min_mask_score",
+    "min_area",
+    "max_area",
+    "min_fill",
+    "min_mask_agreement",
+    "max_border",
+    "max_box_iou",
+    "max_mask_overlap",
+    "min_change",
+]
+
 
 @dataclass(kw_only=True)
 class FilterPairs(Step[TrainingPair, TrainingPair]):
-    """Rules about single subjects, then about two subjects, then about the pair. Reasons for the defaults: docs/mining.md.
+    """Rules about single subjects, then about two subjects, then about the pair. Reasons for the defaults:
+    docs/mining.md.
 
     A subject is left out if, in either frame:
 
     - its detection score is below min_score, or its mask score (if it has one) below min_mask_score;
     - its box covers less than min_area or more than max_area of the frame;
     - its box is wider than max_aspect times its height, or higher than max_aspect times its width;
-    - its mask has fewer than min_pixels pixels, covers less than min_fill of its box, or its tight box and the detected box
-      have an intersection over union below min_mask_agreement;
+    - its mask has fewer than min_pixels pixels, covers less than min_fill of its box, or its tight box and the detected
+      box have an intersection over union below min_mask_agreement;
     - more than max_border of one side of its tight box lies on the frame's edge: it is cut off there.
 
-    Of two subjects that are probably one thing detected twice (boxes with an intersection over union above max_box_iou, or masks that share
-    more than max_mask_overlap of the smaller one) the one with the lower score, then the smaller one, is left out. Boxes that overlap less
-    than that stay: the model must learn overlapping boxes.
+    Of two subjects that are probably one thing detected twice (boxes with an intersection over union above
+    max_box_iou, or masks that share more than max_mask_overlap of the smaller one) the one with the lower score, then
+    the smaller one, is left out. Boxes that overlap less than that stay: the model must learn overlapping boxes.
 
-    The pair is rejected if fewer than min_subjects subjects are left, or if the mean difference of the two frames inside the subjects'
-    boxes is below min_change (0 to 1): then the answer is to copy. Of more than max_subjects the largest stay.
+    The pair is rejected if fewer than min_subjects subjects are left, or if the mean difference of the two frames
+    inside the subjects' boxes is below min_change (0 to 1): then the answer is to copy. Of more than max_subjects the
+    largest stay.
     """
 
     min_score: float = 0.3
@@ -61,10 +76,7 @@ class FilterPairs(Step[TrainingPair, TrainingPair]):
     max_subjects: int = 4
 
     def __post_init__(self) -> None:
-        fractions = (
-            "min_score min_mask_score min_area max_area min_fill min_mask_agreement max_border max_box_iou max_mask_overlap min_change"
-        )
-        for name in fractions.split():
+        for name in FRACTIONS:
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.min_area >= self.max_area:
@@ -163,7 +175,9 @@ class FilterPairs(Step[TrainingPair, TrainingPair]):
 
 
 def border_contact(mask: np.ndarray, tight: Box) -> float:
-    """The largest share of a side of the tight box that is mask on the frame's edge, in [0, 1]; 0 if the mask touches no edge."""
+    """The largest share of a side of the tight box that is mask on the frame's edge, in [0, 1]; 0 if the mask touches
+    no edge.
+    """
     height, width = mask.shape
     wide, high = (tight[2] - tight[0]) * width, (tight[3] - tight[1]) * height
     edges = ((mask[0], wide), (mask[-1], wide), (mask[:, 0], high), (mask[:, -1], high))

@@ -11,17 +11,102 @@ from data_pipeline.step import Step
 if TYPE_CHECKING:
     from data_pipeline.models.language import Chunk
 
-# Nouns that name a place in the picture, a quantity, or the picture itself. "in front of a house" gives a noun chunk "front".
-STOP_WORDS = (
-    "air area back background bit bottom bunch camera center centre clip close-up closeup collection corner couple day distance dozen edge"
-    " end footage foreground frame front fun group half handful image kind left line lot middle moment number pair part photo"
-    " photograph picture piece pile place portion position range right row scene screen series set shot side sort space spot stack"
-    " style surrounding thing time top type variety video view way"
-).split()
+# Nouns that name a place in the picture, a quantity, or the picture itself. "in front of a house" gives a noun chunk
+# "front".
+STOP_WORDS = [
+    "air",
+    "area",
+    "back",
+    "background",
+    "bit",
+    "bottom",
+    "bunch",
+    "camera",
+    "center",
+    "centre",
+    "clip",
+    "close-up",
+    "closeup",
+    "collection",
+    "corner",
+    "couple",
+    "day",
+    "distance",
+    "dozen",
+    "edge",
+    "end",
+    "footage",
+    "foreground",
+    "frame",
+    "front",
+    "fun",
+    "group",
+    "half",
+    "handful",
+    "image",
+    "kind",
+    "left",
+    "line",
+    "lot",
+    "middle",
+    "moment",
+    "number",
+    "pair",
+    "part",
+    "photo",
+    "photograph",
+    "picture",
+    "piece",
+    "pile",
+    "place",
+    "portion",
+    "position",
+    "range",
+    "right",
+    "row",
+    "scene",
+    "screen",
+    "series",
+    "set",
+    "shot",
+    "side",
+    "sort",
+    "space",
+    "spot",
+    "stack",
+    "style",
+    "surrounding",
+    "thing",
+    "time",
+    "top",
+    "type",
+    "variety",
+    "video",
+    "view",
+    "way",
+]
 # Words without a singular, which spaCy's lemmatizer cuts all the same ("trouser", "jean").
 PLURAL_ONLY = frozenset(
-    "binoculars clothes glasses goggles headphones jeans leggings overalls pajamas pants pliers scissors shorts sunglasses tights"
-    " tongs trousers tweezers".split()
+    [
+        "binoculars",
+        "clothes",
+        "glasses",
+        "goggles",
+        "headphones",
+        "jeans",
+        "leggings",
+        "overalls",
+        "pajamas",
+        "pants",
+        "pliers",
+        "scissors",
+        "shorts",
+        "sunglasses",
+        "tights",
+        "tongs",
+        "trousers",
+        "tweezers",
+    ]
 )
 CACHE_SIZE = 100_000
 
@@ -30,9 +115,9 @@ CACHE_SIZE = 100_000
 class FindEntities(Step[FramePair, NamedPair]):
     """Noun chunks of the caption, as singular nouns with their compounds; a noun that is named twice counts once.
 
-    stop_words: nouns that are no subjects; one that carries an adjective or a compound is kept ("an orange top" is a garment, "the
-    top" a place). language_models: spaCy models to try, in this order; empty for the usual names. max_entities: detectors get slower
-    and more confused with every phrase; the first ones of the caption are kept.
+    stop_words: nouns that are no subjects; one that carries an adjective or a compound is kept ("an orange top" is a
+    garment, "the top" a place). language_models: spaCy models to try, in this order; empty for the usual names.
+    max_entities: detectors get slower and more confused with every phrase; the first ones of the caption are kept.
     """
 
     preload: ClassVar[tuple[str, ...]] = ("data_pipeline.models.language",)
@@ -67,7 +152,9 @@ class FindEntities(Step[FramePair, NamedPair]):
         """Entities of the noun chunks of one caption, in its order, each phrase once."""
         found: dict[str, Entity] = {}
         for chunk in chunks:
-            if chunk.words[-1][1] in self.stop_words and not any(role in ("adjective", "compound") for _, _, role in chunk.words):
+            if chunk.words[-1][1] in self.stop_words and not any(
+                role in ("adjective", "compound") for _, _, role in chunk.words
+            ):
                 continue
             head = singular(*chunk.words[-1][:2])
             compounds = [text for text, _, role in chunk.words if role == "compound"]

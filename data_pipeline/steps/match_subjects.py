@@ -25,11 +25,12 @@ from data_pipeline.step import Step
 class MatchSubjects(Step[DetectedPair, TrainingPair]):
     """Pairs the instances of each phrase: by object number where the annotations track objects, else by appearance.
 
-    By appearance: the assignment within the phrase with the highest sum of similarities (Hungarian algorithm), of which matches
-    below ``min_similarity`` are left out. Object numbers decide without a threshold; the similarity is then only recorded.
+    By appearance: the assignment within the phrase with the highest sum of similarities (Hungarian algorithm), of
+    which matches below ``min_similarity`` are left out. Object numbers decide without a threshold; the similarity is
+    then only recorded.
 
-    embedder: "histogram", "timm:NAME" or "transformers:NAME_OR_DIRECTORY"; checkpoint: local weights for timm. min_similarity: 0.6 was set
-    for histograms on the real clips (docs/mining.md); a network needs a value of its own.
+    embedder: "histogram", "timm:NAME" or "transformers:NAME_OR_DIRECTORY"; checkpoint: local weights for timm.
+    min_similarity: 0.6 was set for histograms on the real clips (docs/mining.md); a network needs a value of its own.
     """
 
     embedder: str = "histogram"
@@ -68,7 +69,9 @@ class MatchSubjects(Step[DetectedPair, TrainingPair]):
                 continue
             if not reference or not target:
                 seen = {"reference": len(reference), "target": len(target)}
-                dropped.append(Dropped(phrase=entity.phrase, stage=self.name, reason="in one frame only", evidence=seen))
+                dropped.append(
+                    Dropped(phrase=entity.phrase, stage=self.name, reason="in one frame only", evidence=seen)
+                )
                 continue
             found, lost = self._match(record, entity.phrase, reference, target)
             matches += sorted(found, key=lambda match: match.target.box)
@@ -99,7 +102,9 @@ class MatchSubjects(Step[DetectedPair, TrainingPair]):
                 matches.append(Match(reference=reference[row], target=target[column], similarity=value))
             else:
                 seen = {"similarity": round(value, 3), "min_similarity": self.min_similarity}
-                dropped.append(Dropped(phrase=phrase, stage=self.name, reason="too unlike in the two frames", evidence=seen))
+                dropped.append(
+                    Dropped(phrase=phrase, stage=self.name, reason="too unlike in the two frames", evidence=seen)
+                )
         if tracked and not matches:
             dropped.append(
                 Dropped(
@@ -110,4 +115,3 @@ class MatchSubjects(Step[DetectedPair, TrainingPair]):
                 )
             )
         return matches, dropped
-

@@ -13,9 +13,10 @@ from data_pipeline.step import Step
 class PickFrames(Step[VideoShots, FramePair]):
     """Takes the frames at two fixed places of the shot that has them farthest apart in time.
 
-    reference_place, target_place: where in the shot, 0 its first and 1 its last frame; a quarter and three quarters keep away
-    from the fades and the half-entered subjects at its ends. min_gap: seconds between the two frames; nearer ones show the same
-    moment. annotated_only: take the annotated frames nearest to these places, for a detector that reads annotations.
+    reference_place, target_place: where in the shot, 0 its first and 1 its last frame; a quarter and three quarters
+    keep away from the fades and the half-entered subjects at its ends. min_gap: seconds between the two frames;
+    nearer ones show the same moment. annotated_only: take the annotated frames nearest to these places, for a
+    detector that reads annotations.
     """
 
     reference_place: float = 0.25
@@ -75,7 +76,9 @@ class PickFrames(Step[VideoShots, FramePair]):
 
 
 def nearest(values: tuple[int, ...], wanted: float) -> int:
-    """The entry of an ascending, non-empty tuple that lies nearest to ``wanted``; the smaller one if two are as near."""
+    """The entry of an ascending, non-empty tuple that lies nearest to ``wanted``; the smaller one if two are as
+    near.
+    """
     place = bisect_right(values, wanted)
     candidates = values[max(0, place - 1) : place + 1]
     return min(candidates, key=lambda value: (abs(value - wanted), value))

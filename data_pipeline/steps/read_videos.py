@@ -14,8 +14,8 @@ from data_pipeline.step import Step
 class ReadVideos(Step[VideoFile, Video]):
     """Rejects a clip without a caption, an empty or unreadable file, and annotations that disagree with their video.
 
-    reader: "auto", "decord" or "pyav" (data_pipeline/models/video_reader.py tells them apart). annotations: whether to read the
-    boxes and masks that came with the videos; annotations_file: a corpus file, else the sidecars.
+    reader: "auto", "decord" or "pyav" (data_pipeline/models/video_reader.py tells them apart). annotations: whether
+    to read the boxes and masks that came with the videos; annotations_file: a corpus file, else the sidecars.
     """
 
     reader: str = "auto"
@@ -40,7 +40,9 @@ class ReadVideos(Step[VideoFile, Video]):
     def process(self, file: VideoFile) -> Video | Rejected:
         """The opened video."""
         if not file.caption:
-            return Rejected("no caption", {"needed": f"{Path(file.name).stem}.txt, .json, or a row of the captions table"})
+            return Rejected(
+                "no caption", {"needed": f"{Path(file.name).stem}.txt, .json, or a row of the captions table"}
+            )
         try:
             content = file.path.read_bytes()
         except OSError as error:
@@ -52,7 +54,9 @@ class ReadVideos(Step[VideoFile, Video]):
         if self._source is not None:
             annotations = self._source.read(file.path, file.name, facts.width, facts.height, len(facts.stamps))
             if annotations is None:
-                return Rejected("no annotations", {"needed": f"{Path(file.name).stem}.annotations.json or --annotations FILE"})
+                return Rejected(
+                    "no annotations", {"needed": f"{Path(file.name).stem}.annotations.json or --annotations FILE"}
+                )
         return Video(
             file=file,
             caption=file.caption,

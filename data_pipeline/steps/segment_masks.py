@@ -15,8 +15,8 @@ SEGMENTERS = ("annotations", "sam")
 class SegmentMasks(Step[DetectedPair, DetectedPair]):
     """Masks by the segmenter of the given name.
 
-    segmenter: "annotations" or "sam". model: "vit_b", "vit_l", "vit_h", or a json file with the sizes of another SAM; checkpoint: its
-    weights. device: "cpu", "cuda", "cuda:1". Detections with an empty mask are left out here.
+    segmenter: "annotations" or "sam". model: "vit_b", "vit_l", "vit_h", or a json file with the sizes of another SAM;
+    checkpoint: its weights. device: "cpu", "cuda", "cuda:1". Detections with an empty mask are left out here.
     """
 
     segmenter: str = "annotations"
@@ -29,7 +29,9 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
             raise SettingsError(f"segmenter must be one of {', '.join(SEGMENTERS)}, got {self.segmenter!r}")
         if self.segmenter == "sam":
             if self.model not in ("vit_b", "vit_l", "vit_h") and not Path(self.model).is_file():
-                raise InputError(f"--segmenter-model is vit_b, vit_l, vit_h or a json file; there is no file {self.model}")
+                raise InputError(
+                    f"--segmenter-model is vit_b, vit_l, vit_h or a json file; there is no file {self.model}"
+                )
             if self.checkpoint is None:
                 raise SettingsError("the segmenter sam needs --segmenter-checkpoint FILE")
             if not self.checkpoint.is_file():

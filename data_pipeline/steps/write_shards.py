@@ -1,4 +1,6 @@
-"""Step 9: turn a pair into the files of its samples. The runner puts them into shards, in the order of the clips' names."""
+"""Step 9: turn a pair into the files of its samples. The runner puts them into shards, in the order of the clips'
+names.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,12 @@ SCHEMA = "msdiffusion.pairs/1"
 
 @dataclass(kw_only=True)
 class WriteShards(Step[TrainingPair, EncodedPair]):
-    """Encodes target pictures (JPEG, 4:4:4), reference cut-outs (PNG with alpha) and metadata (json), as docs/data_format.md specifies.
+    """Encodes target pictures (JPEG, 4:4:4), reference cut-outs (PNG with alpha) and metadata (json), as
+    docs/data_format.md specifies.
 
-    pairs_per_clip: 1 takes the earlier frame as the reference, 2 adds the swapped direction as a sample of its own. pairs_per_shard: samples in
-    one tar file. pipeline: version and settings hash, copied into every sample. The same pair always gives the same bytes.
+    pairs_per_clip: 1 takes the earlier frame as the reference, 2 adds the swapped direction as a sample of its own.
+    pairs_per_shard: samples in one tar file. pipeline: version and settings hash, copied into every sample. The same
+    pair always gives the same bytes.
     """
 
     pairs_per_clip: int = 1
@@ -55,7 +59,8 @@ class WriteShards(Step[TrainingPair, EncodedPair]):
         directions = [(key, frames.reference, frames.target, pair.matches)]
         if self.pairs_per_clip == 2:
             swapped = tuple(
-                Match(reference=match.target, target=match.reference, similarity=match.similarity) for match in pair.matches
+                Match(reference=match.target, target=match.reference, similarity=match.similarity)
+                for match in pair.matches
             )
             directions.append((f"{key}-swapped", frames.target, frames.reference, swapped))
         samples, blocks = [], []
@@ -63,7 +68,9 @@ class WriteShards(Step[TrainingPair, EncodedPair]):
             metadata = self.metadata(name, pair, reference, target, matches)
             members = {"target.jpg": encode_jpeg(target.image, self.jpeg_quality)}
             for i, match in enumerate(matches):
-                members[f"reference_{i}.png"] = encode_png(cut_out(reference.image, match.reference.mask, match.reference.box))
+                members[f"reference_{i}.png"] = encode_png(
+                    cut_out(reference.image, match.reference.mask, match.reference.box)
+                )
             members["json"] = json.dumps(metadata, separators=(",", ":")).encode()
             blocks += [tar_member(f"{name}.{suffix}", content) for suffix, content in members.items()]
             samples.append(metadata)

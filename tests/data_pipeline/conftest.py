@@ -43,7 +43,8 @@ def write_video(
 def draw_clip(
     names: tuple[str, ...], *, size: int = 96, num_frames: int = 12, seed: int = 0, speed: int = 2, start: int = 6
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ellipses with a light stripe that move to the right. Returns pictures (F, H, W, 3) and masks (F, subjects, H, W)."""
+    """Ellipses with a light stripe that move to the right. Returns pictures (F, H, W, 3) and masks (F, subjects, H,
+    W)."""
     rng = np.random.default_rng(seed)
     ground = rng.integers(90, 160, (size // 8, size // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     rows, columns = np.mgrid[:size, :size]
@@ -74,7 +75,15 @@ def annotate(names: tuple[str, ...], masks: np.ndarray, frames: range | list[int
         entries.append({"index": index, "time": index / 8, "objects": objects})
     objects = [{"id": i, "name": name, "attributes": {"category": name}} for i, name in enumerate(names)]
     schema = "data_pipeline.annotations/1"
-    return {"schema": schema, "width": width, "height": height, "fps": 8, "num_frames": num_frames, "objects": objects, "frames": entries}
+    return {
+        "schema": schema,
+        "width": width,
+        "height": height,
+        "fps": 8,
+        "num_frames": num_frames,
+        "objects": objects,
+        "frames": entries,
+    }
 
 
 @pytest.fixture
@@ -121,7 +130,14 @@ def make_frames(reference: np.ndarray, target: np.ndarray, **video: object) -> F
         open_groups=False,
     )
     file = VideoFile(name="clip.mp4", key="clip", path=Path("clip.mp4"), caption="a dog on the beach")
-    values = {"file": file, "caption": file.caption, "sha256": "0" * 64, "facts": facts, "reader": "pyav", "annotations": None}
+    values = {
+        "file": file,
+        "caption": file.caption,
+        "sha256": "0" * 64,
+        "facts": facts,
+        "reader": "pyav",
+        "annotations": None,
+    }
     return FramePair(
         video=Video(**{**values, **video}),
         shot=Shot(first=0, last=11, start=0.0, end=1.375),
