@@ -1,0 +1,165 @@
+"""Untrained parts of the embedded default: a miniature of the SDXL stack, built from the library's own classes.
+
+Sizes come from docs/training.md; every part is saved and loaded as its full-size sibling would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from data_pipeline.world import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTokenizer, CLIPVisionModelWithProjection
+
+MAX_TOKENS = 40
+"""Longest prompt of the embedded base in tokens, both special tokens included."""
+
+_COMMON_WORDS = (
+    "a an the and or of on in at to with without by for from near next between under over behind front left right "
+    "photo picture image drawing painting cartoon best worst quality high low small big large tiny old new bright "
+    "dark light sunny wearing sitting standing looking two three four one day night sky snow sand sea forest city"
+)
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose vocabulary gives every word of the world one token; other words fall into letters."""
+    import json
+
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    words = " ".join([*CATEGORIES, *COLORS, *PATTERNS, *BACKGROUNDS.values(), _COMMON_WORDS]).lower()
+    corpus = sorted(set(words.split()))
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=None))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=1,
+        end_of_word_suffix="</w>",
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learner.train_from_iterator(corpus, trainer)
+    state = json.loads(learner.to_str())["model"]
+    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in state["merges"]]
+    # As in CLIP: every byte, every byte at the end of a word, then one token for each merge.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *(left + right for left, right in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def build_base(
+    channels: Sequence[int] = (64, 96, 160),
+    text_widths: tuple[int, int] = (96, 160),
+    text_layers: int = 3,
+    head_width: int = 32,
+    size: int = 64,
+) -> StableDiffusionXLPipeline:
+    """The text-to-image base with random weights: a diffusers SDXL pipeline with both text encoders.
+
+    Args:
+        channels: UNet channels of its three resolutions; multiples of head_width.
+        text_widths: hidden sizes of the two text encoders; their sum is the cross-attention width.
+        text_layers: layers of each text encoder.
+        head_width: channels of one attention head.
+        size: side of the training pictures in pixels; latents are half of it.
+
+    Raises:
+        ValueError: if a width is not a multiple of head_width.
+    """
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
+
+    if any(width % head_width for width in (*channels, *text_widths)):
+        raise ValueError(f"channels {channels} and text widths {text_widths} must be multiples of {head_width}")
+    tokenizer = build_tokenizer()
+
+    def text_config(width: int) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_hidden_layers=text_layers,
+            num_attention_heads=width // head_width,
+            max_position_embeddings=MAX_TOKENS,
+            hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+    unet = UNet2DConditionModel(
+        sample_size=size // 2,
+        in_channels=12,
+        out_channels=12,
+        block_out_channels=tuple(channels),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=1,
+        attention_head_dim=tuple(width // head_width for width in channels),
+        cross_attention_dim=sum(text_widths),
+        use_linear_projection=True,
+        norm_num_groups=16,
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text_time",
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=text_widths[1] + 6 * 32,
+    )
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+    return StableDiffusionXLPipeline(
+        vae=PixelUnshuffleAutoencoder(),
+        text_encoder=CLIPTextModel(text_config(text_widths[0])),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(text_widths[1])),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+
+def build_image_encoder(
+    width: int = 128, layers: int = 6, head_width: int = 32, size: int = 64, patch: int = 8
+) -> CLIPVisionModelWithProjection:
+    """A CLIP image encoder with random weights.
+
+    Args:
+        width: hidden size, a multiple of head_width; also the projection size.
+        layers: transformer blocks.
+        head_width: channels of one attention head.
+        size: side of its input in pixels.
+        patch: side of a patch in pixels.
+    """
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // head_width,
+            image_size=size,
+            patch_size=patch,
+            hidden_act="gelu",
+        )
+    )

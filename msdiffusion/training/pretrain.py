@@ -1,0 +1,550 @@
+"""Training of the embedded base: text-to-image and image encoder, on renderings of the procedural world.
+
+Run by `lightning fit -c configs/embedded/text_to_image.yaml` and `.../image_encoder.yaml`. The recipe and what was
+measured about it stand in docs/training.md.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from data_pipeline.world import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS, write_caption
+from data_pipeline.world.renderings import Renderings, RenderingSettings, identity_labels, load_or_render
+from msdiffusion.training.embedded import build_base, build_image_encoder, build_tokenizer
+from msdiffusion.training.local_sgd import process_rank
+from msdiffusion.training.optimizers import Muon
+
+CAPTION_SHARES = {"full": 0.5, "color": 0.2, "plain": 0.3}
+"""How often a training caption names the whole identity, the main colour only, or the category only."""
+
+
+STOP_EVERY = 12
+"""A run ends at a multiple of this many steps: where processes of `local_sgd` have exchanged their clocks."""
+
+
+class SceneCaptions(Dataset):
+    """Scenes with tokenised captions; a batch is drawn at once, so there is no per-sample collation."""
+
+    def __init__(self, renderings: Renderings, seed: int = 0) -> None:
+        self.renderings = renderings
+        tokenizer = build_tokenizer()
+        names = tuple(BACKGROUNDS)
+        self.tokens = np.stack(
+            [
+                self._tokenize(tokenizer, [
+                    write_caption([renderings.identities[i] for i in row if i >= 0], names[b], detail)
+                    for row, b in zip(renderings.members, renderings.backgrounds, strict=True)
+                ])
+                for detail in CAPTION_SHARES
+            ],
+            axis=1,
+        )  # fmt: skip
+        self.seed = seed
+
+    @staticmethod
+    def _tokenize(tokenizer: Any, captions: list[str]) -> np.ndarray:
+        rows = tokenizer(captions, padding="max_length", truncation=True).input_ids
+        return np.asarray(rows, np.int16)
+
+    def __len__(self) -> int:
+        return len(self.renderings.images)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        rows = np.sort(np.asarray(indices))
+        rng = np.random.default_rng([self.seed, *rows[:4].tolist()])
+        detail = rng.choice(len(CAPTION_SHARES), len(rows), p=list(CAPTION_SHARES.values()))
+        images, boxes = self.renderings.images[rows], self.renderings.boxes[rows]
+        flip = rng.random(len(rows)) < 0.5
+        images = np.where(flip[:, None, None, None], images[:, :, ::-1], images)
+        present = boxes[..., 2:3] > 0
+        mirrored = np.stack([1 - boxes[..., 2], boxes[..., 1], 1 - boxes[..., 0], boxes[..., 3]], -1) * present
+        return {
+            "images": torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2),
+            "boxes": torch.from_numpy(np.where(flip[:, None, None], mirrored, boxes)),
+            "tokens": torch.from_numpy(self.tokens[rows, detail].astype(np.int64)),
+        }
+
+
+class IdentityViews(Dataset):
+    """Two views of each identity with its labels, for the image encoder."""
+
+    def __init__(self, renderings: Renderings, views: int) -> None:
+        self.views = renderings.views.reshape(-1, views, *renderings.views.shape[1:])
+        self.labels = identity_labels(renderings.identities)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        rows = np.sort(np.asarray(indices))
+        return {"views": torch.from_numpy(self.views[rows][:, :2]), "labels": torch.from_numpy(self.labels[rows])}
+
+
+def _identity(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch
+
+
+class WorldRenderings(pl.LightningDataModule):
+    """Renders the world ahead of time (cached on disk) and serves scenes or identity views.
+
+    Args:
+        kind: "scenes" for the text-to-image base, "identities" for the image encoder.
+        scenes: scenes in the training pool.
+        identities: identities in the training pool.
+        batch_size: samples per step.
+        cache: folder of the rendered arrays.
+        size: side of a scene in pixels.
+        seed: of the renderings and the batch order.
+        workers: processes for rendering.
+    """
+
+    def __init__(
+        self,
+        kind: str = "scenes",
+        scenes: int = 40_000,
+        identities: int = 5_000,
+        batch_size: int = 32,
+        cache: str = "data/world/renderings",
+        size: int = 64,
+        seed: int = 0,
+        workers: int = 2,
+    ) -> None:
+        super().__init__()
+        if kind not in ("scenes", "identities"):
+            raise ValueError(f"kind must be scenes or identities, got {kind!r}")
+        self.save_hyperparameters()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Renders or reads the training pool and a held-out pool of 512 scenes and 600 identities."""
+        p = self.hparams
+        train = RenderingSettings(p.scenes, p.identities, 2, "train", p.size, seed=p.seed)
+        held_out = RenderingSettings(512, 600, 2, "held_out", p.size, seed=p.seed + 1)
+        pools = [load_or_render(settings, p.cache, p.workers) for settings in (train, held_out)]
+        if p.kind == "scenes":
+            self.train_set, self.validation_set = (SceneCaptions(pool, p.seed) for pool in pools)
+        else:
+            self.train_set, self.validation_set = (IdentityViews(pool, 2) for pool in pools)
+
+    def _loader(self, data: Dataset, shuffle: bool) -> DataLoader:
+        generator = torch.Generator().manual_seed(1000 * self.hparams.seed + process_rank())
+        return DataLoader(
+            data, self.hparams.batch_size, shuffle=shuffle, drop_last=shuffle, collate_fn=_identity, generator=generator
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches of the train split."""
+        return self._loader(self.train_set, True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches of held-out identities, in a fixed order."""
+        return self._loader(self.validation_set, False)
+
+
+class BudgetedTraining(pl.LightningModule):
+    """What both pretrainings share: a time or step budget, linear decay over its last part, EMA, export.
+
+    Args:
+        output: folder that receives the trained part.
+        learning_rate: peak learning rate.
+        max_steps: steps of the whole budget.
+        budget_minutes: ends the run earlier when this much training time has passed (time before a resume counts);
+            None for steps only. On a shared machine the decay then still reaches zero.
+        decay_share: last share of the budget over which the learning rate falls linearly to zero.
+        warmup_steps: linear rise at the start.
+        ema_decay: of the averaged weights that are exported.
+        export_minutes: how often the averaged weights are written to `output`.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        learning_rate: float,
+        max_steps: int,
+        budget_minutes: float | None,
+        decay_share: float,
+        warmup_steps: int,
+        ema_decay: float,
+        export_minutes: float,
+    ) -> None:
+        super().__init__()
+        self.elapsed = 0.0
+        self._last_tick = self._last_export = time.monotonic()
+
+    def trained_modules(self) -> nn.ModuleDict:
+        """The modules whose weights are averaged and exported."""
+        raise NotImplementedError(f"{type(self).__name__} must say which modules it trains")
+
+    def export(self) -> None:
+        """Writes the trained part, with averaged weights in place, to `output`."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it is saved")
+
+    def prepare_average(self) -> None:
+        """Starts the moving average; called once the modules exist."""
+        self.average = {name: p.detach().clone() for name, p in self.trained_modules().named_parameters()}
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is used up, in [0, 1]."""
+        p = self.hparams
+        by_time = self.elapsed / (60 * p.budget_minutes) if p.budget_minutes is not None else 0.0
+        return min(1.0, max(self.global_step / p.max_steps, by_time))
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Trapezoid: warm-up, constant, linear decay."""
+        p = self.hparams
+        decay = min(1.0, (1 - self.progress) / p.decay_share)
+        rate = p.learning_rate * decay * min(1.0, (self.global_step + 1) / max(1, p.warmup_steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+    def on_train_start(self) -> None:
+        """The clock starts after rendering."""
+        self._last_tick = self._last_export = time.monotonic()
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Sets the learning rate of this step."""
+        self.set_learning_rate(self.optimizers())
+
+    @torch.no_grad()
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Averages the weights, counts the time, exports now and then, and stops at the end of the budget."""
+        # Before this process adds its own time: at a step of the exchange all processes then decide alike.
+        if self.progress >= 1.0 and (self.global_step % STOP_EVERY == 0 or self.global_step >= self.hparams.max_steps):
+            self.trainer.should_stop = True
+        now = time.monotonic()
+        self.elapsed += now - self._last_tick
+        self._last_tick = now
+        decay = min(self.hparams.ema_decay, (1 + self.global_step) / (10 + self.global_step))
+        parameters = dict(self.trained_modules().named_parameters())
+        torch._foreach_lerp_(list(self.average.values()), [parameters[n].detach() for n in self.average], 1 - decay)
+        self.log("progress", self.progress, prog_bar=True)
+        if now - self._last_export > 60 * self.hparams.export_minutes:
+            self.export_average()
+            self._last_export = self._last_tick = time.monotonic()
+
+    @torch.no_grad()
+    def export_average(self) -> None:
+        """Swaps the averaged weights in, exports, and swaps the training weights back; in the first process only."""
+        if process_rank() > 0:
+            return
+        parameters = dict(self.trained_modules().named_parameters())
+        backup = {name: p.detach().clone() for name, p in parameters.items()}
+        for name, p in parameters.items():
+            p.copy_(self.average[name])
+        self.eval()
+        self.export()
+        self.train()
+        for name, p in parameters.items():
+            p.copy_(backup[name])
+
+    def on_train_end(self) -> None:
+        """Exports the final weights."""
+        self.export_average()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the average and the clock."""
+        checkpoint["average"], checkpoint["elapsed"] = self.average, self.elapsed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the average and the clock."""
+        self.average, self.elapsed = checkpoint["average"], checkpoint["elapsed"]
+
+
+class TextToImagePretraining(BudgetedTraining):
+    """The embedded text-to-image base: UNet and both text encoders from scratch, v-prediction.
+
+    Args:
+        channels: UNet channels, see `build_base`.
+        box_weight: weight of the loss inside subject boxes; the background is 1.
+        timestep_exponent: t = 1000 u ** exponent with u uniform; under 1 favours noisy steps.
+        text_drop: share of empty captions, for classifier-free guidance.
+        naming_weight: weight of the loss that makes both pooled text embeddings name their own tokens; it gives
+            `text_encoder` a meaningful pooler_output, which the adapter uses to embed phrases.
+        others: see `BudgetedTraining`.
+    """
+
+    def __init__(
+        self,
+        output: str = "checkpoints/tiny/base",
+        channels: tuple[int, int, int] = (64, 96, 160),
+        learning_rate: float = 1.5e-3,
+        max_steps: int = 12_000,
+        budget_minutes: float | None = None,
+        decay_share: float = 0.5,
+        warmup_steps: int = 100,
+        ema_decay: float = 0.999,
+        export_minutes: float = 10.0,
+        box_weight: float = 4.0,
+        timestep_exponent: float = 0.75,
+        text_drop: float = 0.1,
+        naming_weight: float = 0.05,
+    ) -> None:
+        super().__init__(
+            output, learning_rate, max_steps, budget_minutes, decay_share, warmup_steps, ema_decay, export_minutes
+        )
+        self.save_hyperparameters()
+        from diffusers.models.attention_processor import AttnProcessor
+
+        self.pipeline = build_base(channels)
+        self.unet = self.pipeline.unet
+        # On a CPU the backward pass of fused attention takes longer than the plain product and softmax.
+        self.unet.set_attn_processor(AttnProcessor())
+        self.text_encoder, self.text_encoder_2 = self.pipeline.text_encoder, self.pipeline.text_encoder_2
+        vocabulary = len(self.pipeline.tokenizer)
+        self.naming = nn.ModuleList(
+            nn.Linear(encoder.config.hidden_size, vocabulary) for encoder in (self.text_encoder, self.text_encoder_2)
+        )
+        self.register_buffer("alphas", self.pipeline.scheduler.alphas_cumprod.float(), persistent=False)
+        empty = self.pipeline.tokenizer("", padding="max_length").input_ids
+        self.register_buffer("empty_tokens", torch.tensor(empty), persistent=False)
+        self.prepare_average()
+
+    def trained_modules(self) -> nn.ModuleDict:
+        """UNet and text encoders."""
+        return nn.ModuleDict(
+            {"unet": self.unet, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+        )
+
+    def configure_optimizers(self) -> Muon:
+        """Muon on the weight matrices, AdamW on norms, biases and embeddings."""
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        plain = ("embed", "conv_in", "conv_out", "naming")
+
+        def is_matrix(name: str, p: nn.Parameter) -> bool:
+            return p.ndim >= 2 and not any(word in name for word in plain)
+
+        return Muon(
+            [p for n, p in named if is_matrix(n, p)],
+            [p for n, p in named if not is_matrix(n, p)],
+            lr=self.hparams.learning_rate,
+        )
+
+    def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, L) to states (B, L, C), pooled (B, P), and the naming loss, as SDXL uses its two encoders."""
+        first = self.text_encoder(tokens, output_hidden_states=True)
+        second = self.text_encoder_2(tokens, output_hidden_states=True)
+        states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+        present = torch.zeros(len(tokens), len(self.pipeline.tokenizer), device=tokens.device).scatter_(1, tokens, 1.0)
+        naming = sum(
+            nn.functional.binary_cross_entropy_with_logits(head(pooled).float(), present, reduction="sum") / len(tokens)
+            for head, pooled in zip(self.naming, (first.pooler_output, second.text_embeds), strict=True)
+        )
+        return states, second.text_embeds, naming
+
+    def denoising_loss(self, batch: dict[str, Tensor], timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted v-prediction loss and naming loss of a batch, at given timesteps (B,) and noise (B, 12, h, w)."""
+        pixels = batch["images"].float().div(127.5).sub(1)
+        vae = self.pipeline.vae
+        latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+        alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+        states, pooled, naming = self.encode_text(batch["tokens"])
+        size = pixels.shape[-1]
+        time_ids = pixels.new_tensor([[size, size, 0, 0, size, size]]).expand(len(pixels), -1)
+        predicted = self.unet(
+            noisy, timesteps, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}
+        ).sample
+        weight = self.box_weights(batch["boxes"], latents.shape[-1])
+        loss = ((predicted.float() - target).square().mean(1) * weight).sum() / weight.sum()
+        return loss, naming
+
+    def box_weights(self, boxes: Tensor, side: int) -> Tensor:
+        """Boxes (B, S, 4) normalised xyxy to loss weights (B, side, side): `box_weight` inside any box, else 1."""
+        centers = (torch.arange(side, device=boxes.device) + 0.5) / side
+        inside_x = (centers >= boxes[..., :1]) & (centers <= boxes[..., 2:3])
+        inside_y = (centers >= boxes[..., 1:2]) & (centers <= boxes[..., 3:])
+        inside = (inside_y[..., :, None] & inside_x[..., None, :]).any(1)
+        return 1 + (self.hparams.box_weight - 1) * inside.float()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """One denoising step on a batch of scenes."""
+        count = len(batch["images"])
+        dropped = torch.rand(count, device=self.device) < self.hparams.text_drop
+        batch = {**batch, "tokens": torch.where(dropped[:, None], self.empty_tokens, batch["tokens"])}
+        u = torch.rand(count, device=self.device)
+        timesteps = (1000 * u**self.hparams.timestep_exponent).long().clamp(max=999)
+        noise = torch.randn(count, 12, *(s // 2 for s in batch["images"].shape[-2:]), device=self.device)
+        loss, naming = self.denoising_loss(batch, timesteps, noise)
+        self.log_dict({"loss": loss, "naming": naming}, prog_bar=True)
+        return loss + self.hparams.naming_weight * naming
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """The same loss on held-out scenes at fixed timesteps with fixed noise."""
+        count = len(batch["images"])
+        generator = torch.Generator().manual_seed(batch_idx)
+        noise = torch.randn(count, 12, *(s // 2 for s in batch["images"].shape[-2:]), generator=generator)
+        for t in (250, 500, 750):
+            loss, _ = self.denoising_loss(batch, torch.full((count,), t, device=self.device), noise.to(self.device))
+            self.log(f"validation_loss_{t}", loss, batch_size=count)
+
+    def export(self) -> None:
+        """Writes the diffusers pipeline and a grid of samples for fixed prompts and seeds."""
+        output = Path(self.hparams.output)
+        self.pipeline.save_pretrained(output)
+        draw_samples(self.pipeline, output.parent / f"{output.name}_samples" / f"step_{self.global_step:06d}.png")
+
+
+def draw_samples(pipeline: Any, path: Path, count: int = 24, steps: int = 20, guidance_scale: float = 3.0) -> None:
+    """Draws a grid of samples of the base for fixed held-out captions and seeds and writes it as PNG."""
+    from PIL import Image
+
+    from data_pipeline.world.scenes import sample_subjects
+
+    rng = np.random.default_rng(7)
+    names = tuple(BACKGROUNDS)
+    details = ("plain", "color", "full")
+    prompts = [
+        write_caption(sample_subjects(rng, 1 + (i % 4 == 3), "held_out"), names[i % 6], details[i % 3])
+        for i in range(count)
+    ]
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline(
+        prompts,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(i) for i in range(count)],
+    ).images
+    columns = 8
+    side = pictures[0].width * 2
+    grid = Image.new("RGB", (columns * side, math.ceil(count / columns) * side))
+    for i, picture in enumerate(pictures):
+        grid.paste(picture.resize((side, side), Image.Resampling.NEAREST), (i % columns * side, i // columns * side))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path)
+    path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
+
+
+LABELS = {
+    "category": len(CATEGORIES),
+    "main_color": len(COLORS),
+    "second_color": len(COLORS),
+    "accent_color": len(COLORS),
+    "pattern": len(PATTERNS),
+    "shape": 4,
+}
+"""What the image encoder learns to name, in the order of `identity_labels`."""
+
+
+class ImageEncoderPretraining(BudgetedTraining):
+    """The embedded CLIP image encoder: names an identity's parts, tells identities apart, and keeps the pixels.
+
+    Three losses: cross-entropy of every label; supervised contrastive loss between two views of an identity (Khosla et
+    al. 2020, eq. 2, one positive each); reconstruction of each patch from its token in hidden_states[-2], the layer
+    that the adapter reads, so that patterns survive there.
+
+    Args:
+        temperature: of the contrastive loss.
+        pixel_weight: weight of the reconstruction.
+        others: see `BudgetedTraining`.
+    """
+
+    def __init__(
+        self,
+        output: str = "checkpoints/tiny/image_encoder",
+        learning_rate: float = 1e-3,
+        max_steps: int = 6_000,
+        budget_minutes: float | None = None,
+        decay_share: float = 0.7,
+        warmup_steps: int = 100,
+        ema_decay: float = 0.998,
+        export_minutes: float = 10.0,
+        temperature: float = 0.1,
+        pixel_weight: float = 2.0,
+    ) -> None:
+        super().__init__(
+            output, learning_rate, max_steps, budget_minutes, decay_share, warmup_steps, ema_decay, export_minutes
+        )
+        self.save_hyperparameters()
+        self.encoder = build_image_encoder()
+        config = self.encoder.config
+        self.patch = config.patch_size
+        self.heads = nn.ModuleDict({name: nn.Linear(config.projection_dim, n) for name, n in LABELS.items()})
+        self.pixels = nn.Linear(config.hidden_size, 3 * self.patch**2)
+        self.prepare_average()
+
+    def trained_modules(self) -> nn.ModuleDict:
+        """The encoder alone; heads are thrown away."""
+        return nn.ModuleDict({"encoder": self.encoder})
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW; the learning rate follows the budget."""
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate, weight_decay=0.05)
+
+    def losses(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Loss terms and accuracies of pictures (2 B, 3, H, W) whose halves are two views, labels (B, 6)."""
+        outputs = self.encoder(pixels, output_hidden_states=True)
+        labels = labels.repeat(2, 1)
+        terms: dict[str, Tensor] = {}
+        for column, (name, head) in enumerate(self.heads.items()):
+            logits = head(outputs.image_embeds).float()
+            terms[f"naming_{name}"] = nn.functional.cross_entropy(logits, labels[:, column])
+            terms[f"accuracy_{name}"] = (logits.argmax(1) == labels[:, column]).float().mean().detach()
+        normal = nn.functional.normalize(outputs.image_embeds.float(), dim=1)
+        similarity = normal @ normal.T / self.hparams.temperature
+        similarity = similarity.masked_fill(torch.eye(len(normal), dtype=torch.bool, device=normal.device), -1e4)
+        partner = torch.arange(len(normal), device=normal.device).roll(len(normal) // 2)
+        terms["contrastive"] = nn.functional.cross_entropy(similarity, partner)
+        terms["accuracy_retrieval"] = (similarity.argmax(1) == partner).float().mean().detach()
+        patches = nn.functional.pixel_unshuffle(pixels, self.patch).flatten(2).transpose(1, 2)
+        terms["pixels"] = nn.functional.mse_loss(self.pixels(outputs.hidden_states[-2][:, 1:]).float(), patches)
+        return terms
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """One step on two augmented views of each identity."""
+        pixels = torch.cat([prepare_views(batch["views"][:, k], True) for k in (0, 1)])
+        terms = self.losses(pixels, batch["labels"])
+        self.log_dict({k: v for k, v in terms.items() if not k.startswith("naming")}, prog_bar=False)
+        self.log("retrieval", terms["accuracy_retrieval"], prog_bar=True)
+        naming = sum(v for k, v in terms.items() if k.startswith("naming"))
+        return naming + terms["contrastive"] + self.hparams.pixel_weight * terms["pixels"]
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Accuracies on held-out identities, views as they are."""
+        pixels = torch.cat([prepare_views(batch["views"][:, k], False) for k in (0, 1)])
+        terms = self.losses(pixels, batch["labels"])
+        self.log_dict({f"validation_{k}": v for k, v in terms.items()}, batch_size=len(batch["labels"]))
+
+    def export(self) -> None:
+        """Writes the encoder and its image processor."""
+        from transformers import CLIPImageProcessor
+
+        self.encoder.save_pretrained(self.hparams.output)
+        size = self.encoder.config.image_size
+        CLIPImageProcessor(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_convert_rgb=True
+        ).save_pretrained(self.hparams.output)
+
+
+def prepare_views(views: Tensor, augment: bool) -> Tensor:
+    """RGBA views (B, H, W, 4) uint8 on white, normalised as CLIP does, to (B, 3, H, W) float.
+
+    With `augment` they are mirrored, shrunk and stretched by up to a quarter, shifted, and re-lit.
+    """
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    pixels = views.permute(0, 3, 1, 2).float() / 255
+    alpha = pixels[:, 3:]
+    pixels = pixels[:, :3] * alpha + 1 - alpha
+    if augment:
+        count = len(pixels)
+        zoom = 1 / torch.empty(count, 2, device=pixels.device).uniform_(0.75, 1.0)
+        zoom[:, 0] *= torch.where(torch.rand(count, device=pixels.device) < 0.5, -1.0, 1.0)
+        theta = torch.zeros(count, 2, 3, device=pixels.device)
+        theta[:, [0, 1], [0, 1]] = zoom
+        theta[:, :, 2] = (torch.rand(count, 2, device=pixels.device) * 2 - 1) * (zoom.abs() - 1)
+        grid = nn.functional.affine_grid(theta, list(pixels.shape), align_corners=False)
+        # Outside is white, so sample the distance from white, for which zero padding is right.
+        pixels = 1 - nn.functional.grid_sample(1 - pixels, grid, align_corners=False)
+        pixels = (pixels * torch.empty(count, 1, 1, 1, device=pixels.device).uniform_(0.85, 1.12)).clamp(0, 1)
+    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (pixels - mean) / std
