@@ -21,6 +21,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
+# diffusers loads a component of a pipeline only from a module that is already imported: the embedded base has this one
+import msdiffusion.pixel_autoencoder  # noqa: F401
 from msdiffusion.errors import RequestError, WeightsError
 
 SQUASH_SIDE = 512
