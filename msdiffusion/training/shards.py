@@ -22,6 +22,9 @@ from msdiffusion.errors import DataError
 PAIRS_SCHEMA = "msdiffusion.pairs/1"
 """The one schema that this reader knows."""
 
+SWAPPED_SUFFIX = "-swapped"
+"""Ends the key of a pair that is another pair the other way round: reference frame and target frame exchanged."""
+
 HOW_TO_MAKE_PAIRS = (
     "Make one with:\n"
     "  python -m data_pipeline.world --out data/world/clips --count 3000\n"
@@ -115,8 +118,9 @@ def index_shards(shards: Sequence[Path]) -> list[PairLocation]:
 def split_by_key(locations: Sequence[PairLocation], fraction: float) -> tuple[list[PairLocation], list[PairLocation]]:
     """(training pairs, validation pairs); which one a pair belongs to is a pure function of its key.
 
-    So the split stays the same when a dataset grows, is sharded differently, or is read in another order. A fraction
-    above 0 gives at least one validation pair.
+    So the split stays the same when a dataset grows, is sharded differently, or is read in another order. A pair and
+    the same pair swapped are on one side: they share their pictures. A fraction above 0 gives at least one validation
+    pair.
 
     Args:
         locations: at least two pairs where fraction is above 0.
@@ -127,7 +131,7 @@ def split_by_key(locations: Sequence[PairLocation], fraction: float) -> tuple[li
     """
     if fraction == 0:
         return list(locations), []
-    draws = {location.key: _uniform_of(location.key) for location in locations}
+    draws = {location.key: _uniform_of(location.key.removesuffix(SWAPPED_SUFFIX)) for location in locations}
     threshold = max(fraction, min(draws.values(), default=0.0))  # so that the smallest draw is always held out
     training = [location for location in locations if draws[location.key] > threshold]
     validation = [location for location in locations if draws[location.key] <= threshold]

@@ -159,6 +159,15 @@ def test_split_depends_on_the_key_alone():
     assert {location.key for location in later if location.key in keys} == held_out
 
 
+def test_a_pair_and_its_swap_are_on_one_side():
+    keys = [f"clip_{i}" for i in range(200)]
+    training, validation = split_by_key(locations_of([*keys, *(f"{key}-swapped" for key in keys)]), 0.3)
+    for side in (training, validation):
+        assert {f"{location.key}-swapped" for location in side if location.key in keys} == {
+            location.key for location in side if location.key not in keys
+        }
+
+
 def test_small_dataset_still_has_a_validation_pair():
     training, validation = split_by_key(locations_of("abc"), 0.001)
     assert (len(training), len(validation)) == (2, 1)
