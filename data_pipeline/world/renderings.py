@@ -20,7 +20,14 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipeline.world.palette import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS
-from data_pipeline.world.scenes import compose, fit_sprites, render_background, sample_count, sample_placement, tight_boxes
+from data_pipeline.world.scenes import (
+    compose,
+    fit_sprites,
+    render_background,
+    sample_count,
+    sample_placement,
+    tight_boxes,
+)
 from data_pipeline.world.subjects import Identity, render_subject, sample_identity
 
 VERSION = 1
@@ -121,16 +128,20 @@ def _render_all(settings: RenderingSettings, folder: Path, workers: int) -> None
     members = np.full((count, MAX_SLOTS), -1, np.int32)
     backgrounds = np.zeros(count, np.uint8)
     jobs = [(settings, identities[a : a + CHUNK], a) for a in range(0, len(identities), CHUNK)]
-    _run(_render_views, jobs, workers, "drawing subjects", lambda start, result: _fill(views, start * settings.views, result))
+    _run(
+        _render_views,
+        jobs,
+        workers,
+        "drawing subjects",
+        lambda start, result: _fill(views, start * settings.views, result),
+    )
     views.flush()
 
     def store(start: int, result: tuple[np.ndarray, ...]) -> None:
         for array, part in zip((images, boxes, members, backgrounds), result, strict=True):
             array[start : start + len(part)] = part
 
-    jobs = [
-        (settings, identities, str(folder / "views.npy"), a, min(a + CHUNK, count)) for a in range(0, count, CHUNK)
-    ]
+    jobs = [(settings, identities, str(folder / "views.npy"), a, min(a + CHUNK, count)) for a in range(0, count, CHUNK)]
     _run(_render_scenes, jobs, workers, "drawing scenes", store)
     images.flush()
     np.save(folder / "boxes.npy", boxes)

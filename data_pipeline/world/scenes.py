@@ -252,7 +252,9 @@ def _paint_room(image: Image.Image, draw: ImageDraw.ImageDraw, rng: np.random.Ge
     draw.line((0, horizon * h, w, horizon * h), fill=(240, 236, 230), width=max(1, h // 40))
     for k in range(-4, 12):
         x = (k / 8) * w
-        draw.line((w / 2 + (x - w / 2) * 0.6, horizon * h, x * 1.2 - w * 0.1, h), fill=(104, 66, 46), width=max(1, h // 90))
+        draw.line(
+            (w / 2 + (x - w / 2) * 0.6, horizon * h, x * 1.2 - w * 0.1, h), fill=(104, 66, 46), width=max(1, h // 90)
+        )
     x, y, s = rng.uniform(0.06, 0.62) * w, 0.08 * h, 0.28 * h
     draw.rectangle((x, y, x + s, y + s), fill=(250, 250, 250))
     for i in (0, 1):
@@ -297,7 +299,9 @@ def _paint_jungle(image: Image.Image, draw: ImageDraw.ImageDraw, rng: np.random.
 
 def _cloud(draw: ImageDraw.ImageDraw, x: float, y: float, s: float) -> None:
     for dx, dy, r in ((-0.8, 0.1, 0.45), (0, -0.1, 0.6), (0.8, 0.1, 0.45)):
-        draw.ellipse((x + s * (dx - r), y + s * (dy - r * 0.7), x + s * (dx + r), y + s * (dy + r * 0.7)), fill=(252, 253, 255))
+        draw.ellipse(
+            (x + s * (dx - r), y + s * (dy - r * 0.7), x + s * (dx + r), y + s * (dy + r * 0.7)), fill=(252, 253, 255)
+        )
 
 
 def _paint_beach(image: Image.Image, draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
@@ -338,7 +342,9 @@ def _paint_street(image: Image.Image, draw: ImageDraw.ImageDraw, rng: np.random.
         top = rng.uniform(0.10, 0.20) * h
         wall = _jitter(rng, ((206, 130, 110), (222, 184, 120), (150, 170, 190), (190, 150, 170))[rng.integers(4)])
         draw.rectangle((x, top, x + s, horizon * h), fill=wall)
-        draw.polygon([(x - 1, top), (x + s / 2, top - 0.10 * h), (x + s + 1, top)], fill=_jitter(rng, (150, 74, 58), 10))
+        draw.polygon(
+            [(x - 1, top), (x + s / 2, top - 0.10 * h), (x + s + 1, top)], fill=_jitter(rng, (150, 74, 58), 10)
+        )
         for i in (0.18, 0.60):
             for j in (0.12, 0.52):
                 wx, wy, ws = x + s * i, top + (horizon * h - top) * j, s * 0.22

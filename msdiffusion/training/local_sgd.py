@@ -78,7 +78,8 @@ class WeightAveraging(pl.Callback):
         flat = torch.cat([p.flatten() for p in trained])
         torch.distributed.all_reduce(flat)
         flat /= int(os.environ[WORLD])
-        torch._foreach_copy_(trained, [v.view_as(p) for v, p in zip(flat.split([p.numel() for p in trained]), trained)])
+        pieces = flat.split([p.numel() for p in trained])
+        torch._foreach_copy_(trained, [v.view_as(p) for v, p in zip(pieces, trained, strict=True)])
         clock = torch.tensor(pl_module.elapsed)
         torch.distributed.all_reduce(clock, op=torch.distributed.ReduceOp.MAX)
         pl_module.elapsed = float(clock)
@@ -92,9 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.processes < 1:
         parser.error(f"--processes must be at least 1, got {options.processes}")
     with tempfile.TemporaryDirectory() as folder:
-        shared = {WORLD: str(options.processes), STORE: os.path.join(folder, "store"), "OMP_NUM_THREADS": "1"}
+        shared = {WORLD: str(options.processes), STORE: f"{folder}/store", "OMP_NUM_THREADS": "1"}
         children = [
-            subprocess.Popen([sys.executable, "-m", "msdiffusion.training", *rest], env={**os.environ, **shared, RANK: str(r)})
+            subprocess.Popen(
+                [sys.executable, "-m", "msdiffusion.training", *rest], env={**os.environ, **shared, RANK: str(r)}
+            )
             for r in range(options.processes)
         ]
 

@@ -1,8 +1,8 @@
 """Muon: momentum whose update is orthogonalised, for the weight matrices of the embedded base.
 
 Source: Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale that makes
-its update as large as AdamW's is from Liu et al., "Muon is Scalable for LLM Training" (2025), section 2.2. torch.optim.Muon
-takes matrices only; here convolution kernels are flattened to (out, in * height * width).
+its update as large as AdamW's is from Liu et al., "Muon is Scalable for LLM Training" (2025), section 2.2. The Muon of
+torch takes matrices only; here convolution kernels are flattened to (out, in * height * width).
 """
 
 from __future__ import annotations
