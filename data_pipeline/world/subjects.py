@@ -62,7 +62,7 @@ class Identity:
 
     @property
     def split(self) -> str:
-        """ "held_out" for identities never used in training, else "train": a pure function of the identity.
+        """Either "held_out", for identities never used in training, or "train": a pure function of the identity.
 
         A fifth of all (main, second, pattern) combinations is held out in every category; of the other combinations
         a further fifth is held out in this category only, so some held-out subjects have familiar colours on an
