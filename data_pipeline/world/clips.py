@@ -82,7 +82,7 @@ def sample_clip(
         raise ValueError(f"size must be even and at least 16 pixels, got {size}")
     if num_frames < 1 or fps < 1:
         raise ValueError(f"need at least one frame and one frame per second, got {num_frames} frames at {fps} fps")
-    subjects = sample_subjects(rng, num_subjects or sample_count(rng), split)
+    subjects = sample_subjects(rng, sample_count(rng) if num_subjects is None else num_subjects, split)
     background = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     ground = render_background(background, rng, size, size + size // 6)
     pan = rng.choice([-1, 0, 1]) * rng.random() * (size // 6)

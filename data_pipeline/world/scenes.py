@@ -204,7 +204,7 @@ def sample_scene(
         the scene, with exact boxes and masks.
     """
     if subjects is None:
-        subjects = sample_subjects(rng, num_subjects or sample_count(rng), split)
+        subjects = sample_subjects(rng, sample_count(rng) if num_subjects is None else num_subjects, split)
     background = background or tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     masters = [render_subject(s, size, pose=rng.random(), flip=rng.random() < 0.5, supersample=2) for s in subjects]
     boxes = sample_placement(rng, len(subjects), [m.shape[1] / m.shape[0] for m in masters])
