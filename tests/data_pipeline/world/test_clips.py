@@ -119,11 +119,12 @@ class TestSeeds:
             write_clips(tmp_path, 1, seed=6, **SETTINGS)
 
 
-class TestSampleClip:
-    @pytest.fixture(scope="class")
-    def clips(self):
-        return [sample_clip(np.random.default_rng(seed), size=64, num_frames=8) for seed in range(12)]
+@pytest.fixture(scope="module")
+def clips():
+    return [sample_clip(np.random.default_rng(seed), size=64, num_frames=8) for seed in range(12)]
 
+
+class TestSampleClip:
     def test_shapes(self, clips):
         for clip in clips:
             assert clip.frames.shape == (8, 64, 64, 3)
@@ -183,6 +184,16 @@ def test_encoding_keeps_the_picture(tmp_path):
     write_video(tmp_path / "clip.mp4", frames, fps=4)
     difference = np.abs(frames_by_pyav(tmp_path / "clip.mp4").astype(int) - frames)
     assert difference.mean() < 6
+
+
+def test_encoding_repeats_itself(tmp_path):
+    """This clip made x264 write three different files in twelve calls while its mbtree was on."""
+    clip = sample_clip(np.random.default_rng([5, 1]), split="held_out", size=64, num_frames=6)
+    files = set()
+    for _ in range(10):
+        write_video(tmp_path / "clip.mp4", clip.frames, clip.fps)
+        files.add((tmp_path / "clip.mp4").read_bytes())
+    assert len(files) == 1
 
 
 def test_masks_are_encoded_as_the_pipeline_decodes_them():
