@@ -183,7 +183,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int, quality: int = 14) -> 
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1
-        # With mbtree, x264 wrote other bytes on some calls with the same frames: an equal seed has to give an equal file.
+        # With mbtree, x264 sometimes wrote other bytes for the same frames: an equal seed has to give an equal file.
         stream.options = {"crf": str(quality), "preset": "veryfast", "x264-params": "open-gop=0:mbtree=0"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
