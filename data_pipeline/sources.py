@@ -84,7 +84,11 @@ def read_captions(path: Path) -> dict[str, str]:
     if reader is None:
         raise InputError(f"a captions table is .csv, .jsonl or .parquet, got {path.name}")
     captions: dict[str, str] = {}
-    for number, row in enumerate(reader(path), start=1):
+    try:
+        rows = list(reader(path))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot read the captions table {path}: {error}") from error
+    for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping) or not isinstance(row.get("video"), str) or "caption" not in row:
             found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
             raise InputError(f"{path}, row {number}: needs the columns video and caption, found {found}")

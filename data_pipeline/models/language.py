@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import spacy
 
@@ -62,3 +63,9 @@ class NounChunker:
                 words.append((token.text.lower(), token.lemma_.lower(), "head" if token == chunk.root else kind))
             found.append(Chunk(text=chunk.text, position=chunk.start_char, words=tuple(words)))
         return found
+
+
+@lru_cache(maxsize=2)
+def load_chunker(names: tuple[str, ...] = MODELS) -> NounChunker:
+    """The chunker for these models; loaded once per process."""
+    return NounChunker(names)

@@ -34,10 +34,14 @@ class VideoReader(Protocol):
 
 
 def _open(path: Path) -> Any:
+    """An open container whose video, if it has one, is decoded on one thread."""
     try:
-        return av.open(str(path))
+        container = av.open(str(path))
     except (av.FFmpegError, OSError) as error:
         raise ClipError("unreadable video", error=_one_line(error)) from error
+    for stream in container.streams.video:
+        stream.thread_type = "NONE"
+    return container
 
 
 def _one_line(error: BaseException) -> str:
@@ -50,7 +54,6 @@ def probe(path: Path) -> VideoFacts:
         if not container.streams.video:
             raise ClipError("no video stream")
         stream = container.streams.video[0]
-        stream.thread_type = "NONE"
         stamps, open_groups, key_stamp, first = [], False, None, None
         try:
             for packet in container.demux(stream):
@@ -114,10 +117,8 @@ class PyAVReader:
             return [self._picture(self._frame_at(container, self.facts.stamps[index])) for index in indices]
 
     def _decode(self, container: Any) -> Any:
-        stream = container.streams.video[0]
-        stream.thread_type = "NONE"
         try:
-            yield from container.decode(stream)
+            yield from container.decode(container.streams.video[0])
         except (av.FFmpegError, OSError) as error:
             raise ClipError("undecodable video", error=_one_line(error)) from error
 

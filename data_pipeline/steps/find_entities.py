@@ -131,9 +131,9 @@ class FindEntities(Step[FramePair, NamedPair]):
 
     def setup(self) -> None:
         """Loads the language model."""
-        from data_pipeline.models.language import MODELS, NounChunker
+        from data_pipeline.models.language import MODELS, load_chunker
 
-        self._chunker = NounChunker(self.language_models or MODELS)
+        self._chunker = load_chunker(self.language_models or MODELS)
         self._known: dict[str, tuple[Entity, ...]] = {}
 
     def process(self, frames: FramePair) -> NamedPair | Rejected:

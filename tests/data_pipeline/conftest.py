@@ -21,6 +21,7 @@ from data_pipeline.records import (
     VideoFacts,
     VideoFile,
     encode_mask,
+    mask_box,
 )
 
 COLOURS = {"dog": (200, 40, 40), "teapot": (40, 60, 200), "cat": (230, 180, 40), "fish": (60, 180, 90)}
@@ -112,52 +113,61 @@ def write_clip() -> Callable[..., Path]:
     return write
 
 
-def make_entity(phrase: str = "dog", position: int = 2) -> Entity:
+def entity_of(phrase: str = "dog", position: int = 2) -> Entity:
     return Entity(phrase=phrase, head=phrase.split()[-1], mention=f"a {phrase}", position=position)
 
 
-def make_frames(reference: np.ndarray, target: np.ndarray, **video: object) -> FramePair:
-    """A pair of given pictures, of a video that does not exist."""
-    height, width = reference.shape[:2]
-    facts = VideoFacts(
-        codec="h264",
-        container="mp4",
-        width=width,
-        height=height,
-        rotation=0,
-        time_base=0.125,
-        stamps=tuple(range(12)),
-        open_groups=False,
-    )
-    file = VideoFile(name="clip.mp4", key="clip", path=Path("clip.mp4"), caption="a dog on the beach")
-    values = {
-        "file": file,
-        "caption": file.caption,
-        "sha256": "0" * 64,
-        "facts": facts,
-        "reader": "pyav",
-        "annotations": None,
-    }
-    return FramePair(
-        video=Video(**{**values, **video}),
-        shot=Shot(first=0, last=11, start=0.0, end=1.375),
-        reference=Frame(index=3, time=0.375, image=reference),
-        target=Frame(index=8, time=1.0, image=target),
-    )
+@pytest.fixture
+def make_pair() -> Callable[..., FramePair]:
+    """Makes a pair of given pictures, of a video that does not exist; keywords change fields of the video."""
+
+    def make(reference: np.ndarray, target: np.ndarray, **video: object) -> FramePair:
+        height, width = reference.shape[:2]
+        facts = VideoFacts(
+            codec="h264",
+            container="mp4",
+            width=width,
+            height=height,
+            rotation=0,
+            time_base=0.125,
+            stamps=tuple(range(12)),
+            open_groups=False,
+        )
+        file = VideoFile(name="clip.mp4", key="clip", path=Path("clip.mp4"), caption="a dog on the beach")
+        values = {"file": file, "caption": file.caption, "sha256": "0" * 64, "facts": facts, "reader": "pyav"}
+        return FramePair(
+            video=Video(**{**values, "annotations": None, **video}),
+            shot=Shot(first=0, last=11, start=0.0, end=1.375),
+            reference=Frame(index=3, time=0.375, image=reference),
+            target=Frame(index=8, time=1.0, image=target),
+        )
+
+    return make
 
 
-def make_detection(mask: np.ndarray, entity: Entity | None = None, **changes: object) -> Detection:
+def detection_of(mask: np.ndarray, phrase: str = "dog", **changes: object) -> Detection:
     """A detection whose box is the tight box of its mask."""
-    from data_pipeline.records import mask_box
-
-    values = {"entity": entity or make_entity(), "box": mask_box(mask), "score": 1.0, "mask": mask}
-    return Detection(**{**values, **changes})
+    return Detection(**{"entity": entity_of(phrase), "box": mask_box(mask), "score": 1.0, "mask": mask, **changes})
 
 
-def make_match(reference: np.ndarray, target: np.ndarray, phrase: str = "dog", **changes: object) -> Match:
-    entity = make_entity(phrase)
-    return Match(
-        reference=make_detection(reference, entity, **changes),
-        target=make_detection(target, entity, **changes),
-        similarity=0.9,
-    )
+@pytest.fixture
+def make_entity() -> Callable[..., Entity]:
+    """``entity_of`` for tests, which cannot import this file."""
+    return entity_of
+
+
+@pytest.fixture
+def make_detection() -> Callable[..., Detection]:
+    """``detection_of`` for tests."""
+    return detection_of
+
+
+@pytest.fixture
+def make_match() -> Callable[..., Match]:
+    """A match of two masks; keywords change both detections."""
+
+    def make(reference: np.ndarray, target: np.ndarray, phrase: str = "dog", **changes: object) -> Match:
+        first, second = (detection_of(mask, phrase, **changes) for mask in (reference, target))
+        return Match(reference=first, target=second, similarity=0.9)
+
+    return make

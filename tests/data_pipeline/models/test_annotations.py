@@ -1,0 +1,137 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.models.annotations import AnnotationSource, read_mask, read_sidecar, sidecar_path
+from data_pipeline.records import AnnotatedObject, ClipError, InputError, encode_mask
+
+MASK = np.zeros((8, 10), dtype=bool)
+MASK[2:6, 1:5] = True
+
+
+def sidecar(**changes):
+    found = {"id": 7, "box": [1, 2, 5, 6], "mask_rle": encode_mask(MASK)}
+    content = {
+        "schema": "data_pipeline.annotations/1",
+        "width": 10,
+        "height": 8,
+        "objects": [{"id": 7, "name": "dog", "attributes": {"main_color": "red"}}],
+        "frames": [{"index": 3, "time": 0.4, "objects": [found]}],
+    }
+    return {**content, **changes}
+
+
+def write(tmp_path, content):
+    path = tmp_path / "clip.annotations.json"
+    path.write_text(json.dumps(content) if isinstance(content, dict) else content)
+    return path
+
+
+def test_sidecar(tmp_path):
+    path = write(tmp_path, sidecar())
+    assert path == sidecar_path(tmp_path / "clip.mp4")
+    [found] = read_sidecar(path, 10, 8, 12).frames[3]
+    assert (found.object_id, found.name, found.attributes) == (7, "dog", {"main_color": "red"})
+    assert found.box == (0.1, 0.25, 0.5, 0.75)
+    assert np.array_equal(read_mask(found, 10, 8), MASK)
+
+
+def frame(**changes):
+    return [{"index": 3, "objects": [{"id": 7, "box": [1, 2, 5, 6], **changes}]}]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("not json", "unreadable annotations"),
+        ("[]", "unreadable annotations"),
+        (sidecar(schema="coco"), "unknown annotations schema"),
+        (sidecar(width=20), "annotations of another size"),
+        (sidecar(frames=[{"index": 12, "objects": []}]), "a frame that is not in the video"),
+        (sidecar(frames=[{"index": "3", "objects": []}]), "a frame that is not in the video"),
+        (sidecar(objects=[]), "unreadable annotations"),
+        (sidecar(frames=frame(box=[1, 2, 5])), "unreadable annotations"),
+        (sidecar(frames=frame(box=[5, 2, 1, 6])), "unreadable annotations"),
+        (sidecar(frames=frame(box=[12, 2, 15, 6])), "unreadable annotations"),
+        (sidecar(frames=frame(box="1234x")), "unreadable annotations"),
+    ],
+)
+def test_a_bad_sidecar_takes_its_clip_with_it(tmp_path, content, reason):
+    with pytest.raises(ClipError, match=reason):
+        read_sidecar(write(tmp_path, content), 10, 8, 12)
+
+
+def test_boxes_are_cut_at_the_frame(tmp_path):
+    [found] = read_sidecar(write(tmp_path, sidecar(frames=frame(box=[-2, 2, 11, 6]))), 10, 8, 12).frames[3]
+    assert found.box == (0, 0.25, 1, 0.75)
+
+
+def test_a_box_without_a_mask(tmp_path):
+    [found] = read_sidecar(write(tmp_path, sidecar(frames=frame())), 10, 8, 12).frames[3]
+    assert read_mask(found, 10, 8) is None
+
+
+def corpus(tmp_path, **changes):
+    (tmp_path / "masks").mkdir(exist_ok=True)
+    Image.fromarray((MASK * 2).astype(np.uint8)).save(tmp_path / "masks/clip_00003.png")
+    objects = [{"id": 2, "name": "cup", "box_xyxy": [1, 2, 5, 6]}]
+    entry = {
+        "file": "clip.mp4",
+        "width": 10,
+        "height": 8,
+        "annotations": [{"frame": 3, "objects": objects, "mask_png": "masks/clip_00003.png"}],
+    }
+    path = tmp_path / "corpus.json"
+    path.write_text(json.dumps({"videos": {"clip": {**entry, **changes}}}))
+    return path
+
+
+def test_corpus_file(tmp_path):
+    source = AnnotationSource(corpus(tmp_path))
+    [found] = source.read(tmp_path / "clip.mp4", "clip.mp4", 10, 8, 12).frames[3]
+    assert (found.name, found.box) == ("cup", (0.1, 0.25, 0.5, 0.75))
+    assert found.object_id is None  # its numbers only count the objects of one frame
+    assert np.array_equal(read_mask(found, 10, 8), MASK)
+    assert source.read(tmp_path / "other.mp4", "other.mp4", 10, 8, 12) is None
+
+
+def test_the_sidecar_serves_videos_that_the_corpus_file_does_not_know(tmp_path):
+    write(tmp_path, sidecar())
+    corpus(tmp_path, file="another.mp4")
+    source = AnnotationSource(tmp_path / "corpus.json")
+    assert source.read(tmp_path / "clip.mp4", "clip.mp4", 10, 8, 12).frames[3][0].name == "dog"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"width": 11}, "annotations of another size"),
+        ({"annotations": [{"frame": 99, "objects": []}]}, "a frame that is not in the video"),
+        ({"annotations": [{"objects": []}]}, "unreadable annotations"),
+    ],
+)
+def test_a_bad_entry_of_the_corpus_takes_its_clip_with_it(tmp_path, changes, reason):
+    source = AnnotationSource(corpus(tmp_path, **changes))
+    with pytest.raises(ClipError, match=reason):
+        source.read(tmp_path / "clip.mp4", "clip.mp4", 10, 8, 12)
+
+
+@pytest.mark.parametrize("content", ["not json", "[]", '{"videos": {"clip": {}}}'])
+def test_a_bad_corpus_file_stops_the_run(tmp_path, content):
+    path = tmp_path / "corpus.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"cannot read annotations from .*needed is a json"):
+        AnnotationSource(path)
+
+
+def annotated(**mask):
+    return AnnotatedObject(object_id=1, name="dog", box=(0, 0, 1, 1), **mask)
+
+
+def test_masks_that_do_not_fit(tmp_path):
+    with pytest.raises(ClipError, match="mask of another size"):
+        read_mask(annotated(mask_rle=encode_mask(MASK)), 20, 8)
+    with pytest.raises(ClipError, match="unreadable mask"):
+        read_mask(annotated(mask_file=(tmp_path / "missing.png", 1)), 10, 8)

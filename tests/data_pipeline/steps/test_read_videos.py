@@ -1,0 +1,75 @@
+import hashlib
+from dataclasses import replace
+
+import pytest
+
+from data_pipeline.records import ClipError, InputError, Rejected, SettingsError
+from data_pipeline.sources import find_videos
+from data_pipeline.steps.read_videos import ReadVideos
+
+
+@pytest.fixture
+def step():
+    step = ReadVideos()
+    step.setup()
+    return step
+
+
+def test_a_good_clip(step, write_clip, tmp_path):
+    path = write_clip(tmp_path)
+    [file] = find_videos(tmp_path)
+    video = step.process(file)
+    assert (video.facts.width, video.facts.height, len(video.facts.stamps)) == (96, 96, 12)
+    assert video.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert video.reader in ("decord", "pyav")
+    assert sorted(video.annotations.frames) == list(range(12))
+
+
+@pytest.mark.parametrize("caption", [None, ""])
+def test_no_caption(step, write_clip, tmp_path, caption):
+    write_clip(tmp_path)
+    [file] = find_videos(tmp_path)
+    rejected = step.process(replace(file, caption=caption))
+    assert rejected.reason == "no caption"
+    assert "clip_000000.txt" in rejected.evidence["needed"]
+
+
+def test_empty_file(step, write_clip, tmp_path):
+    write_clip(tmp_path).write_bytes(b"")
+    assert step.process(find_videos(tmp_path)[0]).reason == "empty file"
+
+
+def test_vanished_file(step, write_clip, tmp_path):
+    path = write_clip(tmp_path)
+    [file] = find_videos(tmp_path)
+    path.unlink()
+    assert step.process(file).reason == "unreadable video"
+
+
+def test_corrupt_file(step, write_clip, tmp_path):
+    path = write_clip(tmp_path)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ClipError) as error:
+        step.process(find_videos(tmp_path)[0])
+    assert error.value.reason in ("unreadable video", "undecodable video", "no video stream", "video without frames")
+
+
+def test_no_annotations(step, write_clip, tmp_path):
+    write_clip(tmp_path).with_name("clip_000000.annotations.json").unlink()
+    rejected = step.process(find_videos(tmp_path)[0])
+    assert isinstance(rejected, Rejected)
+    assert rejected.reason == "no annotations"
+
+
+def test_annotations_are_not_looked_for_when_nobody_needs_them(write_clip, tmp_path):
+    write_clip(tmp_path).with_name("clip_000000.annotations.json").unlink()
+    step = ReadVideos(annotations=False)
+    step.setup()
+    assert step.process(find_videos(tmp_path)[0]).annotations is None
+
+
+def test_wrong_settings(tmp_path):
+    with pytest.raises(SettingsError, match="reader must be auto, decord or pyav, got 'cv2'"):
+        ReadVideos(reader="cv2")
+    with pytest.raises(InputError, match="no annotations file at"):
+        ReadVideos(annotations_file=tmp_path / "missing.json")

@@ -1,0 +1,91 @@
+import json
+
+import pytest
+
+from data_pipeline.journal import Journal, write_atomically
+from data_pipeline.records import InputError, VideoFile
+
+SETTINGS = {"filter_pairs": {"min_area": 0.01, "words": ("a",)}, "cut_shots": {"max_frames": 10}}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"12345")
+    return VideoFile(name="clip.mp4", key="clip", path=path, caption="a dog")
+
+
+@pytest.fixture
+def journal(tmp_path):
+    journal = Journal(tmp_path / "out")
+    journal.start(SETTINGS)
+    return journal
+
+
+def test_the_same_settings_go_on(journal):
+    journal.start(SETTINGS)
+
+
+def test_other_settings_are_named(journal):
+    changed = {"filter_pairs": {"min_area": 0.05, "words": ("a",)}, "cut_shots": {"max_frames": 10}}
+    with pytest.raises(InputError, match=r"filter_pairs.min_area: 0.01 then, 0.05 now") as error:
+        journal.start(changed)
+    assert "max_frames" not in str(error.value)
+
+
+def test_a_setting_that_did_not_exist_is_named(journal):
+    with pytest.raises(InputError, match=r"cut_shots.thumbnail: 'absent' then, 8 now"):
+        journal.start({**SETTINGS, "cut_shots": {"max_frames": 10, "thumbnail": 8}})
+
+
+def test_other_settings_on_a_complete_dataset_are_named(journal):
+    write_atomically(journal.out / "build.json", json.dumps({"settings": {"a": {"b": 1}}}).encode())
+    journal.close()
+    with pytest.raises(InputError, match=r"a.b: 1 then, 2 now"):
+        journal.start({"a": {"b": 2}})
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="is not empty and no earlier run"):
+        Journal(tmp_path).start(SETTINGS)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(InputError, match="needs a folder"):
+        Journal(tmp_path / "out").start(SETTINGS)
+
+
+def test_a_committed_clip_is_finished(journal, file):
+    assert journal.read(file) is None
+    journal.commit(file, {"kept": True}, blocks=b"blocks", preview=b"picture")
+    assert journal.read(file)["kept"]
+    assert journal.blocks("clip") == b"blocks"
+    assert journal.preview("clip") == b"picture"
+    assert not list(journal.folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("change", ["bytes", "caption", "sidecar"])
+def test_a_clip_that_changed_is_not_finished(journal, file, change):
+    journal.commit(file, {"kept": False})
+    if change == "bytes":
+        file.path.write_bytes(b"123456")
+    elif change == "sidecar":
+        file.path.with_name("clip.annotations.json").write_text("{}")
+    else:
+        file = VideoFile(name=file.name, key=file.key, path=file.path, caption="a cat")
+    assert journal.read(file) is None
+    with pytest.raises(InputError, match=r"clip.mp4 changed while the dataset was being written"):
+        list(journal.markers([file]))
+
+
+def test_a_torn_marker_is_not_finished(journal, file):
+    journal.commit(file, {"kept": False})
+    [marker] = journal.folder.rglob("clip.json")
+    marker.write_text('{"kept": tr')
+    assert journal.read(file) is None
+
+
+def test_no_preview_is_none(journal):
+    assert journal.preview("clip") is None
