@@ -20,6 +20,8 @@ PACKAGES = ("msdiffusion", "data_pipeline")
 # A room of msdiffusion may import rooms of a lower rank, and itself. Equal ranks don't know each other.
 RANKS = {
     "errors": 0,
+    "places": 0,
+    "places": 0,
     "layout": 1,
     "phrases": 1,
     "pixel_autoencoder": 1,
@@ -32,8 +34,9 @@ RANKS = {
     "generate": 6,
     "training": 6,
     "evaluation": 6,
-    "demo": 7,
-    "cli": 8,
+    "evaluate": 7,
+    "demo": 8,
+    "cli": 9,
 }
 # The only parts of data_pipeline that msdiffusion may know.
 SHARED_WITH_MSDIFFUSION = ("data_pipeline.records", "data_pipeline.world")
