@@ -5,7 +5,9 @@ Sizes come from docs/training.md; every part is saved and loaded as its full-siz
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from data_pipeline.world import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS
@@ -25,35 +27,41 @@ _COMMON_WORDS = (
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose vocabulary gives every word of the world one token; other words fall into letters."""
-    import json
+    """A CLIP tokenizer whose vocabulary gives every word of the world one token; other words fall into letters.
 
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    Every call gives the same vocabulary: weights trained with one must read prompts through its equal.
+    """
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
     words = " ".join([*CATEGORIES, *COLORS, *PATTERNS, *BACKGROUNDS.values(), _COMMON_WORDS]).lower()
-    corpus = sorted(set(words.split()))
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=None))
-    learner.normalizer = normalizers.Lowercase()
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        min_frequency=1,
-        end_of_word_suffix="</w>",
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    learner.train_from_iterator(corpus, trainer)
-    state = json.loads(learner.to_str())["model"]
-    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in state["merges"]]
+    merges = learn_merges(words.split())
     # As in CLIP: every byte, every byte at the end of a word, then one token for each merge.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *(left + right for left, right in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make every given ASCII word one token, most frequent pair first.
+
+    Equally frequent pairs are taken in the order of the alphabet; the trainer of the tokenizers library takes them in
+    an order that changes from call to call.
+    """
+    spellings = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for spelling in spellings for pair in pairwise(spelling)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for spelling in spellings:
+            position = 0
+            while position < len(spelling) - 1:
+                if (spelling[position], spelling[position + 1]) == best:
+                    spelling[position : position + 2] = ["".join(best)]
+                position += 1
+    return merges
 
 
 def build_base(
