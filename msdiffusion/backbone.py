@@ -294,6 +294,8 @@ def encoder_widths(base_model: str | Path, image_encoder: str | Path) -> tuple[i
     except _LOADING_ERRORS as error:
         raise _not_loaded("text encoder of the base model", base_model, error) from error
     name, options = _split_hub_folder(image_encoder)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():  # transformers would give its defaults
+        raise WeightsError(f"cannot load the image encoder from {name!r}: no config.json there")
     try:
         vision = CLIPVisionConfig.from_pretrained(name, **options)
     except _LOADING_ERRORS as error:

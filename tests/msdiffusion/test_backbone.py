@@ -1,0 +1,210 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from msdiffusion.backbone import (
+    Backbone,
+    _split_hub_folder,
+    default_device,
+    encoder_widths,
+    flatten,
+    quiet_loading,
+    skeleton_unet,
+)
+from msdiffusion.errors import RequestError, WeightsError
+
+WHITE = (255, 255, 255)
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_model_dir):
+    return Backbone.from_pretrained(tiny_model_dir / "base", tiny_model_dir / "image_encoder", device="cpu")
+
+
+def test_parts_are_frozen_and_sizes_are_read_off(backbone):
+    for part in (backbone.unet, backbone.vae, backbone.pipeline.text_encoder_2, backbone.image_encoder):
+        assert not part.training
+        assert not any(weight.requires_grad for weight in part.parameters())
+    assert (backbone.cross_attention_dim, backbone.phrase_width, backbone.image_width) == (48, 16, 24)
+    assert backbone.latent_factor == 2
+    assert (backbone.device.type, backbone.dtype) == ("cpu", torch.float32)
+
+
+def test_dtype_is_for_all_parts(tiny_model_dir):
+    half = Backbone.from_pretrained(tiny_model_dir / "base", tiny_model_dir / "image_encoder", torch.bfloat16, "cpu")
+    assert {half.dtype, half.image_encoder.dtype, half.pipeline.text_encoder.dtype} == {torch.bfloat16}
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(backbone):
+    states, pooled = backbone.encode_prompts(["a dog", "a cat on the beach"])
+    assert states.shape == (2, 40, 48)
+    assert pooled.shape == (2, 20)
+    torch.testing.assert_close(backbone.encode_prompts(["a dog"])[0], states[:1])
+
+
+def test_phrases_are_the_unprojected_pooled_output_of_the_first_encoder(backbone):
+    embeddings = backbone.encode_phrases(["dog", "red cat"])
+    assert embeddings.shape == (2, 16)
+    tokens = torch.tensor([backbone.tokenizer("red cat")["input_ids"]])  # without padding: the end token's last state
+    states = backbone.pipeline.text_encoder(tokens).last_hidden_state
+    torch.testing.assert_close(embeddings[1], states[0, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_references_give_penultimate_states(backbone):
+    pixels = backbone.prepare_references([Image.new("RGB", (30, 50)), Image.new("RGBA", (64, 64))], WHITE, "pad")
+    assert pixels.shape == (2, 3, 64, 64)
+    tokens = backbone.encode_references(pixels)
+    assert tokens.shape == (2, 65, 24)
+    everything = backbone.image_encoder(pixels, output_hidden_states=True).hidden_states
+    assert torch.equal(tokens, everything[-2])
+    assert not torch.equal(tokens, everything[-1])
+
+
+def test_flatten_shows_the_background_through():
+    picture = Image.new("RGBA", (2, 1), (200, 0, 0, 0))
+    picture.putpixel((1, 0), (200, 100, 0, 128))
+    assert flatten(picture, WHITE).getpixel((0, 0)) == WHITE
+    mixed = np.array(flatten(picture, WHITE).getpixel((1, 0)))
+    np.testing.assert_allclose(mixed, np.array([200, 100, 0]) * 128 / 255 + 255 * 127 / 255, atol=1)
+    assert flatten(Image.new("RGB", (1, 1), (1, 2, 3)), WHITE).getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_hidden_colours_of_a_cut_out_do_not_matter(backbone):
+    """Straight alpha: what lies under transparent pixels must not reach the encoder."""
+    one, other = Image.new("RGBA", (40, 40), (255, 0, 0, 0)), Image.new("RGBA", (40, 40), (0, 0, 255, 0))
+    for picture in (one, other):
+        picture.paste((10, 200, 10, 255), (10, 10, 30, 30))
+    pixels = backbone.prepare_references([one, other], WHITE, "pad")
+    assert torch.equal(pixels[0], pixels[1])
+    opaque = Image.new("RGB", (40, 40), WHITE)
+    opaque.paste((10, 200, 10), (10, 10, 30, 30))
+    assert torch.equal(backbone.prepare_references([opaque], WHITE, "pad")[0], pixels[0])
+    assert not torch.equal(backbone.prepare_references([one], (0, 0, 0), "pad")[0], pixels[0])
+
+
+def test_pad_keeps_the_aspect_and_squash_does_not(backbone):
+    tall = Image.new("RGB", (20, 80), (0, 0, 0))
+
+    def dark_columns(fit):
+        pixels = backbone.prepare_references([tall], WHITE, fit)[0]
+        return (pixels[0, 32] < pixels.amin() + 0.1).sum().item()
+
+    assert dark_columns("squash") == 64
+    assert 14 <= dark_columns("pad") <= 18
+    with pytest.raises(RequestError, match="fit must be"):
+        backbone.prepare_references([tall], WHITE, "stretch")
+
+
+def test_pictures_and_latents(backbone):
+    pixels = torch.rand(2, 3, 32, 48) * 2 - 1
+    latents = backbone.encode_pictures(pixels, torch.Generator().manual_seed(0))
+    assert latents.shape == (2, 4, 16, 24)
+    assert torch.equal(latents, backbone.encode_pictures(pixels, torch.Generator().manual_seed(0)))
+    pictures = backbone.decode_latents(latents)
+    assert [picture.size for picture in pictures] == [(48, 32)] * 2
+    scale = backbone.vae.config.scaling_factor
+    decoded = backbone.vae.decode(latents / scale).sample
+    expected = ((decoded[0] / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(np.asarray(pictures[0], dtype=np.float32), expected, atol=1)
+
+
+def test_latent_statistics_of_the_config_are_used(backbone):
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    plain = backbone.encode_pictures(pixels, torch.Generator().manual_seed(0)) / backbone.vae.config.scaling_factor
+    pictures = backbone.decode_latents(plain * backbone.vae.config.scaling_factor)
+    try:
+        backbone.vae.register_to_config(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0] * 4)
+        shifted = backbone.encode_pictures(pixels, torch.Generator().manual_seed(0))
+        mean = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1)
+        torch.testing.assert_close(shifted, (plain - mean) / 2 * backbone.vae.config.scaling_factor)
+        again = backbone.decode_latents(shifted)
+        np.testing.assert_allclose(np.asarray(again[0], dtype=int), np.asarray(pictures[0], dtype=int), atol=1)
+    finally:
+        backbone.vae.register_to_config(latents_mean=None, latents_std=None)
+
+
+def test_an_autoencoder_that_overflows_is_upcast_for_the_moment(backbone):
+    backbone.vae.register_to_config(force_upcast=True)
+    backbone.vae.to(torch.float16)
+    try:
+        latents = backbone.encode_pictures(torch.zeros(1, 3, 16, 16))
+        assert latents.isfinite().all()
+        backbone.decode_latents(latents)
+        assert backbone.vae.dtype == torch.float16
+    finally:
+        backbone.vae.to(torch.float32)
+        backbone.vae.register_to_config(force_upcast=False)
+
+
+def test_size_conditions_are_the_pipelines(backbone):
+    pooled = torch.randn(2, 20)
+    one = backbone.added_conditions(pooled, (64, 48), (1, 2), (32, 16))
+    assert one["time_ids"].tolist() == [[64, 48, 1, 2, 32, 16]] * 2
+    assert one["text_embeds"] is pooled
+    each = backbone.added_conditions(pooled, torch.tensor([[64, 48], [80, 90]]), (1, 2), (32, 16))
+    assert each["time_ids"][1].tolist() == [80, 90, 1, 2, 32, 16]
+    theirs = backbone.pipeline._get_add_time_ids((64, 48), (1, 2), (32, 16), pooled.dtype, 20)
+    assert torch.equal(theirs[0], one["time_ids"][0])
+
+
+def test_skeleton_and_widths_come_from_configs_alone(tiny_model_dir, tmp_path):
+    for name in ("base/unet", "base/text_encoder", "image_encoder"):
+        (tmp_path / name).mkdir(parents=True)
+        shutil.copy(tiny_model_dir / name / "config.json", tmp_path / name)
+    assert skeleton_unet(tmp_path / "base").device.type == "meta"
+    assert encoder_widths(tmp_path / "base", tmp_path / "image_encoder") == (16, 24)
+
+
+@pytest.mark.parametrize("call", [skeleton_unet, lambda name: encoder_widths(name, name)])
+def test_missing_configs(call, tmp_path):
+    with pytest.raises(WeightsError, match="cannot load the .* of the base model from '.*nowhere'"):
+        call(tmp_path / "nowhere")
+
+
+def test_missing_models_are_named(tiny_model_dir, tmp_path):
+    with pytest.raises(WeightsError, match="cannot load the base model from '.*nowhere'"):
+        Backbone.from_pretrained(tmp_path / "nowhere", tiny_model_dir / "image_encoder")
+    with pytest.raises(WeightsError, match="cannot load the image encoder from '.*nowhere'"):
+        Backbone.from_pretrained(tiny_model_dir / "base", tmp_path / "nowhere")
+    with pytest.raises(WeightsError, match="cannot load the image encoder"):
+        encoder_widths(tiny_model_dir / "base", tmp_path / "nowhere")
+
+
+def test_an_encoder_without_preprocessing_gets_clips_own(tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir / "image_encoder", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").unlink()
+    bare = Backbone.from_pretrained(tiny_model_dir / "base", tmp_path, device="cpu")
+    assert bare.prepare_references([Image.new("RGB", (9, 9))], WHITE, "pad").shape == (1, 3, 64, 64)
+
+
+def test_another_kind_of_pipeline_is_refused(backbone):
+    class OtherPipeline:
+        pass
+
+    with pytest.raises(WeightsError, match="OtherPipeline, but a StableDiffusionXLPipeline"):
+        Backbone(OtherPipeline(), backbone.image_encoder, backbone.image_processor)
+
+
+def test_a_folder_inside_a_hub_repository(tmp_path):
+    assert _split_hub_folder("h94/IP-Adapter/sdxl_models/image_encoder") == (
+        "h94/IP-Adapter",
+        {"subfolder": "sdxl_models/image_encoder"},
+    )
+    assert _split_hub_folder("owner/name") == ("owner/name", {})
+    assert _split_hub_folder(tmp_path) == (str(tmp_path), {})
+
+
+def test_device_and_quiet():
+    assert default_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    quiet_loading()
+
+
+def test_tiny_layout_is_that_of_the_shipped_weights(tiny_model_dir):
+    assert {path.name for path in tiny_model_dir.iterdir()} == {
+        "config.json", "adapter.safetensors", "base", "image_encoder",
+    }  # fmt: skip
+    assert json.loads((tiny_model_dir / "config.json").read_text())["base_model"] == "base"

@@ -1,0 +1,311 @@
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+
+import msdiffusion.generate
+from msdiffusion import MSDiffusion
+from msdiffusion.backbone import Backbone
+from msdiffusion.errors import LayoutError, PhraseError, RequestError, WeightsError
+
+PROMPT = "a dog and a teapot on the beach"
+LEFT, RIGHT = [0, 0.25, 0.5, 0.75], [0.5, 0.25, 1, 0.75]
+DOG = Image.new("RGB", (40, 30), (220, 40, 40))
+TEAPOT = Image.new("RGBA", (30, 50), (40, 40, 220, 255))
+TWO = {"images": [DOG, TEAPOT], "boxes": [LEFT, RIGHT], "prompt": PROMPT, "phrases": ["dog", "teapot"]}
+QUICK = {"steps": 3, "seed": 0, "output_type": "pt", "progress": False}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    return MSDiffusion.from_pretrained(tiny_model_dir, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def bare(tiny_model_dir):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_model_dir / "base", add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.requires_grad_(False)  # torch picks other kernels, and so other last bits, for weights that may train
+    return pipeline
+
+
+def draw(model, **changes):
+    return model.generate(**{**TWO, **QUICK, **changes})
+
+
+def test_the_call_of_the_readme(model):
+    pictures = model.generate(images=[DOG, TEAPOT], boxes=[LEFT, RIGHT], prompt=PROMPT, seed=0, progress=False)
+    assert [(picture.size, picture.mode) for picture in pictures] == [((64, 64), "RGB")]
+
+
+def test_same_seed_same_picture_and_another_seed_another(model):
+    assert torch.equal(draw(model), draw(model))
+    assert not torch.equal(draw(model), draw(model, seed=1))
+    assert not torch.equal(draw(model, seed=None), draw(model, seed=None))
+
+
+def test_references_phrases_boxes_and_prompt_all_matter(model):
+    plain = draw(model)
+    assert not torch.equal(plain, draw(model, images=[TEAPOT, DOG]))
+    assert not torch.equal(plain, draw(model, phrases=["dog", "cat"]))
+    assert not torch.equal(plain, draw(model, boxes=[LEFT, [0.5, 0.5, 1, 1]]))
+    assert not torch.equal(plain, draw(model, prompt="a dog and a teapot in a room"))
+    assert not torch.equal(plain, draw(model, negative_prompt="a red clock"))
+
+
+@pytest.mark.parametrize("changes", [{"scale": 0}, {"subject_scales": [0, 0]}])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_scale_zero_is_the_bare_pipeline_bit_for_bit(model, bare, changes, guidance_scale):
+    ours = draw(model, num_images=2, guidance_scale=guidance_scale, height=48, width=80, **changes)
+    theirs = bare(
+        PROMPT, negative_prompt="", num_inference_steps=3, guidance_scale=guidance_scale, height=48, width=80,
+        num_images_per_prompt=2, generator=[torch.Generator().manual_seed(k) for k in range(2)], output_type="pt",
+    ).images  # fmt: skip
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, draw(model, num_images=2, guidance_scale=guidance_scale, height=48, width=80))
+
+
+def test_the_pipeline_without_subjects_stays_the_bare_one(model, bare):
+    draw(model)
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    model.pipeline.set_progress_bar_config(disable=True)
+    ours = model.pipeline(PROMPT, generator=torch.Generator().manual_seed(0), **options).images
+    assert torch.equal(ours, bare(PROMPT, generator=torch.Generator().manual_seed(0), **options).images)
+    assert model.pipeline._cross_attention_kwargs is None
+
+
+def test_picture_k_is_the_one_that_its_seed_gives_alone(model):
+    three = draw(model, num_images=3, seed=5)
+    for k in range(3):
+        torch.testing.assert_close(three[k], draw(model, seed=5 + k)[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(draw(model, num_images=3, seed=5, batch_size=2), three, rtol=0, atol=1e-4)
+
+
+def test_order_of_subjects_does_not_matter(model):
+    turned = draw(model, images=[TEAPOT, DOG], boxes=[RIGHT, LEFT], phrases=["teapot", "dog"], subject_scales=[0.5, 1])
+    torch.testing.assert_close(turned, draw(model, subject_scales=[1, 0.5]), rtol=0, atol=1e-4)
+
+
+def test_scales_compose_and_scale_zero_removes_a_subject(model):
+    halves = draw(model, scale=0.8, subject_scales=[0.5, 0.5])
+    torch.testing.assert_close(halves, draw(model, scale=0.4), rtol=0, atol=1e-4)
+    overlapping = [[0, 0, 0.7, 1], [0.3, 0, 1, 1]]
+    without = draw(model, boxes=overlapping, subject_scales=[1, 0])
+    alone = draw(model, images=[DOG], boxes=overlapping[:1], phrases=["dog"])
+    torch.testing.assert_close(without, alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_calls_do_not_leak_into_one_another(model, tiny_model_dir, guidance_scale):
+    layout = {"auto_layout": True, "auto_layout_start": 2, "guidance_scale": guidance_scale}
+    boxes_first, text_first = draw(model, guidance_scale=guidance_scale), draw(model, **layout)
+    assert not torch.equal(boxes_first, text_first)
+    assert torch.equal(draw(model, guidance_scale=guidance_scale), boxes_first)
+    assert torch.equal(draw(model, **layout), text_first)
+    fresh = MSDiffusion.from_pretrained(tiny_model_dir, device="cpu")
+    assert torch.equal(draw(fresh, **layout), text_first)
+
+
+def test_auto_layout_starts_where_it_is_told(model):
+    late = draw(model, auto_layout=True, auto_layout_start=3, steps=3)
+    with pytest.warns(UserWarning, match="no effect"):
+        never = draw(model, auto_layout=True, auto_layout_start=4, steps=3)
+    assert torch.equal(never, draw(model))
+    assert not torch.equal(late, never)
+
+
+def test_auto_layout_of_several_pictures_keeps_them_apart(model):
+    layout = {"auto_layout": True, "auto_layout_start": 1}
+    both = draw(model, num_images=2, **layout)
+    torch.testing.assert_close(both[1], draw(model, seed=1, **layout)[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 96), (104, 40), (72, 72)])
+def test_any_multiple_of_eight(model, height, width):
+    assert draw(model, height=height, width=width).shape == (1, 3, height, width)
+
+
+def test_output_types(model):
+    pictures = draw(model, output_type="pil", num_images=2)
+    array = draw(model, output_type="np", num_images=2)
+    tensor = draw(model, num_images=2)
+    latents = draw(model, output_type="latent", num_images=2)
+    assert [picture.size for picture in pictures] == [(64, 64)] * 2
+    assert (array.shape, latents.shape) == ((2, 64, 64, 3), (2, 4, 32, 32))
+    np.testing.assert_allclose(array, tensor.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+    np.testing.assert_allclose(np.asarray(pictures[1]), array[1] * 255, atol=0.51)
+    again = model.backbone.decode_latents(latents)
+    np.testing.assert_allclose(np.asarray(again[1], dtype=int), np.asarray(pictures[1], dtype=int), atol=1)
+
+
+def test_transparent_references_stand_on_the_adapters_background(model):
+    cut_out = Image.new("RGBA", (32, 32), (9, 9, 9, 0))
+    cut_out.paste((200, 30, 30, 255), (8, 8, 24, 24))
+    opaque = Image.new("RGB", (32, 32), (255, 255, 255))
+    opaque.paste((200, 30, 30), (8, 8, 24, 24))
+    assert torch.equal(draw(model, images=[cut_out, TEAPOT]), draw(model, images=[opaque, TEAPOT]))
+
+
+def test_references_may_be_files(model, tmp_path):
+    DOG.save(tmp_path / "dog.png")
+    TEAPOT.save(tmp_path / "teapot.png")
+    assert torch.equal(draw(model, images=[tmp_path / "dog.png", str(tmp_path / "teapot.png")]), draw(model))
+
+
+def test_progress_is_shown_or_not(model, capfd):
+    draw(model)
+    assert "3/3" not in capfd.readouterr().err
+    draw(model, progress=True)
+    assert "3/3" in capfd.readouterr().err
+
+
+def test_a_prompt_beyond_the_limit_is_said(model):
+    long = PROMPT + " and" * 40
+    with pytest.warns(UserWarning, match="the prompt is longer than the 40 tokens.*ignored: 'and and"):
+        draw(model, prompt=long, steps=1)
+    with pytest.warns(UserWarning, match="the negative_prompt is longer"):
+        draw(model, negative_prompt=long, steps=1)
+    with pytest.raises(PhraseError, match="beyond the 40 tokens"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        draw(model, prompt="and " * 40 + PROMPT, auto_layout=True, auto_layout_start=1)
+
+
+def test_bad_input_is_refused_before_anything_runs(model, monkeypatch):
+    def started(*_, **__):
+        pytest.fail("heavy work began")
+
+    for name in ("encode_references", "encode_phrases", "encode_prompts"):
+        monkeypatch.setattr(model.backbone, name, started)
+    for changes, error in (
+        ({"images": [DOG]}, RequestError),
+        ({"boxes": [LEFT, [0, 0, 2, 1]]}, LayoutError),
+        ({"prompt": ""}, RequestError),
+        ({"height": 100}, RequestError),
+        ({"images": [DOG, "nowhere.png"]}, RequestError),
+        ({"phrases": ["dog", "cat"], "auto_layout": True}, PhraseError),
+        ({"phrases": None, "images": [DOG] * 4, "boxes": [LEFT] * 4}, PhraseError),
+    ):
+        with pytest.raises(error):
+            draw(model, **changes)
+
+
+# Loading and saving
+
+
+def heavy_loading_fails(monkeypatch):
+    def started(*_, **__):
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr(Backbone, "from_pretrained", started)
+
+
+def edit_config(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_missing_things_are_named_before_weights_are_loaded(tiny_model_dir, tmp_path, monkeypatch):
+    heavy_loading_fails(monkeypatch)
+    monkeypatch.setattr(
+        msdiffusion.generate, "snapshot_download", lambda name: (_ for _ in ()).throw(OSError("offline"))
+    )
+    with pytest.raises(WeightsError, match=r"no such folder: nobody/nothing; .*offline"):
+        MSDiffusion.from_pretrained("nobody/nothing")
+    with pytest.raises(WeightsError, match=r"no config\.json"):
+        MSDiffusion.from_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"no such file: .*\.bin"):
+        MSDiffusion.from_pretrained(tmp_path / "ms_adapter.bin", base_model=tiny_model_dir / "base")
+    with pytest.raises(WeightsError, match="cannot load the UNet"):
+        MSDiffusion.from_pretrained(tiny_model_dir, base_model=tmp_path)
+    with pytest.raises(WeightsError, match="cannot load the image encoder"):
+        MSDiffusion.from_pretrained(tiny_model_dir, image_encoder=tmp_path)
+
+
+def test_another_architecture_is_named_with_both_shapes_before_weights_are_loaded(
+    tiny_model_dir, tmp_path, monkeypatch
+):
+    heavy_loading_fails(monkeypatch)
+    shutil.copytree(tiny_model_dir, tmp_path, dirs_exist_ok=True)
+    for name, changes, message in (
+        ("base/unet", {"block_out_channels": [8, 16, 32]}, r"shape \(16, 48\), the UNet's \(32, 48\)"),
+        ("base/unet", {"cross_attention_dim": 64}, r"shape \(16, 48\), the UNet's \(16, 64\)"),
+        ("base/text_encoder", {"hidden_size": 32}, "phrase embeddings 16 wide, but this text encoder gives 32"),
+        ("image_encoder", {"hidden_size": 32}, "image tokens 24 wide, but this image encoder gives 32"),
+    ):
+        path = tmp_path / name / "config.json"
+        before = path.read_text()
+        edit_config(path, **changes)
+        with pytest.raises(WeightsError, match=message):
+            MSDiffusion.from_pretrained(tmp_path)
+        path.write_text(before)
+
+
+def test_saving_with_the_backbone_gives_the_same_model_anywhere(model, tmp_path):
+    model.save_pretrained(tmp_path / "whole", include_backbone=True)
+    moved = shutil.move(tmp_path / "whole", tmp_path / "moved")
+    assert torch.equal(draw(MSDiffusion.from_pretrained(moved, device="cpu")), draw(model))
+
+
+def test_saving_the_adapter_alone_points_to_the_backbone(model, tiny_model_dir, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "adapter.safetensors"}
+    assert json.loads((tmp_path / "config.json").read_text())["base_model"] == str((tiny_model_dir / "base").resolve())
+    assert torch.equal(draw(MSDiffusion.from_pretrained(tmp_path, device="cpu")), draw(model))
+
+
+def test_a_model_built_in_memory_must_be_saved_whole(model, tmp_path):
+    built = MSDiffusion(model.backbone, model.adapter)
+    with pytest.raises(WeightsError, match="include_backbone=True"):
+        built.save_pretrained(tmp_path)
+    built.save_pretrained(tmp_path, include_backbone=True)
+    assert (tmp_path / "base" / "model_index.json").is_file()
+
+
+def test_push_to_hub_uploads_what_is_saved(model, monkeypatch):
+    uploads = {}
+
+    class FakeApi:
+        def __init__(self, token):
+            uploads["token"] = token
+
+        def create_repo(self, repo_id, *, private, exist_ok):
+            uploads["repo"] = (repo_id, private, exist_ok)
+            return "https://hub/owner/name"
+
+        def upload_folder(self, *, repo_id, folder_path):
+            config = json.loads((msdiffusion.generate.Path(folder_path) / "config.json").read_text())
+            uploads["config"] = (repo_id, config["base_model"])
+
+    monkeypatch.setattr(msdiffusion.generate, "HfApi", FakeApi)
+    url = model.push_to_hub("owner/name", include_backbone=True, private=True, token="secret")
+    assert url == "https://hub/owner/name"
+    assert uploads == {"token": "secret", "repo": ("owner/name", True, True), "config": ("owner/name", "base")}
+    with pytest.raises(WeightsError, match="this machine only"):
+        model.push_to_hub("owner/name")
+
+
+def test_a_hub_repository_is_downloaded(tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(msdiffusion.generate, "snapshot_download", lambda name: str(tiny_model_dir))
+    assert MSDiffusion.from_pretrained("owner/name", device="cpu").adapter.tokens_per_subject == 16
+
+
+def test_moving_takes_the_adapter_along(model):
+    model.to("cpu")
+    assert model.adapter.device == model.backbone.device
+
+
+def test_half_precision(tiny_model_dir):
+    half = MSDiffusion.from_pretrained(tiny_model_dir, torch_dtype=torch.bfloat16, device="cpu")
+    assert half.adapter.dtype == torch.bfloat16
+    assert draw(half).isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_draws_the_same_picture(tiny_model_dir, model):
+    on_gpu = MSDiffusion.from_pretrained(tiny_model_dir, device="cuda")
+    torch.testing.assert_close(draw(on_gpu).cpu(), draw(model), rtol=0, atol=2e-2)
