@@ -1,4 +1,4 @@
-"""The ``msdiffusion`` command: generate, convert, demo. Heavy libraries load only after the arguments are checked."""
+"""The ``msdiffusion`` command: generate, evaluate, demo, convert. Heavy libraries load after the checks."""
 
 from __future__ import annotations
 
@@ -8,25 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msdiffusion import __version__
+from msdiffusion import __version__, demo, evaluate
 from msdiffusion.errors import LayoutError, MSDiffusionError, RequestError
+from msdiffusion.places import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from msdiffusion.request import GenerationRequest
 
-DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"
 PICTURE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for bad input)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["demo"]:
-        from msdiffusion.demo import main as demo
-
-        return demo(arguments[1:]) or 0
     options = build_parser().parse_args(_bind_negative(arguments))
     try:
         options.run(options)
@@ -43,7 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_convert(commands)
-    commands.add_parser("demo", help="mine, fine-tune, generate and score on fresh clips", add_help=False)
+    for name, module, summary in (
+        ("evaluate", evaluate, "draw held-out subjects with the adapter on and off, and score both"),
+        ("demo", demo, "mine, fine-tune, generate and score on fresh clips"),
+    ):
+        module.add_arguments(commands.add_parser(name, help=summary, description=module.__doc__.split("\n\n")[0]))
     return parser
 
 

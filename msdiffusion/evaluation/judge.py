@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,7 +110,7 @@ class _Reader(nn.Module):
 
     def __init__(self, widths: Sequence[int], classes: dict[str, int]) -> None:
         super().__init__()
-        stages = [_Stage(before, after) for before, after in zip(widths[:-1], widths[1:], strict=True)]
+        stages = [_Stage(before, after) for before, after in pairwise(widths)]
         self.trunk = nn.Sequential(nn.Conv2d(3, widths[0], 3, padding=1), nn.ReLU(), *stages)
         self.heads = nn.ModuleDict({name: nn.Linear(2 * widths[-1], count) for name, count in classes.items()})
 
@@ -164,7 +165,9 @@ class Judge(nn.Module):
         return self.box_reader(crops * 2 - 1) | self.picture_reader(whole * 2 - 1)
 
     @torch.inference_mode()
-    def read(self, pictures: Sequence[Image | np.ndarray], boxes: Sequence[Sequence[Sequence[float]]]) -> list[PictureReading]:
+    def read(
+        self, pictures: Sequence[Image | np.ndarray], boxes: Sequence[Sequence[Sequence[float]]]
+    ) -> list[PictureReading]:
         """Reads pictures of any sizes.
 
         Args:
@@ -227,13 +230,17 @@ class Judge(nn.Module):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise WeightsError(
-                    f"no judge at {folder}: {name} is missing. Train one with: lightning fit -c configs/embedded/judge.yaml"
+                    f"no judge at {folder}: {name} is missing; lightning fit -c configs/embedded/judge.yaml trains one"
                 )
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         if config.pop("model_type", None) != "msdiffusion.judge":
-            raise WeightsError(f"{folder / CONFIG_NAME} doesn't describe a judge (its model_type isn't msdiffusion.judge)")
+            raise WeightsError(
+                f"{folder / CONFIG_NAME} doesn't describe a judge (its model_type isn't msdiffusion.judge)"
+            )
         try:
-            params = JudgeParams(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})
+            params = JudgeParams(
+                **{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+            )
             judge = cls(params)
             judge.load_state_dict(load_file(folder / WEIGHTS_NAME))
         except (TypeError, DataError, RuntimeError) as error:

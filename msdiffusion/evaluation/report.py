@@ -1,4 +1,4 @@
-"""Pictures and pages for people: the grid of cases, and a page that opens by a double click (nothing is loaded from outside)."""
+"""Pictures and pages for people: the grid of cases, and a page that opens by a double click, all in one file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from msdiffusion.errors import DataError
-from msdiffusion.evaluation.world import BOX_QUESTIONS, Readings, WorldCase
+from msdiffusion.evaluation.world import QUESTIONS, Readings, WorldCase, accepted_answers
 
 CELL = 192
 """Side of a picture in the grid, in pixels."""
@@ -36,7 +36,7 @@ class GridRow:
 
 
 def draw_grid(cases: Sequence[WorldCase], rows: Sequence[GridRow]) -> Image.Image:
-    """One column per case: prompt, reference cut-outs, boxes, then one row per condition with the judge's answers below.
+    """One column per case: prompt, reference cut-outs, boxes, then each condition with the judge's answers below it.
 
     Args:
         cases: at least one.
@@ -107,6 +107,7 @@ def write_page(
     scores: Mapping[str, Any] | None,
     pictures: Sequence[tuple[str, Image.Image]],
     details: Mapping[str, str],
+    links: Mapping[str, str],
 ) -> None:
     """Writes one HTML file with everything inside it, for a double click.
 
@@ -116,6 +117,7 @@ def write_page(
         scores: report of `evaluate_world`, or None.
         pictures: heading and picture, in order.
         details: label to text, shown at the bottom (commands, versions, times).
+        links: label to address of other pages, relative to this one.
     """
     paragraphs = "".join(f"<p>{html.escape(part)}</p>" for part in introduction.split("\n\n"))
     sections = "".join(
@@ -126,11 +128,12 @@ def write_page(
         f"<dt>{html.escape(label)}</dt><dd><code>{html.escape(text)}</code></dd>" for label, text in details.items()
     )
     table = score_table(scores) if scores else ""
+    others = "".join(f'<p><a href="{html.escape(to)}">{html.escape(label)}</a></p>' for label, to in links.items())
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>"
-        f"<h1>{html.escape(title)}</h1>{paragraphs}{table}{sections}<h2>How it was made</h2><dl>{facts}</dl>"
+        f"<h1>{html.escape(title)}</h1>{paragraphs}{table}{sections}{others}<h2>How it was made</h2><dl>{facts}</dl>"
         "</main></body></html>\n"
     )
     Path(path).write_text(page, encoding="utf-8")
@@ -142,21 +145,22 @@ def score_table(report: Mapping[str, Any]) -> str:
     conditions = list(questions["category"]["conditions"])
     header = "".join(f"<th>{html.escape(_readable(name))}</th>" for name in conditions)
     rows = ""
-    for question in (*BOX_QUESTIONS, "background"):
+    for question in QUESTIONS:
         cells = "".join(_rate_cell(questions[question]["conditions"][name]) for name in conditions)
-        rows += f"<tr><th>{html.escape(_readable(question))}</th>{cells}<td>{questions[question]['chance']:.0%}</td></tr>"
+        rows += (
+            f"<tr><th>{html.escape(_readable(question))}</th>{cells}<td>{questions[question]['chance']:.0%}</td></tr>"
+        )
     if any(questions["mixing"].values()):
         cells = "".join(f"<td>{own['rate']:.0%}</td>" if own else "<td></td>" for own in questions["mixing"].values())
         rows += f"<tr><th>colour of another subject <small>(less is better)</small></th>{cells}<td></td></tr>"
     tests = "".join(
-        f"<li>{html.escape(_readable(question))}: {html.escape(_readable(test['first']))} minus {html.escape(_readable(test['second']))} "
-        f"{test['difference']:+.0%} [{test['low']:+.0%}, {test['high']:+.0%}], p = {format_p(test['p_value'])} over subjects, "
-        f"p = {format_p(test['pictures']['p_value'])} over pictures</li>"
-        for question in (*BOX_QUESTIONS, "background")
+        f"<li>{html.escape(_test_line(question, test))}</li>"
+        for question in QUESTIONS
         for test in questions[question]["tests"]
     )
     return (
-        f"<p><b>{report['subjects']} subjects in {report['pictures']} pictures.</b> Share that the judge reads right, with a 95 % interval:</p>"
+        f"<p><b>{report['subjects']} subjects in {report['pictures']} pictures.</b> "
+        "Share that the judge reads right, with a 95 % interval:</p>"
         f"<table><tr><th></th>{header}<th>chance</th></tr>{rows}</table><ul>{tests}</ul>"
     )
 
@@ -173,22 +177,27 @@ def summarize(report: Mapping[str, Any]) -> str:
     width = max(len(_readable(name)) for name in conditions) + 2
     lines = [f"{report['subjects']} subjects in {report['pictures']} pictures; share right as the judge reads them:"]
     lines.append(f"{'':<14}" + "".join(f"{_readable(name):>{width}}" for name in conditions) + f"{'chance':>10}")
-    for question in (*BOX_QUESTIONS, "background"):
+    for question in QUESTIONS:
         rates = [questions[question]["conditions"][name]["rate"] for name in conditions]
         chance = questions[question]["chance"]
-        lines.append(f"{_readable(question):<14}" + "".join(f"{rate:>{width}.3f}" for rate in rates) + f"{chance:>10.3f}")
-    for question in BOX_QUESTIONS:
-        for test in questions[question]["tests"]:
-            lines.append(
-                f"{_readable(question)}: {_readable(test['first'])} - {_readable(test['second'])} = {test['difference']:+.3f} "
-                f"[{test['low']:+.3f}, {test['high']:+.3f}], p {format_p(test['p_value'])} (subjects), "
-                f"{format_p(test['pictures']['p_value'])} (pictures)"
-            )
+        lines.append(
+            f"{_readable(question):<14}" + "".join(f"{rate:>{width}.3f}" for rate in rates) + f"{chance:>10.3f}"
+        )
+    lines += [_test_line(question, test) for question in QUESTIONS for test in questions[question]["tests"]]
     return "\n".join(lines)
 
 
+def _test_line(question: str, test: Mapping[str, Any]) -> str:
+    return (
+        f"{_readable(question)}: {_readable(test['first'])} - {_readable(test['second'])} = {test['difference']:+.3f} "
+        f"[{test['low']:+.3f}, {test['high']:+.3f}], p = {format_p(test['p_value'])} over "
+        f"{'pictures' if question == 'background' else 'subjects'}"
+        + ("" if question == "background" else f", p = {format_p(test['pictures']['p_value'])} over pictures")
+    )
+
+
 def _readable(name: str) -> str:
-    return {"color": "main colour"}.get(name, name.replace("_", " "))
+    return {"color": "main colour", "body_color": "body colour"}.get(name, name.replace("_", " "))
 
 
 def _rate_cell(rate: Mapping[str, float]) -> str:
@@ -207,7 +216,9 @@ def _reference_cell(case: WorldCase) -> Image.Image:
         shown = reference.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
         left, top = index * share + (share - size[0]) // 2, (CELL - size[1]) // 2
         sheet.paste(shown, (left, top), shown)
-        draw.rectangle((index * share + 4, CELL - 5, (index + 1) * share - 5, CELL - 2), fill=BOX_COLORS[index % len(BOX_COLORS)])
+        draw.rectangle(
+            (index * share + 4, CELL - 5, (index + 1) * share - 5, CELL - 2), fill=BOX_COLORS[index % len(BOX_COLORS)]
+        )
     return sheet
 
 
@@ -216,14 +227,13 @@ def _draw_marks(
 ) -> None:
     """The judge's answers: green where right, red where wrong; one line per box, then the background."""
     for row, subject in enumerate(case.subjects):
-        wanted = (subject.main_color, subject.pattern, subject.category)
-        x = left
-        for question, right_answer in zip(("color", "pattern", "category"), wanted, strict=True):
-            answer = readings.boxes[question][first_box + row]
-            draw.text((x, top), answer, fill=GOOD if answer == right_answer else BAD, font=_font(13))
+        accepted, x = accepted_answers(subject), left
+        for question in ("body_color", "pattern", "category"):
+            answer = readings.answers(question)[first_box + row]
+            draw.text((x, top), answer, fill=GOOD if answer in accepted[question] else BAD, font=_font(13))
             x += draw.textlength(answer + " ", font=_font(13))
         top += LINE_HEIGHT
-    answer = readings.backgrounds[picture]
+    answer = readings.background[picture]
     draw.text((left, top), answer, fill=GOOD if answer == case.background else BAD, font=_font(13))
 
 

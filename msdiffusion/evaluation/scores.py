@@ -6,7 +6,8 @@ No model, no picture and no file is touched here. Letters: N samples, S subjects
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -85,7 +86,7 @@ def bootstrap_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap; with `groups`, whole groups are drawn, since subjects of one picture stand or fall together.
+    """Percentile bootstrap; with `groups`, whole groups are drawn: subjects of one picture stand or fall together.
 
     Args:
         values: N numbers.
@@ -118,7 +119,7 @@ def bootstrap_interval(
 
 
 def sign_test(positive: int, negative: int) -> float:
-    """Exact two-sided sign test: p of a split at least as uneven as this one under a fair coin. Ties are left out before.
+    """Exact two-sided sign test: p of a split at least as uneven as this one under a fair coin, ties left out.
 
     Args:
         positive, negative: counts of samples that went one way and the other.
@@ -160,8 +161,8 @@ def mcnemar_exact(first: ArrayLike, second: ArrayLike) -> PairedTest:
 def paired_group_test(first: ArrayLike, second: ArrayLike, groups: ArrayLike) -> PairedTest:
     """The stricter companion of `mcnemar_exact`: one vote per group (per picture), so that neighbours count once.
 
-    A group votes for the condition that got more of its samples right; equal groups are ties (`both` when some were right
-    under both conditions, else `neither`).
+    A group votes for the condition that got more of its samples right; equal groups are ties (`both` when some were
+    right under both conditions, else `neither`).
 
     Args:
         first, second: booleans (N,).
@@ -189,22 +190,23 @@ def paired_group_test(first: ArrayLike, second: ArrayLike, groups: ArrayLike) ->
     )
 
 
-def chance_agreement(truth: ArrayLike, read: ArrayLike) -> float:
+def chance_agreement(accepted: Sequence[Collection[str]], read: Sequence[str]) -> float:
     """Share that would be right if the readings were dealt to the samples at random, in [0, 1].
 
-    It is sum over classes of P(truth = class) * P(read = class): the level that answers reach when they follow the right
-    distribution and ignore the sample. It exceeds 1 / classes where the classes are not equally frequent.
+    It is the sum over answers of P(answer is read) * P(answer is accepted): the level that readings reach when they
+    follow their own distribution and ignore the sample. It exceeds 1 / classes where classes are not equally frequent.
 
     Args:
-        truth, read: labels (N,), numbers or strings.
+        accepted: N collections of the answers that count as right for a sample.
+        read: N answers.
 
     Raises:
         DataError: lengths differ or are zero.
     """
-    true_labels, read_labels = np.asarray(truth).ravel(), np.asarray(read).ravel()
-    if true_labels.size == 0 or true_labels.size != read_labels.size:
-        raise DataError(f"truth and read must have one length above 0, got {true_labels.size} and {read_labels.size}")
-    return float(sum(np.mean(true_labels == label) * np.mean(read_labels == label) for label in np.unique(true_labels)))
+    if not read or len(accepted) != len(read):
+        raise DataError(f"accepted and read must have one length above 0, got {len(accepted)} and {len(read)}")
+    shares = Counter(read)
+    return sum(shares[answer] * sum(answer in own for own in accepted) for answer in shares) / len(read) ** 2
 
 
 def cosine_similarity(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
@@ -238,7 +240,7 @@ def text_alignment(pictures: ArrayLike, prompts: ArrayLike) -> float:
 
 
 def subject_fidelity(pictures: ArrayLike, references: Sequence[ArrayLike]) -> float:
-    """CLIP-I or DINO, by the features given: mean cosine between a picture and each of its references, then over pictures.
+    """CLIP-I or DINO, by the features given: mean cosine of a picture with its references, averaged over pictures.
 
     Every picture weighs the same, whatever its number of references (the DreamBooth protocol for one subject).
 

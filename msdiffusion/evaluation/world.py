@@ -1,7 +1,7 @@
 """The benchmark on the procedural world: frozen sets of held-out subjects, read by the judge, compared in pairs.
 
-Each case has a true render of the same subjects in the same boxes: reading those gives the ceiling that the judge itself
-sets. Pictures come from any callable, so nothing here knows how they are made.
+Each case has a true render of the same subjects in the same boxes: reading those gives the ceiling that the judge
+itself sets. Pictures come from any callable, so nothing here knows how they are made.
 """
 
 from __future__ import annotations
@@ -20,15 +20,21 @@ from msdiffusion.evaluation import scores
 if TYPE_CHECKING:
     from msdiffusion.evaluation.judge import Judge
 
-BOX_QUESTIONS = ("category", "color", "pattern")
+BOX_QUESTIONS = ("category", "color", "body_color", "pattern")
+"""What is marked per box. "color" asks for the main colour; "body_color" also accepts the second one where a pattern
+covers half of the body (EVEN_PATTERNS): there the eye can't tell which of the two is the main one."""
+QUESTIONS = (*BOX_QUESTIONS, "background")
+EVEN_PATTERNS = ("stripes", "bands", "checks")
 SCHEMA = "msdiffusion.scores/1"
 TRUTH = "true_renders"
 CLASSES = {
     "category": len(CATEGORIES),
     "color": len(COLORS),
+    "body_color": len(COLORS),
     "pattern": len(PATTERNS),
     "background": len(BACKGROUNDS),
 }
+"""Question to the number of possible answers."""
 
 
 @dataclass(frozen=True)
@@ -108,35 +114,27 @@ def draw_case(rng: np.random.Generator, num_subjects: int, *, size: int = 64, sp
 
 @dataclass(frozen=True)
 class Readings:
-    """What the judge read from one set of pictures, flat over the cases' boxes; strings throughout."""
+    """What the judge read from one picture per case: one answer per box, flat over the cases, or one per picture."""
 
-    boxes: Mapping[str, tuple[str, ...]]
-    """"category", "color", "pattern" to one answer per box."""
-    backgrounds: tuple[str, ...]
-    """One answer per picture."""
+    category: tuple[str, ...]
+    color: tuple[str, ...]
+    pattern: tuple[str, ...]
+    background: tuple[str, ...]
 
-
-@dataclass(frozen=True)
-class Truth:
-    """What should have been read, in the same order; `pictures` tells which case a box belongs to."""
-
-    boxes: Mapping[str, tuple[str, ...]]
-    backgrounds: tuple[str, ...]
-    pictures: tuple[int, ...]
+    def answers(self, question: str) -> tuple[str, ...]:
+        """The answers to one of QUESTIONS; "body_color" is another way to mark the answers to "color"."""
+        return getattr(self, "color" if question == "body_color" else question)
 
 
-def truth_of(cases: Sequence[WorldCase]) -> Truth:
-    """The right answers to all questions about `cases`."""
-    subjects = [subject for case in cases for subject in case.subjects]
-    return Truth(
-        boxes={
-            "category": tuple(subject.category for subject in subjects),
-            "color": tuple(subject.main_color for subject in subjects),
-            "pattern": tuple(subject.pattern for subject in subjects),
-        },
-        backgrounds=tuple(case.background for case in cases),
-        pictures=tuple(index for index, case in enumerate(cases) for _ in case.subjects),
-    )
+def accepted_answers(subject: Identity) -> dict[str, frozenset[str]]:
+    """Question per box to the answers that are right for a subject."""
+    second = {subject.second_color} if subject.pattern in EVEN_PATTERNS else set()
+    return {
+        "category": frozenset({subject.category}),
+        "color": frozenset({subject.main_color}),
+        "body_color": frozenset({subject.main_color} | second),
+        "pattern": frozenset({subject.pattern}),
+    }
 
 
 def read_pictures(judge: Judge, cases: Sequence[WorldCase], pictures: Sequence[Image.Image]) -> Readings:
@@ -150,12 +148,26 @@ def read_pictures(judge: Judge, cases: Sequence[WorldCase], pictures: Sequence[I
     found = judge.read(pictures, [case.boxes for case in cases])
     boxes = [box for picture in found for box in picture.boxes]
     return Readings(
-        boxes={question: tuple(getattr(box, question) for box in boxes) for question in BOX_QUESTIONS},
-        backgrounds=tuple(picture.background for picture in found),
+        category=tuple(box.category for box in boxes),
+        color=tuple(box.color for box in boxes),
+        pattern=tuple(box.pattern for box in boxes),
+        background=tuple(picture.background for picture in found),
     )
 
 
-def score_readings(cases: Sequence[WorldCase], readings: Mapping[str, Readings], *, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def mark_readings(cases: Sequence[WorldCase], readings: Readings) -> dict[str, np.ndarray]:
+    """Question to booleans: right or wrong, one per box, or for the background one per picture."""
+    return {
+        question: np.array(
+            [answer in own for own, answer in zip(_accepted(cases, question), readings.answers(question), strict=True)]
+        )
+        for question in QUESTIONS
+    }
+
+
+def score_readings(
+    cases: Sequence[WorldCase], readings: Mapping[str, Readings], *, pairs: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
     """Rates, intervals and paired tests for every question; plain numbers, ready for JSON.
 
     Args:
@@ -165,8 +177,8 @@ def score_readings(cases: Sequence[WorldCase], readings: Mapping[str, Readings],
 
     Returns:
         per question: "conditions" (rate, right, count, 95 % interval; `shuffled` is the rate that answers of the same
-        distribution reach by luck), "chance" (1 / classes) and "tests" (difference with its interval over pictures,
-        exact McNemar p over boxes, exact sign-test p over pictures); and "mixing", see `mixing_rate`.
+        distribution reach by luck), "chance" (of a blind guess) and "tests" (difference with its interval over
+        pictures, exact McNemar p over boxes, exact sign-test p over pictures); and "mixing", see `mixing_rate`.
 
     Raises:
         DataError: no cases, or a pair names an unknown condition.
@@ -176,24 +188,30 @@ def score_readings(cases: Sequence[WorldCase], readings: Mapping[str, Readings],
     for name in {name for pair in pairs for name in pair}:
         if name not in readings:
             raise DataError(f"no readings for condition {name!r}; there are {', '.join(readings)}")
-    truth = truth_of(cases)
+    marks = {name: mark_readings(cases, own) for name, own in readings.items()}
+    pictures = np.array([index for index, case in enumerate(cases) for _ in case.subjects])
     result: dict[str, Any] = {}
-    for question in (*BOX_QUESTIONS, "background"):
-        whole = question == "background"
-        wanted = np.asarray(truth.backgrounds if whole else truth.boxes[question])
-        groups = np.arange(len(cases)) if whole else np.asarray(truth.pictures)
-        answers = {name: np.asarray(own.backgrounds if whole else own.boxes[question]) for name, own in readings.items()}
+    for question in QUESTIONS:
+        accepted = _accepted(cases, question)
+        groups = np.arange(len(cases)) if question == "background" else pictures
         result[question] = {
-            "chance": 1 / CLASSES[question],
-            "conditions": {name: _rate(wanted, given) for name, given in answers.items()},
-            "tests": [_compare(wanted, answers, groups, first, second) for first, second in pairs],
+            "chance": sum(map(len, accepted)) / len(accepted) / CLASSES[question],
+            "conditions": {
+                name: _rate(marks[name][question])
+                | {"shuffled": scores.chance_agreement(accepted, own.answers(question))}
+                for name, own in readings.items()
+            },
+            "tests": [
+                {"first": first, "second": second, **_compare(marks[first][question], marks[second][question], groups)}
+                for first, second in pairs
+            ],
         }
     result["mixing"] = {name: mixing_rate(cases, own) for name, own in readings.items()}
     return result
 
 
 def mixing_rate(cases: Sequence[WorldCase], readings: Readings) -> dict[str, float | int] | None:
-    """How often a box shows the main colour of ANOTHER subject of its picture: the failure that box masks should prevent.
+    """How often a box shows the main colour of ANOTHER subject of its picture, which box masks should prevent.
 
     Counted are boxes of pictures with several subjects, where some other subject has another main colour.
 
@@ -206,44 +224,9 @@ def mixing_rate(cases: Sequence[WorldCase], readings: Readings) -> dict[str, flo
         for own in colors:
             others = set(colors) - {own}
             if others:
-                mixed.append(readings.boxes["color"][position] in others)
+                mixed.append(readings.color[position] in others)
             position += 1
     return {"rate": float(np.mean(mixed)), "count": len(mixed)} if mixed else None
-
-
-def _rate(wanted: np.ndarray, given: np.ndarray) -> dict[str, float | int]:
-    right = int((wanted == given).sum())
-    return {
-        "rate": right / wanted.size,
-        "right": right,
-        "count": int(wanted.size),
-        **asdict(scores.wilson_interval(right, wanted.size)),
-        "shuffled": scores.chance_agreement(wanted, given),
-    }
-
-
-def _compare(
-    wanted: np.ndarray, answers: Mapping[str, np.ndarray], groups: np.ndarray, first: str, second: str
-) -> dict[str, Any]:
-    one, two = answers[first] == wanted, answers[second] == wanted
-    boxes = scores.mcnemar_exact(one, two)
-    pictures = scores.paired_group_test(one, two, groups)
-    spread = scores.bootstrap_interval(one.astype(float) - two.astype(float), groups=groups)
-    return {
-        "first": first,
-        "second": second,
-        "difference": boxes.difference,
-        **asdict(spread),
-        "only_first": boxes.only_first,
-        "only_second": boxes.only_second,
-        "p_value": boxes.p_value,
-        "pictures": {
-            "count": pictures.count,
-            "better_with_first": pictures.only_first,
-            "better_with_second": pictures.only_second,
-            "p_value": pictures.p_value,
-        },
-    }
 
 
 def evaluate_world(
@@ -279,3 +262,39 @@ def evaluate_world(
         "questions": score_readings(cases, readings, pairs=pairs),
     }
     return report, pictures
+
+
+def _accepted(cases: Sequence[WorldCase], question: str) -> list[frozenset[str]]:
+    """The right answers, one set per box, or for the background one per picture."""
+    if question == "background":
+        return [frozenset({case.background}) for case in cases]
+    return [accepted_answers(subject)[question] for case in cases for subject in case.subjects]
+
+
+def _rate(right: np.ndarray) -> dict[str, float | int]:
+    count = int(right.sum())
+    return {
+        "rate": count / right.size,
+        "right": count,
+        "count": int(right.size),
+        **asdict(scores.wilson_interval(count, right.size)),
+    }
+
+
+def _compare(first: np.ndarray, second: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
+    boxes = scores.mcnemar_exact(first, second)
+    pictures = scores.paired_group_test(first, second, groups)
+    spread = scores.bootstrap_interval(first.astype(float) - second.astype(float), groups=groups)
+    return {
+        "difference": boxes.difference,
+        **asdict(spread),
+        "only_first": boxes.only_first,
+        "only_second": boxes.only_second,
+        "p_value": boxes.p_value,
+        "pictures": {
+            "count": pictures.count,
+            "better_with_first": pictures.only_first,
+            "better_with_second": pictures.only_second,
+            "p_value": pictures.p_value,
+        },
+    }

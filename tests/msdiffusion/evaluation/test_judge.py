@@ -138,4 +138,7 @@ def test_shipped_judge_reads_fresh_held_out_renders():
     assert np.mean([read.category == subject.category for read, subject in pairs]) > 0.97
     assert np.mean([read.color == subject.main_color for read, subject in pairs]) > 0.80
     assert np.mean([read.pattern == subject.pattern for read, subject in pairs]) > 0.80
-    assert np.mean([reading.background == scene.background for reading, scene in zip(readings, scenes, strict=True)]) > 0.98
+    assert (
+        np.mean([reading.background == scene.background for reading, scene in zip(readings, scenes, strict=True)])
+        > 0.98
+    )

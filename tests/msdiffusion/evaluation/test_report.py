@@ -19,12 +19,15 @@ def cases():
 
 @pytest.fixture(scope="module")
 def readings(cases):
-    truth = world.truth_of(cases)
-    right = world.Readings(boxes=truth.boxes, backgrounds=truth.backgrounds)
-    wrong = world.Readings(
-        boxes={question: ("nothing",) * len(truth.pictures) for question in truth.boxes},
-        backgrounds=("nowhere",) * len(cases),
+    subjects = [subject for case in cases for subject in case.subjects]
+    right = world.Readings(
+        category=tuple(subject.category for subject in subjects),
+        color=tuple(subject.main_color for subject in subjects),
+        pattern=tuple(subject.pattern for subject in subjects),
+        background=tuple(case.background for case in cases),
     )
+    nothing = ("nothing",) * len(subjects)
+    wrong = world.Readings(nothing, nothing, nothing, ("nowhere",) * len(cases))
     return {"adapter_on": right, "adapter_off": wrong}
 
 
@@ -74,19 +77,26 @@ def test_page_is_one_file_with_the_scores(tmp_path, scored):
     path = tmp_path / "index.html"
     picture = Image.new("RGB", (4, 4))
     report.write_page(
-        path, title="Scores <1>", introduction="first\n\nsecond", scores=scored, pictures=[("Grid", picture)], details={"command": "a & b"}
+        path,
+        title="Scores <1>",
+        introduction="first\n\nsecond",
+        scores=scored,
+        pictures=[("Grid", picture)],
+        details={"command": "a & b"},
+        links={"pairs": "pairs/report.html"},
     )
     page = path.read_text(encoding="utf-8")
     assert "Scores &lt;1&gt;" in page and "a &amp; b" in page and "<p>second</p>" in page
     assert "6 subjects" in page and "main colour" in page and "adapter off" in page
-    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert '<a href="pairs/report.html">pairs</a>' in page
+    sources = re.findall(r'src="([^"]{0,30})', page)
     assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
 
 
 def test_summary_names_every_figure(scored):
     text = report.summarize(scored)
-    assert "adapter on" in text and "main colour" in text and "p 0.0" in text
-    assert len(text.splitlines()) == 2 + 4 + 3
+    assert "adapter on" in text and "main colour" in text and "p = 0.0" in text
+    assert len(text.splitlines()) == 2 + 5 + 5
 
 
 def test_p_values_are_readable():

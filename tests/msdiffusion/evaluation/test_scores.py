@@ -105,9 +105,10 @@ def test_bootstrap_guards(values, options, message):
 def test_chance_agreement():
     assert scores.chance_agreement(["a", "b", "a", "b"], ["a", "a", "b", "b"]) == 0.5
     assert scores.chance_agreement(["a", "a", "a", "b"], ["a", "a", "a", "a"]) == 0.75
-    assert scores.chance_agreement([0, 1, 2, 3], [4, 4, 4, 4]) == 0.0
+    assert scores.chance_agreement([{"a", "b"}, {"a"}], ["a", "b"]) == 0.75
+    assert scores.chance_agreement(["a", "b"], ["c", "c"]) == 0.0
     with pytest.raises(DataError, match="2 and 1"):
-        scores.chance_agreement([0, 1], [0])
+        scores.chance_agreement(["a", "b"], ["a"])
 
 
 def test_cosine_similarity_by_hand():

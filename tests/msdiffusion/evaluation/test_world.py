@@ -1,6 +1,7 @@
 """The benchmark on the world: frozen cases, honest bookkeeping, and scores that answer known readings."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,13 +35,17 @@ def cases():
 
 
 def right_readings(cases):
-    truth = world.truth_of(cases)
-    return world.Readings(boxes=truth.boxes, backgrounds=truth.backgrounds)
+    subjects = [subject for case in cases for subject in case.subjects]
+    return world.Readings(
+        category=tuple(subject.category for subject in subjects),
+        color=tuple(subject.main_color for subject in subjects),
+        pattern=tuple(subject.pattern for subject in subjects),
+        background=tuple(case.background for case in cases),
+    )
 
 
 def with_colors(cases, colors):
-    right = right_readings(cases)
-    return world.Readings(boxes={**right.boxes, "color": tuple(colors)}, backgrounds=right.backgrounds)
+    return replace(right_readings(cases), color=tuple(colors))
 
 
 def test_cases_are_held_out_frozen_and_enough(cases):
@@ -48,7 +53,12 @@ def test_cases_are_held_out_frozen_and_enough(cases):
     assert sum(len(case.subjects) for case in cases) >= 40
     assert {len(case.subjects) for case in cases} == {1, 2, 3}
     for case, same in zip(cases, again, strict=True):
-        assert (case.prompt, case.boxes, case.seed, case.subjects) == (same.prompt, same.boxes, same.seed, same.subjects)
+        assert (case.prompt, case.boxes, case.seed, case.subjects) == (
+            same.prompt,
+            same.boxes,
+            same.seed,
+            same.subjects,
+        )
         np.testing.assert_array_equal(np.asarray(case.truth), np.asarray(same.truth))
         assert all(subject.split == "held_out" for subject in case.subjects)
         assert len(case.boxes) == len(case.references) == len(case.phrases) == len(case.subjects)
@@ -65,7 +75,11 @@ def test_the_prompt_gives_no_colour_away(cases):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"subjects": 0}, "got 0"), ({"subjects": 1, "shares": (0.5, 0.2)}, "sum to 1"), ({"subjects": 1, "shares": ()}, "sum to 1")],
+    [
+        ({"subjects": 0}, "got 0"),
+        ({"subjects": 1, "shares": (0.5, 0.2)}, "sum to 1"),
+        ({"subjects": 1, "shares": ()}, "sum to 1"),
+    ],
 )
 def test_impossible_draws_are_refused(options, message):
     with pytest.raises(DataError, match=message):
@@ -73,7 +87,7 @@ def test_impossible_draws_are_refused(options, message):
 
 
 def test_perfect_against_constant_colours(cases):
-    count = len(world.truth_of(cases).pictures)
+    count = sum(len(case.subjects) for case in cases)
     readings = {"adapter_on": right_readings(cases), "adapter_off": with_colors(cases, ["teal"] * count)}
     result = world.score_readings(cases, readings, pairs=PAIR)
     color = result["color"]
@@ -89,6 +103,16 @@ def test_perfect_against_constant_colours(cases):
     assert result["category"]["tests"][0]["p_value"] == 1.0
     assert result["background"]["conditions"]["adapter_off"]["count"] == len(cases)
     json.dumps(result)
+
+
+def test_body_colour_accepts_the_second_colour_of_even_patterns_only(cases):
+    subjects = [subject for case in cases for subject in case.subjects]
+    readings = {"second": with_colors(cases, [subject.second_color for subject in subjects])}
+    result = world.score_readings(cases, readings, pairs=[])
+    even = sum(subject.pattern in ("stripes", "bands", "checks") for subject in subjects)
+    assert result["color"]["conditions"]["second"]["right"] == 0
+    assert result["body_color"]["conditions"]["second"]["right"] == even > 0
+    assert result["body_color"]["chance"] == pytest.approx((len(subjects) + even) / len(subjects) / 11)
 
 
 def test_mixing_counts_colours_of_neighbours_only(cases):
@@ -125,7 +149,9 @@ def test_evaluation_reads_every_condition_and_the_true_renders():
     (case,) = world.draw_cases(1, seed=1, size=32, shares=(1.0,))
     subject = case.subjects[0]
     right = BoxReading(subject.category, subject.main_color, subject.pattern, {})
-    wrong = BoxReading(subject.category, next(name for name in COLORS if name != subject.main_color), subject.pattern, {})
+    wrong = BoxReading(
+        subject.category, next(name for name in COLORS if name != subject.main_color), subject.pattern, {}
+    )
     answers = {
         (255, 0, 0): PictureReading(case.background, 1.0, (right,)),
         (0, 255, 0): PictureReading(case.background, 1.0, (wrong,)),

@@ -1,0 +1,330 @@
+"""`msdiffusion demo`: the whole loop on this machine. Clips, mining, fine-tuning, pictures, scores, and a page.
+
+The first three stages are the commands that anybody would type, run as processes and shown before they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msdiffusion.errors import DataError, MSDiffusionError, RequestError, WeightsError
+from msdiffusion.places import DEFAULT_MODEL, REPOSITORY, shown
+
+MARKER = ".msdiffusion-demo"
+"""Written first, so that a later run knows the folder for its own and may clear it."""
+FINE_TUNED = "fine_tuned"
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the demo: what it does, how long it takes on two idle CPU cores, and the work."""
+
+    title: str
+    seconds: int
+    work: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a demo needs to know; paths are absolute."""
+
+    out: Path
+    model: Path
+    clips: int
+    train_steps: int
+    subjects: int
+    seed: int
+
+    @property
+    def videos(self) -> Path:
+        """Folder of the rendered clips."""
+        return self.out / "clips"
+
+    @property
+    def pairs(self) -> Path:
+        """Folder of the mined dataset."""
+        return self.out / "pairs"
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the fine-tuned adapter."""
+        return self.out / "fine_tuning" / "adapter"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `msdiffusion demo`; imports nothing heavy."""
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="an earlier demo in it is replaced")
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="folder of the adapter to start from")
+    parser.add_argument("--clips", type=int, default=60, help="clips to write and mine (default 60)")
+    parser.add_argument("--train-steps", type=int, default=30, help="fine-tuning steps (default 30)")
+    parser.add_argument(
+        "--subjects", type=int, default=40, help="least number of held-out subjects to draw (default 40)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of clips, subject sets and noise")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs all stages and leaves index.html, grid.png and scores.json in `options.out`.
+
+    Raises:
+        RequestError: a number is out of range.
+        WeightsError: there are no weights to start from.
+        DataError: the folder holds something that no demo made.
+        MSDiffusionError: a stage failed; the message holds its command.
+    """
+    for name, value in {
+        "--clips": options.clips,
+        "--train-steps": options.train_steps,
+        "--subjects": options.subjects,
+    }.items():
+        if value < 1:
+            raise RequestError(f"{name} must be at least 1, got {value}")
+    if options.seed < 0:
+        raise RequestError(f"--seed must be at least 0, got {options.seed}")
+    plan = Plan(
+        out=options.out.resolve(),
+        model=options.model.resolve(),
+        clips=options.clips,
+        train_steps=options.train_steps,
+        subjects=options.subjects,
+        seed=options.seed,
+    )
+    check_model(plan.model)
+    clear(plan.out)
+    commands = stage_commands(plan)
+    stages = [
+        Stage(f"writing {plan.clips} clips of held-out subjects", 15, lambda: call(commands["clips"])),
+        Stage("mining pairs from the clips", 40, lambda: call(commands["mining"])),
+        Stage(
+            f"fine-tuning the adapter for {plan.train_steps} steps",
+            75,
+            lambda: fine_tune(plan, commands["fine-tuning"]),
+        ),
+        Stage("drawing and scoring pictures of other held-out subjects", 90, lambda: draw_and_score(plan, commands)),
+    ]
+    run_stages(stages)
+    print(f"\nDone. Open {shown(plan.out / 'index.html')} in a browser.")
+
+
+def run_stages(stages: Sequence[Stage]) -> None:
+    """Runs the stages in order, with a line before and after each: which one, how long it should take, what is left."""
+    begun = time.monotonic()
+    for number, stage in enumerate(stages, 1):
+        left = sum(later.seconds for later in stages[number - 1 :])
+        print(
+            f"\n[{number}/{len(stages)}] {stage.title} (about {stage.seconds} s; {left} s to go, on two idle cores)",
+            flush=True,
+        )
+        start = time.monotonic()
+        stage.work()
+        now = time.monotonic()
+        print(f"[{number}/{len(stages)}] took {now - start:.0f} s, {now - begun:.0f} s since the start", flush=True)
+
+
+def check_model(model: Path) -> None:
+    """Raise unless `model` has what the demo starts from.
+
+    Raises:
+        WeightsError: names what is missing.
+    """
+    for name in ("adapter.safetensors", "config.json", "judge/model.safetensors"):
+        if not (model / name).is_file():
+            raise WeightsError(f"the demo starts from trained weights, but {shown(model / name)} is missing")
+    if not (REPOSITORY / "configs" / "msd.yaml").is_file():
+        raise WeightsError("the demo runs configs/msd.yaml: start it from a checkout of the repository")
+
+
+def clear(out: Path) -> None:
+    """Makes `out` an empty folder of a demo; an earlier demo in it is removed, anything else is left alone.
+
+    Raises:
+        DataError: `out` is a file, or a folder with something in it that no demo made.
+    """
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out must be a folder, but {shown(out)} is a file")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MARKER).is_file():
+            raise DataError(f"{shown(out)} isn't empty and no demo made it: give another --out, or empty it yourself")
+        for entry in out.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != MARKER:
+                entry.unlink()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).write_text("made by `msdiffusion demo`; the next one may clear this folder\n", encoding="utf-8")
+
+
+def stage_commands(plan: Plan) -> dict[str, list[str]]:
+    """The command of every stage that is a process, as argument lists; paths as seen from the repository."""
+    out, python = (lambda path: _from_repository(path)), sys.executable
+    return {
+        "clips": [
+            *(python, "-m", "data_pipeline.world", "--out", out(plan.videos), "--count", str(plan.clips)),
+            *("--split", "held_out", "--seed", str(plan.seed)),
+        ],
+        "mining": [python, "-m", "data_pipeline.build", "--videos", out(plan.videos), "--out", out(plan.pairs)],
+        "fine-tuning": [
+            *(str(Path(python).with_name("lightning")), "fit", "-c", "configs/msd.yaml"),
+            *("-c", out(plan.out / "fine_tuning.yaml")),
+        ],
+    }
+
+
+def fine_tuning_settings(plan: Plan) -> dict[str, Any]:
+    """What differs from configs/msd.yaml: it starts from the shipped adapter, is short, and stays in its folder."""
+    folder = plan.out / "fine_tuning"
+    return {
+        "trainer": {
+            "max_steps": plan.train_steps,
+            "limit_val_batches": 0,
+            "log_every_n_steps": 5,
+            "logger": {
+                "class_path": "pytorch_lightning.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": _from_repository(folder), "name": "log", "version": ""},
+            },
+            "callbacks": [
+                {"class_path": "msdiffusion.training.callbacks.RunProgress"},
+                {
+                    "class_path": "msdiffusion.training.callbacks.AdapterExport",
+                    "init_args": {"directory": _from_repository(plan.adapter), "every_n_steps": plan.train_steps},
+                },
+            ],
+            "enable_checkpointing": False,
+        },
+        "model": {
+            "class_path": "msdiffusion.training.module.MSDiffusionModule",
+            "init_args": {
+                "base_model": _from_repository(plan.model / "base"),
+                "image_encoder": _from_repository(plan.model / "image_encoder"),
+                "adapter": _from_repository(plan.model),
+                # These shape a new adapter; the one we go on from brings its own.
+                "resampler": None,
+                "reference_background": None,
+                "reference_fit": None,
+                "defaults": None,
+                # So few steps must not wander off: a tenth of the full run's rate, and the plain weights are kept.
+                "learning_rate": 1e-4,
+                "warmup_steps": 0,
+                "ema_decay": 0.0,
+            },
+        },
+        "data": {
+            "class_path": "msdiffusion.training.dataset.PairsDataModule",
+            "init_args": {"pairs": _from_repository(plan.pairs), "batch_size": 16},
+        },
+    }
+
+
+def fine_tune(plan: Plan, command: Sequence[str]) -> None:
+    """Writes the settings that differ from configs/msd.yaml and runs the training command."""
+    # JSON is YAML, and needs no library here.
+    (plan.out / "fine_tuning.yaml").write_text(
+        json.dumps(fine_tuning_settings(plan), indent=2) + "\n", encoding="utf-8"
+    )
+    call(command)
+    if not (plan.adapter / "adapter.safetensors").is_file():
+        raise MSDiffusionError(f"the fine-tuning ended without an adapter in {shown(plan.adapter)}")
+
+
+def call(command: Sequence[str]) -> None:
+    """Shows a command and runs it from the repository; its output goes straight to the terminal.
+
+    Raises:
+        MSDiffusionError: it could not be started, or ended with an error.
+    """
+    line = readable(command)
+    print(f"$ {line}", flush=True)
+    try:
+        status = subprocess.run(list(command), cwd=REPOSITORY, check=False).returncode
+    except OSError as error:
+        raise MSDiffusionError(f"could not start this command: {line}\n{error}") from error
+    if status != 0:
+        raise MSDiffusionError(f"the demo stops: this command ended with status {status}, its message is above: {line}")
+
+
+def readable(command: Sequence[str]) -> str:
+    """A command as one would type it: programs without the path of their environment."""
+    return shlex.join([Path(command[0]).name, *command[1:]])
+
+
+def draw_and_score(plan: Plan, commands: dict[str, list[str]]) -> None:
+    """Pictures of held-out subjects with the shipped adapter, the fine-tuned one and none; scores, grid and page."""
+    from msdiffusion.backbone import quiet_loading
+    from msdiffusion.evaluate import OFF, ON, describe_file, picture_maker, picture_side, versions, write_results
+    from msdiffusion.evaluation.judge import Judge
+    from msdiffusion.evaluation.world import draw_cases, evaluate_world
+    from msdiffusion.generate import MSDiffusion
+
+    quiet_loading()
+    start = time.monotonic()
+    judge = Judge.from_pretrained(plan.model / "judge")
+    shipped = MSDiffusion.from_pretrained(plan.model)
+    tuned = MSDiffusion.from_pretrained(plan.adapter)
+    side = picture_side(shipped)
+    # Another seed than that of `msdiffusion evaluate` and of the clips: other subjects, layouts and noise.
+    cases = draw_cases(plan.subjects, seed=plan.seed + 1000, size=side)
+    defaults = shipped.adapter.config.defaults
+    settings = {
+        "steps": defaults.get("steps", 30),
+        "guidance_scale": float(defaults.get("guidance_scale", 7.5)),
+        "batch_size": BATCH_SIZE,
+    }
+    scale = float(defaults.get("scale", 1.0))
+    makers = {
+        ON: picture_maker(shipped, scale=scale, label="adapter on (shipped)", **settings),
+        FINE_TUNED: picture_maker(tuned, scale=scale, label="adapter fine-tuned just now", **settings),
+        OFF: picture_maker(shipped, scale=0.0, label="adapter off", **settings),
+    }
+    report, pictures = evaluate_world(cases, makers, judge, pairs=[(ON, OFF), (FINE_TUNED, OFF)])
+    facts = {
+        **{f"{name} command": readable(command) for name, command in commands.items()},
+        "model": describe_file(plan.model / "adapter.safetensors"),
+        "fine_tuned model": describe_file(plan.adapter / "adapter.safetensors"),
+        "judge": describe_file(plan.model / "judge" / "model.safetensors"),
+        "settings": {**settings, "scale": scale, "seed": plan.seed + 1000, "split": "held_out", "size": side},
+        "seconds": round(time.monotonic() - start, 1),
+        "versions": versions(),
+    }
+    write_results(
+        plan.out,
+        cases,
+        report,
+        pictures,
+        judge,
+        title="MS-Diffusion, the whole loop",
+        introduction=introduction(plan),
+        facts=facts,
+        links={"The mined pairs, with everything that was rejected": "pairs/report.html"},
+    )
+
+
+def introduction(plan: Plan) -> str:
+    """What the page says above its figures, in plain words."""
+    return (
+        f"This page was made from nothing but the repository: {plan.clips} captioned clips of invented subjects were "
+        "written, pairs were mined from them, the adapter was fine-tuned on the pairs for "
+        f"{plan.train_steps} steps, and the pictures below were drawn and scored.\n\n"
+        "adapter on: the shipped adapter, which has never seen these subjects, nor their combinations of category, "
+        "colours and pattern. fine tuned: the same adapter after the few steps of this demo, which show that training "
+        "runs and does no harm; they are far too few to make it better, and their clips show held-out combinations. "
+        "adapter off: the bare base model, which gets the prompt but neither references nor boxes. true renders: the "
+        "subjects drawn by the world itself in the same boxes, so what the judge gets wrong there is the judge's own "
+        "limit."
+    )
+
+
+def _from_repository(path: Path) -> str:
+    """A path relative to the repository, where the commands run, or absolute if it lies elsewhere."""
+    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)

@@ -1,0 +1,280 @@
+"""`msdiffusion evaluate`: held-out subjects drawn with the adapter on and off, read by the judge, compared in pairs.
+
+This is where the generator meets the evaluation, which knows nothing of it. What the figures mean: docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msdiffusion.errors import RequestError
+from msdiffusion.places import DEFAULT_MODEL, shown
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from msdiffusion.evaluation.judge import Judge
+    from msdiffusion.evaluation.world import PictureMaker, WorldCase
+    from msdiffusion.generate import MSDiffusion
+
+ON, OFF = "adapter_on", "adapter_off"
+GRID_CASES = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `msdiffusion evaluate`; imports nothing heavy."""
+    parser.add_argument("--model", default=str(DEFAULT_MODEL), help="adapter: folder, hub name, or ms_adapter.bin")
+    parser.add_argument("--judge", default=str(DEFAULT_MODEL / "judge"), help="folder of the judge")
+    parser.add_argument("--subjects", type=int, default=200, help="least number of held-out subjects (default 200)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--seed", type=int, default=0, help="of the subject sets and of the noise")
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the adapter's")
+    parser.add_argument("--guidance-scale", type=float, help="default: the adapter's")
+    parser.add_argument("--scale", type=float, help="weight of the subjects when the adapter is on; default: its own")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures drawn at once")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the evaluation and writes scores.json, grid.png, index.html and every picture under `options.out`.
+
+    Raises:
+        RequestError: a number is out of range; before anything is loaded.
+        WeightsError: the model or the judge can't be loaded.
+    """
+    for name, value in {
+        "--subjects": options.subjects,
+        "--batch-size": options.batch_size,
+        "--steps": options.steps,
+    }.items():
+        if value is not None and value < 1:
+            raise RequestError(f"{name} must be at least 1, got {value}")
+    if options.scale is not None and options.scale <= 0:
+        raise RequestError(f"--scale must be above 0, got {options.scale}: 0 is the adapter off, which is drawn anyway")
+    from msdiffusion.backbone import quiet_loading
+    from msdiffusion.evaluation.judge import Judge
+    from msdiffusion.evaluation.world import draw_cases, evaluate_world
+    from msdiffusion.generate import MSDiffusion
+
+    quiet_loading()
+    started = time.monotonic()
+    judge = Judge.from_pretrained(options.judge)
+    model = MSDiffusion.from_pretrained(options.model, device=options.device)
+    cases = draw_cases(options.subjects, seed=options.seed, size=picture_side(model))
+    settings = {
+        "steps": options.steps or model.adapter.config.defaults.get("steps", 30),
+        "guidance_scale": _given(options.guidance_scale, model.adapter.config.defaults.get("guidance_scale", 7.5)),
+        "batch_size": options.batch_size,
+    }
+    scale = _given(options.scale, model.adapter.config.defaults.get("scale", 1.0))
+    makers = {
+        ON: picture_maker(model, scale=scale, label="adapter on", **settings),
+        OFF: picture_maker(model, scale=0.0, label="adapter off", **settings),
+    }
+    report, pictures = evaluate_world(cases, makers, judge, pairs=[(ON, OFF)])
+    facts = {
+        "command": command_line(),
+        "model": describe_file(Path(options.model) / "adapter.safetensors"),
+        "judge": describe_file(Path(options.judge) / "model.safetensors"),
+        "settings": {
+            **settings,
+            "scale": scale,
+            "seed": options.seed,
+            "split": "held_out",
+            "size": picture_side(model),
+        },
+        "seconds": round(time.monotonic() - started, 1),
+        "versions": versions(),
+    }
+    write_results(
+        options.out,
+        cases,
+        report,
+        pictures,
+        judge,
+        title="Held-out subjects, adapter on and off",
+        introduction="Every subject below is a combination of colours and pattern that no training has seen.",
+        facts=facts,
+    )
+
+
+def picture_maker(
+    model: MSDiffusion, *, scale: float, steps: int, guidance_scale: float, batch_size: int, label: str
+) -> PictureMaker:
+    """A callable that draws one picture per case with one scale of the adapter, several cases at a time.
+
+    The noise of a case depends on its own seed only: the same for every scale, batch size and order. Cases are drawn
+    together with others of as many subjects, so that nothing is padded.
+
+    Args:
+        model: the generator.
+        scale: of the adapter; 0 switches it off.
+        steps: denoising steps.
+        guidance_scale: weight against the empty prompt.
+        batch_size: cases drawn at once at most.
+        label: of the progress bar.
+    """
+
+    def make(cases: Sequence[WorldCase]) -> list[Image.Image]:
+        from tqdm import tqdm
+
+        pictures: dict[int, Image.Image] = {}
+        with tqdm(total=len(cases), desc=label, unit="picture") as bar:
+            for batch in _batches(cases, batch_size):
+                drawn = _draw([cases[index] for index in batch], model, scale, steps, guidance_scale)
+                pictures.update(zip(batch, drawn, strict=True))
+                bar.update(len(batch))
+        return [pictures[index] for index in range(len(cases))]
+
+    return make
+
+
+def picture_side(model: MSDiffusion) -> int:
+    """Side in pixels of the pictures that the base model was made for."""
+    return model.backbone.unet.config.sample_size * model.backbone.latent_factor
+
+
+def _batches(cases: Sequence[WorldCase], batch_size: int) -> list[list[int]]:
+    """Indices of the cases in batches of one number of subjects."""
+    by_count: dict[int, list[int]] = {}
+    for index, case in enumerate(cases):
+        by_count.setdefault(len(case.subjects), []).append(index)
+    return [
+        indices[first : first + batch_size]
+        for _, indices in sorted(by_count.items())
+        for first in range(0, len(indices), batch_size)
+    ]
+
+
+def _draw(
+    cases: Sequence[WorldCase], model: MSDiffusion, scale: float, steps: int, guidance_scale: float
+) -> list[Image.Image]:
+    """One call of the pipeline with another prompt, layout and seed for every picture of the batch."""
+    import torch
+
+    side = picture_side(model)
+    negative = model.adapter.config.defaults.get("negative_prompt", "")
+    with torch.no_grad():
+        subjects = [model.subject_tokens(case.references, case.phrases, case.boxes) for case in cases]
+        condition = model.adapter.condition(
+            torch.cat([tokens for tokens, _ in subjects]),
+            torch.cat([boxes for _, boxes in subjects]),
+            height=side // model.backbone.latent_factor,
+            width=side // model.backbone.latent_factor,
+            scale=scale,
+            guidance=guidance_scale > 1.0,
+        )
+        model.pipeline.set_progress_bar_config(disable=True)
+        output = model.pipeline(
+            prompt=[case.prompt for case in cases],
+            negative_prompt=[negative] * len(cases),
+            height=side,
+            width=side,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator("cpu").manual_seed(case.seed) for case in cases],
+            cross_attention_kwargs={"subjects": condition},
+        )
+    return output.images
+
+
+def write_results(
+    out: Path,
+    cases: Sequence[WorldCase],
+    report: Mapping[str, Any],
+    pictures: Mapping[str, Sequence[Image.Image]],
+    judge: Judge,
+    *,
+    title: str,
+    introduction: str,
+    facts: Mapping[str, Any],
+    links: Mapping[str, str] | None = None,
+) -> None:
+    """Leaves scores.json, grid.png, index.html and pictures/CONDITION/NUMBER.png in `out`; prints the summary.
+
+    Args:
+        out: folder, made if need be; files of these names are replaced.
+        cases, report, pictures: from `evaluate_world`.
+        judge: marks the pictures of the grid.
+        title, introduction: of the page.
+        facts: what else scores.json and the page tell: command, files, settings, times.
+        links: label to address of further pages beside this one.
+    """
+    from msdiffusion.evaluation.report import GridRow, draw_grid, summarize, write_page
+    from msdiffusion.evaluation.world import read_pictures
+
+    out.mkdir(parents=True, exist_ok=True)
+    scores = {**{key: report[key] for key in report if key != "questions"}, **facts, "questions": report["questions"]}
+    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    for condition, made in pictures.items():
+        folder = out / "pictures" / condition
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, picture in enumerate(made):
+            picture.save(folder / f"{index:04d}.png")
+    chosen = varied(cases, GRID_CASES)
+    columns = [cases[index] for index in chosen]
+    rows = []
+    for condition, made in pictures.items():
+        shown_pictures = [made[index] for index in chosen]
+        readings = read_pictures(judge, columns, shown_pictures)
+        rows.append(GridRow(condition.replace("_", " "), shown_pictures, readings))
+    grid = draw_grid(columns, rows)
+    grid.save(out / "grid.png", optimize=True)
+    write_page(
+        out / "index.html",
+        title=title,
+        introduction=introduction,
+        scores=report,
+        pictures=[("Pictures: what the judge reads is green where it is right", grid)],
+        details={label: value if isinstance(value, str) else json.dumps(value) for label, value in facts.items()},
+        links=links or {},
+    )
+    print(summarize(report))
+    for name in ("index.html", "grid.png", "scores.json"):
+        print(shown(out / name))
+
+
+def varied(cases: Sequence[WorldCase], count: int) -> list[int]:
+    """Indices of up to `count` cases, as evenly over the numbers of subjects as there are cases, in their order."""
+    by_size: dict[int, list[int]] = {}
+    for index, case in enumerate(cases):
+        by_size.setdefault(len(case.subjects), []).append(index)
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(cases)):
+        for queue in by_size.values():
+            if queue and len(chosen) < count:
+                chosen.append(queue.pop(0))
+    return sorted(chosen, key=lambda index: (len(cases[index].subjects), index))
+
+
+def command_line() -> str:
+    """The command that is running, as one would type it."""
+    import shlex
+
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def describe_file(path: Path) -> dict[str, str]:
+    """Path and sha256 of a file; no sum where it isn't a local file (a hub name)."""
+    if not path.is_file():
+        return {"path": shown(path.parent)}
+    return {"path": shown(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("msdiffusion", "torch", "diffusers", "transformers")}
+
+
+def _given(value: float | None, default: float) -> float:
+    return float(default if value is None else value)

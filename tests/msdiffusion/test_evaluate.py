@@ -1,0 +1,118 @@
+"""`msdiffusion evaluate` on the miniature stack: batches equal single calls, all is written, bad input is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from msdiffusion.cli import main
+from msdiffusion.evaluation.world import draw_cases
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    from msdiffusion.generate import MSDiffusion
+
+    return MSDiffusion.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def judge_dir(tmp_path_factory):
+    """An untrained judge for the world's vocabulary."""
+    import torch
+
+    from msdiffusion.evaluation.judge import Judge
+    from msdiffusion.evaluation.judge_training import world_params
+
+    directory = tmp_path_factory.mktemp("judge")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Judge(world_params(widths=(4, 8))).save_pretrained(directory)
+    return directory
+
+
+def pixels(picture):
+    return np.asarray(picture, dtype=np.int16)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.8])
+def test_batches_draw_what_single_calls_draw(model, scale):
+    from msdiffusion.evaluate import picture_maker
+
+    cases = draw_cases(5, seed=3, shares=(0.5, 0.5))
+    assert len({len(case.subjects) for case in cases}) == 2
+    make = picture_maker(model, scale=scale, steps=2, guidance_scale=3.0, batch_size=2, label="test")
+    batched = make(cases)
+    assert len(batched) == len(cases)
+    for case, picture in zip(cases, batched, strict=True):
+        (alone,) = model.generate(
+            case.references,
+            case.boxes,
+            case.prompt,
+            case.phrases,
+            seed=case.seed,
+            scale=scale,
+            steps=2,
+            guidance_scale=3.0,
+            progress=False,
+        )
+        assert np.abs(pixels(picture) - pixels(alone)).max() <= 1
+
+
+def test_switching_the_adapter_off_changes_pictures_not_noise(model):
+    from msdiffusion.evaluate import picture_maker
+
+    cases = draw_cases(1, seed=3, shares=(1.0,))
+    settings = {"steps": 2, "guidance_scale": 1.0, "batch_size": 1, "label": "test"}
+    on, again, off = (picture_maker(model, scale=scale, **settings)(cases)[0] for scale in (1.0, 1.0, 0.0))
+    np.testing.assert_array_equal(pixels(on), pixels(again))
+    assert (pixels(on) != pixels(off)).any()
+
+
+def test_command_leaves_scores_grid_page_and_pictures(tiny_model_dir, judge_dir, tmp_path, capsys):
+    out = tmp_path / "evaluation"
+    arguments = ["--model", str(tiny_model_dir), "--judge", str(judge_dir), "--out", str(out)]
+    assert main(["evaluate", *arguments, "--subjects", "4", "--steps", "1"]) == 0
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["schema"] == "msdiffusion.scores/1"
+    assert scores["subjects"] >= 4
+    assert scores["settings"]["steps"] == 1
+    assert len(scores["model"]["sha256"]) == len(scores["judge"]["sha256"]) == 64
+    conditions = {"adapter_on", "adapter_off", "true_renders"}
+    for question in ("category", "color", "body_color", "pattern", "background"):
+        figures = scores["questions"][question]
+        assert set(figures["conditions"]) == conditions
+        assert 0 < figures["chance"] < 0.5
+        (test,) = figures["tests"]
+        assert 0 <= test["p_value"] <= 1
+    for condition in conditions:
+        assert len(list((out / "pictures" / condition).glob("*.png"))) == scores["pictures"]
+    assert Image.open(out / "grid.png").width > 400
+    assert "adapter off" in (out / "index.html").read_text(encoding="utf-8")
+    assert "main colour" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--subjects", "0"], "--subjects must be at least 1, got 0"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--batch-size", "-1"], "--batch-size must be at least 1"),
+        (["--scale", "0"], "--scale must be above 0"),
+        (["--judge", "nowhere"], "no judge at nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments, message, tmp_path, capsys):
+    assert main(["evaluate", "--out", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_grids_show_every_size_of_set():
+    from msdiffusion.evaluate import varied
+
+    cases = draw_cases(40, seed=5, size=16)
+    chosen = varied(cases, 6)
+    assert [len(cases[index].subjects) for index in chosen] == [1, 1, 2, 2, 3, 3]
+    assert len(set(varied(cases, 1000))) == len(cases)
