@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 import msdiffusion.generate
@@ -192,6 +192,23 @@ def test_bad_input_is_refused_before_anything_runs(model, monkeypatch):
     ):
         with pytest.raises(error):
             draw(model, **changes)
+
+
+def test_another_pipeline_on_the_same_unet_takes_the_condition(model):
+    """Image to image, with the call that docs/inference.md shows."""
+    pipeline = StableDiffusionXLImg2ImgPipeline(**model.pipeline.components, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    tokens, boxes = model.subject_tokens([DOG, TEAPOT], ["dog", "teapot"], [LEFT, RIGHT])
+
+    def redraw(scale):
+        condition = model.adapter.condition(tokens, boxes, height=32, width=32, scale=scale or 0.0, guidance=True)
+        subjects = {} if scale is None else {"cross_attention_kwargs": {"subjects": condition}}
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 4, "strength": 0.5, "guidance_scale": 3.0, "output_type": "pt"}
+        return pipeline(PROMPT, image=torch.zeros(1, 3, 64, 64), generator=generator, **options, **subjects).images
+
+    assert torch.equal(redraw(0.0), redraw(None))
+    assert not torch.equal(redraw(1.0), redraw(None))
 
 
 # Loading and saving
