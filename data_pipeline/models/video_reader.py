@@ -8,16 +8,22 @@ thread: workers are the parallelism.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
+from PIL import Image
 
 from data_pipeline.records import ClipError, SettingsError, VideoFacts
 
 READERS = ("auto", "decord", "pyav")
 SAFE_CODECS = frozenset({"h264", "mpeg4", "vp8", "vp9"})
+# Decoded pixels of a clip that are kept at most: 48 MB, or five seconds of 320 x 240.
+SHORT_CLIP_PIXELS = 16_000_000
 SAFE_CONTAINERS = frozenset({"mov", "mp4", "matroska", "webm", "avi"})
 
 
@@ -86,26 +92,32 @@ def probe(path: Path) -> VideoFacts:
         )
 
 
+def fits_in_memory(facts: VideoFacts) -> bool:
+    """True for clips so short that all frames are decoded once and kept, instead of sought again."""
+    return len(facts.stamps) * facts.width * facts.height <= SHORT_CLIP_PIXELS
+
+
 class PyAVReader:
     """Exact reading with PyAV.
 
-    The re-seek rule: after a seek the first decoded frame may already lie behind the wanted one; then seek again 1,
-    2, 4, ... seconds earlier, and decode forward to the wanted time stamp.
+    The re-seek rule: after a seek the first decoded frame may already lie behind the wanted one; then seek again 1, 2,
+    4, ... seconds earlier, and decode forward to the wanted time stamp.
     """
 
     def __init__(self, path: Path, facts: VideoFacts) -> None:
         self.path = path
         self.facts = facts
+        self._kept: dict[int, Any] = {}
+        # One converter for all frames: setting one up costs more than using it on a small frame.
+        self._converter = VideoReformatter()
 
     def thumbnails(self, size: int, limit: int) -> np.ndarray:
         """See VideoReader."""
         wanted = self.facts.stamps[:limit]
         pictures = {}
-        with _open(self.path) as container:
-            for frame in self._decode(container):
-                if frame.pts is None or frame.pts > wanted[-1]:
-                    break
-                pictures[frame.pts] = self._picture(frame.reformat(width=size, height=size, format="rgb24"))
+        for stamp, frame in self._up_to(wanted[-1]):
+            small = self._converter.reformat(frame, width=size, height=size, format="rgb24")
+            pictures[stamp] = self._upright(small.to_ndarray())
         missing = [stamp for stamp in wanted if stamp not in pictures]
         if missing:
             raise ClipError("frames are missing", decoded=len(wanted) - len(missing), expected=len(wanted))
@@ -113,10 +125,23 @@ class PyAVReader:
 
     def frames(self, indices: tuple[int, ...]) -> list[np.ndarray]:
         """See VideoReader."""
+        stamps = [self.facts.stamps[index] for index in indices]
+        if all(stamp in self._kept for stamp in stamps):
+            return [self._picture(self._kept[stamp]) for stamp in stamps]
         with _open(self.path) as container:
-            return [self._picture(self._frame_at(container, self.facts.stamps[index])) for index in indices]
+            return [self._picture(self._frame_at(container, stamp)) for stamp in stamps]
 
-    def _decode(self, container: Any) -> Any:
+    def _up_to(self, last: int) -> Iterator[tuple[int, Any]]:
+        keep = fits_in_memory(self.facts)
+        with _open(self.path) as container:
+            for frame in self._decode(container):
+                if frame.pts is None or frame.pts > last:
+                    break
+                if keep:
+                    self._kept[frame.pts] = frame
+                yield frame.pts, frame
+
+    def _decode(self, container: Any) -> Iterator[Any]:
         try:
             yield from container.decode(container.streams.video[0])
         except (av.FFmpegError, OSError) as error:
@@ -143,9 +168,12 @@ class PyAVReader:
             earlier = max(1.0, 2 * earlier)
 
     def _picture(self, frame: Any) -> np.ndarray:
+        return self._upright(self._converter.reformat(frame, format="rgb24").to_ndarray())
+
+    def _upright(self, picture: np.ndarray) -> np.ndarray:
         # PyAV hands out pictures as stored; rotation counts degrees anticlockwise, as np.rot90 does.
-        picture = frame.to_ndarray(format="rgb24")
-        return np.ascontiguousarray(np.rot90(picture, self.facts.rotation // 90)) if self.facts.rotation else picture
+        turns = self.facts.rotation // 90
+        return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
 
 
 class DecordReader:
@@ -159,6 +187,8 @@ class DecordReader:
         self._decord = decord
         self.path = path
         self.facts = facts
+        self._video: Any = None
+        self._kept: np.ndarray | None = None
 
     def _open(self, **size: int) -> Any:
         # decord raises RuntimeError or its own DECORDError, which share no parent but Exception.
@@ -171,20 +201,38 @@ class DecordReader:
             raise ClipError("frames are missing", decoded=len(video), expected=len(self.facts.stamps), reader="decord")
         return video
 
-    def _batch(self, video: Any, indices: list[int]) -> np.ndarray:
+    @property
+    def video(self) -> Any:
+        """The file at full size, opened once."""
+        if self._video is None:
+            self._video = self._open()
+        return self._video
+
+    def _batch(self, video: Any, indices: Sequence[int]) -> np.ndarray:
         try:
-            return video.get_batch(indices).asnumpy()
+            return video.get_batch(list(indices)).asnumpy()
         except Exception as error:
             raise ClipError("undecodable video", error=_one_line(error), reader="decord") from error
 
+    def _all(self) -> np.ndarray:
+        if self._kept is None:
+            self._kept = self._batch(self.video, range(len(self.video)))
+        return self._kept
+
     def thumbnails(self, size: int, limit: int) -> np.ndarray:
         """See VideoReader."""
+        if fits_in_memory(self.facts):
+            pictures = (Image.fromarray(picture) for picture in self._all()[:limit])
+            return np.stack([np.asarray(picture.resize((size, size), Image.Resampling.BOX)) for picture in pictures])
         video = self._open(width=size, height=size)
-        return self._batch(video, list(range(min(limit, len(video)))))
+        return self._batch(video, range(min(limit, len(video))))
 
     def frames(self, indices: tuple[int, ...]) -> list[np.ndarray]:
         """See VideoReader."""
-        return list(self._batch(self._open(), list(indices)))
+        if fits_in_memory(self.facts):
+            pictures = self._all()
+            return [pictures[index].copy() for index in indices]
+        return list(self._batch(self.video, indices))
 
 
 def is_safe_for_decord(facts: VideoFacts) -> bool:
@@ -203,7 +251,7 @@ def is_safe_for_decord(facts: VideoFacts) -> bool:
 def decord_agrees(path: Path, facts: VideoFacts) -> bool:
     """True if decord opens the file, counts as many frames, and shows each within half a frame of its time stamp."""
     try:
-        video = DecordReader(path, facts)._open()
+        video = open_reader("decord", path, facts).video
         starts = np.asarray(video.get_frame_timestamp(range(len(video))))[:, 0]
     except (ClipError, SettingsError):
         return False
@@ -221,6 +269,10 @@ def choose_reader(name: str, path: Path, facts: VideoFacts) -> str:
     return "decord" if is_safe_for_decord(facts) and decord_agrees(path, facts) else "pyav"
 
 
-def open_reader(name: str, path: Path, facts: VideoFacts) -> VideoReader:
-    """The reader called ``name`` ("decord" or "pyav") on one file."""
+@lru_cache(maxsize=1)
+def open_reader(name: str, path: Path, facts: VideoFacts) -> PyAVReader | DecordReader:
+    """The reader called ``name`` ("decord" or "pyav") on one file.
+
+    The last one is kept: the steps that read the same clip one after the other share what it has opened and decoded.
+    """
     return {"decord": DecordReader, "pyav": PyAVReader}[name](path, facts)
