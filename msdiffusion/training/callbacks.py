@@ -1,4 +1,7 @@
-"""What a training run shows and leaves behind: progress of the whole run, grids of pictures, the adapter itself."""
+"""What a training run shows and leaves behind: progress of the whole run, grids of pictures, checkpoints, the adapter.
+
+Everything lies in the trainer's ``default_root_dir``, so that one setting moves a run.
+"""
 
 from __future__ import annotations
 
@@ -64,31 +67,68 @@ class EveryNSteps(pl.Callback):
                 self.act(trainer, module)
 
 
+def _in_root(trainer: pl.Trainer, name: str) -> Path:
+    return Path(trainer.default_root_dir) / name
+
+
+class RunCheckpoint(pl.callbacks.ModelCheckpoint):
+    """Keeps the newest state of a run, ``checkpoints/last.ckpt`` in the trainer's root directory, to resume from.
+
+    Lightning's own default is a new directory for every start of a run, where ``--ckpt_path last`` finds nothing.
+
+    Args:
+        every_n_steps: optimizer steps between two checkpoints; the end of the run is always kept.
+    """
+
+    def __init__(self, every_n_steps: int = 1000) -> None:
+        super().__init__(
+            filename="last",
+            every_n_train_steps=every_n_steps,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Only now is the root directory known."""
+        self.dirpath = str(_in_root(trainer, "checkpoints"))
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps the end of the run."""
+        super().on_train_end(trainer, pl_module)
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
+        # Lightning asks before setup
+        self.dirpath = str(_in_root(trainer, "checkpoints"))
+        return super()._find_last_checkpoints(trainer)
+
+
 class AdapterExport(EveryNSteps):
     """Writes the adapter directory that ``MSDiffusion.from_pretrained`` takes, over and over at the same place.
 
     Args:
-        directory: of the adapter.
         every_n_steps: see ``EveryNSteps``.
+        directory: of the adapter; None for ``adapter`` in the trainer's root directory.
     """
 
-    def __init__(self, directory: str, every_n_steps: int = 1000) -> None:
+    def __init__(self, every_n_steps: int = 1000, directory: str | None = None) -> None:
         super().__init__(every_n_steps)
         self.directory = directory
 
     def act(self, trainer: pl.Trainer, module: MSDiffusionModule) -> None:
         """Write it."""
-        module.save_pretrained(self.directory)
+        module.save_pretrained(_in_root(trainer, "adapter") if self.directory is None else self.directory)
 
 
 class ValidationPictures(EveryNSteps):
     """Draws the first validation pairs with the adapter as it is: references, target with boxes, result.
 
-    The grid goes to ``step_000200.png`` in the directory and to TensorBoard. Noise is the same every time, so that two
-    grids differ by the training between them.
+    The grid goes to ``pictures/step_000200.png`` in the trainer's root directory and to TensorBoard. Noise is the same
+    every time, so that two grids differ by the training between them.
 
     Args:
-        directory: of the grids.
         every_n_steps: see ``EveryNSteps``.
         count: pairs to draw.
         num_steps: of the sampler.
@@ -99,7 +139,6 @@ class ValidationPictures(EveryNSteps):
 
     def __init__(
         self,
-        directory: str,
         every_n_steps: int = 1000,
         count: int = 8,
         num_steps: int = 25,
@@ -110,7 +149,6 @@ class ValidationPictures(EveryNSteps):
         super().__init__(every_n_steps)
         if count < 1 or num_steps < 1:
             raise RequestError(f"count and num_steps must be at least 1, got {count} and {num_steps}")
-        self.directory = directory
         self.count = count
         self.num_steps = num_steps
         self.guidance_scale = guidance_scale
@@ -132,7 +170,7 @@ class ValidationPictures(EveryNSteps):
             seed=self.seed,
         )
         grid = picture_grid(samples, results, module.adapter.config.reference_background)
-        directory = Path(self.directory)
+        directory = _in_root(trainer, "pictures")
         directory.mkdir(parents=True, exist_ok=True)
         grid.save(directory / f"step_{trainer.global_step:06d}.png")
         for logger in trainer.loggers:
@@ -165,7 +203,7 @@ def draw_batch(
         B RGB pictures of the training resolution.
     """
     backbone = module.backbone
-    inputs = module.encode(batch)
+    inputs = module.encode(batch, generator=torch.Generator().manual_seed(seed))
     height, width = inputs.latents.shape[-2:]
     condition = module.trained_adapter(
         inputs.image_tokens.float(),
@@ -265,22 +303,26 @@ class RunProgress(pl.callbacks.ProgressBar):
             dynamic_ncols=True,
             disable=not self._enabled,
         )
-        self._start = time.monotonic()
+        self._start = self._shown = time.monotonic()
         self._samples = 0
+        self._loss: float | None = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Moves by optimizer steps; shows the losses and the samples per second of this run."""
+        """Moves by optimizer steps; shows a smoothed loss, the last validation's, and the samples per second."""
         self._samples += len(batch) * trainer.world_size
-        if trainer.global_step == self._bar.n:
-            return
-        if self._enabled:
-            numbers = {
-                name.split("/")[-1]: f"{float(value):.4f}" for name, value in trainer.progress_bar_metrics.items()
-            }
-            rate = self._samples / (time.monotonic() - self._start)
-            self._bar.set_postfix(numbers | {"samples/s": f"{rate:.0f}"}, refresh=False)
+        now = time.monotonic()
+        # reading the loss waits for the device, so not at every step
+        if self._enabled and now - self._shown >= self.refresh_seconds:
+            self._shown = now
+            loss = float(outputs["loss"])
+            self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
+            numbers = {"loss": f"{self._loss:.4f}"}
+            if "validation/loss" in trainer.callback_metrics:
+                numbers["validation"] = f"{float(trainer.callback_metrics['validation/loss']):.4f}"
+            numbers["samples/s"] = f"{self._samples / (now - self._start):.1f}"
+            self._bar.set_postfix(numbers, refresh=False)
         self._bar.update(trainer.global_step - self._bar.n)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

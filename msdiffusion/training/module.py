@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from msdiffusion.adapter import MSAdapter
-from msdiffusion.backbone import Backbone
+from msdiffusion.backbone import Backbone, quiet_loading
 from msdiffusion.errors import RequestError
 from msdiffusion.resampler import ResamplerParams
 from msdiffusion.training.dataset import PairsBatch
@@ -164,6 +164,7 @@ class MSDiffusionModule(pl.LightningModule):
         if self.adapter is not None:
             return
         hparams = self.hparams
+        quiet_loading()
         device = self.device if self._trainer is None else self.trainer.strategy.root_device
         backbone = Backbone.from_pretrained(
             hparams.base_model, hparams.image_encoder, torch_dtype=self._base_dtype(), device=device

@@ -74,6 +74,12 @@ def pairs_dir(tmp_path_factory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("pairs"), 24)
 
 
+@pytest.fixture(scope="session")
+def few_pairs_dir(tmp_path_factory) -> Path:
+    """4 pairs: one batch."""
+    return write_pairs(tmp_path_factory.mktemp("few_pairs"), 4)
+
+
 @pytest.fixture
 def shard_writer():
     """(write_shard, make_record), for datasets with something wrong in them."""

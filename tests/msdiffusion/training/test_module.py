@@ -187,7 +187,7 @@ def in_order(batch):
         setattr(batch, name, [getattr(batch, name)[row] for row in rows])
 
 
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(make_module, pairs_dir, tmp_path):
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(make_module, few_pairs_dir, tmp_path):
     """Four steps at once, and two and two, give the same weights: everything that a step depends on is restored.
 
     What a checkpoint does not hold is the state of the random generators: here each step seeds them.
@@ -203,7 +203,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(make_module, pairs_dir, 
         module = make_module(ema_decay=0.9, warmup_steps=3, drop_grounding=0.5, learning_rate=1e-2)
         trainer = make_trainer(max_steps=max_steps, callbacks=[SameBatchAndNoise()])
         # one batch is the whole dataset, so that the order of the pairs decides nothing
-        trainer.fit(module, make_data(pairs_dir, batch_size=24, validation_fraction=0), ckpt_path=ckpt_path)
+        trainer.fit(module, make_data(few_pairs_dir, validation_fraction=0), ckpt_path=ckpt_path)
         return trainer, module
 
     straight, expected = run(4)
@@ -301,13 +301,13 @@ def test_size_conditions(configured, monkeypatch):
 def test_validation_repeats_itself_and_training_does_not(configured):
     module, batch = configured()
     seen = []
-    module.log = lambda name, value, **keywords: seen.append((name, float(value)))
+    module.log = lambda name, value, **keywords: seen.append((name, float(value.detach())))
     for _ in range(2):
         with torch.no_grad():
             module.validation_step(batch, 3)
     assert seen[:2] == seen[2:]
     assert [name for name, _ in seen[:2]] == ["validation/loss", "validation/loss_in_boxes"]
-    losses = [float(module.training_step(batch, 0)) for _ in range(2)]
+    losses = [float(module.training_step(batch, 0).detach()) for _ in range(2)]
     assert losses[0] != losses[1]
 
 
