@@ -1,0 +1,70 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from data_pipeline.records import (
+    AnnotatedObject,
+    ClipError,
+    DetectedPair,
+    InputError,
+    Rejected,
+    SettingsError,
+    encode_mask,
+)
+from data_pipeline.steps.segment_masks import SegmentMasks
+
+BLACK = np.zeros((8, 8, 3), dtype=np.uint8)
+MASK = np.zeros((8, 8), dtype=bool)
+MASK[2:5, 2:6] = True
+
+
+@pytest.fixture
+def segment(make_pair, make_detection):
+    def detections(masks):
+        for mask in masks:
+            rle = None if mask is None else encode_mask(mask)
+            annotated = AnnotatedObject(object_id=0, name="dog", box=(0, 0, 1, 1), mask_rle=rle)
+            yield replace(make_detection(MASK), mask=None, annotated=annotated)
+
+    def run(reference, target):
+        step = SegmentMasks()
+        step.setup()
+        first, second = (tuple(detections(masks)) for masks in (reference, target))
+        return step.process(DetectedPair(frames=make_pair(BLACK, BLACK), entities=(), reference=first, target=second))
+
+    return run
+
+
+def test_masks_of_the_annotations(segment):
+    pair = segment([MASK, ~MASK], [MASK])
+    assert [found.mask.sum() for found in pair.reference] == [12, 52]
+    assert np.array_equal(pair.target[0].mask, MASK)
+    assert pair.target[0].mask_score is None
+
+
+def test_empty_masks_are_left_out(segment):
+    assert len(segment([MASK, MASK & False], [MASK]).reference) == 1
+
+
+def test_all_masks_empty(segment):
+    rejected = segment([MASK & False], [MASK])
+    assert isinstance(rejected, Rejected)
+    assert rejected.reason == "all masks are empty in one of the frames"
+    assert rejected.evidence == {"reference": 0, "target": 1}
+
+
+def test_a_box_without_a_mask(segment):
+    with pytest.raises(ClipError, match="annotation without a mask"):
+        segment([MASK], [None])
+
+
+def test_wrong_settings(tmp_path):
+    with pytest.raises(SettingsError, match="segmenter must be one of annotations, sam, got 'unet'"):
+        SegmentMasks(segmenter="unet")
+    with pytest.raises(InputError, match="is vit_b, vit_l, vit_h or a json file; there is no file vit_x"):
+        SegmentMasks(segmenter="sam", model="vit_x")
+    with pytest.raises(SettingsError, match="sam needs --segmenter-checkpoint FILE"):
+        SegmentMasks(segmenter="sam")
+    with pytest.raises(InputError, match="--segmenter-checkpoint: no file at"):
+        SegmentMasks(segmenter="sam", checkpoint=tmp_path / "sam.pth")
