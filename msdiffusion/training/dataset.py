@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from msdiffusion.errors import DataError, RequestError
 from msdiffusion.training.cropping import choose_crop, crop_boxes, size_with_short_side
+from msdiffusion.training.local_sgd import process_rank
 from msdiffusion.training.shards import PairLocation, find_shards, index_shards, read_pair, split_by_key
 
 PrepareReferences = Callable[[list[Image.Image]], Tensor]
@@ -367,6 +368,7 @@ class PairsDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed) if shuffle else None,
+            # the processes of local_sgd each draw an order of their own
+            generator=torch.Generator().manual_seed(1000 * self.seed + process_rank()) if shuffle else None,
             collate_fn=self._collator(),
         )

@@ -80,9 +80,10 @@ class WeightAveraging(pl.Callback):
         flat /= int(os.environ[WORLD])
         pieces = flat.split([p.numel() for p in trained])
         torch._foreach_copy_(trained, [v.view_as(p) for v, p in zip(pieces, trained, strict=True)])
-        clock = torch.tensor(pl_module.elapsed)
-        torch.distributed.all_reduce(clock, op=torch.distributed.ReduceOp.MAX)
-        pl_module.elapsed = float(clock)
+        if hasattr(pl_module, "elapsed"):  # a BudgetedTraining; other modules stop by steps alone
+            clock = torch.tensor(pl_module.elapsed)
+            torch.distributed.all_reduce(clock, op=torch.distributed.ReduceOp.MAX)
+            pl_module.elapsed = float(clock)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
