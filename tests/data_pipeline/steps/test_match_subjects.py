@@ -98,7 +98,9 @@ def test_a_phrase_of_the_caption_that_is_nowhere_is_no_loss(match):
 
 def test_wrong_settings(tmp_path):
     for name in ("dinov2", "timm:", "keras:vgg"):
-        with pytest.raises(SettingsError, match=f"embedder must be histogram, timm:NAME or transformers:NAME, got '{name}'"):
+        with pytest.raises(
+            SettingsError, match=f"embedder must be histogram, timm:NAME or transformers:NAME, got '{name}'"
+        ):
             MatchSubjects(embedder=name)
     with pytest.raises(SettingsError, match=r"min_similarity is a cosine, in \[-1, 1\], got 2"):
         MatchSubjects(min_similarity=2)

@@ -60,7 +60,9 @@ def test_all_frames_if_the_detector_needs_no_annotations(video):
     assert [frame.index for frame in both(pick(video, shot(0, 11), annotated=[], annotated_only=False))] == [3, 8]
 
 
-@pytest.mark.parametrize(("annotated", "shots"), [([], (shot(0, 11),)), ([4], (shot(0, 11),)), ([2, 8], (shot(0, 5), shot(6, 11)))])
+@pytest.mark.parametrize(
+    ("annotated", "shots"), [([], (shot(0, 11),)), ([4], (shot(0, 11),)), ([2, 8], (shot(0, 5), shot(6, 11)))]
+)
 def test_one_annotated_frame_in_a_shot_is_not_enough(video, annotated, shots):
     rejected = pick(video, *shots, annotated=annotated)
     assert isinstance(rejected, Rejected)

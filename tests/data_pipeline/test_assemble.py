@@ -1,0 +1,131 @@
+import io
+import json
+import tarfile
+
+import pyarrow.parquet
+import pytest
+
+from data_pipeline.assemble import ShardWriter, assemble, file_hashes, installed_versions, settings_hash
+from data_pipeline.journal import Journal
+from data_pipeline.records import VideoFile
+from data_pipeline.steps.write_shards import tar_member
+
+
+def sample(key):
+    subject = {"phrase": "dog", "area": 0.2, "detection_score": 0.8, "match_similarity": 0.7}
+    source = {"video": f"{key}.mp4", "t_reference": 1.0, "t_target": 0.25}
+    return {"key": key, "caption": "a dog", "width": 8, "height": 6, "subjects": [subject], "source": source}
+
+
+@pytest.fixture
+def mined(tmp_path):
+    journal = Journal(tmp_path / "out")
+    journal.start({})
+    files = []
+    for i in range(7):
+        path = tmp_path / f"clip_{i}.mp4"
+        path.write_bytes(b"x")
+        files.append(VideoFile(name=path.name, key=path.stem, path=path, caption="a dog"))
+    for file in reversed(files):  # the order of finishing must not matter
+        if file.key == "clip_3":
+            journal.commit(
+                file, {"kept": False, "stage": "cut_shots", "reason": "a single frame", "evidence": {"n": 1}}
+            )
+        else:
+            blocks = tar_member(f"{file.key}.json", json.dumps(sample(file.key)).encode())
+            journal.commit(file, {"kept": True, "samples": [sample(file.key)], "dropped": []}, blocks=blocks)
+    return journal, files
+
+
+def test_shards_hold_the_samples_in_the_order_of_the_names(mined):
+    journal, files = mined
+    content = assemble(journal, files, per_shard=4)
+    names = []
+    for shard in content["shards"]:
+        with tarfile.open(journal.out / shard["name"]) as archive:
+            names.append(archive.getnames())
+    assert names == [["clip_0.json", "clip_1.json", "clip_2.json", "clip_4.json"], ["clip_5.json", "clip_6.json"]]
+    assert [shard["samples"] for shard in content["shards"]] == [4, 2]
+    assert content["counts"] == {"videos": 7, "rejected": 1, "samples": 6, "subjects": 6}
+    assert all((journal.out / shard["name"]).stat().st_size % tarfile.RECORDSIZE == 0 for shard in content["shards"])
+
+
+def test_rejected_clips(mined):
+    journal, files = mined
+    assemble(journal, files, per_shard=4)
+    [line] = (journal.out / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "video": "clip_3.mp4",
+        "key": "clip_3",
+        "stage": "cut_shots",
+        "reason": "a single frame",
+        "evidence": {"n": 1},
+    }
+
+
+def test_index(mined):
+    journal, files = mined
+    assemble(journal, files, per_shard=4)
+    rows = pyarrow.parquet.read_table(journal.out / "index.parquet").to_pylist()
+    assert [row["shard"] for row in rows] == ["pairs-000000.tar"] * 4 + ["pairs-000001.tar"] * 2
+    assert rows[0] == {
+        "key": "clip_0",
+        "shard": "pairs-000000.tar",
+        "video": "clip_0.mp4",
+        "caption": "a dog",
+        "width": 8,
+        "height": 6,
+        "num_subjects": 1,
+        "phrases": ["dog"],
+        "areas": [0.2],
+        "min_detection_score": 0.8,
+        "min_match_similarity": 0.7,
+        "frame_gap_seconds": 0.75,
+    }
+
+
+def test_a_second_assembly_leaves_the_same_files(mined):
+    journal, files = mined
+    first = assemble(journal, files, per_shard=4)
+    (journal.out / "pairs-000009.tar").write_bytes(b"of an interrupted assembly")
+    assert assemble(journal, files, per_shard=4) == first
+    assert sorted(path.name for path in journal.out.glob("*.tar")) == ["pairs-000000.tar", "pairs-000001.tar"]
+
+
+def test_samples_of_one_clip_stay_together(tmp_path):
+    writer = ShardWriter(tmp_path, per_shard=3)
+    assert [writer.add(b"x" * 512, 2) for _ in range(3)] == [f"pairs-{i:06d}.tar" for i in range(3)]
+    assert writer.add(b"x" * 512, 1) == "pairs-000002.tar"
+
+
+def test_nothing_kept_leaves_an_empty_index(mined):
+    journal, files = mined
+    content = assemble(journal, [files[3]], per_shard=4)
+    assert content["shards"] == []
+    assert pyarrow.parquet.read_table(journal.out / "index.parquet").num_rows == 0
+
+
+def test_settings_hash_changes_with_settings_and_version():
+    hashes = {settings_hash({"a": {"b": value}}, version) for value in (1, 2) for version in ("1", "2")}
+    assert len(hashes) == 4
+    assert settings_hash({"a": {"b": 1, "c": 2}}, "1") == settings_hash({"a": {"c": 2, "b": 1}}, "1")
+
+
+def test_files_that_settings_name_are_hashed(tmp_path):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(b"abc")
+    settings = {"detect_boxes": {"checkpoint": str(path), "detector": "groundingdino", "text_encoder": ""}}
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file_hashes(settings) == {"detect_boxes.checkpoint": sha256}
+
+
+def test_versions():
+    assert {"python", "numpy", "av", "spacy"} <= set(installed_versions())
+
+
+def test_shards_are_plain_tar(mined):
+    journal, files = mined
+    assemble(journal, files, per_shard=10)
+    content = (journal.out / "pairs-000000.tar").read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+        assert len(archive.getmembers()) == 6

@@ -1,0 +1,318 @@
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from data_pipeline import build, run
+from data_pipeline.build import FILTERS, main, make_parser, make_steps
+from data_pipeline.records import SettingsError, decode_mask
+from data_pipeline.steps.filter_pairs import FilterPairs
+
+ROOT = Path(__file__).parents[2]
+
+
+def mine(videos, out, *options, workers=0):
+    return main(["--videos", str(videos), "--out", str(out), "--workers", str(workers), "--quiet", *map(str, options)])
+
+
+def rejected(out):
+    return {entry["video"]: entry for entry in map(json.loads, (out / "rejected.jsonl").read_text().splitlines())}
+
+
+def read_shard(path):
+    samples = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            key, suffix = member.name.split(".", 1)
+            samples.setdefault(key, {})[suffix] = archive.extractfile(member).read()
+    return samples
+
+
+def dataset(out):
+    """Everything that has to be the same whenever the same clips are mined with the same settings."""
+    names = [*sorted(path.name for path in out.glob("*.tar")), "index.parquet", "rejected.jsonl"]
+    return {name: (out / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six good clips, and four that are bad in four ways."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("mining_conftest", Path(__file__).with_name("conftest.py"))
+    helpers = module_from_spec(spec)
+    spec.loader.exec_module(helpers)
+    folder = tmp_path_factory.mktemp("clips")
+    names = ("dog", "teapot", "cat", "fish")
+    for i in range(8):
+        chosen = tuple(names[(i + j) % 4] for j in range(1 + i % 3))
+        pictures, masks = helpers.draw_clip(chosen, size=128, seed=i)
+        helpers.write_video(folder / f"clip_{i}.mp4", pictures)
+        (folder / f"clip_{i}.annotations.json").write_text(json.dumps(helpers.annotate(chosen, masks)))
+        (folder / f"clip_{i}.txt").write_text(" and ".join(f"a {name}" for name in chosen) + " on the beach")
+    (folder / "clip_1.txt").unlink()
+    (folder / "clip_4.mp4").write_bytes((folder / "clip_4.mp4").read_bytes()[:150])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "empty.txt").write_text("a dog on the beach")
+    pictures, masks = helpers.draw_clip(("dog",), size=128, speed=0)
+    helpers.write_video(folder / "still.mp4", pictures)
+    (folder / "still.annotations.json").write_text(json.dumps(helpers.annotate(("dog",), masks)))
+    (folder / "still.txt").write_text("a dog on the beach")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mined(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("mined") / "pairs"
+    assert mine(folder, out) == 0
+    return out
+
+
+def test_what_is_left_behind(mined):
+    names = {path.name for path in mined.iterdir()}
+    expected = {"pairs-000000.tar", "index.parquet", "rejected.jsonl", "build.json", "report.html", "report"}
+    assert names == expected
+
+
+def test_samples_follow_the_specification(mined, folder):
+    samples = read_shard(mined / "pairs-000000.tar")
+    assert list(samples) == ["clip_0", "clip_2", "clip_3", "clip_5", "clip_6", "clip_7"]
+    for key, files in samples.items():
+        metadata = json.loads(files["json"])
+        assert metadata["schema"] == "msdiffusion.pairs/1"
+        assert metadata["key"] == key
+        assert metadata["caption"] == (folder / f"{key}.txt").read_text()
+        truth = json.loads((folder / f"{key}.annotations.json").read_text())
+        assert [subject["phrase"] for subject in metadata["subjects"]] == [entry["name"] for entry in truth["objects"]]
+        target = Image.open(io.BytesIO(files["target.jpg"]))
+        assert target.size == (metadata["width"], metadata["height"]) == (128, 128)
+        for i, subject in enumerate(metadata["subjects"]):
+            assert subject["attributes"] == {"category": subject["phrase"]}
+            for side in ("target", "reference"):
+                box = subject[f"{side}_box"]
+                assert 0 <= box[0] < box[2] <= 1
+                assert 0 <= box[1] < box[3] <= 1
+                index = metadata["source"][f"frame_{side}"]
+                [found] = [found for found in truth["frames"][index]["objects"] if found["id"] == i]
+                np.testing.assert_allclose(np.array(box) * 128, found["box"], atol=1e-3)
+                assert subject[f"{side}_mask_rle"] == found["mask_rle"]
+            reference = np.asarray(Image.open(io.BytesIO(files[f"reference_{i}.png"])))
+            x1, y1, x2, y2 = (round(value * 128) for value in subject["reference_box"])
+            mask = decode_mask(subject["reference_mask_rle"])[y1:y2, x1:x2]
+            assert np.array_equal(reference[..., 3] > 0, mask)
+            assert not reference[~mask].any()
+
+
+def test_target_and_reference_are_different_frames_of_the_video(mined, folder):
+    files = read_shard(mined / "pairs-000000.tar")["clip_0"]
+    source = json.loads(files["json"])["source"]
+    assert (source["video"], source["frame_reference"], source["frame_target"]) == ("clip_0.mp4", 3, 8)
+    assert source["t_reference"] == 0.375
+    assert source["shot"] == [0.0, 1.375]
+
+
+def test_rejected_clips_have_their_reasons(mined):
+    found = {video: (entry["stage"], entry["reason"]) for video, entry in rejected(mined).items()}
+    assert found.pop("clip_4.mp4")[0] == "read_videos"
+    assert found == {
+        "clip_1.mp4": ("read_videos", "no caption"),
+        "empty.mp4": ("read_videos", "empty file"),
+        "still.mp4": ("filter_pairs", "near-identical frames"),
+    }
+
+
+def test_index_and_build_agree_with_the_shards(mined):
+    rows = pyarrow.parquet.read_table(mined / "index.parquet").to_pylist()
+    content = json.loads((mined / "build.json").read_text())
+    assert [row["key"] for row in rows] == list(read_shard(mined / "pairs-000000.tar"))
+    assert content["counts"]["samples"] == len(rows) == 6
+    assert content["counts"]["videos"] == 10
+    assert content["settings"]["filter_pairs"]["min_area"] == FilterPairs.min_area
+    assert list(content["settings"]) == [step.name for step in make_steps(arguments())]
+    sample = json.loads(read_shard(mined / "pairs-000000.tar")["clip_0"]["json"])
+    assert sample["pipeline"] == {"version": content["version"], "settings_hash": content["settings_hash"]}
+
+
+def test_report_shows_kept_and_rejected_clips(mined):
+    page = (mined / "report.html").read_text()
+    assert "near-identical frames" in page
+    assert "10 videos gave 6 samples" in page
+    for name in ("kept", "rejected"):
+        assert f'src="report/{name}.png"' in page
+        assert Image.open(mined / f"report/{name}.png").width == 1500
+
+
+def test_mining_again_gives_the_same_bytes(mined, folder, tmp_path):
+    assert mine(folder, tmp_path / "again") == 0
+    assert dataset(tmp_path / "again") == dataset(mined)
+
+
+@pytest.mark.slow
+def test_workers_give_the_same_bytes(mined, folder, tmp_path):
+    assert mine(folder, tmp_path / "again", workers=2) == 0
+    assert dataset(tmp_path / "again") == dataset(mined)
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_the_same(mined, folder, tmp_path, monkeypatch, capsys):
+    original = run.mine_clip
+    done = []
+
+    def stop_after_five(steps, file, place=None):
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(file.name)
+        return original(steps, file, place)
+
+    monkeypatch.setattr(run, "mine_clip", stop_after_five)
+    assert mine(folder, tmp_path / "out") == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "build.json").exists()
+    later = []
+    monkeypatch.setattr(
+        run, "mine_clip", lambda steps, file, place=None: later.append(file.name) or original(steps, file)
+    )
+    assert mine(folder, tmp_path / "out") == 0
+    assert len(later) == 5
+    assert not set(later) & set(done)
+    assert dataset(tmp_path / "out") == dataset(mined)
+
+
+def test_a_run_that_was_stopped_while_writing_shards(mined, folder, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "file_hashes", fail)
+    assert mine(folder, tmp_path / "out") == 130
+    monkeypatch.undo()
+    assert mine(folder, tmp_path / "out") == 0
+    assert dataset(tmp_path / "out") == dataset(mined)
+
+
+def test_a_complete_dataset_is_left_alone(mined, folder):
+    before = {path: path.stat().st_mtime_ns for path in mined.rglob("*")}
+    assert mine(folder, mined) == 0
+    assert {path: path.stat().st_mtime_ns for path in mined.rglob("*")} == before
+
+
+def test_other_settings_on_an_old_folder(mined, folder, capsys):
+    assert mine(folder, mined, "--min-area", 0.05) == 2
+    assert "filter_pairs.min_area: 0.01 then, 0.05 now" in capsys.readouterr().err
+
+
+def test_other_videos_on_a_complete_folder(mined, folder, capsys):
+    try:
+        (folder / "new.mp4").write_bytes(b"x")
+        assert mine(folder, mined) == 2
+    finally:
+        (folder / "new.mp4").unlink()
+    assert "have changed since (10 videos then, 11 now)" in capsys.readouterr().err
+
+
+def test_both_directions(folder, tmp_path):
+    assert mine(folder, tmp_path / "out", "--pairs-per-clip", 2, "--pairs-per-shard", 4) == 0
+    shards = [list(read_shard(path)) for path in sorted((tmp_path / "out").glob("*.tar"))]
+    assert shards[0] == ["clip_0", "clip_0-swapped", "clip_2", "clip_2-swapped"]
+    assert [len(shard) for shard in shards] == [4, 4, 4]
+
+
+def test_nothing_kept_is_no_success(folder, tmp_path, capsys):
+    assert mine(folder, tmp_path / "out", "--min-subjects", 4) == 1
+    shown = capsys.readouterr()
+    assert "fewer subjects than min_subjects" in shown.out
+    assert "no pair was left" in shown.err
+
+
+def arguments(*more):
+    return make_parser().parse_args(["--videos", "videos", "--out", "out", *map(str, more)])
+
+
+def test_every_filter_can_be_set_from_the_command_line():
+    steps = {step.name: step for step in make_steps(arguments("--max-aspect", 7, "--max-subjects", 3))}
+    assert steps["filter_pairs"] == FilterPairs(max_aspect=7.0, max_subjects=3)
+    assert set(FILTERS) == set(FilterPairs().settings())
+
+
+def test_annotated_masks_belong_to_annotated_boxes():
+    with pytest.raises(SettingsError, match="with --detector groundingdino use --segmenter sam"):
+        make_steps(arguments("--detector", "groundingdino"))
+
+
+BAD = {
+    "missing folder": (["--videos", "nowhere"], "no folder of videos at nowhere"),
+    "folder without videos": (["--videos", "."], "no videos in ."),
+    "no annotations at all": (["--videos", "bare"], "none of 1 has any.*--detector groundingdino"),
+    "missing table": (["--videos", "bare", "--captions", "no.csv"], "no captions table at no.csv"),
+    "missing corpus": (["--videos", "bare", "--annotations", "no.json"], "no annotations file at no.json"),
+    "workers": (["--videos", "bare", "--workers", "-1"], "--workers must be 0 or more, got -1"),
+    "timeout": (["--videos", "bare", "--clip-timeout", "0"], "--clip-timeout must be positive, got 0"),
+    "filter": (["--videos", "bare", "--min-fill", "2"], r"min_fill must lie in \[0, 1\], got 2"),
+    "detector": (
+        ["--videos", "bare", "--detector", "groundingdino", "--segmenter", "sam"],
+        "groundingdino needs --detector-config FILE",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_input_is_one_clear_error_and_no_folder(name, tmp_path, monkeypatch, capsys):
+    options, message = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    if "bare" in options:
+        (tmp_path / "bare").mkdir()
+        (tmp_path / "bare/a.mp4").write_bytes(b"x")
+    assert main([*options, "--out", "out"]) == 2
+    import re
+
+    error = capsys.readouterr().err
+    assert re.search(message, error, re.DOTALL), error
+    assert error.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_input_is_noticed_before_anything_heavy_is_imported(tmp_path):
+    code = f"""
+import sys
+from data_pipeline.build import main
+assert main(["--videos", {str(tmp_path)!r}, "--out", {str(tmp_path / "out")!r}]) == 2
+print(sorted({{"torch", "spacy", "av", "decord", "scipy", "pyarrow", "transformers"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_command_line_of_the_module(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "data_pipeline.build",
+        "--videos",
+        str(tmp_path / "no"),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: no folder of videos at {tmp_path / 'no'}\n"
+
+
+@pytest.mark.slow
+def test_real_clips(shared_dir, tmp_path):
+    videos = shared_dir / "media/videos"
+    options = ("--captions", videos / "captions.csv", "--annotations", videos / "captions_and_boxes.json")
+    assert mine(videos, tmp_path / "out", *options) == 0
+    samples = read_shard(tmp_path / "out/pairs-000000.tar")
+    phrases = {
+        key: [subject["phrase"] for subject in json.loads(files["json"])["subjects"]] for key, files in samples.items()
+    }
+    assert phrases == {"01_dog": ["woman"], "02_cups": ["plastic cup", "plastic cup"], "05_default_juggle": ["man"]}
+    lost = rejected(tmp_path / "out")
+    assert lost["03_blocks.mp4"]["reason"] == "fewer than two annotated frames in one shot"
+    assert lost["03_blocks.mp4"]["evidence"] == {"shots": 1, "frames": [97]}
+    assert {lost[f"{name}.mp4"]["reason"] for name in ("blackswan", "bigbuckbunny")} == {"no annotations"}

@@ -1,0 +1,63 @@
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.drawing import beside, contact_sheet, draw_cut_out, draw_frame, draw_preview
+from data_pipeline.records import DetectedPair, NamedPair, TrainingPair
+
+MASK = np.zeros((40, 60), dtype=bool)
+MASK[10:30, 20:50] = True
+GREY = np.full((40, 60, 3), 128, dtype=np.uint8)
+
+
+def test_a_frame_keeps_its_aspect_and_shows_box_and_mask():
+    picture = draw_frame(GREY, [("dog", (1 / 3, 0.25, 5 / 6, 0.75), MASK)], height=80)
+    assert picture.size == (120, 80)
+    pixels = np.asarray(picture)
+    assert pixels[5, 5].tolist() == [128, 128, 128]
+    assert pixels[45, 80, 0] > pixels[45, 80, 1] + 30  # tinted
+    assert np.array_equal(GREY, np.full_like(GREY, 128))  # the frame itself is untouched
+
+
+def test_a_cut_out_on_its_board():
+    cutout = Image.new("RGBA", (10, 30), (255, 0, 0, 255))
+    pixels = np.asarray(draw_cut_out(cutout, 64))
+    assert pixels.shape == (64, 64, 3)
+    assert pixels[32, 32].tolist() == [255, 0, 0]
+    assert pixels[32, 3, 0] == pixels[32, 3, 1]
+
+
+def test_beside():
+    row = beside([Image.new("RGB", (10, 20)), Image.new("RGB", (5, 12))], gap=3)
+    assert row.size == (18, 20)
+
+
+def test_tiles_wrap_into_rows_and_wide_ones_shrink():
+    tiles = [(Image.new("RGB", (300, 50), "blue"), "a dog " * 60)] * 3 + [
+        (Image.new("RGB", (2000, 100), "red"), "wide")
+    ]
+    sheet = contact_sheet(tiles, width=700)
+    assert sheet.width == 700
+    assert sheet.height > 2 * 50
+
+
+def test_previews_of_every_stage(make_pair, make_detection, make_match):
+    frames = make_pair(GREY, GREY)
+    found = make_detection(MASK)
+    box_only = replace(found, mask=None)
+    records = [
+        frames,
+        NamedPair(frames=frames, entities=()),
+        DetectedPair(frames=frames, entities=(), reference=(box_only,), target=(found,)),
+        TrainingPair(frames=frames, matches=(make_match(MASK, MASK),)),
+    ]
+    sizes = {Image.open(io.BytesIO(draw_preview(record))).size for record in records}
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("record", [None, "file"])
+def test_no_preview_before_frames_are_decoded(record):
+    assert draw_preview(record) == b""

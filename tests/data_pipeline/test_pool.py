@@ -1,0 +1,74 @@
+import functools
+import sys
+
+import pytest
+
+from data_pipeline.pool import Failure, run_pool
+from data_pipeline.records import InputError, MiningError
+
+# Workers import this by name: it has to be a file on the path, not a function of a test.
+WORK = """
+import os, time
+from data_pipeline.records import InputError
+
+def make(kind):
+    if kind == "no model":
+        raise InputError("no model here")
+    if kind == "bug":
+        raise KeyError("a bug")
+    if kind == "death":
+        os._exit(3)
+    return work
+
+def work(task, place):
+    place.value = 2
+    if task == "hang":
+        time.sleep(60)
+    if task == "die":
+        os._exit(7)
+    return task.upper()
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    (tmp_path / "pool_work.py").write_text(WORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pool_work", raising=False)
+
+    def start(tasks, kind="good", workers=2, timeout=20.0):
+        import pool_work
+
+        make = functools.partial(pool_work.make, kind)
+        return dict(run_pool(make, tasks, workers=workers, timeout=timeout))
+
+    return start
+
+
+def test_every_task_has_its_result(run):
+    tasks = [f"t{i}" for i in range(20)]
+    assert run(tasks) == {task: task.upper() for task in tasks}
+
+
+def test_a_task_that_hangs_and_one_that_kills_take_nobody_with_them(run):
+    results = run(["a", "hang", "b", "c", "die", "d", "e"], workers=1, timeout=3.0)
+    assert results.pop("hang") == Failure("timeout", 2, "stopped after 3 seconds")
+    assert results.pop("die") == Failure("died", 2, "exit code 7")
+    assert results == {task: task.upper() for task in "abcde"}
+
+
+def test_no_tasks(run):
+    assert run([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("no model", InputError, "no model here"),
+        ("bug", MiningError, "a worker could not start:[^$]*KeyError: 'a bug'"),
+        ("death", MiningError, r"a worker died while it was starting \(exit code 3\)"),
+    ],
+)
+def test_a_worker_that_cannot_start_stops_the_run(run, kind, error, message):
+    with pytest.raises(error, match=message):
+        run(["a"], kind=kind)

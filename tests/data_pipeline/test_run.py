@@ -1,0 +1,119 @@
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from data_pipeline.journal import Journal
+from data_pipeline.records import ClipError, EncodedPair, Rejected, VideoFile
+from data_pipeline.run import mine_clip, run
+from data_pipeline.step import Step
+
+
+@dataclass(kw_only=True)
+class Pass(Step[VideoFile, VideoFile]):
+    def process(self, record):
+        return record
+
+
+@dataclass(kw_only=True)
+class Judge(Step[VideoFile, EncodedPair]):
+    def process(self, record):
+        if "bug" in record.name:
+            raise KeyError("oops")
+        if "bad" in record.name:
+            raise ClipError("bad clip", value=3)
+        if "no" in record.name:
+            return Rejected("not wanted", {"value": 4})
+        return EncodedPair(samples=({"key": record.key},), blocks=record.key.encode())
+
+
+@pytest.fixture
+def files(tmp_path):
+    made = []
+    for name in ("a", "bad", "bug", "no", "z"):
+        path = tmp_path / "videos" / f"{name}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+        made.append(VideoFile(name=path.name, key=name, path=path, caption="a dog"))
+    return made
+
+
+@pytest.fixture
+def journal(tmp_path):
+    journal = Journal(tmp_path / "out")
+    journal.start({})
+    return journal
+
+
+def test_a_kept_clip(files):
+    marker, outcome, before = mine_clip([Pass(), Judge()], files[0])
+    assert marker["kept"]
+    assert marker["samples"] == [{"key": "a"}]
+    assert list(marker["seconds"]) == ["pass", "judge"]
+    assert isinstance(outcome, EncodedPair)
+    assert before is files[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "reason", "evidence"), [(1, "bad clip", {"value": 3}), (3, "not wanted", {"value": 4})]
+)
+def test_a_rejected_clip(files, number, reason, evidence):
+    marker, _, _ = mine_clip([Pass(), Judge()], files[number])
+    del marker["seconds"]
+    assert marker == {"kept": False, "stage": "judge", "reason": reason, "evidence": evidence}
+
+
+def test_an_error_that_nobody_foresaw_is_kept_with_its_traceback(files):
+    marker, _, _ = mine_clip([Judge(), Pass()], files[2])
+    assert marker["reason"] == "unexpected error"
+    assert "KeyError: 'oops'" in marker["evidence"]["traceback"]
+    assert list(marker["seconds"]) == ["judge"]
+
+
+def test_a_run_leaves_a_marker_for_every_clip_and_says_what_was_unexpected(files, journal, capsys):
+    run([Pass(), Judge()], files, journal, workers=0, timeout=1)
+    assert [journal.read(file)["kept"] for file in files] == [True, False, False, False, True]
+    assert journal.blocks("a") == b"a"
+    shown = capsys.readouterr()
+    assert "bug.mp4 is rejected after an unexpected error" in shown.out + shown.err
+
+
+def test_finished_clips_are_not_mined_again(files, journal, monkeypatch):
+    run([Judge()], files[:3], journal, workers=0, timeout=1, quiet=True)
+    seen = []
+    monkeypatch.setattr(Judge, "process", lambda self, record: seen.append(record.name) or Rejected("no"))
+    run([Judge()], files, journal, workers=0, timeout=1, quiet=True)
+    assert seen == ["no.mp4", "z.mp4"]
+    run([Judge()], files, journal, workers=0, timeout=1, quiet=True)
+    assert len(seen) == 2
+
+
+STEP = """
+import os, time
+from dataclasses import dataclass
+from data_pipeline.records import EncodedPair
+from data_pipeline.step import Step
+
+@dataclass(kw_only=True)
+class Decode(Step):
+    def process(self, record):
+        if record.key == "bad":
+            time.sleep(60)
+        if record.key == "bug":
+            os._exit(11)
+        return EncodedPair(samples=({"key": record.key},), blocks=b"x")
+"""
+
+
+def test_a_decoder_that_hangs_or_dies_takes_one_clip_with_it(files, journal, tmp_path, monkeypatch):
+    (tmp_path / "hanging_step.py").write_text(STEP)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "hanging_step", raising=False)
+    import hanging_step
+
+    run([Pass(), hanging_step.Decode()], files, journal, workers=1, timeout=3, quiet=True)
+    markers = [journal.read(file) for file in files]
+    assert [marker["kept"] for marker in markers] == [True, False, False, True, True]
+    assert (markers[1]["stage"], markers[1]["reason"]) == ("decode", "took too long")
+    assert (markers[2]["stage"], markers[2]["reason"]) == ("decode", "the worker died")
+    assert markers[2]["evidence"] == {"detail": "exit code 11"}
