@@ -73,7 +73,9 @@ def trained(options: argparse.Namespace) -> tuple[UNet2DConditionModel, MSAdapte
     """The UNet and the adapter of a folder."""
     adapter, base, _ = load_adapter(options.model)
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-    return unet.to(options.device, options.dtype).eval(), adapter.to(options.device, options.dtype).eval()
+    if options.dtype != torch.float32:  # what it is; diffusers warns of every cast
+        unet.to(options.dtype)
+    return unet.to(options.device).eval(), adapter.to(options.device, options.dtype).eval()
 
 
 def random_sdxl(options: argparse.Namespace) -> tuple[UNet2DConditionModel, MSAdapter]:

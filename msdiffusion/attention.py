@@ -200,8 +200,8 @@ class SubjectCondition:
         if mask is not None and mask.shape[0] > 1:
             mask = mask[first:]
         probabilities = attention_probabilities(query, call.text_key[first:], mask)  # (B, H, Q, L)
-        # Mean over the tokens of each phrase, then over the heads.
-        maps = (probabilities @ self._weights(layout, probabilities)).mean(dim=1).transpose(1, 2)  # (B, S, Q)
+        # Mean over the tokens of each phrase, then over the heads; summed up in float32.
+        maps = (probabilities @ self._weights(layout, probabilities)).float().mean(dim=1).transpose(1, 2)  # (B, S, Q)
         total, steps = self._text_maps.get(call.layer, (0.0, 0))
         total, steps = total + maps, steps + 1
         self._text_maps[call.layer] = (total, steps)

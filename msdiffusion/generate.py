@@ -29,15 +29,20 @@ BASE_FOLDER, ENCODER_FOLDER = "base", "image_encoder"
 class MSDiffusion:
     """A frozen backbone with a trained adapter installed."""
 
-    def __init__(self, backbone: Backbone, adapter: MSAdapter) -> None:
-        """Take built parts, move the adapter beside the UNet and install it.
+    def __init__(self, backbone: Backbone, adapter: MSAdapter, sources: tuple[str, str] | None = None) -> None:
+        """Take built parts; the adapter is frozen, moved beside the UNet and installed there.
+
+        Args:
+            backbone: the frozen parts.
+            adapter: the trained part.
+            sources: where base model and image encoder came from, for save_pretrained; None: built in memory.
 
         Raises:
             WeightsError: they do not fit; the message names both shapes.
         """
         check_encoders(adapter.config, backbone.phrase_width, backbone.image_width)
         adapter.install(backbone.unet)
-        self.backbone = backbone
+        self.backbone, self.sources = backbone, sources
         self.adapter = adapter.to(backbone.device, backbone.dtype).eval().requires_grad_(False)
 
     @classmethod
@@ -65,12 +70,7 @@ class MSDiffusion:
         """
         adapter, base, encoder = load_adapter(model, base_model, image_encoder)
         backbone = Backbone.from_pretrained(base, encoder, torch_dtype, default_device() if device is None else device)
-        result = cls(backbone, adapter)
-        result._sources = (base, encoder)
-        return result
-
-    _sources: tuple[str, str] | None = None
-    """Where base model and image encoder were loaded from."""
+        return cls(backbone, adapter, (base, encoder))
 
     @property
     def pipeline(self) -> Any:
@@ -265,11 +265,11 @@ class MSDiffusion:
             self.backbone.image_encoder.save_pretrained(directory / ENCODER_FOLDER)
             self.backbone.image_processor.save_pretrained(directory / ENCODER_FOLDER)
             base, encoder = BASE_FOLDER, ENCODER_FOLDER
-        elif self._sources is None:
+        elif self.sources is None:
             raise WeightsError("this model's backbone was built in memory: save it with include_backbone=True")
         else:
             base, encoder = (
-                str(Path(source).resolve()) if Path(source).exists() else source for source in self._sources
+                str(Path(source).resolve()) if Path(source).exists() else source for source in self.sources
             )
         self.adapter.save_pretrained(directory, base_model=base, image_encoder=encoder)
 
@@ -281,7 +281,7 @@ class MSDiffusion:
         Raises:
             WeightsError: the config would point to a folder of this machine.
         """
-        if not include_backbone and (self._sources is None or any(Path(source).exists() for source in self._sources)):
+        if not include_backbone and (self.sources is None or any(Path(source).exists() for source in self.sources)):
             raise WeightsError("the backbone lies on this machine only: push with include_backbone=True")
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:

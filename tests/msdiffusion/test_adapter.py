@@ -264,6 +264,15 @@ def test_any_latent_size(golden, unet, adapter, height, width):
     assert not torch.equal(result, predict(unet, golden, None, latents))
 
 
+def test_a_text_of_any_length(golden, unet, adapter):
+    tensors, _ = golden
+    adapter.install(unet)
+    longer = ({**tensors, "text_states": tensors["text_states"].repeat(1, 2, 1)}, None)
+    # Every text token twice is the same attention, so the subjects must not have moved either.
+    doubled = predict(unet, longer, make_condition(adapter, golden))
+    torch.testing.assert_close(doubled, predict(unet, golden, make_condition(adapter, golden)), rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_reach_every_trained_weight(golden, unet, adapter):
     trained = MSAdapter(adapter.config, {name: layer.to_k.out_features for name, layer in adapter.layers.items()})
     trained.load_state_dict(adapter.state_dict())
