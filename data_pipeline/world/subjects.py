@@ -86,16 +86,20 @@ class Identity:
         elif detail == "full":
             words = f"{self.main_color} and {self.accent_color} {self.category}"
             if self.pattern == "patch":
-                words += f" with a {self.second_color} patch"
+                words += f" with {_article(self.second_color)} {self.second_color} patch"
             elif self.pattern != "plain":
                 words += f" with {self.second_color} {self.pattern}"
         else:
             raise ValueError(f"detail must be plain, color or full, got {detail!r}")
-        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+        return f"{_article(words)} {words}"
 
     def as_dict(self) -> dict[str, str | int]:
         """The fields as a plain dictionary, for sidecars."""
         return asdict(self)
+
+
+def _article(words: str) -> str:
+    return "an" if words[0] in "aeiou" else "a"
 
 
 def _bucket(text: str) -> int:

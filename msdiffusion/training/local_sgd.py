@@ -85,6 +85,11 @@ class WeightAveraging(pl.Callback):
             torch.distributed.all_reduce(clock, op=torch.distributed.ReduceOp.MAX)
             pl_module.elapsed = float(clock)
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves the group."""
+        if self.active:
+            torch.distributed.destroy_process_group()
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Starts the processes, waits, and ends all of them when one fails. Returns the exit status."""
