@@ -6,7 +6,6 @@ The first three stages are the commands that anybody would type, run as processe
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import subprocess
@@ -15,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from msdiffusion.errors import DataError, MSDiffusionError, RequestError, WeightsError
 from msdiffusion.places import DEFAULT_MODEL, REPOSITORY, shown
@@ -168,7 +166,7 @@ def clear(out: Path) -> None:
 
 def stage_commands(plan: Plan) -> dict[str, list[str]]:
     """The command of every stage that is a process, as argument lists; paths as seen from the repository."""
-    out, python = (lambda path: _from_repository(path)), sys.executable
+    out, python, model = _from_repository, sys.executable, "--model.init_args"
     return {
         "clips": [
             *(python, "-m", "data_pipeline.world", "--out", out(plan.videos), "--count", str(plan.clips)),
@@ -177,62 +175,21 @@ def stage_commands(plan: Plan) -> dict[str, list[str]]:
         "mining": [python, "-m", "data_pipeline.build", "--videos", out(plan.videos), "--out", out(plan.pairs)],
         "fine-tuning": [
             *(str(Path(python).with_name("lightning")), "fit", "-c", "configs/msd.yaml"),
-            *("-c", out(plan.out / "fine_tuning.yaml")),
+            *("--trainer.default_root_dir", out(plan.adapter.parent), "--trainer.max_steps", str(plan.train_steps)),
+            *("--data.init_args.pairs", out(plan.pairs), "--data.init_args.batch_size", "16"),
+            *(f"{model}.adapter", out(plan.model), f"{model}.base_model", out(plan.model / "base")),
+            *(f"{model}.image_encoder", out(plan.model / "image_encoder")),
+            # These shape a new adapter; the one we go on from brings its own.
+            *(f"{model}.resampler", "null", f"{model}.defaults", "null"),
+            *(f"{model}.reference_background", "null", f"{model}.reference_fit", "null"),
+            # So few steps must not wander off: a tenth of the full run's rate, and the plain weights are kept.
+            *(f"{model}.learning_rate", "1e-4", f"{model}.warmup_steps", "0", f"{model}.ema_decay", "0"),
         ],
     }
 
 
-def fine_tuning_settings(plan: Plan) -> dict[str, Any]:
-    """What differs from configs/msd.yaml: it starts from the shipped adapter, is short, and stays in its folder."""
-    folder = plan.out / "fine_tuning"
-    return {
-        "trainer": {
-            "max_steps": plan.train_steps,
-            "limit_val_batches": 0,
-            "log_every_n_steps": 5,
-            "logger": {
-                "class_path": "pytorch_lightning.loggers.TensorBoardLogger",
-                "init_args": {"save_dir": _from_repository(folder), "name": "log", "version": ""},
-            },
-            "callbacks": [
-                {"class_path": "msdiffusion.training.callbacks.RunProgress"},
-                {
-                    "class_path": "msdiffusion.training.callbacks.AdapterExport",
-                    "init_args": {"directory": _from_repository(plan.adapter), "every_n_steps": plan.train_steps},
-                },
-            ],
-            "enable_checkpointing": False,
-        },
-        "model": {
-            "class_path": "msdiffusion.training.module.MSDiffusionModule",
-            "init_args": {
-                "base_model": _from_repository(plan.model / "base"),
-                "image_encoder": _from_repository(plan.model / "image_encoder"),
-                "adapter": _from_repository(plan.model),
-                # These shape a new adapter; the one we go on from brings its own.
-                "resampler": None,
-                "reference_background": None,
-                "reference_fit": None,
-                "defaults": None,
-                # So few steps must not wander off: a tenth of the full run's rate, and the plain weights are kept.
-                "learning_rate": 1e-4,
-                "warmup_steps": 0,
-                "ema_decay": 0.0,
-            },
-        },
-        "data": {
-            "class_path": "msdiffusion.training.dataset.PairsDataModule",
-            "init_args": {"pairs": _from_repository(plan.pairs), "batch_size": 16},
-        },
-    }
-
-
 def fine_tune(plan: Plan, command: Sequence[str]) -> None:
-    """Writes the settings that differ from configs/msd.yaml and runs the training command."""
-    # JSON is YAML, and needs no library here.
-    (plan.out / "fine_tuning.yaml").write_text(
-        json.dumps(fine_tuning_settings(plan), indent=2) + "\n", encoding="utf-8"
-    )
+    """Runs the training command and makes sure that it left an adapter."""
     call(command)
     if not (plan.adapter / "adapter.safetensors").is_file():
         raise MSDiffusionError(f"the fine-tuning ended without an adapter in {shown(plan.adapter)}")
@@ -306,7 +263,10 @@ def draw_and_score(plan: Plan, commands: dict[str, list[str]]) -> None:
         title="MS-Diffusion, the whole loop",
         introduction=introduction(plan),
         facts=facts,
-        links={"The mined pairs, with everything that was rejected": "pairs/report.html"},
+        links={
+            "The mined pairs, and why others were rejected": "pairs/report.html",
+            "What the fine-tuning drew of held-out pairs": "fine_tuning/pictures",
+        },
     )
 
 
