@@ -21,7 +21,6 @@ PACKAGES = ("msdiffusion", "data_pipeline")
 RANKS = {
     "errors": 0,
     "places": 0,
-    "places": 0,
     "layout": 1,
     "phrases": 1,
     "pixel_autoencoder": 1,
@@ -185,6 +184,14 @@ def test_module_keeps_the_import_rules(path: Path) -> None:
 def test_every_room_of_the_table_exists() -> None:
     rooms = {name.split(".")[1] for name in MODULES if name.startswith("msdiffusion.")}
     assert set(RANKS) == rooms
+
+
+def test_architecture_page_lists_every_room() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = [line.split("|")[1].strip().strip("`/") for line in page.splitlines() if line.startswith("| `")]
+    assert [room for room in rows if room in RANKS] == sorted(RANKS, key=rows.index), "a row per room, none twice"
+    order = [RANKS[room] for room in rows if room in RANKS]
+    assert order == sorted(order), "rooms stand below those that they may know"
 
 
 BREACHES = [
