@@ -296,7 +296,7 @@ class RunProgress(pl.callbacks.ProgressBar):
         """A resumed run starts where it was."""
         self._bar = tqdm(
             desc="training",
-            total=int(trainer.estimated_stepping_batches),
+            total=trainer.estimated_stepping_batches,  # infinite for a run without an end: then no time left is shown
             initial=trainer.global_step,
             unit="step",
             mininterval=self.refresh_seconds,

@@ -6,6 +6,7 @@ R side of the training picture.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class MSDiffusionModule(pl.LightningModule):
         adapter: directory of an adapter to go on from; None starts from scratch, with keys and values copied from the
             frozen ones that read the text.
         resampler: sizes of a new adapter's resampler that differ from the paper's (fields of ``ResamplerParams``; the
-            widths of the base are filled in). Not allowed beside ``adapter``, which has its own.
+            widths of the base are filled in). Like the next two, it may not contradict an ``adapter`` to go on from.
         reference_background: RGB, 0-255, behind a cut-out reference of a new adapter. Default: black, as officially.
         reference_fit: how its references become square, "squash" (official) or "pad".
         defaults: of ``MSDiffusion.generate`` with the trained adapter: scale, steps, guidance_scale, ...
@@ -91,7 +92,8 @@ class MSDiffusionModule(pl.LightningModule):
         gradient_checkpointing: recompute the UNet's activations in the backward pass, for less memory.
 
     Raises:
-        RequestError: at construction, if a setting is out of range or has no effect beside another.
+        RequestError: at construction, if a setting is out of range; later, if it contradicts the adapter to go on from,
+            or if the learning rate shall decay in a run without an end.
         WeightsError: in ``configure_model``, if weights are missing or do not fit one another.
     """
 
@@ -143,16 +145,6 @@ class MSDiffusionModule(pl.LightningModule):
         ):
             if choice not in choices:
                 raise RequestError(f"{name} must be one of {choices}, got {choice!r}")
-        if adapter is not None:
-            for name, setting in (
-                ("resampler", resampler),
-                ("reference_background", reference_background),
-                ("reference_fit", reference_fit),
-            ):
-                if setting is not None:
-                    raise RequestError(
-                        f"{name} is for a new adapter, but adapter={adapter!r} brings its own: leave one of them out"
-                    )
         # every argument is a number, a string or a list of these, so that a checkpoint loads with weights_only=True
         self.save_hyperparameters()
         self.backbone: Backbone | None = None
@@ -165,6 +157,7 @@ class MSDiffusionModule(pl.LightningModule):
             return
         hparams = self.hparams
         quiet_loading()
+        adapter = None if hparams.adapter is None else self._given_adapter()
         device = self.device if self._trainer is None else self.trainer.strategy.root_device
         backbone = Backbone.from_pretrained(
             hparams.base_model, hparams.image_encoder, torch_dtype=self._base_dtype(), device=device
@@ -172,7 +165,7 @@ class MSDiffusionModule(pl.LightningModule):
         # a half-precision autoencoder overflows on some pictures, and it is a small part of the time
         backbone.vae.float()
         self.schedule = training_schedule(backbone.pipeline.scheduler)
-        self.adapter = self._make_adapter(backbone).float().to(device)
+        self.adapter = (self._new_adapter(backbone) if adapter is None else adapter).float().to(device)
         self.adapter.install(backbone.unet, backend=hparams.attention)
         if hparams.gradient_checkpointing:
             backbone.unet.enable_gradient_checkpointing()
@@ -189,12 +182,24 @@ class MSDiffusionModule(pl.LightningModule):
             name = {"bf16": "bfloat16", "16": "float16"}.get(precision.split("-")[0], "float32")
         return getattr(torch, name)
 
-    def _make_adapter(self, backbone: Backbone) -> MSAdapter:
+    def _given_adapter(self) -> MSAdapter:
         hparams = self.hparams
-        if hparams.adapter is not None:
-            adapter = MSAdapter.from_pretrained(hparams.adapter)
-            adapter.check_unet(backbone.unet)
-            return adapter
+        adapter = MSAdapter.from_pretrained(hparams.adapter)
+        theirs = {name: getattr(adapter.config.resampler, name, None) for name in hparams.resampler or {}}
+        for name, asked, present in (
+            ("resampler", hparams.resampler, theirs),
+            ("reference_background", hparams.reference_background, list(adapter.config.reference_background)),
+            ("reference_fit", hparams.reference_fit, adapter.config.reference_fit),
+        ):
+            if asked is not None and asked != present:
+                raise RequestError(
+                    f"{name}={asked} contradicts the adapter {hparams.adapter!r}, which was trained with {present}: "
+                    f"leave {name} out, or start a new adapter without adapter="
+                )
+        return adapter
+
+    def _new_adapter(self, backbone: Backbone) -> MSAdapter:
+        hparams = self.hparams
         params = ResamplerParams(
             image_width=backbone.image_width,
             phrase_width=backbone.phrase_width,
@@ -239,9 +244,13 @@ class MSDiffusionModule(pl.LightningModule):
         optimizer = torch.optim.AdamW(
             self.adapter.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay
         )
-        course = _learning_rate_course(
-            self.hparams.warmup_steps, self.hparams.decay, int(self.trainer.estimated_stepping_batches)
-        )
+        total_steps = self.trainer.estimated_stepping_batches
+        if self.hparams.decay != "none" and math.isinf(total_steps):
+            raise RequestError(
+                f"decay={self.hparams.decay!r} needs to know where the run ends: give trainer.max_steps or "
+                "trainer.max_epochs, or decay='none'"
+            )
+        course = _learning_rate_course(self.hparams.warmup_steps, self.hparams.decay, total_steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, course)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -353,7 +362,7 @@ def _averaging(decay: float) -> Any:
     return update
 
 
-def _learning_rate_course(warmup_steps: int, decay: str, total_steps: int) -> Any:
+def _learning_rate_course(warmup_steps: int, decay: str, total_steps: float) -> Any:
     """Optimizer step -> factor of the learning rate."""
     start = total_steps / 2 if decay == "linear_half" else warmup_steps
 

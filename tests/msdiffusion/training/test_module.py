@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -337,6 +338,13 @@ def test_course_of_the_learning_rate(decay, expected):
     assert {step: factor(step) for step in expected} == pytest.approx(expected)
 
 
+def test_decay_needs_an_end(configured):
+    module, _ = configured(decay="linear")
+    module._trainer = SimpleNamespace(estimated_stepping_batches=float("inf"))
+    with pytest.raises(RequestError, match="needs to know where the run ends"):
+        module.configure_optimizers()
+
+
 def test_checkpointed_gradients_are_the_same(configured):
     gradients = []
     for setting in (False, True):
@@ -350,6 +358,29 @@ def test_checkpointed_gradients_are_the_same(configured):
     assert len(gradients[0]) == len(gradients[1]) > 0
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_fine_tuning_takes_settings_that_agree(make_module, tiny_model_dir):
+    """So that the config that trained an adapter also goes on with it."""
+    module = make_module(
+        adapter=str(tiny_model_dir), resampler=RESAMPLER, reference_background=[255, 255, 255], reference_fit="pad"
+    )
+    module.configure_model()
+    assert module.adapter.config.reference_fit == "pad"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"resampler": {"width": 64}}, r"resampler={'width': 64} contradicts .* trained with {'width': 32}"),
+        ({"resampler": {"size": 1}}, r"resampler={'size': 1} contradicts"),
+        ({"reference_background": [0, 0, 0]}, r"reference_background=\[0, 0, 0\] contradicts .*\[255, 255, 255\]"),
+        ({"reference_fit": "squash"}, "reference_fit=squash contradicts .* trained with pad"),
+    ],
+)
+def test_fine_tuning_refuses_settings_that_contradict_the_adapter(make_module, tiny_model_dir, setting, message):
+    with pytest.raises(RequestError, match=message):
+        make_module(adapter=str(tiny_model_dir), **setting).configure_model()
 
 
 def test_missing_dataset_is_told_before_the_base_is_loaded(tmp_path):
@@ -381,9 +412,6 @@ def test_missing_base_is_told(pairs_dir):
         ({"size_condition": "none"}, "size_condition must be one of"),
         ({"base_dtype": "int8"}, "base_dtype must be one of"),
         ({"attention": "flash"}, "attention must be one of"),
-        ({"adapter": "here", "resampler": {"width": 8}}, "resampler is for a new adapter, but adapter='here'"),
-        ({"adapter": "here", "reference_fit": "pad"}, "reference_fit is for a new adapter"),
-        ({"adapter": "here", "reference_background": [0, 0, 0]}, "reference_background is for a new adapter"),
     ],
 )
 def test_bad_settings_are_told_at_construction(settings, message):
