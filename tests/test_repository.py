@@ -211,7 +211,7 @@ def test_one_version_everywhere() -> None:
     changelog = ROOT / "CHANGELOG.md"
     if not changelog.is_file():
         pytest.skip("CHANGELOG.md does not exist yet")
-    assert version in changelog.read_text()
+    assert re.search(rf"^## .*({re.escape(version)}|Unreleased)", changelog.read_text(), flags=re.MULTILINE)
 
 
 # --------------------------------------------------------------------------------------------------- the entry points
