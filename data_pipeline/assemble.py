@@ -73,7 +73,7 @@ class ShardWriter:
 
 def assemble(journal: Journal, files: Sequence[VideoFile], per_shard: int) -> dict[str, Any]:
     """Writes shards, index.parquet and rejected.jsonl; returns {"shards", "counts"} for build.json."""
-    for leftover in journal.out.glob("pairs-*.tar"):  # of an assembly that was interrupted
+    for leftover in (*journal.out.glob("pairs-*.tar"), *journal.out.glob(".*.tmp")):  # of an interrupted assembly
         leftover.unlink()
     writer = ShardWriter(journal.out, per_shard)
     rows: list[dict[str, Any]] = []

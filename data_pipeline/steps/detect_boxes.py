@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from data_pipeline.records import DetectedPair, InputError, NamedPair, Rejected, SettingsError
 from data_pipeline.step import Step
@@ -22,7 +21,6 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
     device: "cpu", "cuda", "cuda:1".
     """
 
-    preload: ClassVar[tuple[str, ...]] = ()
     detector: str = "annotations"
     config: Path | None = None
     checkpoint: Path | None = None

@@ -44,10 +44,10 @@ class ReadVideos(Step[VideoFile, Video]):
                 "no caption", {"needed": f"{Path(file.name).stem}.txt, .json, or a row of the captions table"}
             )
         try:
-            content = file.path.read_bytes()
+            size, sha256 = hash_file(file.path)
         except OSError as error:
             return Rejected("unreadable video", {"error": f"{type(error).__name__}: {error.strerror}"})
-        if not content:
+        if not size:
             return Rejected("empty file", {"bytes": 0})
         facts = self._probe(file.path)
         annotations = None
@@ -60,8 +60,18 @@ class ReadVideos(Step[VideoFile, Video]):
         return Video(
             file=file,
             caption=file.caption,
-            sha256=hashlib.sha256(content).hexdigest(),
+            sha256=sha256,
             facts=facts,
             reader=self._choose(self.reader, file.path, facts),
             annotations=annotations,
         )
+
+
+def hash_file(path: Path) -> tuple[int, str]:
+    """Bytes of a file, and their SHA-256 in hex digits."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()

@@ -88,8 +88,10 @@ def test_a_second_assembly_leaves_the_same_files(mined):
     journal, files = mined
     first = assemble(journal, files, per_shard=4)
     (journal.out / "pairs-000009.tar").write_bytes(b"of an interrupted assembly")
+    (journal.out / ".pairs-000000.tar.99.tmp").write_bytes(b"torn")
     assert assemble(journal, files, per_shard=4) == first
     assert sorted(path.name for path in journal.out.glob("*.tar")) == ["pairs-000000.tar", "pairs-000001.tar"]
+    assert not list(journal.out.glob(".*.tmp"))
 
 
 def test_samples_of_one_clip_stay_together(tmp_path):

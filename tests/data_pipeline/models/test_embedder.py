@@ -76,7 +76,7 @@ def test_timm_with_local_weights(tmp_path):
     np.testing.assert_allclose(vectors[0], vectors[2], atol=1e-5)
     with pytest.raises(InputError, match="cannot create the timm model 'no_such_net'"):
         load_embedder("timm:no_such_net", path, "cpu")
-    torch.save({"conv1.weight": torch.zeros(1)}, path)
+    torch.save({"conv1.0.weight": torch.zeros(1)}, path)
     with pytest.raises(InputError, match="cannot load .* into the timm model 'test_resnet'"):
         load_embedder("timm:test_resnet", path, "cpu")
     torch.save({"other.weight": torch.zeros(1)}, path)
