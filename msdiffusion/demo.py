@@ -55,6 +55,11 @@ class Plan:
         return self.out / "pairs"
 
     @property
+    def train_batch(self) -> int:
+        """Pairs per fine-tuning step: 16, or fewer where few clips are mined, since some of them give no pair."""
+        return max(1, min(16, self.clips // 3))
+
+    @property
     def adapter(self) -> Path:
         """Folder of the fine-tuned adapter."""
         return self.out / "fine_tuning" / "adapter"
@@ -176,7 +181,7 @@ def stage_commands(plan: Plan) -> dict[str, list[str]]:
         "fine-tuning": [
             *(str(Path(python).with_name("lightning")), "fit", "-c", "configs/msd.yaml"),
             *("--trainer.default_root_dir", out(plan.adapter.parent), "--trainer.max_steps", str(plan.train_steps)),
-            *("--data.init_args.pairs", out(plan.pairs), "--data.init_args.batch_size", "16"),
+            *("--data.init_args.pairs", out(plan.pairs), "--data.init_args.batch_size", str(plan.train_batch)),
             *(f"{model}.adapter", out(plan.model), f"{model}.base_model", out(plan.model / "base")),
             *(f"{model}.image_encoder", out(plan.model / "image_encoder")),
             # These shape a new adapter; the one we go on from brings its own.

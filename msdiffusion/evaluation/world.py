@@ -177,8 +177,9 @@ def score_readings(
 
     Returns:
         per question: "conditions" (rate, right, count, 95 % interval; `shuffled` is the rate that answers of the same
-        distribution reach by luck), "chance" (of a blind guess) and "tests" (difference with its interval over
-        pictures, exact McNemar p over boxes, exact sign-test p over pictures); and "mixing", see `mixing_rate`.
+        distribution reach by luck; `by_size` has the rate for sets of one, two, ... subjects), "chance" (of a blind
+        guess) and "tests" (difference with its interval over pictures, exact McNemar p over boxes, exact sign-test p
+        over pictures); and "mixing", see `mixing_rate`.
 
     Raises:
         DataError: no cases, or a pair names an unknown condition.
@@ -190,15 +191,22 @@ def score_readings(
             raise DataError(f"no readings for condition {name!r}; there are {', '.join(readings)}")
     marks = {name: mark_readings(cases, own) for name, own in readings.items()}
     pictures = np.array([index for index, case in enumerate(cases) for _ in case.subjects])
+    set_sizes = np.array([len(case.subjects) for case in cases])
     result: dict[str, Any] = {}
     for question in QUESTIONS:
         accepted = _accepted(cases, question)
         groups = np.arange(len(cases)) if question == "background" else pictures
+        sizes = set_sizes[groups]
         result[question] = {
             "chance": sum(map(len, accepted)) / len(accepted) / CLASSES[question],
             "conditions": {
-                name: _rate(marks[name][question])
-                | {"shuffled": scores.chance_agreement(accepted, own.answers(question))}
+                name: {
+                    **_rate(marks[name][question]),
+                    "shuffled": scores.chance_agreement(accepted, own.answers(question)),
+                    "by_size": {
+                        str(size): scores.accuracy(marks[name][question][sizes == size]) for size in np.unique(sizes)
+                    },
+                }
                 for name, own in readings.items()
             },
             "tests": [

@@ -49,7 +49,7 @@ def test_paths_inside_the_repository_are_short(plan):
     assert "--videos out/demo/clips --out out/demo/pairs" in demo.readable(demo.stage_commands(inside)["mining"])
     fine_tuning = demo.readable(demo.stage_commands(inside)["fine-tuning"])
     assert "--model.init_args.adapter checkpoints/tiny " in fine_tuning
-    assert "--data.init_args.pairs out/demo/pairs " in fine_tuning
+    assert "--data.init_args.pairs out/demo/pairs --data.init_args.batch_size 1 " in fine_tuning
 
 
 @pytest.mark.parametrize(

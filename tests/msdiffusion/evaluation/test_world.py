@@ -96,6 +96,10 @@ def test_perfect_against_constant_colours(cases):
     assert color["conditions"]["adapter_off"]["right"] == teal
     assert color["conditions"]["adapter_off"]["shuffled"] == pytest.approx(teal / count)
     assert color["chance"] == 1 / 11
+    by_size = color["conditions"]["adapter_off"]["by_size"]
+    assert set(by_size) == {"1", "2", "3"}
+    single = [case.subjects[0].main_color == "teal" for case in cases if len(case.subjects) == 1]
+    assert by_size["1"] == pytest.approx(np.mean(single))
     (test,) = color["tests"]
     assert (test["only_first"], test["only_second"]) == (count - teal, 0)
     assert test["p_value"] == pytest.approx(2.0 ** (1 - (count - teal)))
