@@ -36,6 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_config_kwargs={"overwrite": True},
             args=list(arguments) if arguments is not None else None,
         )
-    except MSDiffusionError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (MSDiffusionError, ValueError) as error:
+        # What the constructor of a model or data module raises arrives as the cause of a ValueError of jsonargparse.
+        ours: BaseException | None = error
+        while ours is not None and not isinstance(ours, MSDiffusionError):
+            ours = ours.__cause__
+        if ours is None:
+            raise
+        print(f"error: {ours}", file=sys.stderr)
         raise SystemExit(2) from error
