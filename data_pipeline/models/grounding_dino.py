@@ -74,6 +74,7 @@ def load_grounding_dino(config: Path, checkpoint: Path, text_encoder: str, devic
         settings = SLConfig.fromfile(str(config))
     except Exception as error:  # the file is a program: anything may come out of it
         raise InputError(f"cannot read the Grounding DINO configuration {config}: {error}") from error
+    weights = _read_weights(checkpoint)
     settings.device = device
     settings.text_encoder_type = text_encoder or settings.text_encoder_type
     # Both save memory in training only.
@@ -87,7 +88,6 @@ def load_grounding_dino(config: Path, checkpoint: Path, text_encoder: str, devic
         raise InputError(
             f"{problem}\n  give a directory with a BERT and its tokenizer: --detector-text-encoder DIR"
         ) from error
-    weights = _read_weights(checkpoint)
     try:
         report = model.load_state_dict(clean_state_dict(weights), strict=False)
     except RuntimeError as error:  # names the tensors and both shapes

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def frame():
 
 def detections(make_detection, *boxes):
     mask = np.ones((60, 90), dtype=bool)
-    return tuple(make_detection(mask, mask=None, box=box) for box in boxes)
+    return tuple(replace(make_detection(mask, box=box), mask=None) for box in boxes)
 
 
 def test_one_mask_per_box_the_same_alone_and_together(files, frame, make_detection):
