@@ -23,9 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     import pytorch_lightning as pl
-    from pytorch_lightning.cli import LightningCLI
+    from pytorch_lightning.cli import LightningCLI, SaveConfigCallback
 
     from msdiffusion.errors import MSDiffusionError
+    from msdiffusion.training.local_sgd import process_rank
 
     try:
         LightningCLI(
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pl.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            # One process of a group keeps the record; the others have no logger and would write where they stand.
+            save_config_callback=SaveConfigCallback if process_rank() == 0 else None,
             save_config_kwargs={"overwrite": True},
             args=list(arguments) if arguments is not None else None,
         )
