@@ -48,5 +48,5 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt overrides.txt
 	  echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --build-constraint constraints.txt \
-	  --override overrides.txt --editable ".[test]" opencv-python-headless
+	  --override overrides.txt --compile-bytecode --editable ".[test]" opencv-python-headless
 	@touch $@
