@@ -7,6 +7,7 @@ Shapes: B batch, N references, L tokens, C cross-attention width, P pooled width
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +22,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
-# diffusers loads a component of a pipeline only from a module that is already imported: the embedded base has this one
-import msdiffusion.pixel_autoencoder  # noqa: F401
 from msdiffusion.errors import RequestError, WeightsError
+
+# diffusers loads a component of a pipeline only from a module that is already imported: the embedded base has this one
+from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
 
 SQUASH_SIDE = 512
 """Pixels of the square that the official scripts squash a reference to before CLIP's own resizing."""
@@ -78,9 +80,10 @@ class Backbone:
         """
         dtype = torch.float32 if torch_dtype is None else torch_dtype
         try:
-            pipeline = StableDiffusionXLPipeline.from_pretrained(
-                str(base_model), add_watermarker=False, **{_DTYPE: dtype}
-            )
+            with _own_autoencoder_expected():
+                pipeline = StableDiffusionXLPipeline.from_pretrained(
+                    str(base_model), add_watermarker=False, **{_DTYPE: dtype}
+                )
         except _LOADING_ERRORS as error:
             raise _not_loaded("base model", base_model, error) from error
         name, options = _split_hub_folder(image_encoder)
@@ -314,6 +317,21 @@ def quiet_loading() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def _own_autoencoder_expected() -> Iterator[None]:
+    """Keep diffusers from warning, at each loading, that the embedded base's autoencoder is none of its own classes."""
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+
+    def is_other_news(record: logging.LogRecord) -> bool:
+        return PixelUnshuffleAutoencoder.__name__ not in record.getMessage()
+
+    logger.addFilter(is_other_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other_news)
 
 
 def _image_processor(name: str, options: Mapping[str, str], config: CLIPVisionConfig) -> CLIPImageProcessor:

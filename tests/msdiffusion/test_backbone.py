@@ -1,4 +1,5 @@
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -16,6 +17,7 @@ from msdiffusion.backbone import (
     skeleton_unet,
 )
 from msdiffusion.errors import RequestError, WeightsError
+from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
 
 WHITE = (255, 255, 255)
 
@@ -179,6 +181,26 @@ def test_an_encoder_without_preprocessing_gets_clips_own(tiny_model_dir, tmp_pat
     (tmp_path / "preprocessor_config.json").unlink()
     bare = Backbone.from_pretrained(tiny_model_dir / "base", tmp_path, device="cpu")
     assert bare.prepare_references([Image.new("RGB", (9, 9))], WHITE, "pad").shape == (1, 3, 64, 64)
+
+
+def test_the_embedded_autoencoder_loads_without_a_warning(tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir / "base", tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "vae")
+    PixelUnshuffleAutoencoder().save_pretrained(tmp_path / "vae")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["vae"] = ["msdiffusion.pixel_autoencoder", "PixelUnshuffleAutoencoder"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("diffusers").addHandler(handler)
+    try:
+        loaded = Backbone.from_pretrained(tmp_path, tiny_model_dir / "image_encoder", device="cpu")
+        logging.getLogger("diffusers.pipelines.pipeline_utils").warning("other news")
+    finally:
+        logging.getLogger("diffusers").removeHandler(handler)
+    assert isinstance(loaded.vae, PixelUnshuffleAutoencoder)
+    assert [record.getMessage() for record in records] == ["other news"]
 
 
 def test_another_kind_of_pipeline_is_refused(backbone):

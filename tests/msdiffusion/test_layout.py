@@ -23,7 +23,7 @@ def box_tensors(draw):
     return torch.tensor([[x1, y1, x2, y2] for x1, x2, y1, y2 in boxes])[None]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(box_tensors(), sides, sides)
 def test_masks_equal_a_loop_over_patches(boxes, height, width):
     masks = patch_masks(boxes, height, width).view(1, -1, height, width)
@@ -38,14 +38,14 @@ def test_masks_equal_a_loop_over_patches(boxes, height, width):
         assert torch.equal(mask, expected)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(box_tensors(), sides, sides)
 def test_a_box_with_area_always_covers_a_patch_and_an_empty_one_never(boxes, height, width):
     has_area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
     assert torch.equal(patch_masks(boxes, height, width).any(-1), has_area)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(box_tensors(), sides, sides)
 def test_mirroring_rows_and_columns_transposes_the_mask(boxes, height, width):
     mask = patch_masks(boxes, height, width).view(1, -1, height, width)
@@ -53,7 +53,7 @@ def test_mirroring_rows_and_columns_transposes_the_mask(boxes, height, width):
     assert torch.equal(mask, swapped.transpose(-1, -2))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(box_tensors(), st.integers(1, 12), st.integers(1, 12))
 def test_a_coarser_grid_covers_what_the_finer_one_does(boxes, height, width):
     fine = patch_masks(boxes, 2 * height, 2 * width).view(1, -1, height, 2, width, 2).any(dim=5).any(dim=3)
@@ -90,7 +90,7 @@ def test_grid_follows_from_latent_and_patches(patches, latent, grid):
     assert grid_of(patches, *latent) == grid
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_every_level_of_a_latent_is_found(height, width):
     rows, columns = height, width
