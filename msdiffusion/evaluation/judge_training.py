@@ -119,7 +119,7 @@ class JudgeRenderings(pl.LightningDataModule):
             split: identities to learn from, "all" or "train".
 
         Raises:
-            DataError: a number below 1.
+            DataError: a number below 1, or another split.
         """
         super().__init__()
         for name, value in {
@@ -130,6 +130,8 @@ class JudgeRenderings(pl.LightningDataModule):
         }.items():
             if value < 1:
                 raise DataError(f"{name} must be at least 1, got {value}")
+        if split not in ("all", "train"):
+            raise DataError(f'split must be "all" or "train", got {split!r}')
         self.train_scenes = train_scenes
         self.validation_scenes = validation_scenes
         self.size = size
