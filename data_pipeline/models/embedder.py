@@ -53,6 +53,8 @@ class HistogramEmbedder:
         alpha = np.asarray(picture.getchannel("A")) > 127
         if not alpha.any():  # thinner than the shrunken grid
             alpha = np.asarray(picture.getchannel("A")) > 0
+            if not alpha.any():
+                raise ValueError("a cut-out without a pixel has no embedding")
         colours = np.asarray(picture.convert("RGB").convert("HSV"))[alpha].astype(np.int64)
         hue, saturation, value = colours.T
         grey = (saturation < 40) | (value < 40)

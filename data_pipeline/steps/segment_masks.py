@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.records import DetectedPair, Detection, Frame, InputError, Rejected, SettingsError
+from data_pipeline.records import (
+    DetectedPair,
+    Detection,
+    Frame,
+    InputError,
+    Rejected,
+    SettingsError,
+    box_in_pixels,
+)
 from data_pipeline.step import Step
 
 SEGMENTERS = ("annotations", "sam")
@@ -16,7 +24,8 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
     """Masks by the segmenter of the given name.
 
     segmenter: "annotations" or "sam". model: "vit_b", "vit_l", "vit_h", or a json file with the sizes of another SAM;
-    checkpoint: its weights. device: "cpu", "cuda", "cuda:1". Detections with an empty mask are left out here.
+    checkpoint: its weights. device: "cpu", "cuda", "cuda:1". Detections whose mask is empty, or has no pixel in their
+    box, are left out here.
     """
 
     segmenter: str = "annotations"
@@ -63,4 +72,11 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
         return DetectedPair(frames=record.frames, entities=record.entities, reference=reference, target=target)
 
     def _segment(self, frame: Frame, detections: tuple[Detection, ...]) -> tuple[Detection, ...]:
-        return tuple(found for found in self._segmenter.segment(frame, detections) if found.mask.any())
+        return tuple(found for found in self._segmenter.segment(frame, detections) if shows(found))
+
+
+def shows(found: Detection) -> bool:
+    """True if at least one pixel of the mask lies in the box: else there is nothing to cut out."""
+    height, width = found.mask.shape
+    x1, y1, x2, y2 = box_in_pixels(found.box, width, height)
+    return bool(found.mask[y1:y2, x1:x2].any())

@@ -56,6 +56,11 @@ def test_tiny_and_thin_cutouts(similarity):
     assert HistogramEmbedder().embed([]).shape[0] == 0
 
 
+def test_nothing_has_no_embedding():
+    with pytest.raises(ValueError, match="a cut-out without a pixel"):
+        HistogramEmbedder().embed([np.zeros((5, 5, 4), dtype=np.uint8)])
+
+
 def test_unknown_embedders():
     for name in ("resnet", "timm:", "jax:vit"):
         with pytest.raises(SettingsError, match="embedder must be histogram, timm:NAME or transformers:NAME"):

@@ -37,14 +37,21 @@ def segment(make_pair, make_detection):
 
 
 def test_masks_of_the_annotations(segment):
-    pair = segment([MASK, ~MASK], [MASK])
-    assert [found.mask.sum() for found in pair.reference] == [12, 52]
+    wider = MASK | np.eye(8, dtype=bool)
+    pair = segment([MASK, wider], [MASK])
+    assert [int(found.mask.sum()) for found in pair.reference] == [12, int(wider.sum())]
     assert np.array_equal(pair.target[0].mask, MASK)
     assert pair.target[0].mask_score is None
 
 
 def test_empty_masks_are_left_out(segment):
     assert len(segment([MASK, MASK & False], [MASK]).reference) == 1
+
+
+def test_a_mask_outside_its_box_is_empty_too(segment):
+    elsewhere = np.zeros_like(MASK)
+    elsewhere[7, 7] = True
+    assert len(segment([MASK, elsewhere], [MASK]).reference) == 1
 
 
 def test_all_masks_empty(segment):
