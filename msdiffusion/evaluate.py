@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=float, help="weight of the subjects when the adapter is on; default: its own")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures drawn at once")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the networks' products; bfloat16 takes half the time on CPUs with AMX and on GPUs",
+    )
     parser.set_defaults(run=run)
 
 
@@ -73,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
         "steps": options.steps or model.adapter.config.defaults.get("steps", 30),
         "guidance_scale": _given(options.guidance_scale, model.adapter.config.defaults.get("guidance_scale", 7.5)),
         "batch_size": options.batch_size,
+        "precision": options.precision,
     }
     scale = _given(options.scale, model.adapter.config.defaults.get("scale", 1.0))
     makers = {
@@ -107,7 +114,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def picture_maker(
-    model: MSDiffusion, *, scale: float, steps: int, guidance_scale: float, batch_size: int, label: str
+    model: MSDiffusion,
+    *,
+    scale: float,
+    steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    label: str,
+    precision: str = "float32",
 ) -> PictureMaker:
     """A callable that draws one picture per case with one scale of the adapter, several cases at a time.
 
@@ -121,6 +135,7 @@ def picture_maker(
         guidance_scale: weight against the empty prompt.
         batch_size: cases drawn at once at most.
         label: of the progress bar.
+        precision: "float32", or "bfloat16" for matrix products and convolutions in bfloat16, all else in float32.
     """
 
     def make(cases: Sequence[WorldCase]) -> list[Image.Image]:
@@ -129,7 +144,7 @@ def picture_maker(
         pictures: dict[int, Image.Image] = {}
         with tqdm(total=len(cases), desc=label, unit="picture") as bar:
             for batch in _batches(cases, batch_size):
-                drawn = _draw([cases[index] for index in batch], model, scale, steps, guidance_scale)
+                drawn = _draw([cases[index] for index in batch], model, scale, steps, guidance_scale, precision)
                 pictures.update(zip(batch, drawn, strict=True))
                 bar.update(len(batch))
         return [pictures[index] for index in range(len(cases))]
@@ -155,14 +170,15 @@ def _batches(cases: Sequence[WorldCase], batch_size: int) -> list[list[int]]:
 
 
 def _draw(
-    cases: Sequence[WorldCase], model: MSDiffusion, scale: float, steps: int, guidance_scale: float
+    cases: Sequence[WorldCase], model: MSDiffusion, scale: float, steps: int, guidance_scale: float, precision: str
 ) -> list[Image.Image]:
     """One call of the pipeline with another prompt, layout and seed for every picture of the batch."""
     import torch
 
     side = picture_side(model)
     negative = model.adapter.config.defaults.get("negative_prompt", "")
-    with torch.no_grad():
+    mixed = torch.autocast(model.adapter.device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    with torch.no_grad(), mixed:
         subjects = [model.subject_tokens(case.references, case.phrases, case.boxes) for case in cases]
         condition = model.adapter.condition(
             torch.cat([tokens for tokens, _ in subjects]),

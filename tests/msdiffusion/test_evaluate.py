@@ -70,6 +70,16 @@ def test_switching_the_adapter_off_changes_pictures_not_noise(model):
     assert (pixels(on) != pixels(off)).any()
 
 
+def test_bfloat16_draws_nearly_the_same(model):
+    from msdiffusion.evaluate import picture_maker
+
+    cases = draw_cases(2, seed=3, shares=(0.0, 1.0))
+    settings = {"scale": 1.0, "steps": 2, "guidance_scale": 3.0, "batch_size": 2, "label": "test"}
+    (exact,) = picture_maker(model, **settings)(cases)
+    (fast,) = picture_maker(model, precision="bfloat16", **settings)(cases)
+    assert 0 < np.abs(pixels(fast) - pixels(exact)).mean() < 3
+
+
 def test_command_leaves_scores_grid_page_and_pictures(tiny_model_dir, judge_dir, tmp_path, capsys):
     out = tmp_path / "evaluation"
     arguments = ["--model", str(tiny_model_dir), "--judge", str(judge_dir), "--out", str(out)]
