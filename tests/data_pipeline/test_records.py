@@ -26,6 +26,7 @@ def test_masks_come_back_from_run_lengths(seed):
     assert np.array_equal(decode_mask(encode_mask(mask)), mask)
 
 
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
 def test_run_lengths_equal_those_of_pycocotools():
     tools = pytest.importorskip("pycocotools.mask")
     mask = np.random.default_rng(0).random((17, 23)) < 0.4
