@@ -21,7 +21,7 @@ from msdiffusion.places import DEFAULT_MODEL, REPOSITORY, shown
 MARKER = ".msdiffusion-demo"
 """Written first, so that a later run knows the folder for its own and may clear it."""
 FINE_TUNED = "fine_tuned"
-BATCH_SIZE = 16
+BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,8 @@ def call(command: Sequence[str]) -> None:
     except OSError as error:
         raise MSDiffusionError(f"could not start this command: {line}\n{error}") from error
     if status != 0:
-        raise MSDiffusionError(f"the demo stops: this command ended with status {status}, its message is above: {line}")
+        how = f"ended with status {status}, its message is above" if status > 0 else f"was killed by signal {-status}"
+        raise MSDiffusionError(f"the demo stops: this command {how}: {line}")
 
 
 def readable(command: Sequence[str]) -> str:
@@ -223,8 +224,19 @@ def readable(command: Sequence[str]) -> str:
 
 def draw_and_score(plan: Plan, commands: dict[str, list[str]]) -> None:
     """Pictures of held-out subjects with the shipped adapter, the fine-tuned one and none; scores, grid and page."""
+    from msdiffusion.evaluate import (
+        OFF,
+        ON,
+        describe_file,
+        picture_maker,
+        picture_side,
+        spare_the_cores,
+        versions,
+        write_results,
+    )
+
+    spare_the_cores()
     from msdiffusion.backbone import quiet_loading
-    from msdiffusion.evaluate import OFF, ON, describe_file, picture_maker, picture_side, versions, write_results
     from msdiffusion.evaluation.judge import Judge
     from msdiffusion.evaluation.world import draw_cases, evaluate_world
     from msdiffusion.generate import MSDiffusion

@@ -94,6 +94,8 @@ def test_a_failing_command_stops_the_demo_and_is_named(capfd):
     with pytest.raises(MSDiffusionError, match="status 3.*-c 'raise SystemExit"):
         demo.call([sys.executable, "-c", "raise SystemExit(3)"])
     assert "$ python" in capfd.readouterr().out
+    with pytest.raises(MSDiffusionError, match="killed by signal 15"):
+        demo.call([sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"])
     with pytest.raises(MSDiffusionError, match="could not start"):
         demo.call(["no-such-program-here"])
 
