@@ -108,14 +108,14 @@ def run(options: argparse.Namespace) -> None:
     clear(plan.out)
     commands = stage_commands(plan)
     stages = [
-        Stage(f"writing {plan.clips} clips of held-out subjects", 15, lambda: call(commands["clips"])),
-        Stage("mining pairs from the clips", 40, lambda: call(commands["mining"])),
+        Stage(f"writing {plan.clips} clips of held-out subjects", 5, lambda: call(commands["clips"])),
+        Stage("mining pairs from the clips", 15, lambda: call(commands["mining"])),
         Stage(
             f"fine-tuning the adapter for {plan.train_steps} steps",
-            75,
+            50,
             lambda: fine_tune(plan, commands["fine-tuning"]),
         ),
-        Stage("drawing and scoring pictures of other held-out subjects", 90, lambda: draw_and_score(plan, commands)),
+        Stage("drawing and scoring pictures of other held-out subjects", 100, lambda: draw_and_score(plan, commands)),
     ]
     run_stages(stages)
     print(f"\nDone. Open {shown(plan.out / 'index.html')} in a browser.")
