@@ -86,6 +86,9 @@ def run_pool(
                 outcome = _listen(worker)
                 if outcome is None:
                     continue
+                if not worker.tasks:  # it died with nothing in hand: no task has failed
+                    pool[pool.index(worker)] = _replace(context, make, worker, waiting)
+                    continue
                 task = worker.tasks.popleft()
                 worker.started = time.monotonic()
                 if isinstance(outcome, Failure):

@@ -8,7 +8,7 @@ from data_pipeline.records import InputError, MiningError
 
 # Workers import this by name: it has to be a file on the path, not a function of a test.
 WORK = """
-import os, time
+import os, threading, time
 from data_pipeline.records import InputError
 
 def make(kind):
@@ -26,6 +26,10 @@ def work(task, place):
         time.sleep(60)
     if task == "die":
         os._exit(7)
+    if task.startswith("die later"):
+        threading.Timer(0.5, os._exit, (7,)).start()
+    if task.startswith("slow"):
+        time.sleep(2)
     return task.upper()
 """
 
@@ -55,6 +59,12 @@ def test_a_task_that_hangs_and_one_that_kills_take_nobody_with_them(run):
     assert results.pop("hang") == Failure("timeout", 2, "stopped after 3 seconds")
     assert results.pop("die") == Failure("died", 2, "exit code 7")
     assert results == {task: task.upper() for task in "abcde"}
+
+
+def test_a_worker_that_dies_while_it_is_idle_costs_nothing(run):
+    # The first worker takes the two slow tasks; the second one has finished the others when it dies.
+    tasks = ["slow", "slow again", "die later", "die later too"]
+    assert run(tasks) == {task: task.upper() for task in tasks}
 
 
 def test_no_tasks(run):
