@@ -38,8 +38,35 @@ _PLACES = frozenset(
 )
 
 
+# Nouns that, followed by "of", name the picture itself: "a photo of a dog" shows a dog and no photo.
+_PICTURES = frozenset(
+    (
+        "photo",
+        "photograph",
+        "picture",
+        "image",
+        "painting",
+        "watercolor",
+        "watercolour",
+        "drawing",
+        "sketch",
+        "illustration",
+        "cartoon",
+        "render",
+        "rendering",
+        "portrait",
+        "shot",
+        "view",
+        "close-up",
+        "closeup",
+    )
+)
+
+
 def noun_phrases(prompt: str) -> list[str]:
     """Noun phrases of the prompt in order, spelled as there, without articles: "a red dog" gives "red dog".
+
+    "A photo of ...", which names the picture and nothing in it, is passed over.
 
     Raises:
         PhraseError: no English spaCy model is installed.
@@ -69,12 +96,18 @@ def find_phrases(prompt: str, count: int) -> list[str]:
 
 
 def _noun_phrases(prompt: str) -> list[tuple[str, bool]]:
-    """Noun phrases, each with whether a preposition governs it."""
-    phrases = []
+    """Noun phrases, each with whether a preposition governs it (other than the "of" of "a photo of")."""
+    phrases: list[tuple[str, bool]] = []
+    pictures: set[int] = set()
     for chunk in _language()(prompt).noun_chunks:
-        words = _content(chunk)
-        if words is not None and chunk.root.lower_ not in _PLACES:
-            phrases.append((words.text, chunk.root.dep_ == "pobj"))
+        words, root = _content(chunk), chunk.root
+        if words is None or root.lower_ in _PLACES:
+            continue
+        if words.text.split()[-1].lower() in _PICTURES and any(child.lower_ == "of" for child in root.children):
+            pictures.add(root.i)
+            continue
+        shown = root.head.lower_ == "of" and root.head.head.i in pictures
+        phrases.append((words.text, root.dep_ == "pobj" and not shown))
     return phrases
 
 

@@ -18,6 +18,8 @@ def tokenizer(tiny_tokenizer):
         ("an orange dog with blue checks in a room", ["orange dog", "blue checks", "room"]),
         ("two dogs in the jungle", ["dogs", "jungle"]),
         ("a dog in front of a clock", ["dog", "clock"]),
+        ("a photo of a red dog on the beach", ["red dog", "beach"]),
+        ("a dog beside a photo", ["dog", "photo"]),
         ("it is raining", []),
     ],
 )
@@ -33,6 +35,9 @@ def test_noun_phrases(prompt, found):
         ("a lantern in the snow", ["lantern"]),
         ("a dog in a hat", ["dog", "hat"]),
         ("a red cat and a blue clock", ["red cat", "blue clock"]),
+        ("a photo of a dog", ["dog"]),
+        ("a close-up of a teapot on the beach", ["teapot"]),
+        ("a high quality photo of a dog and a cat on the beach", ["dog", "cat"]),
     ],
 )
 def test_phrases_are_found_when_they_match_the_count(prompt, found):
