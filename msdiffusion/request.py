@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from msdiffusion.errors import PhraseError, RequestError
 from msdiffusion.layout import Box, check_boxes
@@ -140,7 +140,7 @@ def check_request(
 
 
 def open_reference(image: Image.Image | str | Path, name: str = "image") -> Image.Image:
-    """The picture as RGB, or as RGBA where it has transparency.
+    """The picture as RGB, or as RGBA where it has transparency, turned as its EXIF orientation says.
 
     Raises:
         RequestError: no such file, or not a picture.
@@ -152,13 +152,14 @@ def open_reference(image: Image.Image | str | Path, name: str = "image") -> Imag
         try:
             with Image.open(path) as file:
                 file.load()
-                image = file
+                image = ImageOps.exif_transpose(file)
         except (UnidentifiedImageError, OSError) as error:
             raise RequestError(f"{name}: {path} is not a picture that can be read: {error}") from None
     if not isinstance(image, Image.Image):
         raise RequestError(f"{name} must be a PIL image or the path of one, got {type(image).__name__}")
     if 0 in image.size:
         raise RequestError(f"{name} has no pixels: its size is {image.size}")
+    image = ImageOps.exif_transpose(image)  # cameras store what they see and note how they were held
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 

@@ -102,6 +102,20 @@ def test_references_of_any_mode(tmp_path, mode, expected):
     assert open_reference(Image.new(mode, (4, 4))).mode == expected
 
 
+def test_a_photo_taken_upright_stands_upright(tmp_path):
+    sideways = Image.new("RGB", (8, 4), "white")
+    sideways.paste("black", (0, 0, 2, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned a quarter clockwise
+    for name in ("photo.png", "photo.webp", "photo.tiff"):
+        sideways.save(tmp_path / name, exif=exif, lossless=True)
+        for picture in (tmp_path / name, Image.open(tmp_path / name)):
+            opened = open_reference(picture)
+            assert opened.size == (4, 8)
+            assert opened.getpixel((1, 0)) == (0, 0, 0)
+            assert opened.getpixel((1, 7)) == (255, 255, 255)
+
+
 def test_references_from_files_keep_their_transparency(tmp_path):
     Image.new("RGBA", (4, 4), (1, 2, 3, 4)).save(tmp_path / "cut_out.png")
     opened = open_reference(tmp_path / "cut_out.png")
