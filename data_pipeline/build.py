@@ -214,7 +214,7 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
     journal = Journal(arguments.out)
     journal.start(settings)
     if journal.is_complete():
-        return _already_built(journal, files)
+        return _already_built(journal, files, settings)
     pipeline = {"version": __version__, "settings_hash": settings_hash(settings, __version__)}
     steps[-1] = replace(steps[-1], pipeline=pipeline)
     run(steps, files, journal, workers=arguments.workers, timeout=arguments.clip_timeout, quiet=arguments.quiet)
@@ -238,8 +238,14 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
     return content
 
 
-def _already_built(journal: Journal, files: Sequence[VideoFile]) -> dict[str, Any]:
+def _already_built(journal: Journal, files: Sequence[VideoFile], settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
     content = json.loads((journal.out / "build.json").read_text(encoding="utf-8"))
+    if (now := file_hashes(settings)) != content["files"]:
+        changed = [name for name in sorted({*now, *content["files"]}) if now.get(name) != content["files"].get(name)]
+        raise InputError(
+            f"the dataset in {journal.out} is complete, but the file of {', '.join(changed)} has changed since: choose "
+            "a new --out"
+        )
     if content["inputs_hash"] != inputs_hash(files):
         raise InputError(
             f"the dataset in {journal.out} is complete, but the videos, captions or annotations have changed since "

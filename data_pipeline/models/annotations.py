@@ -9,6 +9,7 @@ picture), so they say nothing about identity. Both formats are specified in docs
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ def sidecar_path(video: Path) -> Path:
 def _pixel_box(values: Any, width: int, height: int, where: str) -> Box:
     try:
         x1, y1, x2, y2 = (float(value) for value in values)
+        if not all(map(math.isfinite, (x1, y1, x2, y2))):  # json knows NaN, which min and max would turn into an edge
+            raise ValueError("not finite")
     except (TypeError, ValueError) as error:
         raise ClipError(BAD, error=f"{where}: a box needs four numbers, got {values!r}") from error
     # Hand-drawn and tracked boxes reach over the frame by a pixel or so; only what is inside can be seen.

@@ -215,6 +215,16 @@ def test_other_videos_on_a_complete_folder(mined, folder, capsys):
     assert "have changed since (10 videos then, 11 now)" in capsys.readouterr().err
 
 
+def test_another_annotations_file_of_the_same_name(folder, tmp_path, capsys):
+    corpus = tmp_path / "corpus.json"
+    corpus.write_text('{"videos": {}}')
+    assert mine(folder, tmp_path / "out", "--annotations", corpus) == 0
+    assert mine(folder, tmp_path / "out", "--annotations", corpus) == 0
+    corpus.write_text('{"videos": {} }')
+    assert mine(folder, tmp_path / "out", "--annotations", corpus) == 2
+    assert "the file of read_videos.annotations_file has changed since" in capsys.readouterr().err
+
+
 def test_both_directions(folder, tmp_path):
     assert mine(folder, tmp_path / "out", "--pairs-per-clip", 2, "--pairs-per-shard", 4) == 0
     shards = [list(read_shard(path)) for path in sorted((tmp_path / "out").glob("*.tar"))]

@@ -56,6 +56,8 @@ def frame(**changes):
         (sidecar(frames=frame(box=[5, 2, 1, 6])), "unreadable annotations"),
         (sidecar(frames=frame(box=[12, 2, 15, 6])), "unreadable annotations"),
         (sidecar(frames=frame(box="1234x")), "unreadable annotations"),
+        (sidecar(frames=frame(box=[1, float("nan"), 5, 6])), "unreadable annotations"),
+        (sidecar(frames=frame(box=[1, 2, float("inf"), 6])), "unreadable annotations"),
     ],
 )
 def test_a_bad_sidecar_takes_its_clip_with_it(tmp_path, content, reason):
