@@ -163,7 +163,7 @@ class PairsDataset(Dataset[TrainingSample]):
             target = target[:, ::-1]
             boxes[:, [0, 2]] = 1 - boxes[:, [2, 0]]
             left = width - side - left  # SDXL's crop condition speaks of the picture as it is shown
-        key = self.locations[index].key
+        key, shard = self.locations[index].key, self.locations[index].shard
         return TrainingSample(
             key=key,
             caption=pair.caption,
@@ -171,7 +171,8 @@ class PairsDataset(Dataset[TrainingSample]):
             phrases=tuple(pair.phrases[i] for i in kept),
             boxes=boxes,
             references=tuple(pair.references[i] for i in kept),
-            reference_ids=tuple(f"{key}/{i}" for i in kept),
+            # with the shard: keys are unique in one dataset only, and the validation pairs may be another one
+            reference_ids=tuple(f"{shard}/{key}/{i}" for i in kept),
             original_size=pair.original_size,
             crop_top_left=(top, left),
         )

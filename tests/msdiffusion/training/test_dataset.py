@@ -1,3 +1,4 @@
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_boxes_and_references_stay_with_their_subjects(locations, flip_probabili
             inside = sample.target[y1 + 3 : y2 - 3, x1 + 3 : x2 - 3].astype(float)
             color = np.asarray(reference)[0, 0, :3].astype(float)
             assert np.abs(inside - color).max() < 20, "the box is not on its subject"
-            assert name == f"{sample.key}/{('dog', 'cat').index(phrase)}"
+            assert name.endswith(f"/{sample.key}/{('dog', 'cat').index(phrase)}")
     assert {("dog", "cat"), ("cat", "dog")} <= orders, "the order is not shuffled"
 
 
@@ -115,7 +116,7 @@ def test_batch_is_padded(locations):
     assert -1 <= batch.targets.min() < -0.9 < 0.9 < batch.targets.max() <= 1
     assert batch.present.tolist() == [[True, False, False], [True, True, False]]
     assert batch.phrases == [["dog", "", ""], ["dog", "cat", ""]]
-    assert batch.reference_ids[0] == ["clip_000000/0", "", ""]
+    assert batch.reference_ids[0] == [f"{locations[0].shard}/clip_000000/0", "", ""]
     assert torch.all(batch.boxes[~batch.present] == 0)
     assert torch.all(batch.references[~batch.present] == 0)
     torch.testing.assert_close(batch.references[1, :2], mean_colors(dataset[1].references))
@@ -152,6 +153,14 @@ def test_the_seed_decides_the_order(pairs_dir):
 def test_separate_validation_directory(pairs_dir):
     datamodule = attached(PairsDataModule(str(pairs_dir), 64, validation_pairs=str(pairs_dir), batch_size=4))
     assert len(datamodule.training) == len(datamodule.validation) == 24
+
+
+def test_two_datasets_with_the_same_keys_share_no_reference(pairs_dir, tmp_path):
+    other = shutil.copytree(pairs_dir, tmp_path / "other")
+    datamodule = attached(PairsDataModule(str(pairs_dir), 64, validation_pairs=str(other), batch_size=4))
+    training, validation = datamodule.training[0], datamodule.validation[0]
+    assert training.key == validation.key
+    assert not set(training.reference_ids) & set(validation.reference_ids)
 
 
 def test_without_validation(pairs_dir):
