@@ -306,6 +306,8 @@ def load_adapter(
         WeightsError: something is missing, or the parts do not fit; the message names both shapes.
     """
     if Path(model).is_file() or Path(model).suffix == ".bin":
+        if not Path(model).is_file():  # told before the base model is looked for, which may be a download
+            raise WeightsError(f"no such file: {model}")
         names = {"base_model": base_model, "image_encoder": image_encoder}
         config |= {name: str(value) for name, value in names.items() if value is not None}
         unet = skeleton_unet(config.get("base_model", AdapterConfig.base_model))

@@ -235,7 +235,7 @@ def test_missing_things_are_named_before_weights_are_loaded(tiny_model_dir, tmp_
     with pytest.raises(WeightsError, match=r"no config\.json"):
         MSDiffusion.from_pretrained(tmp_path)
     with pytest.raises(WeightsError, match=r"no such file: .*\.bin"):
-        MSDiffusion.from_pretrained(tmp_path / "ms_adapter.bin", base_model=tiny_model_dir / "base")
+        MSDiffusion.from_pretrained(tmp_path / "ms_adapter.bin")
     with pytest.raises(WeightsError, match="cannot load the UNet"):
         MSDiffusion.from_pretrained(tiny_model_dir, base_model=tmp_path)
     with pytest.raises(WeightsError, match="cannot load the image encoder"):
