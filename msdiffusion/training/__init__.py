@@ -1,1 +1,1 @@
-"""Training: the adapter (`module`, `dataset`), and the embedded base it runs on (`pretrain`, `embedded`, `renderings`)."""
+"""Training: the adapter (`module`, `dataset`), and the embedded base it runs on (`pretrain`, `embedded`)."""
