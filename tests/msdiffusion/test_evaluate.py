@@ -103,6 +103,25 @@ def test_command_leaves_scores_grid_page_and_pictures(tiny_model_dir, judge_dir,
     assert "main colour" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_shipped_adapter_brings_the_colours_of_its_references():
+    """A small version of the figure in the README: few subjects, few steps, fixed noise."""
+    from msdiffusion.evaluate import picture_maker
+    from msdiffusion.evaluation.judge import Judge
+    from msdiffusion.evaluation.world import mark_readings, read_pictures
+    from msdiffusion.generate import MSDiffusion
+    from msdiffusion.places import DEFAULT_MODEL
+
+    shipped, judge = MSDiffusion.from_pretrained(DEFAULT_MODEL), Judge.from_pretrained(DEFAULT_MODEL / "judge")
+    cases = draw_cases(16, seed=11, shares=(1.0,))
+    settings = {"steps": 8, "guidance_scale": 3.0, "batch_size": 16, "label": "test"}
+    right = {}
+    for scale in (1.0, 0.0):
+        pictures = picture_maker(shipped, scale=scale, **settings)(cases)
+        right[scale] = int(mark_readings(cases, read_pictures(judge, cases, pictures))["body_color"].sum())
+    assert right[1.0] >= right[0.0] + 4, right
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
