@@ -218,6 +218,8 @@ def draw_batch(
     backbone.pipeline.set_progress_bar_config(disable=True)
     latents = backbone.pipeline(
         prompt=batch.captions,
+        # as generation does; SDXL's pipeline takes zeros where none is given, which training has never shown
+        negative_prompt=[""] * len(batch),
         height=R,
         width=R,
         num_inference_steps=num_steps,

@@ -13,6 +13,7 @@ from msdiffusion.training.callbacks import (
     RunCheckpoint,
     RunProgress,
     ValidationPictures,
+    draw_batch,
     picture_grid,
 )
 from msdiffusion.training.dataset import PairsDataModule, TrainingSample
@@ -132,6 +133,30 @@ def test_drawing_leaves_training_as_it_was(run):
     drawn = run([ValidationPictures(every_n_steps=1, count=1, num_steps=1)], max_steps=2)
     for name, tensor in drawn.lightning_module.adapter.state_dict().items():
         torch.testing.assert_close(tensor, without[name])
+
+
+def test_validation_draws_what_generation_draws(run):
+    from msdiffusion.generate import MSDiffusion
+
+    trainer = run([], max_steps=1)
+    module, [sample] = trainer.lightning_module, trainer.datamodule.validation_samples(1)
+    settings = {"guidance_scale": 3.0, "scale": 0.7, "seed": 5}
+    [drawn] = draw_batch(module, trainer.datamodule.collate([sample]), num_steps=2, **settings)
+    model = MSDiffusion(module.backbone, module.trained_adapter)
+    [generated] = model.generate(
+        sample.references,
+        sample.boxes.tolist(),
+        sample.caption,
+        sample.phrases,
+        height=32,
+        width=32,
+        steps=2,
+        progress=False,
+        **settings,
+    )
+    assert drawn.size == generated.size
+    difference = np.asarray(drawn, dtype=int) - np.asarray(generated, dtype=int)
+    assert np.abs(difference).max() <= 2
 
 
 def test_a_run_resumes_from_its_last_checkpoint(run, tmp_path):
