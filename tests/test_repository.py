@@ -208,10 +208,8 @@ def test_every_imported_package_is_declared() -> None:
 def test_one_version_everywhere() -> None:
     version = setup_cfg()["metadata"]["version"]
     assert msdiffusion.__version__ == version
-    changelog = ROOT / "CHANGELOG.md"
-    if not changelog.is_file():
-        pytest.skip("CHANGELOG.md does not exist yet")
-    assert re.search(rf"^## .*({re.escape(version)}|Unreleased)", changelog.read_text(), flags=re.MULTILINE)
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(rf"^## .*({re.escape(version)}|Unreleased)", changelog, flags=re.MULTILINE)
 
 
 # --------------------------------------------------------------------------------------------------- the entry points
@@ -246,11 +244,10 @@ def test_shipped_weights_are_safetensors_and_small() -> None:
 def test_checksums_of_the_weights() -> None:
     """checkpoints/README.md has a table with a row per file: its path in backticks, and its sha256."""
     readme = ROOT / "checkpoints" / "README.md"
-    if not readme.is_file():
-        pytest.skip("checkpoints/README.md does not exist yet")
     rows = re.findall(r"^\|.*?`([^`|]+)`.*?\b([0-9a-f]{64})\b", readme.read_text(), flags=re.MULTILINE)
     listed = {(readme.parent / name): digest for name, digest in rows}
     shipped = {path for path in tracked_files() if readme.parent in path.parents and path.suffix == ".safetensors"}
+    assert TINY / "adapter.safetensors" in shipped
     assert shipped <= set(listed), f"without a checksum: {sorted(short(path) for path in shipped - set(listed))}"
     for path, digest in listed.items():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == digest, f"{short(path)} is not the file of the table"
@@ -334,6 +331,4 @@ def test_the_check_of_commands_finds_what_is_broken() -> None:
 
 
 def test_readme_is_there() -> None:
-    if not (ROOT / "README.md").is_file():
-        pytest.skip("README.md does not exist yet")
     assert commands((ROOT / "README.md").read_text()), "the README shows no command in a ```bash block"
