@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data_pipeline.records import encode_mask
 from data_pipeline.world.palette import BACKGROUNDS
 from data_pipeline.world.scenes import (
     compose,
@@ -131,14 +132,6 @@ def _fit(view: np.ndarray, plan: np.ndarray, size: int) -> tuple[np.ndarray, tup
     x = min(max(round(plan[0] * size - shape[0] / 2), 1), size - shape[0] - 1)
     y = min(max(round(plan[1] * size - shape[1] / 2), 1), size - shape[1] - 1)
     return sprite, (x, y)
-
-
-def encode_mask(mask: np.ndarray) -> dict[str, list[int]]:
-    """COCO's uncompressed run lengths of a (H, W) bool mask: column by column, the first run counts zeros."""
-    flat = mask.T.ravel()
-    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    runs = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
-    return {"size": list(mask.shape), "counts": [0, *runs] if flat[0] else runs}
 
 
 def annotate(clip: Clip) -> dict:
