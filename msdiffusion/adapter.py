@@ -291,7 +291,10 @@ class MSAdapter(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, directory / WEIGHTS_NAME, metadata={"format": "pt", "schema": SCHEMA})
+        # A run killed while it writes must not leave half a file in place of a whole one.
+        partial = directory / f"{WEIGHTS_NAME}.tmp"
+        save_file(weights, partial, metadata={"format": "pt", "schema": SCHEMA})
+        partial.replace(directory / WEIGHTS_NAME)
         (directory / CONFIG_NAME).write_text(replace(self.config, **config).to_json(), encoding="utf-8")
 
     @classmethod

@@ -101,6 +101,7 @@ def _generate(options: argparse.Namespace) -> None:
     from msdiffusion.backbone import quiet_loading
     from msdiffusion.generate import MSDiffusion
 
+    _check_device(options.device)
     quiet_loading()
     model = MSDiffusion.from_pretrained(
         options.model,
@@ -112,6 +113,16 @@ def _generate(options: argparse.Namespace) -> None:
     pictures = model.run(request, progress=not options.quiet)
     for path in _save(pictures, options.out):
         print(path)
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"--device {device} can't be used here ({reason}); cpu always can") from error
 
 
 def _request(options: argparse.Namespace) -> GenerationRequest:
@@ -151,7 +162,7 @@ def _save(pictures: Sequence[Image.Image], out: Path) -> list[Path]:
     numbered = [out.with_stem(f"{out.stem}_{index}") for index in range(len(pictures))]
     paths = [out] if len(pictures) == 1 else numbered
     for picture, path in zip(pictures, paths, strict=True):
-        picture.save(path)
+        picture.save(path, quality=95)  # of formats that lose something
     return paths
 
 
@@ -163,7 +174,10 @@ def _box(text: str) -> list[float]:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers with commas between them") from None
 
 
 def _bind_negative(arguments: list[str]) -> list[str]:

@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
         pictures,
         judge,
         title="Held-out subjects, adapter on and off",
-        introduction="Every subject below is a combination of colours and pattern that no training has seen.",
+        introduction="No training of the model has seen any of these combinations of colours and pattern.",
         facts=facts,
     )
 

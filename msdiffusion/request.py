@@ -18,6 +18,8 @@ from msdiffusion.phrases import find_in_prompt, find_phrases
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MAX_SEED = 2**63 - 1
+"""Largest seed of a torch generator."""
 SIZE_STEP = 8
 """Pixels that height and width must be a multiple of, as in every Stable Diffusion pipeline."""
 
@@ -91,6 +93,8 @@ def check_request(
         _whole(steps, "steps", 1)
     if seed is not None:
         _whole(seed, "seed", 0)
+        if seed + num_images > MAX_SEED:
+            raise RequestError(f"seed + num_images must be at most {MAX_SEED}, got {seed} + {num_images}")
     for name, value in (("guidance_scale", guidance_scale), ("scale", scale)):
         if value is not None:
             _number(value, name, 0.0, math.inf)

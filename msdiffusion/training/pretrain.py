@@ -274,7 +274,7 @@ class TextToImagePretraining(BudgetedTraining):
 
     def __init__(
         self,
-        output: str = "checkpoints/tiny/base",
+        output: str = "runs/embedded/base",
         channels: tuple[int, int, int] = (64, 96, 160),
         learning_rate: float = 1.5e-3,
         max_steps: int = 12_000,
@@ -450,7 +450,7 @@ class ImageEncoderPretraining(BudgetedTraining):
 
     def __init__(
         self,
-        output: str = "checkpoints/tiny/image_encoder",
+        output: str = "runs/embedded/image_encoder",
         learning_rate: float = 1e-3,
         max_steps: int = 6_000,
         budget_minutes: float | None = None,

@@ -144,3 +144,17 @@ def test_convert_reads_the_official_file(golden_tensors, official_adapter_file, 
 
 def test_the_default_model_lies_in_the_repository():
     assert DEFAULT_MODEL.parts[-2:] == ("checkpoints", "tiny")
+
+
+def test_a_device_that_is_not_there_is_one_line(tmp_path, capsys):
+    picture = tmp_path / "dog.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    words = f"generate --image {picture} --box 0,0,1,1 --phrase dog --prompt dog --out {tmp_path}/o.png --device nowhere"
+    assert main(words.split()) == 2
+    assert "--device nowhere can't be used here" in capsys.readouterr().err
+
+
+def test_subject_scales_that_are_no_numbers_say_so(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--subject-scales", "a,b"])
+    assert "'a,b' must be numbers" in capsys.readouterr().err

@@ -142,3 +142,8 @@ def test_checking_loads_no_torch():
         "print(sorted({'torch', 'diffusers', 'transformers'} & sys.modules.keys()))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_a_seed_that_no_generator_takes_is_refused():
+    with pytest.raises(RequestError, match="at most 9223372036854775807"):
+        check_request([Image.new("RGB", (8, 8))], [[0, 0, 1, 1]], "a dog", ["dog"], seed=2**70)
