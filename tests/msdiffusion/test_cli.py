@@ -149,7 +149,8 @@ def test_the_default_model_lies_in_the_repository():
 def test_a_device_that_is_not_there_is_one_line(tmp_path, capsys):
     picture = tmp_path / "dog.png"
     Image.new("RGB", (8, 8)).save(picture)
-    words = f"generate --image {picture} --box 0,0,1,1 --phrase dog --prompt dog --out {tmp_path}/o.png --device nowhere"
+    out = tmp_path / "out.png"
+    words = f"generate --image {picture} --box 0,0,1,1 --phrase dog --prompt dog --out {out} --device nowhere"
     assert main(words.split()) == 2
     assert "--device nowhere can't be used here" in capsys.readouterr().err
 
