@@ -91,7 +91,7 @@ class AnnotationSource:
 
     def read(self, video: Path, name: str, width: int, height: int, num_frames: int) -> Annotations | None:
         """Annotations of the video called ``name``; None if there are none; ClipError if they are unusable."""
-        entry = self._videos.get(name, self._videos.get(Path(name).name))
+        entry = self._videos.get(name)
         if entry is not None:
             return self._from_corpus(entry, width, height, num_frames)
         sidecar = sidecar_path(video)
