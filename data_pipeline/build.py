@@ -44,6 +44,7 @@ def default_workers() -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The command line. Every number has its default and its reason in docs/mining.md."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m data_pipeline.build",
         description="From captioned videos to a dataset of multi-subject pairs (docs/mining.md, docs/data_format.md).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

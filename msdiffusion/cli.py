@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for bad input)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(_bind_negative(arguments))
+    # Threads of OpenMP that spin while they wait make everything many times slower as soon as another process wants
+    # the cores (docs/training.md). Read when torch is imported, so it must be set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         options.run(options)
     except MSDiffusionError as error:
@@ -96,6 +100,9 @@ def _generate(options: argparse.Namespace) -> None:
     request = _request(options)
     if options.out.suffix.lower() not in PICTURE_TYPES:
         raise RequestError(f"--out must end in one of {', '.join(PICTURE_TYPES)}, got {options.out}")
+    if options.phrase is None:
+        drawn = ", ".join(f"{image} = {phrase}" for image, phrase in zip(options.image, request.phrases, strict=True))
+        print(f"phrases from the prompt: {drawn}; --phrase sets them", file=sys.stderr)
     import torch
 
     from msdiffusion.backbone import quiet_loading

@@ -224,19 +224,16 @@ def readable(command: Sequence[str]) -> str:
 
 def draw_and_score(plan: Plan, commands: dict[str, list[str]]) -> None:
     """Pictures of held-out subjects with the shipped adapter, the fine-tuned one and none; scores, grid and page."""
+    from msdiffusion.backbone import quiet_loading
     from msdiffusion.evaluate import (
         OFF,
         ON,
         describe_file,
         picture_maker,
         picture_side,
-        spare_the_cores,
         versions,
         write_results,
     )
-
-    spare_the_cores()
-    from msdiffusion.backbone import quiet_loading
     from msdiffusion.evaluation.judge import Judge
     from msdiffusion.evaluation.world import draw_cases, evaluate_world
     from msdiffusion.generate import MSDiffusion
@@ -295,7 +292,7 @@ def introduction(plan: Plan) -> str:
         f"{plan.train_steps} steps, and the pictures below were drawn and scored.\n\n"
         "adapter on: the shipped adapter, which has never seen these subjects, nor their combinations of category, "
         "colours and pattern. fine tuned: the same adapter after the few steps of this demo, which show that training "
-        "runs and does no harm; they are far too few to make it better, and their clips show held-out combinations. "
+        "runs; they are far too few to make it better, and their clips show held-out combinations. "
         "adapter off: the bare base model, which gets the prompt but neither references nor boxes. true renders: the "
         "subjects drawn by the world itself in the same boxes, so what the judge gets wrong there is the judge's own "
         "limit."

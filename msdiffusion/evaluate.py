@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -66,7 +65,6 @@ def run(options: argparse.Namespace) -> None:
             raise RequestError(f"{name} must be at least 1, got {value}")
     if options.scale is not None and options.scale <= 0:
         raise RequestError(f"--scale must be above 0, got {options.scale}: 0 is the adapter off, which is drawn anyway")
-    spare_the_cores()
     from msdiffusion.backbone import quiet_loading
     from msdiffusion.evaluation.judge import Judge
     from msdiffusion.evaluation.world import draw_cases, evaluate_world
@@ -152,14 +150,6 @@ def picture_maker(
         return [pictures[index] for index in range(len(cases))]
 
     return make
-
-
-def spare_the_cores() -> None:
-    """Lets OpenMP threads sleep while they wait; call it before torch is imported.
-
-    Threads that spin make everything many times slower as soon as another process wants the cores (docs/training.md).
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def picture_side(model: MSDiffusion) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status (2 for wrong arguments)."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m data_pipeline.world",
         description="Writes H.264 clips of the procedural world, each with a caption (.txt) and exact annotations.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -159,3 +159,12 @@ def test_subject_scales_that_are_no_numbers_say_so(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--subject-scales", "a,b"])
     assert "'a,b' must be numbers" in capsys.readouterr().err
+
+
+def test_phrases_taken_from_the_prompt_are_shown(tiny_model_dir, tmp_path, capsys):
+    """The match is by number and order only, so the user must see it."""
+    picture = tmp_path / "dog.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    request = ["--image", str(picture), "--box", "0,0,1,1", "--prompt", "a red car", "--out", str(tmp_path / "out.png")]
+    assert main(["generate", *request, "--model", str(tiny_model_dir), "--steps", "1", "--quiet"]) == 0
+    assert f"phrases from the prompt: {picture} = red car" in capsys.readouterr().err
