@@ -1,0 +1,46 @@
+"""Budgets of pretraining: learning rate, clock, average. Real runs are in test_pretrain.py."""
+
+import pytest
+import torch
+
+from msdiffusion.training.budget import BudgetedTraining
+from msdiffusion.training.pretrain import ImageEncoderPretraining, TextToImagePretraining
+
+
+def test_export_writes_the_average_and_keeps_the_training_weights(tmp_path, monkeypatch):
+    model = TextToImagePretraining(output=str(tmp_path / "base"), channels=(32, 32, 32))
+    written = {}
+    monkeypatch.setattr(model, "export", lambda: written.update(bias=model.unet.conv_out.bias.detach().clone()))
+    with torch.no_grad():
+        model.unet.conv_out.bias.fill_(3.0)
+    model.average["unet.conv_out.bias"].fill_(2.0)
+    model.export_average()
+    assert (written["bias"] == 2).all()
+    assert (model.unet.conv_out.bias == 3).all()
+
+
+def test_learning_rate_rises_stays_and_falls_to_zero(tmp_path, monkeypatch):
+    model = ImageEncoderPretraining(output=str(tmp_path), learning_rate=1.0, decay_share=0.5, warmup_steps=1)
+    optimizer = model.configure_optimizers()
+    rates = []
+    for progress in (0.0, 0.5, 0.75, 1.0):
+        monkeypatch.setattr(ImageEncoderPretraining, "progress", progress)
+        model.set_learning_rate(optimizer)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1.0, 1.0, 0.5, 0.0])
+
+
+def test_minutes_end_the_budget_before_the_steps_do(tmp_path):
+    model = ImageEncoderPretraining(output=str(tmp_path), max_steps=1000, budget_minutes=2.0)
+    model.elapsed = 60.0
+    assert model.progress == pytest.approx(0.5)
+    model.elapsed = 500.0
+    assert model.progress == 1.0
+
+
+def test_the_base_class_says_what_is_missing():
+    bare = BudgetedTraining("out", 1e-3, 1, None, 0.5, 1, 0.9, 1.0)
+    with pytest.raises(NotImplementedError, match="which modules it trains"):
+        bare.trained_modules()
+    with pytest.raises(NotImplementedError, match="how it is saved"):
+        bare.export()
