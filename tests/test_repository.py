@@ -120,7 +120,8 @@ def test_every_file_under_tests_holds_tests() -> None:
 def test_no_tracked_file_names_this_machine_or_a_registry() -> None:
     # Spelled in two halves, so that this file does not find itself.
     hosts = [
-        ".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("debian", "org"))
+        ".".join(parts)
+        for parts in (("pypi", "org"), ("python" + "hosted", "org"), ("npmjs", "org"), ("debian", "org"))
     ]
     places = ["/work" + folder for folder in ("/main", "/shared", "/.library")] + ["/root" + "/", "/opt" + "/"]
     needles = [needle.encode() for needle in hosts + places]
