@@ -28,7 +28,7 @@ from msdiffusion.attention import (
 )
 from msdiffusion.errors import LayoutError, RequestError, WeightsError
 from msdiffusion.official import read_official
-from msdiffusion.resampler import GroundingResampler, ResamplerParams
+from msdiffusion.resampler import GlobalProjector, GroundingResampler, ResamplerParams
 
 SCHEMA = "msdiffusion.adapter/1"
 CONFIG_NAME = "config.json"
@@ -50,6 +50,11 @@ class AdapterConfig:
     """RGB, 0-255, behind a cut-out reference."""
     reference_fit: str = "squash"
     """How a reference becomes square: "squash" changes its aspect, "pad" adds background."""
+    projector: str = "resampler"
+    """What makes tokens of a reference: "resampler" (MS-Diffusion), or "global", one linear layer on the embedding of
+    the whole reference (IP-Adapter); a rival for comparisons."""
+    regions: str = "boxes"
+    """Where a subject is seen: "boxes", or "everywhere" (an ablation: no masks)."""
     defaults: Mapping[str, Any] = field(default_factory=lambda: {"scale": 0.6, "steps": 30, "guidance_scale": 7.5})
     """Defaults of MSDiffusion.generate: scale, steps, guidance_scale, negative_prompt, height, width."""
 
@@ -60,10 +65,19 @@ class AdapterConfig:
         object.__setattr__(self, "reference_background", background)
         if self.reference_fit not in ("squash", "pad"):
             raise WeightsError(f'reference_fit must be "squash" or "pad", got {self.reference_fit!r}')
+        if self.projector not in ("resampler", "global"):
+            raise WeightsError(f'projector must be "resampler" or "global", got {self.projector!r}')
+        if self.regions not in ("boxes", "everywhere"):
+            raise WeightsError(f'regions must be "boxes" or "everywhere", got {self.regions!r}')
         known = {"scale", "steps", "guidance_scale", "negative_prompt", "height", "width"}
         unknown = set(self.defaults) - known
         if unknown:
             raise WeightsError(f"unknown defaults {sorted(unknown)} in an adapter's config; known: {sorted(known)}")
+
+    @property
+    def reference_features(self) -> str:
+        """What the image encoder must give, see ``Backbone.encode_references``."""
+        return "global" if self.projector == "global" else "tokens"
 
     def to_json(self) -> str:
         """The text of config.json."""
@@ -117,7 +131,7 @@ class MSAdapter(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.resampler = GroundingResampler(config.resampler)
+        self.resampler = (GlobalProjector if config.projector == "global" else GroundingResampler)(config.resampler)
         width = config.resampler.output_width
         self.layers = nn.ModuleDict({name: SubjectProjection(width, size) for name, size in layer_widths.items()})
 
@@ -152,12 +166,12 @@ class MSAdapter(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        return self.resampler.null_queries.dtype
+        return self.resampler.output_norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Of the weights."""
-        return self.resampler.null_queries.device
+        return self.resampler.output_norm.weight.device
 
     def check_unet(self, unet: UNet2DConditionModel) -> None:
         """Raise unless the adapter was made for a UNet of this architecture.
@@ -255,6 +269,8 @@ class MSAdapter(nn.Module):
                 f"subject tokens of shape {tuple(subject_tokens.shape)} need boxes of shape "
                 f"(batch, subjects, 4), got {tuple(boxes.shape)}"
             )
+        if self.config.regions == "everywhere" and masks is None:
+            masks = (boxes[..., 2:] > boxes[..., :2]).all(-1)[..., None, None]  # one cell: the whole picture
         B, S, T, _ = subject_tokens.shape
         scales = self._scales(scale, subject_scales, B, S)  # (B, S)
         tokens = subject_tokens.flatten(1, 2)

@@ -145,6 +145,10 @@ class Backbone:
         """D."""
         return self.image_encoder.config.hidden_size
 
+    def image_width_of(self, features: str) -> int:
+        """Width of what ``encode_references`` gives for these features."""
+        return self.image_encoder.config.projection_dim if features == "global" else self.image_width
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Text states (B, L, C) and pooled states (B, P) of both text encoders, as the pipeline makes them."""
@@ -185,9 +189,17 @@ class Backbone:
         return self.image_processor(images=squares, return_tensors="pt").pixel_values
 
     @torch.no_grad()
-    def encode_references(self, pixel_values: Tensor) -> Tensor:
-        """Penultimate hidden states (N, L, D) of prepared references (N, 3, h, w)."""
+    def encode_references(self, pixel_values: Tensor, features: str = "tokens") -> Tensor:
+        """What the image encoder sees in prepared references (N, 3, h, w).
+
+        Args:
+            pixel_values: as ``prepare_references`` makes them.
+            features: "tokens": the penultimate hidden states (N, L, D); "global": the projected embedding of the whole
+                reference (N, 1, P).
+        """
         pixels = pixel_values.to(self.image_encoder.device, self.image_encoder.dtype)
+        if features == "global":
+            return self.image_encoder(pixels).image_embeds.unsqueeze(1)
         return self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
 
     @torch.no_grad()
@@ -284,8 +296,15 @@ def skeleton_unet(base_model: str | Path) -> UNet2DConditionModel:
         raise _not_loaded("UNet of the base model", base_model, error) from error
 
 
-def encoder_widths(base_model: str | Path, image_encoder: str | Path) -> tuple[int, int]:
-    """Widths of a phrase embedding and of the image encoder's tokens, read from the configs alone.
+def encoder_widths(
+    base_model: str | Path, image_encoder: str | Path, features: str = "tokens"
+) -> tuple[int, int]:
+    """Widths of a phrase embedding and of the image encoder's features, read from the configs alone.
+
+    Args:
+        base_model: directory or hub name.
+        image_encoder: directory or hub name.
+        features: see ``Backbone.encode_references``.
 
     Raises:
         WeightsError: a config is not there.
@@ -303,7 +322,7 @@ def encoder_widths(base_model: str | Path, image_encoder: str | Path) -> tuple[i
         vision = CLIPVisionConfig.from_pretrained(name, **options)
     except _LOADING_ERRORS as error:
         raise _not_loaded("image encoder", image_encoder, error) from error
-    return text.hidden_size, vision.hidden_size
+    return text.hidden_size, vision.projection_dim if features == "global" else vision.hidden_size
 
 
 def default_device() -> torch.device:

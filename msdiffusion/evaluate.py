@@ -122,6 +122,7 @@ def picture_maker(
     batch_size: int,
     label: str,
     precision: str = "float32",
+    regions: str = "boxes",
 ) -> PictureMaker:
     """A callable that draws one picture per case with one scale of the adapter, several cases at a time.
 
@@ -136,7 +137,14 @@ def picture_maker(
         batch_size: cases drawn at once at most.
         label: of the progress bar.
         precision: "float32", or "bfloat16" for matrix products and convolutions in bfloat16, all else in float32.
+        regions: where subjects are shown: in their "boxes"; in the "masks" of the true render; or, from the fifth step
+            on, where the text's attention is: "auto_layout".
+
+    Raises:
+        RequestError: unknown regions.
     """
+    if regions not in ("boxes", "masks", "auto_layout"):
+        raise RequestError(f'regions must be "boxes", "masks" or "auto_layout", got {regions!r}')
 
     def make(cases: Sequence[WorldCase]) -> list[Image.Image]:
         from tqdm import tqdm
@@ -144,7 +152,9 @@ def picture_maker(
         pictures: dict[int, Image.Image] = {}
         with tqdm(total=len(cases), desc=label, unit="picture") as bar:
             for batch in _batches(cases, batch_size):
-                drawn = _draw([cases[index] for index in batch], model, scale, steps, guidance_scale, precision)
+                drawn = _draw(
+                    [cases[index] for index in batch], model, scale, steps, guidance_scale, precision, regions
+                )
                 pictures.update(zip(batch, drawn, strict=True))
                 bar.update(len(batch))
         return [pictures[index] for index in range(len(cases))]
@@ -170,12 +180,23 @@ def _batches(cases: Sequence[WorldCase], batch_size: int) -> list[list[int]]:
 
 
 def _draw(
-    cases: Sequence[WorldCase], model: MSDiffusion, scale: float, steps: int, guidance_scale: float, precision: str
+    cases: Sequence[WorldCase],
+    model: MSDiffusion,
+    scale: float,
+    steps: int,
+    guidance_scale: float,
+    precision: str,
+    regions: str,
 ) -> list[Image.Image]:
     """One call of the pipeline with another prompt, layout and seed for every picture of the batch."""
     import torch
 
+    from msdiffusion.attention import AutoLayout
+    from msdiffusion.phrases import token_span
+
     side = picture_side(model)
+    tokenizer = model.backbone.tokenizer
+    spans = [[token_span(tokenizer, case.prompt, phrase) for phrase in case.phrases] for case in cases]
     negative = model.adapter.config.defaults.get("negative_prompt", "")
     mixed = torch.autocast(model.adapter.device.type, torch.bfloat16, enabled=precision == "bfloat16")
     with torch.no_grad(), mixed:
@@ -186,6 +207,12 @@ def _draw(
             height=side // model.backbone.latent_factor,
             width=side // model.backbone.latent_factor,
             scale=scale,
+            masks=torch.stack([torch.from_numpy(case.masks) for case in cases]).to(model.adapter.device)
+            if regions == "masks"
+            else None,
+            auto_layout=AutoLayout(torch.tensor(spans, device=model.adapter.device))
+            if regions == "auto_layout"
+            else None,
             guidance=guidance_scale > 1.0,
         )
         model.pipeline.set_progress_bar_config(disable=True)

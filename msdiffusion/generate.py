@@ -40,7 +40,8 @@ class MSDiffusion:
         Raises:
             WeightsError: they do not fit; the message names both shapes.
         """
-        check_encoders(adapter.config, backbone.phrase_width, backbone.image_width)
+        features = adapter.config.reference_features
+        check_encoders(adapter.config, backbone.phrase_width, backbone.image_width_of(features))
         adapter.install(backbone.unet)
         self.backbone, self.sources = backbone, sources
         self.adapter = adapter.to(backbone.device, backbone.dtype).eval().requires_grad_(False)
@@ -225,7 +226,7 @@ class MSDiffusion:
         backbone, config = self.backbone, self.adapter.config
         pixels = backbone.prepare_references(images, config.reference_background, config.reference_fit)
         device, dtype = self.adapter.device, self.adapter.dtype
-        image_tokens = backbone.encode_references(pixels).unsqueeze(0).to(device, dtype)
+        image_tokens = backbone.encode_references(pixels, config.reference_features).unsqueeze(0).to(device, dtype)
         phrase_embeddings = backbone.encode_phrases(phrases).unsqueeze(0).to(device, dtype)
         box_tensor = torch.tensor([[list(box) for box in boxes]], dtype=torch.float32, device=device)
         return self.adapter.resampler(image_tokens, phrase_embeddings, box_tensor), box_tensor
@@ -321,7 +322,7 @@ def load_adapter(
             for given, named in ((base_model, adapter.config.base_model), (image_encoder, adapter.config.image_encoder))
         )
         adapter.check_unet(skeleton_unet(base))
-    check_encoders(adapter.config, *encoder_widths(base, encoder))
+    check_encoders(adapter.config, *encoder_widths(base, encoder, adapter.config.reference_features))
     return adapter, base, encoder
 
 

@@ -39,9 +39,15 @@ class ResamplerParams:
     feed_forward_factor: int = 4
     box_frequencies: int = 8
     """Frequencies of the Fourier features of a box."""
+    grounding: bool = True
+    """False: queries are learned, and neither phrase nor box is seen (an ablation, as in IP-Adapter Plus)."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.grounding, bool):
+            raise WeightsError(f"resampler parameter grounding must be true or false, got {self.grounding!r}")
         for name, value in vars(self).items():
+            if name == "grounding":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise WeightsError(f"resampler parameter {name} must be a whole number of at least 1, got {value!r}")
 
@@ -59,12 +65,13 @@ class GroundingResampler(nn.Module):
         self.params = params
         width = params.width
         self.null_queries = nn.Parameter(torch.randn(1, params.tokens, width) / math.sqrt(width))
-        self.query_projection = nn.Sequential(
-            nn.Linear(params.grounding_width, 2 * params.grounding_width),
-            nn.GELU(),
-            nn.Linear(2 * params.grounding_width, params.tokens * width),
-        )
-        self.query_norm = nn.LayerNorm(width)
+        if params.grounding:
+            self.query_projection = nn.Sequential(
+                nn.Linear(params.grounding_width, 2 * params.grounding_width),
+                nn.GELU(),
+                nn.Linear(2 * params.grounding_width, params.tokens * width),
+            )
+            self.query_norm = nn.LayerNorm(width)
         self.image_projection = nn.Linear(params.image_width, width)
         self.blocks = nn.ModuleList(ResamplerBlock(params) for _ in range(params.depth))
         self.final_norm = nn.LayerNorm(width)
@@ -92,13 +99,7 @@ class GroundingResampler(nn.Module):
         Raises:
             WeightsError: a width is not the one this resampler was made for.
         """
-        params = self.params
-        given = (image_tokens.shape[-1], phrase_embeddings.shape[-1])
-        if given != (params.image_width, params.phrase_width):
-            raise WeightsError(
-                f"the resampler takes image tokens {params.image_width} wide and phrase embeddings "
-                f"{params.phrase_width} wide, but got {given[0]} and {given[1]}: the encoders belong to another adapter"
-            )
+        _check_widths(self.params, image_tokens, phrase_embeddings)
         B, S = image_tokens.shape[:2]
         queries = self._queries(phrase_embeddings, boxes, drop_grounding).flatten(0, 1)  # (N, T, W)
         image = self.image_projection(image_tokens.flatten(0, 1))  # (N, L, W)
@@ -109,6 +110,8 @@ class GroundingResampler(nn.Module):
 
     def _queries(self, phrase_embeddings: Tensor, boxes: Tensor, drop_grounding: Tensor | None) -> Tensor:
         """Initial queries (B, S, T, W) from what and where."""
+        if not self.params.grounding:
+            return self.null_queries.to(phrase_embeddings.dtype).expand(*boxes.shape[:2], -1, -1)
         grounding = torch.cat([phrase_embeddings, self.box_features(boxes).to(phrase_embeddings.dtype)], dim=-1)
         queries = self.query_projection(grounding).unflatten(-1, (self.params.tokens, self.params.width))
         queries = self.query_norm(queries)
@@ -177,3 +180,43 @@ class ResamplerAttention(nn.Module):
 
     def _split(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, H, tokens, head width)
+
+
+class GlobalProjector(nn.Module):
+    """One embedding of each whole reference to T tokens: what the first IP-Adapter does (arXiv 2308.06721, section 3.2).
+
+    A rival of GroundingResampler with the same interface, for comparisons; phrase and box are not seen.
+    """
+
+    def __init__(self, params: ResamplerParams) -> None:
+        """Build with random weights; of the params, ``image_width``, ``tokens`` and ``output_width`` count."""
+        super().__init__()
+        self.params = params
+        self.projection = nn.Linear(params.image_width, params.tokens * params.output_width)
+        self.output_norm = nn.LayerNorm(params.output_width)
+
+    def forward(
+        self,
+        image_tokens: Tensor,
+        phrase_embeddings: Tensor,
+        boxes: Tensor,
+        drop_grounding: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens (B, S, T, C) of global embeddings (B, S, 1, D); the other arguments, as in GroundingResampler, are unused.
+
+        Raises:
+            WeightsError: a width is not the one this projector was made for, or there is more than one embedding.
+        """
+        _check_widths(self.params, image_tokens, phrase_embeddings)
+        if image_tokens.shape[2] != 1:
+            raise WeightsError(f"the projector takes one embedding per reference, got {image_tokens.shape[2]} tokens")
+        return self.output_norm(self.projection(image_tokens.squeeze(2)).unflatten(-1, (self.params.tokens, -1)))
+
+
+def _check_widths(params: ResamplerParams, image_tokens: Tensor, phrase_embeddings: Tensor) -> None:
+    given = (image_tokens.shape[-1], phrase_embeddings.shape[-1])
+    if given != (params.image_width, params.phrase_width):
+        raise WeightsError(
+            f"the resampler takes image tokens {params.image_width} wide and phrase embeddings "
+            f"{params.phrase_width} wide, but got {given[0]} and {given[1]}: the encoders belong to another adapter"
+        )

@@ -132,21 +132,8 @@ class Judge(nn.Module):
         self.picture_reader = _Reader(halved, {"background": counts["background"]})
 
     def crop(self, pictures: Tensor, boxes: Tensor, owners: Tensor) -> Tensor:
-        """Boxes as square crops: widened by the margin, cut at the picture's edge, resampled without aliasing.
-
-        Args:
-            pictures: (B, 3, H, W) floats of any range.
-            boxes: (N, 4) normalised xyxy.
-            owners: (N,) int64, the picture of each box.
-
-        Returns:
-            (N, 3, crop_size, crop_size) in the range of `pictures`.
-        """
-        size = boxes[:, 2:] - boxes[:, :2]
-        wide = torch.cat([boxes[:, :2] - self.params.margin * size, boxes[:, 2:] + self.params.margin * size], 1)
-        pixels = wide.clamp(0, 1) * boxes.new_tensor([pictures.shape[3], pictures.shape[2]]).repeat(2)
-        regions = torch.cat([owners[:, None].to(pixels), pixels], 1).to(pictures)
-        return roi_align(pictures, regions, self.params.crop_size, sampling_ratio=-1, aligned=True)
+        """Crops (N, 3, crop_size, crop_size) as the box network sees them, see `crop_boxes`."""
+        return crop_boxes(pictures, boxes, owners, self.params.margin, self.params.crop_size)
 
     def forward(self, pictures: Tensor, boxes: Tensor, owners: Tensor) -> dict[str, Tensor]:
         """Logits of every question.
@@ -246,6 +233,26 @@ class Judge(nn.Module):
         except (TypeError, DataError, RuntimeError) as error:
             raise WeightsError(f"the judge at {folder} can't be loaded: {error}") from error
         return judge.eval()
+
+
+def crop_boxes(pictures: Tensor, boxes: Tensor, owners: Tensor, margin: float, size: int) -> Tensor:
+    """Boxes as square crops: widened by the margin, cut at the picture's edge, resampled without aliasing.
+
+    Args:
+        pictures: (B, 3, H, W) floats of any range.
+        boxes: (N, 4) normalised xyxy.
+        owners: (N,) int64, the picture of each box.
+        margin: share of the box side that is added on every side.
+        size: side of the crops in pixels.
+
+    Returns:
+        (N, 3, size, size) in the range of `pictures`.
+    """
+    sides = boxes[:, 2:] - boxes[:, :2]
+    wide = torch.cat([boxes[:, :2] - margin * sides, boxes[:, 2:] + margin * sides], 1)
+    pixels = wide.clamp(0, 1) * boxes.new_tensor([pictures.shape[3], pictures.shape[2]]).repeat(2)
+    regions = torch.cat([owners[:, None].to(pixels), pixels], 1).to(pictures)
+    return roi_align(pictures, regions, size, sampling_ratio=-1, aligned=True)
 
 
 def as_pixels(picture: Image | np.ndarray) -> Tensor:

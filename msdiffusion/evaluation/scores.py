@@ -109,10 +109,15 @@ def bootstrap_interval(
         raise DataError(f"every value needs one group: {numbers.size} values, {labels.size} groups")
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     generator = np.random.default_rng(seed)
-    drawn = np.empty(resamples)
-    for index in range(resamples):
-        picks = generator.integers(len(members), size=len(members))
-        drawn[index] = statistic(numbers[np.concatenate([members[pick] for pick in picks])])
+    if statistic is np.mean:  # a mean needs only the sums of the groups, all draws at once
+        sums, sizes = np.array([numbers[own].sum() for own in members]), np.array([own.size for own in members])
+        picks = generator.integers(len(members), size=(resamples, len(members)))
+        drawn = sums[picks].sum(1) / sizes[picks].sum(1)
+    else:
+        drawn = np.empty(resamples)
+        for index in range(resamples):
+            picks = generator.integers(len(members), size=len(members))
+            drawn[index] = statistic(numbers[np.concatenate([members[pick] for pick in picks])])
     tail = (1 - level) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return Interval(float(low), float(high))

@@ -7,7 +7,7 @@ itself sets. Pictures come from any callable, so nothing here knows how they are
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +53,10 @@ class WorldCase:
     background: str
     truth: Image.Image
     """RGB render of these subjects in these boxes."""
+    masks: np.ndarray = field(repr=False, compare=False)
+    """bool (S, size, size): the subjects' visible pixels in `truth`."""
+    reference_poses: tuple[tuple[float, bool], ...] = field(repr=False, compare=False)
+    """Pose in [0, 1) and whether mirrored, of each reference."""
 
 
 PictureMaker = Callable[[Sequence[WorldCase]], list[Image.Image]]
@@ -60,33 +64,39 @@ PictureMaker = Callable[[Sequence[WorldCase]], list[Image.Image]]
 
 
 def draw_cases(
-    subjects: int,
+    subjects: int | None = None,
     *,
+    pictures: int | None = None,
     seed: int = 0,
     size: int = 64,
     split: str = "held_out",
     shares: Sequence[float] = (0.5, 0.35, 0.15),
 ) -> list[WorldCase]:
-    """Draws subject sets until they hold at least `subjects` subjects; the same arguments give the same cases.
+    """Draws subject sets until they are enough; the same arguments give the same cases, more of them the same first.
 
     Args:
-        subjects: least number of subjects over all cases.
+        subjects: least number of subjects over all cases; or
+        pictures: number of cases.
         seed: of identities, layouts, backgrounds and of the noise seeds.
         size: side of the true renders in pixels.
         split: identities to draw from; "held_out" were never seen in any training.
         shares: how often a case has one, two, three, ... subjects.
 
     Raises:
-        DataError: no subjects are asked for, or the shares don't form a distribution.
+        DataError: not exactly one of subjects and pictures is given, it is below 1, or the shares don't form a
+            distribution.
     """
-    if subjects < 1:
-        raise DataError(f"an evaluation needs at least 1 subject, got {subjects}")
+    if (subjects is None) == (pictures is None):
+        raise DataError(f"give either subjects or pictures, got subjects={subjects} and pictures={pictures}")
+    if (pictures if subjects is None else subjects) < 1:
+        what = "picture" if subjects is None else "subject"
+        raise DataError(f"an evaluation needs at least 1 {what}, got {pictures if subjects is None else subjects}")
     if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise DataError(f"shares must be at least 0 and sum to 1, got {tuple(shares)}")
     rng = np.random.default_rng([seed, 0x5C0E])
     cases: list[WorldCase] = []
     drawn = 0
-    while drawn < subjects:
+    while drawn < subjects if pictures is None else len(cases) < pictures:
         count = 1 + int(rng.choice(len(shares), p=np.asarray(shares) / sum(shares)))
         cases.append(draw_case(rng, count, size=size, split=split))
         drawn += count
@@ -96,9 +106,10 @@ def draw_cases(
 def draw_case(rng: np.random.Generator, num_subjects: int, *, size: int = 64, split: str = "held_out") -> WorldCase:
     """Draws one case of a given number of subjects, see `draw_cases`."""
     scene = sample_scene(rng, split=split, num_subjects=num_subjects, size=size)
+    poses = tuple((float(rng.random()), bool(rng.random() < 0.5)) for _ in scene.subjects)
     references = tuple(
-        Image.fromarray(render_subject(subject, size, pose=float(rng.random()), flip=bool(rng.random() < 0.5)))
-        for subject in scene.subjects
+        Image.fromarray(render_subject(subject, size, pose=pose, flip=flip))
+        for subject, (pose, flip) in zip(scene.subjects, poses, strict=True)
     )
     return WorldCase(
         prompt=scene.caption,
@@ -109,6 +120,8 @@ def draw_case(rng: np.random.Generator, num_subjects: int, *, size: int = 64, sp
         subjects=tuple(scene.subjects),
         background=scene.background,
         truth=Image.fromarray(scene.image),
+        masks=scene.masks,
+        reference_poses=poses,
     )
 
 
@@ -226,15 +239,24 @@ def mixing_rate(cases: Sequence[WorldCase], readings: Readings) -> dict[str, flo
     Returns:
         {"rate", "count"}, or None if no picture has such boxes.
     """
+    mixed = mark_mixing(cases, readings)
+    counted = mixed[~np.isnan(mixed)]
+    return {"rate": float(counted.mean()), "count": len(counted)} if len(counted) else None
+
+
+def mark_mixing(cases: Sequence[WorldCase], readings: Readings) -> np.ndarray:
+    """Per box 1.0 where it shows the main colour of another subject of its picture, 0.0 where it doesn't.
+
+    NaN where no other subject has another main colour than its own.
+    """
     mixed, position = [], 0
     for case in cases:
         colors = [subject.main_color for subject in case.subjects]
         for own in colors:
             others = set(colors) - {own}
-            if others:
-                mixed.append(readings.color[position] in others)
+            mixed.append(float(readings.color[position] in others) if others else np.nan)
             position += 1
-    return {"rate": float(np.mean(mixed)), "count": len(mixed)} if mixed else None
+    return np.array(mixed)
 
 
 def evaluate_world(

@@ -112,6 +112,7 @@ class PairsDataset(Dataset[TrainingSample]):
         minimum_visible: see ``choose_crop``.
         augment: True for training. False gives the same sample every time: centre crop, no flip, order of the file.
         cache_bytes: resized pairs are kept in memory up to this size, in every process that reads.
+        reference_frame: see ``read_pair``.
     """
 
     def __init__(
@@ -125,7 +126,9 @@ class PairsDataset(Dataset[TrainingSample]):
         minimum_visible: float = 0.25,
         augment: bool = True,
         cache_bytes: int = 0,
+        reference_frame: Literal["other", "target"] = "other",
     ) -> None:
+        self.reference_frame = reference_frame
         self.locations = list(locations)
         self.resolution = resolution
         self.max_subjects = max_subjects
@@ -180,7 +183,7 @@ class PairsDataset(Dataset[TrainingSample]):
     def _resized(self, index: int) -> _ResizedPair:
         if index in self._cache:
             return self._cache[index]
-        pair = read_pair(self.locations[index])
+        pair = read_pair(self.locations[index], self.reference_frame)
         width, height = pair.target.size
         size = size_with_short_side(width, height, self.resolution)
         target = pair.target if size == pair.target.size else pair.target.resize(size, Image.Resampling.LANCZOS)
@@ -259,6 +262,8 @@ class PairsDataModule(pl.LightningDataModule):
         num_workers: processes that load. 0 is right for small pictures held in memory, on few cores.
         cache_megabytes: memory, per loading process, for decoded pairs. 0 reads the shards every time.
         seed: of the order of the pairs.
+        reference_frame: "other": references come from the other frame of the video, as the method wants it. "target":
+            from the target picture itself, for comparisons: such training teaches to copy and paste.
 
     Raises:
         RequestError: at construction, if a number is out of range.
@@ -280,6 +285,7 @@ class PairsDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         cache_megabytes: int = 1024,
         seed: int = 0,
+        reference_frame: Literal["other", "target"] = "other",
     ) -> None:
         super().__init__()
         for name, number, least in (
@@ -297,6 +303,9 @@ class PairsDataModule(pl.LightningDataModule):
             raise RequestError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
         if crop not in ("random", "center"):
             raise RequestError(f"crop must be 'random' or 'center', got {crop!r}")
+        if reference_frame not in ("other", "target"):
+            raise RequestError(f"reference_frame must be 'other' or 'target', got {reference_frame!r}")
+        self.reference_frame = reference_frame
         self.pairs = pairs
         self.resolution = resolution
         self.validation_pairs = validation_pairs
@@ -355,6 +364,7 @@ class PairsDataModule(pl.LightningDataModule):
             minimum_visible=self.minimum_visible,
             augment=augment,
             cache_bytes=self.cache_megabytes * 2**20,
+            reference_frame=self.reference_frame,
         )
 
     def _collator(self) -> PairsCollator:

@@ -70,18 +70,21 @@ def build_base(
     text_layers: int = 3,
     head_width: int = 32,
     size: int = 64,
+    latent_factor: int = 2,
 ) -> StableDiffusionXLPipeline:
     """The text-to-image base with random weights: a diffusers SDXL pipeline with both text encoders.
 
     Args:
-        channels: UNet channels of its three resolutions; multiples of head_width.
+        channels: UNet channels of its resolutions, finest first; multiples of head_width. There is attention where the
+            latents are 16x16 or coarser.
         text_widths: hidden sizes of the two text encoders; their sum is the cross-attention width.
         text_layers: layers of each text encoder.
         head_width: channels of one attention head.
-        size: side of the training pictures in pixels; latents are half of it.
+        size: side of the training pictures in pixels.
+        latent_factor: pixels per latent cell, a power of two; a cell has 3 * latent_factor ** 2 channels.
 
     Raises:
-        ValueError: if a width is not a multiple of head_width.
+        ValueError: if a width is not a multiple of head_width, or no resolution has attention.
     """
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -90,6 +93,11 @@ def build_base(
 
     if any(width % head_width for width in (*channels, *text_widths)):
         raise ValueError(f"channels {channels} and text widths {text_widths} must be multiples of {head_width}")
+    side = size // latent_factor
+    attends = [side // 2**level <= 16 for level in range(len(channels))]
+    if not any(attends):
+        raise ValueError(f"latents of {side}x{side} with {len(channels)} resolutions never reach 16x16: no attention")
+    cells = 3 * latent_factor**2
     tokenizer = build_tokenizer()
 
     def text_config(width: int) -> CLIPTextConfig:
@@ -108,13 +116,13 @@ def build_base(
         )
 
     unet = UNet2DConditionModel(
-        sample_size=size // 2,
-        in_channels=12,
-        out_channels=12,
+        sample_size=side,
+        in_channels=cells,
+        out_channels=cells,
         block_out_channels=tuple(channels),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
+        up_block_types=tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
         transformer_layers_per_block=1,
         attention_head_dim=tuple(width // head_width for width in channels),
         cross_attention_dim=sum(text_widths),
@@ -133,7 +141,9 @@ def build_base(
         set_alpha_to_one=True,
     )
     return StableDiffusionXLPipeline(
-        vae=PixelUnshuffleAutoencoder(),
+        vae=PixelUnshuffleAutoencoder(
+            block_out_channels=(1,) * latent_factor.bit_length(), latent_channels=cells
+        ),
         text_encoder=CLIPTextModel(text_config(text_widths[0])),
         text_encoder_2=CLIPTextModelWithProjection(text_config(text_widths[1])),
         tokenizer=tokenizer,

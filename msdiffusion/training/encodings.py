@@ -22,10 +22,12 @@ class FrozenEncodings:
         backbone: whose encoders are asked.
         keep: remember every answer, in main memory, for the rest of the run. Right for small datasets: an answer is
             L x D numbers per reference and L x C per prompt. Otherwise only repetitions inside one call are saved.
+        features: of the references, see ``Backbone.encode_references``.
     """
 
-    def __init__(self, backbone: Backbone, keep: bool) -> None:
+    def __init__(self, backbone: Backbone, keep: bool, features: str = "tokens") -> None:
         self.backbone = backbone
+        self.features = features
         self.keep = keep
         self._prompts: dict[Hashable, tuple[Tensor, ...]] = {}
         self._phrases: dict[Hashable, tuple[Tensor, ...]] = {}
@@ -56,15 +58,18 @@ class FrozenEncodings:
             names: one per reference; the same name always means the same picture.
             pixels: (N, 3, h, w) as ``Backbone.prepare_references`` makes them.
         """
-        (tokens,) = self._ask(names, self._references, lambda rows: (self.backbone.encode_references(pixels[rows]),))
+        (tokens,) = self._ask(names, self._references, lambda rows: (self._encode(pixels[rows]),))
         return tokens
 
     @torch.no_grad()
     def zero_reference(self, pixels: Tensor) -> Tensor:
         """(L, D) image tokens of a reference of zeros, of the size (..., 3, h, w) and type of ``pixels``."""
         if self._zero_reference is None:
-            self._zero_reference = self.backbone.encode_references(pixels.new_zeros(1, *pixels.shape[-3:]))[0]
+            self._zero_reference = self._encode(pixels.new_zeros(1, *pixels.shape[-3:]))[0]
         return self._zero_reference
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.backbone.encode_references(pixels, self.features)
 
     def _ask(
         self,

@@ -69,6 +69,8 @@ class MSDiffusionModule(pl.LightningModule):
             widths of the base are filled in). Like the next two, it may not contradict an ``adapter`` to go on from.
         reference_background: RGB, 0-255, behind a cut-out reference of a new adapter. Default: black, as officially.
         reference_fit: how its references become square, "squash" (official) or "pad".
+        projector: what makes its tokens, "resampler" (default) or "global" (IP-Adapter; for comparisons).
+        regions: where it shows a subject, "boxes" (default) or "everywhere" (no masks; for comparisons).
         defaults: of ``MSDiffusion.generate`` with the trained adapter: scale, steps, guidance_scale, ...
         learning_rate: of AdamW.
         weight_decay: of AdamW.
@@ -102,9 +104,11 @@ class MSDiffusionModule(pl.LightningModule):
         base_model: str,
         image_encoder: str,
         adapter: str | None = None,
-        resampler: dict[str, int] | None = None,
+        resampler: dict[str, Any] | None = None,
         reference_background: list[int] | None = None,
         reference_fit: Literal["squash", "pad"] | None = None,
+        projector: Literal["resampler", "global"] | None = None,
+        regions: Literal["boxes", "everywhere"] | None = None,
         defaults: dict[str, Any] | None = None,
         learning_rate: float = 1e-4,
         weight_decay: float = 0.01,
@@ -173,7 +177,9 @@ class MSDiffusionModule(pl.LightningModule):
             self.averaged = AveragedModel(self.adapter, multi_avg_fn=_averaging(hparams.ema_decay))
             self.averaged.requires_grad_(False)
         self.backbone = backbone
-        self.encodings = FrozenEncodings(backbone, keep=hparams.cache_encodings)
+        self.encodings = FrozenEncodings(
+            backbone, keep=hparams.cache_encodings, features=self.adapter.config.reference_features
+        )
 
     def _base_dtype(self) -> torch.dtype:
         name = self.hparams.base_dtype
@@ -190,6 +196,8 @@ class MSDiffusionModule(pl.LightningModule):
             ("resampler", hparams.resampler, theirs),
             ("reference_background", hparams.reference_background, list(adapter.config.reference_background)),
             ("reference_fit", hparams.reference_fit, adapter.config.reference_fit),
+            ("projector", hparams.projector, adapter.config.projector),
+            ("regions", hparams.regions, adapter.config.regions),
         ):
             if asked is not None and asked != present:
                 raise RequestError(
@@ -201,7 +209,7 @@ class MSDiffusionModule(pl.LightningModule):
     def _new_adapter(self, backbone: Backbone) -> MSAdapter:
         hparams = self.hparams
         params = ResamplerParams(
-            image_width=backbone.image_width,
+            image_width=backbone.image_width_of("global" if hparams.projector == "global" else "tokens"),
             phrase_width=backbone.phrase_width,
             output_width=backbone.cross_attention_dim,
             **(hparams.resampler or {}),
@@ -209,8 +217,9 @@ class MSDiffusionModule(pl.LightningModule):
         config: dict[str, Any] = {"base_model": hparams.base_model, "image_encoder": hparams.image_encoder}
         if hparams.reference_background is not None:
             config["reference_background"] = tuple(hparams.reference_background)
-        if hparams.reference_fit is not None:
-            config["reference_fit"] = hparams.reference_fit
+        for name in ("reference_fit", "projector", "regions"):
+            if hparams[name] is not None:
+                config[name] = hparams[name]
         return MSAdapter.from_unet(backbone.unet, params, **config)
 
     @property

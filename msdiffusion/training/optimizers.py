@@ -16,26 +16,26 @@ from torch import Tensor, nn
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrix: Tensor, steps: int = 4) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 4) -> Tensor:
     """Newton-Schulz iteration towards the nearest semi-orthogonal matrix.
 
     Args:
-        matrix: (rows, columns) float.
+        matrices: (..., rows, columns) float; leading dimensions are a stack of independent matrices.
         steps: iterations; 4 bring the singular values near 1.
 
     Returns:
-        (rows, columns) bfloat16.
+        (..., rows, columns) bfloat16.
     """
     a, b, c = _COEFFICIENTS
-    x = matrix.bfloat16()
-    transposed = x.shape[0] > x.shape[1]
+    x = matrices.bfloat16()
+    transposed = x.shape[-2] > x.shape[-1]
     if transposed:
-        x = x.T
-    x = x / (x.norm() + 1e-7)
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if transposed else x
+    return x.mT if transposed else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -75,23 +75,34 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            update = self._update_matrix if group["muon"] else self._update_other
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    update(parameter, group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["muon"]:
+                self._update_matrices(parameters, group)
+            else:
+                for parameter in parameters:
+                    self._update_other(parameter, group)
         return loss
 
-    def _update_matrix(self, parameter: nn.Parameter, group: dict) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"]
-        momentum.lerp_(parameter.grad, 1 - group["momentum"])
-        nesterov = parameter.grad.lerp(momentum, group["momentum"]).flatten(1)
-        scale = 0.2 * math.sqrt(max(nesterov.shape))
-        update = orthogonalize(nesterov, group["steps"]).view_as(parameter).to(parameter.dtype)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * scale)
+    def _update_matrices(self, parameters: list[nn.Parameter], group: dict) -> None:
+        if not parameters:
+            return
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momenta = [self.state[p]["momentum"] for p in parameters]
+        gradients = [p.grad for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        # Matrices of one shape are one stack: a few large products in place of thousands of small ones.
+        stacks: dict[tuple[int, int], list[int]] = {}
+        for index, direction in enumerate(nesterov):
+            stacks.setdefault(tuple(direction.flatten(1).shape), []).append(index)
+        for shape, members in stacks.items():
+            updates = orthogonalize(torch.stack([nesterov[i].flatten(1) for i in members]), group["steps"])
+            rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+            for index, update in zip(members, updates, strict=True):
+                parameters[index].add_(update.view_as(parameters[index]), alpha=-rate)
 
     def _update_other(self, parameter: nn.Parameter, group: dict) -> None:
         state = self.state[parameter]

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.world import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS, write_caption
 from data_pipeline.world.renderings import Renderings, RenderingSettings, identity_labels, load_or_render
+from msdiffusion.errors import WeightsError
 from msdiffusion.training.budget import BudgetedTraining
 from msdiffusion.training.embedded import build_base, build_image_encoder, build_tokenizer
 from msdiffusion.training.local_sgd import process_rank
@@ -150,6 +151,9 @@ class TextToImagePretraining(BudgetedTraining):
 
     Args:
         channels: UNet channels, see `build_base`.
+        latent_factor: pixels per latent cell, see `build_base`.
+        initial: directory of a base to go on from, with an optimizer and a budget of its own; None starts from scratch.
+            (An interrupted run is resumed by --ckpt_path instead, which brings its old settings along.)
         box_weight: weight of the loss inside subject boxes; the background is 1.
         timestep_exponent: t = 1000 u ** exponent with u uniform; under 1 favours noisy steps.
         text_drop: share of empty captions, for classifier-free guidance.
@@ -161,7 +165,7 @@ class TextToImagePretraining(BudgetedTraining):
     def __init__(
         self,
         output: str = "runs/embedded/base",
-        channels: tuple[int, int, int] = (64, 96, 160),
+        channels: tuple[int, ...] = (64, 96, 160),
         learning_rate: float = 1.5e-3,
         max_steps: int = 12_000,
         budget_minutes: float | None = None,
@@ -173,6 +177,8 @@ class TextToImagePretraining(BudgetedTraining):
         timestep_exponent: float = 0.75,
         text_drop: float = 0.1,
         naming_weight: float = 0.05,
+        latent_factor: int = 2,
+        initial: str | None = None,
     ) -> None:
         super().__init__(
             output, learning_rate, max_steps, budget_minutes, decay_share, warmup_steps, ema_decay, export_minutes
@@ -180,11 +186,15 @@ class TextToImagePretraining(BudgetedTraining):
         self.save_hyperparameters()
         from diffusers.models.attention_processor import AttnProcessor
 
-        self.pipeline = build_base(channels)
+        self.pipeline = build_base(channels, latent_factor=latent_factor)
+        if initial is not None:
+            load_weights(self.pipeline, initial)
         self.unet = self.pipeline.unet
         # On a CPU the backward pass of fused attention takes longer than the plain product and softmax.
         self.unet.set_attn_processor(AttnProcessor())
         self.text_encoder, self.text_encoder_2 = self.pipeline.text_encoder, self.pipeline.text_encoder_2
+        for encoder in (self.text_encoder, self.text_encoder_2):
+            encoder.set_attn_implementation("eager")
         vocabulary = len(self.pipeline.tokenizer)
         self.naming = nn.ModuleList(
             nn.Linear(encoder.config.hidden_size, vocabulary) for encoder in (self.text_encoder, self.text_encoder_2)
@@ -226,11 +236,23 @@ class TextToImagePretraining(BudgetedTraining):
         )
         return states, second.text_embeds, naming
 
-    def denoising_loss(self, batch: dict[str, Tensor], timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted v-prediction loss and naming loss of a batch, at given timesteps (B,) and noise (B, 12, h, w)."""
+    def denoising_errors(
+        self, batch: dict[str, Tensor], timesteps: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Square errors of the predicted velocity (B, h, w), mean over channels, and the naming loss of a batch.
+
+        Args:
+            batch: of `SceneCaptions`.
+            timesteps: (B,).
+            generator: CPU generator of the noise; None for torch's own.
+        """
         pixels = batch["images"].float().div(127.5).sub(1)
         vae = self.pipeline.vae
         latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+        if generator is None:
+            noise = torch.randn_like(latents)
+        else:
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
         alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
@@ -240,17 +262,18 @@ class TextToImagePretraining(BudgetedTraining):
         predicted = self.unet(
             noisy, timesteps, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}
         ).sample
-        weight = self.box_weights(batch["boxes"], latents.shape[-1])
-        loss = ((predicted.float() - target).square().mean(1) * weight).sum() / weight.sum()
-        return loss, naming
+        return (predicted.float() - target).square().mean(1), naming
 
-    def box_weights(self, boxes: Tensor, side: int) -> Tensor:
-        """Boxes (B, S, 4) normalised xyxy to loss weights (B, side, side): `box_weight` inside any box, else 1."""
+    def box_weights(
+        self, boxes: Tensor, side: int, inside_weight: float | None = None, outside_weight: float = 1.0
+    ) -> Tensor:
+        """Boxes (B, S, 4) normalised xyxy to weights (B, side, side): inside any box `box_weight` by default, else 1."""
         centers = (torch.arange(side, device=boxes.device) + 0.5) / side
         inside_x = (centers >= boxes[..., :1]) & (centers <= boxes[..., 2:3])
         inside_y = (centers >= boxes[..., 1:2]) & (centers <= boxes[..., 3:])
-        inside = (inside_y[..., :, None] & inside_x[..., None, :]).any(1)
-        return 1 + (self.hparams.box_weight - 1) * inside.float()
+        inside = (inside_y[..., :, None] & inside_x[..., None, :]).any(1).float()
+        weight = self.hparams.box_weight if inside_weight is None else inside_weight
+        return outside_weight + (weight - outside_weight) * inside
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One denoising step on a batch of scenes."""
@@ -259,25 +282,48 @@ class TextToImagePretraining(BudgetedTraining):
         batch = {**batch, "tokens": torch.where(dropped[:, None], self.empty_tokens, batch["tokens"])}
         u = torch.rand(count, device=self.device)
         timesteps = (1000 * u**self.hparams.timestep_exponent).long().clamp(max=999)
-        noise = torch.randn(count, 12, *(s // 2 for s in batch["images"].shape[-2:]), device=self.device)
-        loss, naming = self.denoising_loss(batch, timesteps, noise)
+        errors, naming = self.denoising_errors(batch, timesteps)
+        weight = self.box_weights(batch["boxes"], errors.shape[-1])
+        loss = (errors * weight).sum() / weight.sum()
         self.log_dict({"loss": loss, "naming": naming}, prog_bar=True)
         return loss + self.hparams.naming_weight * naming
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """The same loss on held-out scenes at fixed timesteps with fixed noise."""
+        """On held-out scenes, at fixed timesteps with fixed noise: the loss, and the plain error inside the boxes.
+
+        The latter depends on no weighting, so it compares recipes.
+        """
         count = len(batch["images"])
-        generator = torch.Generator().manual_seed(batch_idx)
-        noise = torch.randn(count, 12, *(s // 2 for s in batch["images"].shape[-2:]), generator=generator)
         for t in (250, 500, 750):
-            loss, _ = self.denoising_loss(batch, torch.full((count,), t, device=self.device), noise.to(self.device))
-            self.log(f"validation_loss_{t}", loss, batch_size=count)
+            generator = torch.Generator().manual_seed(batch_idx)
+            errors, _ = self.denoising_errors(batch, torch.full((count,), t, device=self.device), generator)
+            weight = self.box_weights(batch["boxes"], errors.shape[-1])
+            inside = self.box_weights(batch["boxes"], errors.shape[-1], 1.0, 0.0)
+            self.log(f"validation_loss_{t}", (errors * weight).sum() / weight.sum(), batch_size=count)
+            self.log(f"validation_in_boxes_{t}", (errors * inside).sum() / inside.sum(), batch_size=count)
 
     def export(self) -> None:
         """Writes the diffusers pipeline and a grid of samples for fixed prompts and seeds."""
         output = Path(self.hparams.output)
         self.pipeline.save_pretrained(output)
         draw_samples(self.pipeline, output.parent / f"{output.name}_samples" / f"step_{self.global_step:06d}.png")
+
+
+def load_weights(pipeline: Any, directory: str) -> None:
+    """Puts the weights of a saved base of the same architecture into `pipeline`.
+
+    Raises:
+        WeightsError: there is no base, or it has another architecture.
+    """
+    from diffusers import StableDiffusionXLPipeline
+
+    try:
+        saved = StableDiffusionXLPipeline.from_pretrained(directory, local_files_only=True)
+        for name in ("unet", "text_encoder", "text_encoder_2"):
+            getattr(pipeline, name).load_state_dict(getattr(saved, name).state_dict())
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsError(f"initial={directory!r} holds no base of this architecture: {reason}") from error
 
 
 def draw_samples(pipeline: Any, path: Path, count: int = 24, steps: int = 20, guidance_scale: float = 3.0) -> None:

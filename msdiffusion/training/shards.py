@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_pipeline.records import ClipError, decode_mask
 from msdiffusion.errors import DataError
 
 PAIRS_SCHEMA = "msdiffusion.pairs/1"
@@ -175,14 +176,22 @@ def read_record(location: PairLocation) -> dict[str, Any]:
     return record
 
 
-def read_pair(location: PairLocation) -> Pair:
+def read_pair(location: PairLocation, reference_frame: str = "other") -> Pair:
     """Read and decode one pair.
 
+    Args:
+        location: from ``index_shards``.
+        reference_frame: "other": the cut-outs of the pair's reference frame. "target": the same subjects cut out of
+            the target picture itself, as when there is no video.
+
     Raises:
-        DataError: as ``read_record``, or if a picture cannot be decoded.
+        DataError: as ``read_record``, or if a picture cannot be decoded, or if a mask that is needed is missing or of
+            another size than the target.
     """
     record = read_record(location)
     subjects = record["subjects"]
+    if reference_frame == "target":
+        return _cut_from_target(location, record)
     return Pair(
         key=location.key,
         caption=record["caption"],
@@ -190,6 +199,36 @@ def read_pair(location: PairLocation) -> Pair:
         phrases=tuple(subject["phrase"] for subject in subjects),
         boxes=np.array([subject["target_box"] for subject in subjects], dtype=np.float32),
         references=tuple(_read_picture(location, f"reference_{i}.png", "RGBA") for i in range(len(subjects))),
+    )
+
+
+def _cut_from_target(location: PairLocation, record: dict[str, Any]) -> Pair:
+    """The pair with references cut out of its target by the target's masks."""
+    target = _read_picture(location, "target.jpg", "RGB")
+    pixels = np.asarray(target)
+    references = []
+    for number, subject in enumerate(record["subjects"]):
+        where = f"{location.shard}: pair {location.key!r}, subject {number}"
+        if "target_mask_rle" not in subject:
+            raise DataError(f"{where} has no target_mask_rle, so it can't be cut out of the target")
+        try:
+            mask = decode_mask(subject["target_mask_rle"])
+        except ClipError as error:
+            raise DataError(f"{where}: {error}") from error
+        if mask.shape != pixels.shape[:2] or not mask.any():
+            raise DataError(f"{where}: its mask is {mask.shape} with {int(mask.sum())} pixels set; the target is "
+                            f"{pixels.shape[:2]}")  # fmt: skip
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        cut = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        alpha = np.where(mask[cut], np.uint8(255), np.uint8(0))[..., None]
+        references.append(Image.fromarray(np.concatenate([pixels[cut] * (alpha > 0), alpha], -1)))
+    return Pair(
+        key=location.key,
+        caption=record["caption"],
+        target=target,
+        phrases=tuple(subject["phrase"] for subject in record["subjects"]),
+        boxes=np.array([subject["target_box"] for subject in record["subjects"]], dtype=np.float32),
+        references=tuple(references),
     )
 
 
