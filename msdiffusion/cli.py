@@ -1,4 +1,4 @@
-"""The ``msdiffusion`` command: generate, evaluate, demo, convert. Heavy libraries load after the checks."""
+"""The ``msdiffusion`` command: generate, evaluate, bench, demo, convert. Heavy libraries load after the checks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msdiffusion import __version__, demo, evaluate
+from msdiffusion.bench import command as bench
 from msdiffusion.errors import LayoutError, MSDiffusionError, RequestError
 from msdiffusion.places import DEFAULT_MODEL
 
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     for name, module, summary in (
         ("evaluate", evaluate, "draw held-out subjects with the adapter on and off, and score both"),
+        ("bench", bench, "compare methods on the procedural world, and explore where this one fails"),
         ("demo", demo, "mine, fine-tune, generate and score on fresh clips"),
     ):
         module.add_arguments(commands.add_parser(name, help=summary, description=module.__doc__.split("\n\n")[0]))

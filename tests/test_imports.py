@@ -34,6 +34,7 @@ RANKS = {
     "training": 6,
     "evaluation": 6,
     "evaluate": 7,
+    "bench": 8,
     "demo": 8,
     "cli": 9,
 }

@@ -189,6 +189,7 @@ def sample_scene(
     size: int = 64,
     background: str | None = None,
     subjects: Sequence[Identity] | None = None,
+    boxes: Sequence[Sequence[float]] | None = None,
 ) -> Scene:
     """Draws a scene: identities, boxes, background and light.
 
@@ -199,6 +200,7 @@ def sample_scene(
         size: side of the square picture in pixels.
         background: a key of BACKGROUNDS, or None for any.
         subjects: fixed identities instead of drawn ones; `split` and `num_subjects` are then not used.
+        boxes: fixed normalised xyxy boxes instead of drawn ones, to which the subjects are stretched.
 
     Returns:
         the scene, with exact boxes and masks.
@@ -207,7 +209,8 @@ def sample_scene(
         subjects = sample_subjects(rng, sample_count(rng) if num_subjects is None else num_subjects, split)
     background = background or tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     masters = [render_subject(s, size, pose=rng.random(), flip=rng.random() < 0.5, supersample=2) for s in subjects]
-    boxes = sample_placement(rng, len(subjects), [m.shape[1] / m.shape[0] for m in masters])
+    if boxes is None:
+        boxes = sample_placement(rng, len(subjects), [m.shape[1] / m.shape[0] for m in masters])
     sprites, corners = fit_sprites(masters, boxes, size)
     ground = render_background(background, rng, size)
     image, masks = compose(ground, sprites, corners)

@@ -73,9 +73,9 @@ class Locator(nn.Module):
         self.params = params
         w = params.widths
         self.stem = nn.Sequential(nn.Conv2d(3, w[0], 3, padding=1), nn.ReLU(), _Stage(w[0], w[1]), _Stage(w[1], w[2]))
-        self.half, self.quarter = _Stage(w[2], w[3]), _Stage(w[3], w[4])
+        self.middle, self.coarse = _Stage(w[2], w[3]), _Stage(w[3], w[4])
         # From coarse to fine: a cell must know the whole subject to tell where it ends.
-        self.from_quarter, self.from_half = nn.Conv2d(w[4], w[3], 1), nn.Conv2d(w[3], w[2], 1)
+        self.from_coarse, self.from_middle = nn.Conv2d(w[4], w[3], 1), nn.Conv2d(w[3], w[2], 1)
         self.head = nn.Sequential(nn.Conv2d(w[2], w[2], 3, padding=1), nn.ReLU(), nn.Conv2d(w[2], 5, 1))
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,9 +86,9 @@ class Locator(nn.Module):
                 pictures, (side, side), mode="bilinear", antialias=True, align_corners=False
             )
         fine = self.stem(pictures * 2 - 1)
-        half = self.half(fine)
-        half = half + nn.functional.interpolate(self.from_quarter(self.quarter(half)), scale_factor=2.0)
-        fine = fine + nn.functional.interpolate(self.from_half(half), scale_factor=2.0)
+        middle = self.middle(fine)
+        middle = middle + nn.functional.interpolate(self.from_coarse(self.coarse(middle)), scale_factor=2.0)
+        fine = fine + nn.functional.interpolate(self.from_middle(middle), scale_factor=2.0)
         output = self.head(torch.relu(fine)).permute(0, 2, 3, 1).float()
         distances = nn.functional.softplus(output[..., 1:] - 1)  # left, top, right, bottom, in sides of the picture
         centers = grid_centers(output.shape[1], output.device)

@@ -103,9 +103,30 @@ def draw_cases(
     return cases
 
 
-def draw_case(rng: np.random.Generator, num_subjects: int, *, size: int = 64, split: str = "held_out") -> WorldCase:
-    """Draws one case of a given number of subjects, see `draw_cases`."""
-    scene = sample_scene(rng, split=split, num_subjects=num_subjects, size=size)
+def draw_case(
+    rng: np.random.Generator,
+    num_subjects: int,
+    *,
+    size: int = 64,
+    split: str = "held_out",
+    boxes: Sequence[Sequence[float]] | None = None,
+) -> WorldCase:
+    """Draws one case of a given number of subjects, see `draw_cases`.
+
+    Args:
+        rng: source of everything.
+        num_subjects: 1 to 4.
+        size: side of the true render in pixels.
+        split: of the identities.
+        boxes: normalised xyxy, in place of drawn ones; later ones are in front. Subjects are stretched to them in the
+            true render, and the case asks for exactly these boxes.
+
+    Raises:
+        DataError: another number of boxes than subjects.
+    """
+    if boxes is not None and len(boxes) != num_subjects:
+        raise DataError(f"every subject needs one box: {num_subjects} subjects, {len(boxes)} boxes")
+    scene = sample_scene(rng, split=split, num_subjects=num_subjects, size=size, boxes=boxes)
     poses = tuple((float(rng.random()), bool(rng.random() < 0.5)) for _ in scene.subjects)
     references = tuple(
         Image.fromarray(render_subject(subject, size, pose=pose, flip=flip))
@@ -114,7 +135,7 @@ def draw_case(rng: np.random.Generator, num_subjects: int, *, size: int = 64, sp
     return WorldCase(
         prompt=scene.caption,
         phrases=tuple(subject.category for subject in scene.subjects),
-        boxes=tuple(tuple(float(edge) for edge in box) for box in scene.boxes),
+        boxes=tuple(tuple(float(edge) for edge in box) for box in (scene.boxes if boxes is None else boxes)),
         references=references,
         seed=int(rng.integers(2**31)),
         subjects=tuple(scene.subjects),

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -347,3 +348,49 @@ def test_released_config_has_the_official_defaults():
     config = AdapterConfig(resampler=ResamplerParams(image_width=1664, phrase_width=768, output_width=2048))
     assert (config.reference_background, config.reference_fit) == ((0, 0, 0), "squash")
     assert AdapterConfig.from_json(config.to_json()) == config
+
+
+def test_without_regions_every_patch_reads_every_subject_that_is_there(golden, unet, adapter):
+    """The ablation "no masks" equals masks of the whole picture; an empty box still removes its subject."""
+    ablation = MSAdapter(replace(adapter.config, regions="everywhere"), layer_widths(adapter))
+    ablation.load_state_dict(adapter.state_dict())
+    ablation.install(unet)
+    boxes = golden[0]["boxes"].clone()
+    boxes[:, 1] = 0
+    whole = boxes.clone()
+    whole[boxes[..., 2] > 0] = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    masks = (boxes[..., 2] > 0)[..., None, None].expand(-1, -1, 16, 16)
+    adapter.install(unet)
+    tokens = adapter.resampler(
+        golden[0]["image_tokens"].unflatten(0, (2, 3)), golden[0]["phrase_embeds"].unflatten(0, (2, 3)), boxes
+    )
+    expected = predict(unet, golden, adapter.condition(tokens, boxes, height=16, width=16, masks=masks))
+    ours = predict(unet, golden, ablation.condition(tokens, boxes, height=16, width=16))
+    assert torch.equal(ours, expected)
+    boxed = predict(unet, golden, adapter.condition(tokens, boxes, height=16, width=16))
+    assert not torch.allclose(ours, boxed, atol=1e-4)
+
+
+def layer_widths(adapter):
+    return {name: layer.to_k.out_features for name, layer in adapter.layers.items()}
+
+
+def test_global_projector_saves_loads_and_asks_for_one_embedding(adapter, tmp_path):
+    params = ResamplerParams(image_width=24, phrase_width=16, output_width=32, tokens=4)
+    rival = MSAdapter(AdapterConfig(resampler=params, projector="global", regions="everywhere"), {"a": 16})
+    assert rival.config.reference_features == "global"
+    assert adapter.config.reference_features == "tokens"
+    rival.save_pretrained(tmp_path)
+    again = MSAdapter.from_pretrained(tmp_path)
+    assert again.config == rival.config
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in rival.state_dict().items())
+    assert again.tokens_per_subject == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"projector": "linear"}, 'projector must be "resampler" or "global"'), ({"regions": "masks"}, "regions must be")],
+)
+def test_unknown_ablations_are_refused(adapter, changes, message):
+    with pytest.raises(WeightsError, match=message):
+        replace(adapter.config, **changes)

@@ -230,3 +230,13 @@ def test_tiny_layout_is_that_of_the_shipped_weights(tiny_model_dir):
         "config.json", "adapter.safetensors", "base", "image_encoder",
     }  # fmt: skip
     assert json.loads((tiny_model_dir / "config.json").read_text())["base_model"] == "base"
+
+
+def test_global_features_are_the_projected_embedding(tiny_model_dir):
+    backbone = Backbone.from_pretrained(tiny_model_dir / "base", tiny_model_dir / "image_encoder", device="cpu")
+    pixels = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    features = backbone.encode_references(pixels, "global")
+    assert features.shape == (3, 1, 16)
+    assert torch.equal(features[:, 0], backbone.image_encoder(pixels).image_embeds)
+    assert (backbone.image_width_of("global"), backbone.image_width_of("tokens")) == (16, 24)
+    assert encoder_widths(tiny_model_dir / "base", tiny_model_dir / "image_encoder", "global") == (16, 16)

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from msdiffusion.errors import WeightsError
 from msdiffusion.official import infer_params, rename_resampler
-from msdiffusion.resampler import GroundingResampler, ResamplerParams
+from msdiffusion.resampler import GlobalProjector, GroundingResampler, ResamplerParams
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +95,49 @@ def test_bad_sizes_are_refused(name, value):
 def test_tokens_of_another_encoder_are_refused_with_both_widths(resampler):
     with pytest.raises(WeightsError, match="48.*24.*32 and 24"):
         resampler(torch.zeros(1, 1, 10, 32), torch.zeros(1, 1, 24), torch.zeros(1, 1, 4))
+
+
+def test_learned_queries_are_the_grounded_resampler_with_everything_dropped(resampler, golden):
+    """The ablation without grounding equals the official resampler's own drop, weight for weight."""
+    tensors, _ = golden
+    weights = {
+        name: value
+        for name, value in resampler.state_dict().items()
+        if not name.startswith(("query_projection", "query_norm"))
+    }
+    ablation = GroundingResampler(replace(resampler.params, grounding=False))
+    ablation.load_state_dict(weights)  # strict: the query network isn't there
+    with torch.no_grad():
+        ours = ablation.eval()(
+            tensors["image_tokens"].unflatten(0, (2, 3)),
+            tensors["phrase_embeds"].unflatten(0, (2, 3)),
+            torch.rand_like(tensors["boxes"]),  # boxes are not seen
+        )
+    torch.testing.assert_close(ours.flatten(0, 1), tensors["out_drop_11"], rtol=1e-5, atol=1e-5)
+
+
+def test_grounding_is_yes_or_no(resampler):
+    with pytest.raises(WeightsError, match="grounding must be true or false, got 1"):
+        replace(resampler.params, grounding=1)
+
+
+@pytest.fixture
+def projector():
+    torch.manual_seed(0)
+    return GlobalProjector(ResamplerParams(image_width=6, phrase_width=5, output_width=8, tokens=4))
+
+
+def test_projector_makes_tokens_of_one_embedding_and_sees_nothing_else(projector):
+    embeddings, phrases, boxes = torch.randn(2, 3, 1, 6), torch.randn(2, 3, 5), torch.rand(2, 3, 4)
+    tokens = projector(embeddings, phrases, boxes)
+    assert tokens.shape == (2, 3, 4, 8)
+    other = projector(embeddings, torch.randn(2, 3, 5), torch.rand(2, 3, 4), torch.ones(2, dtype=torch.bool))
+    assert torch.equal(tokens, other)
+    torch.testing.assert_close(tokens.mean(-1), torch.zeros(2, 3, 4), atol=1e-5, rtol=0)  # normalised
+
+
+def test_projector_refuses_several_tokens_and_other_widths(projector):
+    with pytest.raises(WeightsError, match="one embedding per reference, got 7"):
+        projector(torch.randn(2, 3, 7, 6), torch.randn(2, 3, 5), torch.rand(2, 3, 4))
+    with pytest.raises(WeightsError, match="6 wide"):
+        projector(torch.randn(2, 3, 1, 9), torch.randn(2, 3, 5), torch.rand(2, 3, 4))

@@ -146,3 +146,11 @@ def test_two_missing_subjects_do_not_multiply_to_a_score():
 def test_fidelity_guards(pictures, references, message):
     with pytest.raises(DataError, match=message):
         scores.multi_subject_fidelity(pictures, references)
+
+
+def test_the_fast_way_to_a_means_interval_equals_the_general_one():
+    rng = np.random.default_rng(3)
+    values, groups = rng.random(40), rng.integers(12, size=40)
+    fast = scores.bootstrap_interval(values, groups=groups, resamples=300)
+    general = scores.bootstrap_interval(values, groups=groups, resamples=300, statistic=lambda v: float(np.mean(v)))
+    assert (fast.low, fast.high) == pytest.approx((general.low, general.high))

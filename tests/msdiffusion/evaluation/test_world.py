@@ -170,3 +170,50 @@ def test_evaluation_reads_every_condition_and_the_true_renders():
     assert rates == {"adapter_on": 1.0, "adapter_off": 0.0, "true_renders": 1.0}
     assert (report["pictures"], report["subjects"], report["sets_by_size"]) == (1, 1, {"1": 1})
     assert set(pictures) == {"adapter_on", "adapter_off", "true_renders"}
+
+
+def test_a_number_of_pictures_can_be_asked_for(cases):
+    drawn = world.draw_cases(pictures=7, seed=5, size=32)
+    assert len(drawn) == 7
+    assert [case.seed for case in drawn] == [case.seed for case in cases[:7]]
+
+
+@pytest.mark.parametrize("options", [{}, {"subjects": 3, "pictures": 3}])
+def test_subjects_or_pictures_but_not_both(options):
+    with pytest.raises(DataError, match="either subjects or pictures"):
+        world.draw_cases(**options)
+    with pytest.raises(DataError, match="at least 1 picture, got 0"):
+        world.draw_cases(pictures=0)
+
+
+def test_cases_know_masks_and_poses(cases):
+    from data_pipeline.world import render_subject
+
+    for case in cases[:5]:
+        assert case.masks.shape == (len(case.subjects), 32, 32)
+        assert case.masks.dtype == bool
+        for subject, (pose, flip), reference in zip(case.subjects, case.reference_poses, case.references, strict=True):
+            again = render_subject(subject, 32, pose=pose, flip=flip)
+            np.testing.assert_array_equal(again, np.asarray(reference))
+
+
+def test_boxes_can_be_given():
+    boxes = [(0.1, 0.1, 0.5, 0.9), (0.4, 0.2, 0.9, 0.6)]
+    case = world.draw_case(np.random.default_rng(0), 2, boxes=boxes)
+    assert [list(box) for box in case.boxes] == [list(box) for box in boxes]
+    rows, columns = np.nonzero(case.masks[1])
+    assert (columns.min() / 64, (columns.max() + 1) / 64) == pytest.approx((0.4, 0.9), abs=0.03)
+    assert (rows.min() / 64, (rows.max() + 1) / 64) == pytest.approx((0.2, 0.6), abs=0.03)
+    with pytest.raises(DataError, match="3 subjects, 2 boxes"):
+        world.draw_case(np.random.default_rng(0), 3, boxes=boxes)
+
+
+def test_mixing_is_marked_per_box(cases):
+    readings = right_readings(cases)
+    marks = world.mark_mixing(cases, readings)
+    assert len(marks) == len(readings.color)
+    assert np.nanmax(marks) == 0
+    several = next(case for case in cases if len({subject.main_color for subject in case.subjects}) == 2)
+    swapped = with_colors([several], [s.main_color for s in several.subjects][::-1])
+    if len(several.subjects) == 2:
+        assert world.mark_mixing([several], swapped).tolist() == [1.0, 1.0]

@@ -208,3 +208,8 @@ def test_dataset_smaller_than_a_batch(pairs_dir):
 def test_bad_settings_are_told_at_construction(setting, message):
     with pytest.raises(RequestError, match=message):
         PairsDataModule(**{"pairs": "somewhere", "resolution": 64} | setting)
+
+
+def test_unknown_reference_frame_is_refused(pairs_dir):
+    with pytest.raises(RequestError, match="reference_frame must be 'other' or 'target', got 'same'"):
+        PairsDataModule(str(pairs_dir), resolution=32, reference_frame="same")

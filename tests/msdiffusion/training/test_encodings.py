@@ -21,7 +21,7 @@ class CountingBackbone:
         self.asked.append(list(phrases))
         return torch.tensor([[float(len(phrase))] for phrase in phrases])
 
-    def encode_references(self, pixels):
+    def encode_references(self, pixels, features="tokens"):
         self.asked.append(len(pixels))
         return pixels.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, 3, 2)
 

@@ -417,3 +417,43 @@ def test_missing_base_is_told(pairs_dir):
 def test_bad_settings_are_told_at_construction(settings, message):
     with pytest.raises(RequestError, match=message):
         MSDiffusionModule(**{"base_model": "base", "image_encoder": "encoder"} | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "features"),
+    [
+        ({"resampler": {**RESAMPLER, "grounding": False}}, (64 + 1, 24)),
+        ({"regions": "everywhere"}, (64 + 1, 24)),
+        ({"resampler": {"tokens": 4}, "projector": "global", "regions": "everywhere"}, (1, 16)),
+    ],
+)
+def test_ablations_train_save_and_load(configured, tmp_path, settings, features):
+    from msdiffusion.generate import MSDiffusion
+
+    module, batch = configured(**settings)
+    inputs = module.encode(batch)
+    assert tuple(inputs.image_tokens.shape[-2:]) == features
+    loss, _ = module._loss(
+        module.adapter,
+        inputs,
+        torch.randn_like(inputs.latents),
+        torch.full((len(batch),), 500),
+        torch.zeros(len(batch), dtype=torch.bool),
+    )
+    loss.backward()
+    assert all(p.grad is not None for name, p in module.adapter.named_parameters() if "null" not in name)
+    module.save_pretrained(tmp_path / "adapter")
+    model = MSDiffusion.from_pretrained(tmp_path / "adapter")
+    assert model.adapter.config == module.adapter.config.__class__.from_json(
+        (tmp_path / "adapter" / "config.json").read_text()
+    )
+    picture = model.generate(
+        [batch_reference()], [(0.1, 0.1, 0.6, 0.6)], "a dog", ["dog"], steps=1, seed=0, progress=False
+    )[0]
+    assert picture.size == (64, 64)
+
+
+def batch_reference():
+    from PIL import Image
+
+    return Image.new("RGBA", (20, 20), (200, 30, 30, 255))

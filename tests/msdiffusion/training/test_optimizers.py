@@ -51,3 +51,32 @@ def test_state_survives_saving():
     second = Muon([parameter], [], lr=0.1)
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.state[parameter]["momentum"], first.state[parameter]["momentum"])
+
+
+def test_a_stack_of_matrices_is_orthogonalized_one_by_one():
+    matrices = torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(1))
+    together = orthogonalize(matrices)
+    for own, matrix in zip(together, matrices, strict=True):
+        torch.testing.assert_close(own.float(), orthogonalize(matrix).float(), atol=0.02, rtol=0)
+
+
+def test_parameters_of_one_shape_are_updated_as_if_alone():
+    generator = torch.Generator().manual_seed(2)
+    values = [torch.randn(8, 4, 3, 3, generator=generator) for _ in range(2)]
+    gradients = [torch.randn(8, 4, 3, 3, generator=generator) for _ in range(2)]
+
+    def updated(indices):
+        parameters = [nn.Parameter(values[i].clone()) for i in indices]
+        for parameter, i in zip(parameters, indices, strict=True):
+            parameter.grad = gradients[i].clone()
+        Muon(parameters, [], lr=0.1).step()
+        return [parameter.detach() for parameter in parameters]
+
+    for together, alone in zip(updated([0, 1]), updated([0]) + updated([1]), strict=True):
+        torch.testing.assert_close(together, alone, atol=1e-3, rtol=0)
+
+
+def test_parameters_without_a_gradient_are_left_alone():
+    parameter = nn.Parameter(torch.ones(4, 4))
+    Muon([parameter], [], lr=0.1).step()
+    assert torch.equal(parameter, torch.ones(4, 4))

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 
 from data_pipeline.world.renderings import RenderingSettings, load_or_render
+from msdiffusion.errors import WeightsError
 from msdiffusion.training import pretrain
 from msdiffusion.training.local_sgd import WeightAveraging
 from msdiffusion.training.pretrain import (
@@ -138,3 +139,53 @@ def test_views_are_on_white_and_augmentation_stays_in_the_frame(renderings):
 def test_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="scenes or identities"):
         WorldRenderings(kind="videos")
+
+
+def test_a_run_can_go_on_from_a_saved_base(tmp_path):
+    first = TextToImagePretraining(output=str(tmp_path / "base"), channels=(32, 32, 32))
+    first.pipeline.save_pretrained(tmp_path / "base")
+    second = TextToImagePretraining(output=str(tmp_path), channels=(32, 32, 32), initial=str(tmp_path / "base"))
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        there, here = getattr(first, name).state_dict(), getattr(second, name).state_dict()
+        assert all(torch.equal(there[key], here[key]) for key in there)
+    assert torch.equal(second.average["unet.conv_in.weight"], first.unet.conv_in.weight)
+
+
+def test_a_base_of_another_architecture_is_refused(tmp_path):
+    TextToImagePretraining(output=str(tmp_path), channels=(32, 32, 32)).pipeline.save_pretrained(tmp_path / "base")
+    with pytest.raises(WeightsError, match="holds no base of this architecture"):
+        TextToImagePretraining(output=str(tmp_path), channels=(32, 32, 64), initial=str(tmp_path / "base"))
+    with pytest.raises(WeightsError, match="holds no base"):
+        TextToImagePretraining(output=str(tmp_path), channels=(32, 32, 32), initial=str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(("factor", "channels"), [(2, (32, 32, 32)), (4, (32, 32))])
+def test_other_latents_train_too(tmp_path, renderings, factor, channels):
+    model = TextToImagePretraining(output=str(tmp_path), channels=channels, latent_factor=factor)
+    batch = SceneCaptions(renderings).__getitems__([0, 1])
+    errors, naming = model.denoising_errors(batch, torch.tensor([100, 900]))
+    assert errors.shape == (2, 64 // factor, 64 // factor)
+    assert errors.isfinite().all() and naming.isfinite()
+
+
+def test_latents_that_never_get_coarse_have_no_attention(tmp_path):
+    with pytest.raises(ValueError, match="no attention"):
+        TextToImagePretraining(output=str(tmp_path), channels=(32,), latent_factor=2)
+
+
+def test_noise_of_a_generator_repeats(tmp_path, renderings):
+    model = TextToImagePretraining(output=str(tmp_path), channels=(32, 32, 32)).eval()
+    batch = SceneCaptions(renderings).__getitems__([0, 1])
+    draws = [
+        model.denoising_errors(batch, torch.tensor([500, 500]), torch.Generator().manual_seed(seed))[0]
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_weights_inside_alone_leave_the_background_out(tmp_path):
+    model = TextToImagePretraining(output=str(tmp_path), channels=(32, 32, 32))
+    inside = model.box_weights(torch.tensor([[[0.0, 0.0, 0.5, 0.5]]]), 4, 1.0, 0.0)
+    assert inside.sum() == 4
+    assert (inside[0, :2, :2] == 1).all()

@@ -3,6 +3,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from data_pipeline.records import encode_mask
 from msdiffusion.errors import DataError
 from msdiffusion.training.shards import PairLocation, find_shards, index_shards, read_pair, split_by_key
 
@@ -181,3 +182,56 @@ def test_no_fraction_no_validation():
 def test_split_that_leaves_nothing_to_train_on_is_refused():
     with pytest.raises(DataError, match="leave none to train on"):
         split_by_key(locations_of("a"), 0.5)
+
+
+def write_masked(path, shard_writer, mask=None, **subject):
+    """One pair whose subject's mask is the middle of its box."""
+    write_shard, make_record = shard_writer
+    record = make_record("a", [BOX], (96, 64))
+    if mask is None:
+        mask = np.zeros((64, 96), bool)
+        mask[20:40, 30:60] = True
+    record["subjects"][0] |= {"target_mask_rle": encode_mask(mask)} | subject
+    write_shard(path, [("a", record)])
+    return index_shards([path])[0]
+
+
+def test_references_can_be_cut_out_of_the_target_itself(tmp_path, shard_writer):
+    location = write_masked(tmp_path / "p.tar", shard_writer)
+    pair, usual = read_pair(location, "target"), read_pair(location)
+    target = np.asarray(pair.target)
+    (reference,) = pair.references
+    assert reference.size == (30, 20)
+    pixels = np.asarray(reference)
+    assert (pixels[..., 3] == 255).all()
+    np.testing.assert_array_equal(pixels[..., :3], target[20:40, 30:60])
+    assert (pair.key, pair.caption, pair.phrases) == (usual.key, usual.caption, usual.phrases)
+    assert usual.references[0].size == (30, 20)
+    assert not np.array_equal(np.asarray(usual.references[0]), pixels)
+
+
+def test_cut_outs_are_empty_outside_the_mask(tmp_path, shard_writer):
+    mask = np.zeros((64, 96), bool)
+    mask[20, 30] = mask[21, 31] = True
+    (reference,) = read_pair(write_masked(tmp_path / "p.tar", shard_writer, mask), "target").references
+    assert np.asarray(reference)[..., 3].tolist() == [[255, 0], [0, 255]]
+    assert (np.asarray(reference)[0, 1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "subject", "message"),
+    [
+        (np.ones((32, 96), bool), {}, r"its mask is \(32, 96\).*target is \(64, 96\)"),
+        (np.zeros((64, 96), bool), {}, "0 pixels set"),
+        (None, {"target_mask_rle": {"size": [64, 96], "counts": [3]}}, "unreadable mask"),
+    ],
+)
+def test_masks_that_do_not_fit_the_target_are_refused(tmp_path, shard_writer, mask, subject, message):
+    location = write_masked(tmp_path / "p.tar", shard_writer, mask, **subject)
+    with pytest.raises(DataError, match=message):
+        read_pair(location, "target")
+
+
+def test_a_pair_without_masks_cannot_be_cut_from_its_target(pairs_dir):
+    with pytest.raises(DataError, match="no target_mask_rle"):
+        read_pair(index_shards(find_shards(pairs_dir))[0], "target")

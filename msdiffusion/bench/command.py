@@ -1,0 +1,88 @@
+"""Options of `msdiffusion bench`; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from msdiffusion.bench.rows import ROWS
+from msdiffusion.errors import RequestError
+from msdiffusion.places import DEFAULT_MODEL, REPOSITORY
+
+DEFAULT_OUT = Path("runs") / "world_benchmark"
+DEFAULT_PAIRS = REPOSITORY / "data" / "world" / "pairs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `msdiffusion bench world` and `msdiffusion bench explore`."""
+    benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
+    world = benchmarks.add_parser(
+        "world",
+        help="train and score MS-Diffusion, its ablations and its rivals on equal terms",
+        description="Trains what is not trained yet, draws what is not drawn yet, and writes the table. Run it again "
+        "to go on where it was interrupted.",
+    )
+    _add_common(world, pictures=300)
+    world.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"any of {', '.join(ROWS)}"
+    )
+    world.add_argument("--pairs", type=Path, default=DEFAULT_PAIRS, metavar="FOLDER", help="mined from world clips")
+    world.add_argument("--steps", type=int, default=700, help="training steps of every trained row")
+    world.add_argument("--train-batch", type=int, default=32, help="pairs per step")
+    world.add_argument("--training-seeds", type=int, nargs="+", default=[0], metavar="SEED")
+    world.add_argument("--jobs", type=int, default=1, help="rows worked on at once, one thread each if above 1")
+    world.add_argument("--document", type=Path, metavar="FILE.md", help="where the table goes; default: in --out")
+    world.set_defaults(run=run_world)
+    explore = benchmarks.add_parser(
+        "explore",
+        help="curves and pictures: scale, number of subjects, overlap, unseen boxes, contradicting prompts",
+        description="Draws and scores the shipped adapter where the table doesn't look.",
+    )
+    _add_common(explore, pictures=40)
+    explore.add_argument("--document", type=Path, metavar="FILE.md", help="where the page goes; default: in --out")
+    explore.set_defaults(run=run_explore, out=Path("runs") / "exploration")
+
+
+def _add_common(parser: argparse.ArgumentParser, pictures: int) -> None:
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="FOLDER", help="adapters, pictures, scores")
+    parser.add_argument(
+        "--model", type=Path, default=DEFAULT_MODEL, metavar="FOLDER", help="embedded model: base, encoder, judge, ..."
+    )
+    parser.add_argument("--pictures", type=int, default=pictures, help=f"held-out pictures per row ({pictures})")
+    parser.add_argument("--seed", type=int, default=0, help="of the cases and of the noise")
+    parser.add_argument("--draw-batch", type=int, default=16, help="pictures drawn at once")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="while drawing")
+
+
+def run_world(options: argparse.Namespace) -> None:
+    """Checks the numbers, then runs the benchmark.
+
+    Raises:
+        RequestError: a number is out of range, or a seed is named twice.
+    """
+    _check(options, ("pictures", "draw_batch", "steps", "train_batch", "jobs"))
+    if len(set(options.training_seeds)) != len(options.training_seeds) or min(options.training_seeds) < 0:
+        raise RequestError(f"--training-seeds must be different and not below 0, got {options.training_seeds}")
+    from msdiffusion.bench.world import run
+
+    run(options)
+
+
+def run_explore(options: argparse.Namespace) -> None:
+    """Checks the numbers, then runs the exploration.
+
+    Raises:
+        RequestError: a number is out of range.
+    """
+    _check(options, ("pictures", "draw_batch"))
+    from msdiffusion.bench.explore import run
+
+    run(options)
+
+
+def _check(options: argparse.Namespace, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(options, name) < 1:
+            raise RequestError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if options.seed < 0:
+        raise RequestError(f"--seed must be at least 0, got {options.seed}")

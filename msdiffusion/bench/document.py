@@ -1,0 +1,205 @@
+"""The page of the world benchmark: table with intervals, who differs from MS-Diffusion, pictures."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from msdiffusion.bench.rows import REFERENCE_ROW, ROWS
+from msdiffusion.bench.world import Settings, Unit
+from msdiffusion.evaluation.measures import MEASURES, compare_measures, groups_of, summarize_measures
+
+if TYPE_CHECKING:
+    from msdiffusion.evaluation.world import WorldCase
+
+Finished = Mapping[str, Sequence[Mapping[str, Any]]]
+GRID_CASES = 7
+NOT_RIVALS = ("true_renders", "shipped")
+"""Rows that are no methods on equal terms."""
+
+
+def write_document(path: Path, out: Path, settings: Settings, finished: Finished, command: str) -> None:
+    """Writes the page, and its grid of pictures as pictures/NAME.jpg beside it.
+
+    Args:
+        path: of the Markdown file.
+        out: folder of the benchmark, for the drawn pictures.
+        settings: of the run.
+        finished: row to the records of its training seeds.
+        command: what was typed.
+    """
+    from msdiffusion.evaluation.world import draw_cases
+
+    cases = draw_cases(pictures=settings.pictures, seed=settings.seed)
+    values = {row: mean_values(records) for row, records in finished.items()}
+    picture = path.parent / "pictures" / f"{path.stem}.jpg"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    grid(cases, finished, out).save(picture, quality=88, optimize=True)
+    page = [
+        "# The world benchmark",
+        "",
+        "<!-- written by `msdiffusion bench world`; edits are lost -->",
+        "",
+        "MS-Diffusion, its ablations and its rivals on equal terms: the same frozen base and image encoder, the same mined "
+        "pairs, the same number of training steps, the same held-out subjects, boxes and noise. What is measured and how: "
+        "[evaluation.md](evaluation.md).",
+        "",
+        "```bash",
+        command,
+        "```",
+        "",
+        *facts(settings, finished, cases),
+        "",
+        *table(cases, values),
+        "",
+        *legend(finished),
+        "",
+        *comparisons(cases, values),
+        "",
+        "## Pictures",
+        "Held-out subjects; columns are cases, rows are methods.",
+        "",
+        f"![Grid of the world benchmark](pictures/{picture.name})",
+        "",
+        *sizes(cases, values),
+    ]
+    path.write_text("\n".join(page) + "\n", encoding="utf-8")
+
+
+def mean_values(records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Measure to its values per subject or picture, averaged over the training seeds; NaN where it doesn't apply."""
+    return {
+        name: np.mean([np.array(record["values"][name], dtype=np.float64) for record in records], axis=0)
+        for name in MEASURES
+    }
+
+
+def facts(settings: Settings, finished: Finished, cases: Sequence[WorldCase]) -> list[str]:
+    """What one must know to read the table."""
+    seeds = sorted({record["training_seed"] for records in finished.values() for record in records})
+    subjects = sum(len(case.subjects) for case in cases)
+    several = (
+        f"The mean over {len(seeds)} training seeds ({', '.join(map(str, seeds))}) is shown."
+        if len(seeds) > 1
+        else f"One training seed ({seeds[0]}): the intervals tell nothing of how much another training would differ."
+    )
+    return [
+        f"{len(cases)} pictures with {subjects} held-out subjects (seed {settings.seed}); every trained row saw "
+        f"{settings.steps} steps of {settings.train_batch} pairs = {settings.steps * settings.train_batch:,}. {several} "
+        "Intervals are 95 %, bootstrapped over pictures. "
+        f"Machine: {platform.machine()}, {device()}.",
+    ]
+
+
+def device() -> str:
+    """What computed, in words."""
+    import os
+
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+
+
+def table(cases: Sequence[WorldCase], values: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """The Markdown table: a line per row, a column per measure."""
+    arrows = {1: " ↑", -1: " ↓", 0: ""}
+    heads = [f"{measure.title}{arrows[measure.better]}" for measure in MEASURES.values()]
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    for row, measured in values.items():
+        summary = summarize_measures(cases, measured)
+        cells = [_cell(summary[name]) for name in MEASURES]
+        lines.append(f"| {ROWS[row].title} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(summary: Mapping[str, Any]) -> str:
+    if summary["mean"] is None:
+        return ""
+    return f"{_short(summary['mean'])} <small>[{_short(summary['low'])}, {_short(summary['high'])}]</small>"
+
+
+def _short(value: float) -> str:
+    text = f"{value:.2f}"
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+
+
+def legend(finished: Finished) -> list[str]:
+    """What rows and columns mean."""
+    rows = [f"- {ROWS[row].title.strip('*')}: {ROWS[row].meaning}." for row in finished]
+    columns = [f"- {measure.title} (per {measure.per}): {measure.meaning}." for measure in MEASURES.values()]
+    return ["Rows:", "", *rows, "", "Columns:", "", *columns]
+
+
+def comparisons(cases: Sequence[WorldCase], values: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """Where MS-Diffusion wins, ties and loses against each rival on the same cases; nothing without its row."""
+    if REFERENCE_ROW not in values:
+        return []
+    lines = [
+        "## Where it wins, and where it does not",
+        "Difference to MS-Diffusion on the same cases. A difference counts where its 95 % interval leaves out zero; ten "
+        "columns are looked at for each row, so one of twenty such differences may be luck.",
+        "",
+        "| | MS-Diffusion is better | MS-Diffusion is worse |",
+        "|---|---|---|",
+    ]
+    lost: dict[str, list[str]] = {}
+    for row, measured in values.items():
+        if row == REFERENCE_ROW or row in NOT_RIVALS:
+            continue
+        differences = compare_measures(cases, measured, values[REFERENCE_ROW])
+        better, worse = [], []
+        for name, found in differences.items():
+            sign = MEASURES[name].better
+            if sign and (found["low"] > 0 or found["high"] < 0):
+                text = f"{MEASURES[name].title} ({-found['difference']:+.2f})"
+                (worse if found["difference"] * sign > 0 else better).append(text)
+                if found["difference"] * sign > 0:
+                    lost.setdefault(MEASURES[name].title, []).append(ROWS[row].title.strip("*"))
+        lines.append(f"| {ROWS[row].title} | {', '.join(better) or 'nowhere'} | {', '.join(worse) or 'nowhere'} |")
+    lines.append("")
+    if lost:
+        told = "; ".join(f"in {measure} it loses to: {', '.join(rows)}" for measure, rows in lost.items())
+        lines.append(f"MS-Diffusion does **not** win everywhere: {told}.")
+    else:
+        lines.append("No row is better than MS-Diffusion in any column beyond its interval.")
+    return lines
+
+
+def sizes(cases: Sequence[WorldCase], values: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """Means for one, two and three subjects in a picture."""
+    chosen = ("category", "body_color", "pattern", "layout", "retrieval", "product")
+    counts = np.array([len(case.subjects) for case in cases])
+    present = np.unique(counts)
+    lines = [
+        "## By number of subjects",
+        f"Means for pictures with {', '.join(map(str, present))} subjects.",
+        "",
+        f"| | {' | '.join(MEASURES[name].title for name in chosen)} |",
+        f"|---|{'---|' * len(chosen)}",
+    ]
+    for row, measured in values.items():
+        cells = []
+        for name in chosen:
+            own = counts[groups_of(cases, name)]
+            cells.append(" / ".join(_short(float(np.nanmean(measured[name][own == size]))) for size in present))
+        lines.append(f"| {ROWS[row].title} | {' | '.join(cells)} |")
+    return lines
+
+
+def grid(cases: Sequence[WorldCase], finished: Finished, out: Path) -> Image.Image:
+    """References, boxes, and what each row drew (its first training seed)."""
+    from msdiffusion.evaluate import varied
+    from msdiffusion.evaluation.report import GridRow, draw_grid
+
+    chosen = varied(cases, GRID_CASES)
+    rows = []
+    for row, records in finished.items():
+        folder = Unit(row, records[0]["training_seed"]).folder(out) / "pictures"
+        pictures = [Image.open(folder / f"{index:04d}.png").convert("RGB") for index in chosen]
+        rows.append(GridRow(ROWS[row].title.strip("*"), pictures))
+    return draw_grid([cases[index] for index in chosen], rows)

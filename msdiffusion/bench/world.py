@@ -1,0 +1,214 @@
+"""`msdiffusion bench world`: every row trained, drawn and measured on equal terms; resumable; one table at the end.
+
+A row and training seed is one unit of work with a folder of its own. It is done by a process of its own (`bench.work`),
+so several can run side by side, and whatever is finished is never done again as long as what it depends on is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from msdiffusion.bench.rows import ROWS
+from msdiffusion.errors import DataError, MSDiffusionError
+from msdiffusion.places import REPOSITORY, shown
+
+CLIPS = 6000
+"""World clips that pairs are mined from, where there are none yet."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the figures; written beside them."""
+
+    model: str
+    pairs: str
+    steps: int
+    train_batch: int
+    pictures: int
+    seed: int
+    draw_batch: int
+    precision: str
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> Settings:
+        """From the command line; paths absolute, so that a child process finds them."""
+        return cls(
+            model=str(options.model.resolve()),
+            pairs=str(options.pairs.resolve()),
+            **{
+                name: getattr(options, name)
+                for name in ("steps", "train_batch", "pictures", "seed", "draw_batch", "precision")
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One row with one training seed."""
+
+    row: str
+    training_seed: int
+
+    def folder(self, out: Path) -> Path:
+        """Where its adapter, pictures and measures are."""
+        return out / "rows" / self.row / f"seed_{self.training_seed}"
+
+    @property
+    def needs(self) -> Unit | None:
+        """The unit that trains the adapter it draws with, if that is another one."""
+        source = ROWS[self.row].adapter_of
+        return None if source in (None, "shipped", self.row) else Unit(source, self.training_seed)
+
+
+def plan_units(rows: Sequence[str], training_seeds: Sequence[int]) -> list[Unit]:
+    """The units of the asked rows, and of the rows whose adapters they need, in an order that works.
+
+    A row that does not depend on a training is done once, whatever the number of training seeds.
+    """
+    units: dict[Unit, None] = {}
+    for row in rows:
+        seeds = training_seeds if ROWS[row].adapter_of not in (None, "shipped") else training_seeds[:1]
+        for seed in seeds:
+            unit = Unit(row, seed)
+            if unit.needs is not None:
+                units.setdefault(unit.needs)
+            units.setdefault(unit)
+    return list(units)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Works through all units, then writes table, comparisons and grid.
+
+    Raises:
+        MSDiffusionError: a unit failed; its log is named.
+        DataError: `--out` holds results of other settings.
+    """
+    out = options.out.resolve()
+    settings = Settings.from_options(options)
+    units = plan_units(options.rows, options.training_seeds)
+    check_settings(out, settings)
+    if any(ROWS[unit.row].training is not None for unit in units):
+        ensure_pairs(Path(settings.pairs))
+    started = time.monotonic()
+    work_through(units, out, options.jobs)
+    from msdiffusion.bench.document import write_document
+
+    document = options.document or out / "world_benchmark.md"
+    write_document(document.resolve(), out, settings, finished_units(out), command_line())
+    print(f"{shown(document)}: {len(units)} units, {time.monotonic() - started:.0f} s")
+
+
+def check_settings(out: Path, settings: Settings) -> None:
+    """Writes settings.json in a new folder; in an old one it must say the same.
+
+    Raises:
+        DataError: it names the settings that differ.
+    """
+    path = out / "settings.json"
+    asked = asdict(settings)
+    if path.is_file():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        differing = [f"{name}: there {there.get(name)!r}, asked {asked[name]!r}" for name in asked
+                     if there.get(name) != asked[name]]  # fmt: skip
+        if differing:
+            raise DataError(
+                f"{shown(out)} holds results of other settings ({'; '.join(differing)}): give another --out, or remove it"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+
+
+def ensure_pairs(pairs: Path) -> None:
+    """Mines pairs from fresh world clips where there are none; build.json is written last, so it means complete."""
+    if (pairs / "build.json").is_file():
+        return
+    clips = pairs.parent / "clips"
+    for arguments in (
+        ("data_pipeline.world", "--out", str(clips), "--count", str(CLIPS)),
+        ("data_pipeline.build", "--videos", str(clips), "--out", str(pairs)),
+    ):
+        print(f"$ python -m {shlex.join(arguments)}", flush=True)
+        if subprocess.run([sys.executable, "-m", *arguments], cwd=REPOSITORY, check=False).returncode:
+            raise MSDiffusionError(f"python -m {arguments[0]} failed; its message is above")
+
+
+def work_through(units: Sequence[Unit], out: Path, jobs: int) -> None:
+    """Runs the units, `jobs` at a time, those they need first; shows what each is doing.
+
+    Raises:
+        MSDiffusionError: one ended with an error, after the others that were running have ended too.
+    """
+    from tqdm import tqdm
+
+    waiting, running = list(units), {}
+    failed: list[Unit] = []
+    with tqdm(total=len(units), desc="rows", unit="row") as bar:
+        while waiting or running:
+            for unit in list(waiting):
+                if len(running) >= jobs or failed:
+                    break
+                if unit.needs in waiting or unit.needs in running:
+                    continue
+                waiting.remove(unit)
+                running[unit] = _start(unit, out, one_thread=jobs > 1)
+            for unit, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[unit]
+                    failed += [unit] if process.returncode else []
+                    bar.update()
+            if failed and not running:
+                break
+            bar.set_postfix_str("; ".join(f"{unit.row}: {_last_words(unit.folder(out))}" for unit in running)[:150])
+            time.sleep(0.5)
+    if failed:
+        log = failed[0].folder(out) / "log.txt"
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
+        raise MSDiffusionError(f"row {failed[0].row} failed; the end of {shown(log)}:\n{tail}")
+
+
+def _start(unit: Unit, out: Path, one_thread: bool) -> subprocess.Popen[bytes]:
+    folder = unit.folder(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"} | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
+    command = [sys.executable, "-m", "msdiffusion.bench.work", str(out), unit.row, str(unit.training_seed)]
+    with (folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def _last_words(folder: Path) -> str:
+    """The newest line of a unit's log, or of its bar."""
+    log = folder / "log.txt"
+    if not log.is_file():
+        return "starting"
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 400))
+        lines = file.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
+    return next((line.strip()[:70] for line in reversed(lines) if line.strip()), "starting")
+
+
+def finished_units(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Row to the measures.json of its training seeds, for every row that has been measured, in the order of ROWS."""
+    found = {}
+    for row in ROWS:
+        paths = sorted((out / "rows" / row).glob("seed_*/measures.json"))
+        if paths:
+            found[row] = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return found
+
+
+def command_line() -> str:
+    """The command that is running, as one would type it."""
+    arguments = [shown(part) if os.path.isabs(part) else part for part in sys.argv[1:]]
+    return shlex.join([Path(sys.argv[0]).name, *arguments])
+
