@@ -296,9 +296,7 @@ def skeleton_unet(base_model: str | Path) -> UNet2DConditionModel:
         raise _not_loaded("UNet of the base model", base_model, error) from error
 
 
-def encoder_widths(
-    base_model: str | Path, image_encoder: str | Path, features: str = "tokens"
-) -> tuple[int, int]:
+def encoder_widths(base_model: str | Path, image_encoder: str | Path, features: str = "tokens") -> tuple[int, int]:
     """Widths of a phrase embedding and of the image encoder's features, read from the configs alone.
 
     Args:

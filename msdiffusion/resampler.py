@@ -183,7 +183,7 @@ class ResamplerAttention(nn.Module):
 
 
 class GlobalProjector(nn.Module):
-    """One embedding of each whole reference to T tokens: what the first IP-Adapter does (arXiv 2308.06721, section 3.2).
+    """One embedding of each whole reference to T tokens: what the first IP-Adapter does (arXiv 2308.06721).
 
     A rival of GroundingResampler with the same interface, for comparisons; phrase and box are not seen.
     """
@@ -202,7 +202,7 @@ class GlobalProjector(nn.Module):
         boxes: Tensor,
         drop_grounding: Tensor | None = None,
     ) -> Tensor:
-        """Tokens (B, S, T, C) of global embeddings (B, S, 1, D); the other arguments, as in GroundingResampler, are unused.
+        """Tokens (B, S, T, C) of global embeddings (B, S, 1, D); the other arguments are not used.
 
         Raises:
             WeightsError: a width is not the one this projector was made for, or there is more than one embedding.

@@ -45,9 +45,9 @@ def write_document(path: Path, out: Path, settings: Settings, finished: Finished
         "",
         "<!-- written by `msdiffusion bench world`; edits are lost -->",
         "",
-        "MS-Diffusion, its ablations and its rivals on equal terms: the same frozen base and image encoder, the same mined "
-        "pairs, the same number of training steps, the same held-out subjects, boxes and noise. What is measured and how: "
-        "[evaluation.md](evaluation.md).",
+        "MS-Diffusion, its ablations and its rivals on equal terms: the same frozen base and image encoder, the same "
+        "mined pairs, the same number of training steps, the same held-out subjects, boxes and noise. What is measured "
+        "and how: [evaluation.md](evaluation.md).",
         "",
         "```bash",
         command,
@@ -90,8 +90,8 @@ def facts(settings: Settings, finished: Finished, cases: Sequence[WorldCase]) ->
     )
     return [
         f"{len(cases)} pictures with {subjects} held-out subjects (seed {settings.seed}); every trained row saw "
-        f"{settings.steps} steps of {settings.train_batch} pairs = {settings.steps * settings.train_batch:,}. {several} "
-        "Intervals are 95 %, bootstrapped over pictures. "
+        f"{settings.steps} steps of {settings.train_batch} pairs = {settings.steps * settings.train_batch:,}. "
+        f"{several} Intervals are 95 %, bootstrapped over pictures. "
         f"Machine: {platform.machine()}, {device()}.",
     ]
 
@@ -141,8 +141,8 @@ def comparisons(cases: Sequence[WorldCase], values: Mapping[str, Mapping[str, np
         return []
     lines = [
         "## Where it wins, and where it does not",
-        "Difference to MS-Diffusion on the same cases. A difference counts where its 95 % interval leaves out zero; ten "
-        "columns are looked at for each row, so one of twenty such differences may be luck.",
+        "In brackets: MS-Diffusion minus the row, on the same cases. A difference counts where its 95 % interval "
+        f"leaves out zero; {len(MEASURES)} columns are looked at for each row, so some of these differences may be luck.",
         "",
         "| | MS-Diffusion is better | MS-Diffusion is worse |",
         "|---|---|---|",

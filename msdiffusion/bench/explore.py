@@ -1,7 +1,7 @@
 """`msdiffusion bench explore`: where the table doesn't look. Curves, pictures and a page, from the shipped adapter.
 
-Five questions: how strong should the adapter be, how many subjects can it hold, what if boxes overlap, what of boxes that
-no training showed, and who wins when prompt and reference contradict each other.
+Five questions: how strong should the adapter be, how many subjects can it hold, what if boxes overlap, what of boxes
+that no training showed, and who wins when prompt and reference contradict each other.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from msdiffusion.bench.document import device
-from msdiffusion.bench.world import command_line
 from msdiffusion.bench.work import hashes
+from msdiffusion.bench.world import command_line
 from msdiffusion.places import shown
 
 if TYPE_CHECKING:
@@ -123,8 +123,8 @@ def run(options: argparse.Namespace) -> None:
         "",
         "<!-- written by `msdiffusion bench explore`; edits are lost -->",
         "",
-        "What the adapter of `checkpoints/tiny` does outside the conditions of [the table](world_benchmark.md). Held-out "
-        "subjects; bars are 95 % intervals over pictures; the same noise along every row of pictures.",
+        "What the adapter of `checkpoints/tiny` does outside the conditions of [the table](world_benchmark.md). "
+        "Held-out subjects; bars are 95 % intervals over pictures; the same noise along every row of pictures.",
         "",
         "```bash",
         command_line(),
@@ -200,8 +200,8 @@ def explore_overlap(studio: Studio, count: int, seed: int) -> tuple[list[Point],
         points.append(studio.point(1 - shift, f"{1 - shift:.0%} of the side", cases))
     text = (
         "Boxes that overlap",
-        f"Two boxes of side {SIDE} are pushed into each other. In the overlap the patches read both subjects; the method has "
-        "no notion of who is in front. Confusion: the box shows the other one's main colour.",
+        f"Two boxes of side {SIDE} are pushed into each other. In the overlap patches read both subjects; the method "
+        "has no notion of who is in front. Confusion: the box shows the other one's main colour.",
     )
     return points, text, {"confusion": [float(np.nanmean(point.measured["confusion"])) for point in points]}
 
@@ -234,9 +234,8 @@ def explore_contradiction(studio: Studio, count: int, seed: int) -> tuple[list[P
         subject = case.subjects[0]
         others = [c for c in COLORS if c not in (subject.main_color, subject.second_color, subject.accent_color)]
         color = others[int(rng.integers(len(others)))]
-        article, rest = case.prompt.split(" ", 1)
-        new = "an" if color[0] in "aeiou" else "a"
-        cases.append(replace(case, prompt=f"{new} {color} {rest}" if article in ("a", "an") else f"{color} {case.prompt}"))
+        rest = case.prompt.split(" ", 1)[1]  # without its article
+        cases.append(replace(case, prompt=f"{'an' if color[0] in 'aeiou' else 'a'} {color} {rest}"))
         named.append(color)
     points = [studio.point(scale, f"scale {scale:g}", cases, scale) for scale in SCALES]
     extra: Extra = {"colour of the prompt": [], "colour of the reference": []}

@@ -1,4 +1,4 @@
-"""One unit of the world benchmark: `python -m msdiffusion.bench.work OUT ROW SEED`, started by `msdiffusion bench world`.
+"""One unit of the world benchmark, `python -m msdiffusion.bench.work OUT ROW SEED`, started by `msdiffusion bench`.
 
 Trains the row's adapter where that is not done, draws its pictures, measures them, and writes measures.json last.
 """

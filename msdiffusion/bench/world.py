@@ -122,7 +122,8 @@ def check_settings(out: Path, settings: Settings) -> None:
                      if there.get(name) != asked[name]]  # fmt: skip
         if differing:
             raise DataError(
-                f"{shown(out)} holds results of other settings ({'; '.join(differing)}): give another --out, or remove it"
+                f"{shown(out)} holds results of other settings ({'; '.join(differing)}): give another --out, or remove "
+                "it"
             )
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -209,6 +210,5 @@ def finished_units(out: Path) -> dict[str, list[dict[str, Any]]]:
 
 def command_line() -> str:
     """The command that is running, as one would type it."""
-    arguments = [shown(part) if os.path.isabs(part) else part for part in sys.argv[1:]]
+    arguments = [shown(part) if Path(part).is_absolute() else part for part in sys.argv[1:]]
     return shlex.join([Path(sys.argv[0]).name, *arguments])
-

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import generalized_box_iou_loss
 
 from data_pipeline.world import CATEGORIES, COLORS, PATTERNS
-from data_pipeline.world.subjects import SHAPE_VARIANTS
 from data_pipeline.world.renderings import Renderings, RenderingSettings, identity_labels, load_or_render
+from data_pipeline.world.subjects import SHAPE_VARIANTS
 from msdiffusion.errors import DataError
 from msdiffusion.evaluation.judge_training import degrade
 from msdiffusion.evaluation.locator import Locator, LocatorParams, grid_centers, layout_ious

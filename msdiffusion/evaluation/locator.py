@@ -1,8 +1,8 @@
 """The locator: a small conv net that finds where the subjects of a picture are, whatever they are.
 
-It tells how well a generated picture keeps the requested boxes. One stage, no anchors: every cell of a coarse grid says
-whether it lies in the middle of a subject, and how far the four edges of that subject are (FCOS, Tian et al. 2019). Like
-the judge it learns from renders only (`instrument_training.py`).
+It tells how well a generated picture keeps the requested boxes. One stage, no anchors: every cell of a coarse grid
+says whether it lies in the middle of a subject, and how far the four edges of that subject are (FCOS, Tian et al.
+2019). Like the judge it learns from renders only (`instrument_training.py`).
 
 Letters: B pictures, G side of the grid, K boxes found in one picture.
 """
@@ -42,7 +42,7 @@ class LocatorParams:
     """Channels of the stem and of the four halving stages; the grid stands after the second."""
     threshold: float = 0.3
     """Least confidence of a box that is reported."""
-    overlap: float = 0.5
+    overlap: float = 0.4
     """Of two boxes with a larger IoU only the more confident one is reported."""
 
     def __post_init__(self) -> None:

@@ -31,8 +31,6 @@ CANDIDATES = 100
 """Held-out individuals of one category among which a subject is looked up."""
 POSES = 4
 """Poses that are tried, each in both directions, to see whether a subject stands as in its reference."""
-COPY_CHANCE = 1 / (2 * POSES)
-"""Copy-paste rate of a method whose poses have nothing to do with those of the references."""
 COPY_SIDE = 24
 """Side in pixels that boxes are resampled to when poses are compared."""
 
@@ -72,7 +70,7 @@ MEASURES: Mapping[str, Measure] = {
     "confusion": Measure("confusion", "the box shows the main colour of another subject of the picture", "subject", -1),
     "copy": Measure(
         "copy-paste",
-        f"of {2 * POSES} poses the one of the reference fits best (by luck: {COPY_CHANCE:.3f})",
+        f"of {2 * POSES} poses the one of the reference fits best; true renders show how often that is luck",
         "subject",
         -1,
     ),
@@ -201,8 +199,9 @@ def measure_pictures(
 def copied_poses(case: WorldCase, picture: Image.Image) -> np.ndarray:
     """Whether each subject stands in its box exactly as in its reference: pose and direction.
 
-    The subject is drawn in POSES poses, the reference's one among them, in both directions, and each drawing is
-    compared with the box, pixel by pixel where the drawing is opaque.
+    The subject is drawn in POSES poses, the reference's one among them, in both directions, and each drawing on the
+    mean colour of the box's rim is compared with the box, pixel by pixel. Some subjects look alike in several poses;
+    then the reference's one counts. So luck is no fixed rate: it is the one of the true renders.
 
     Args:
         case: its `reference_poses` tell how the references stand.
@@ -258,8 +257,7 @@ def summarize_measures(
             "high": spread.high,
             "count": int(known.sum()),
             "by_size": {
-                str(size): float(values[known & (own_sizes == size)].mean())
-                for size in np.unique(own_sizes[known])
+                str(size): float(values[known & (own_sizes == size)].mean()) for size in np.unique(own_sizes[known])
             },
         }
     return summary

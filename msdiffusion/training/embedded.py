@@ -141,9 +141,7 @@ def build_base(
         set_alpha_to_one=True,
     )
     return StableDiffusionXLPipeline(
-        vae=PixelUnshuffleAutoencoder(
-            block_out_channels=(1,) * latent_factor.bit_length(), latent_channels=cells
-        ),
+        vae=PixelUnshuffleAutoencoder(block_out_channels=(1,) * latent_factor.bit_length(), latent_channels=cells),
         text_encoder=CLIPTextModel(text_config(text_widths[0])),
         text_encoder_2=CLIPTextModelWithProjection(text_config(text_widths[1])),
         tokenizer=tokenizer,

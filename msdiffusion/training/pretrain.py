@@ -267,7 +267,7 @@ class TextToImagePretraining(BudgetedTraining):
     def box_weights(
         self, boxes: Tensor, side: int, inside_weight: float | None = None, outside_weight: float = 1.0
     ) -> Tensor:
-        """Boxes (B, S, 4) normalised xyxy to weights (B, side, side): inside any box `box_weight` by default, else 1."""
+        """Normalised boxes (B, S, 4) to weights (B, side, side): `box_weight` inside any box by default, else 1."""
         centers = (torch.arange(side, device=boxes.device) + 0.5) / side
         inside_x = (centers >= boxes[..., :1]) & (centers <= boxes[..., 2:3])
         inside_y = (centers >= boxes[..., 1:2]) & (centers <= boxes[..., 3:])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline.world import COLORS
 from msdiffusion.bench import explore
 from msdiffusion.cli import main
 
@@ -46,7 +47,7 @@ def test_page_curves_and_pictures(tmp_path, tiny_model_dir, monkeypatch):
             assert Image.open(page.parent / "pictures" / f"exploration_{name}.{suffix}").width > 100
     assert "colour of the prompt" in text and "confusion" in text
     # the contradicting prompts name a colour that the subject lacks
-    told = [case for case in prompts if any(f" {color} " in case.prompt for color in ("red", "blue", "green", "purple"))]
+    told = [case for case in prompts if any(f" {color} " in case.prompt for color in COLORS)]
     assert told
     for case in told:
         colors = {case.subjects[0].main_color, case.subjects[0].second_color, case.subjects[0].accent_color}

@@ -18,9 +18,7 @@ from msdiffusion.evaluation.measures import MEASURES
 from msdiffusion.evaluation.world import draw_cases
 
 TINY = Path(__file__).parents[3] / "checkpoints" / "tiny"
-SETTINGS = Settings(
-    model="m", pairs="p", steps=1, train_batch=2, pictures=3, seed=0, draw_batch=2, precision="float32"
-)
+SETTINGS = Settings(model="m", pairs="p", steps=1, train_batch=2, pictures=3, seed=0, draw_batch=2, precision="float32")
 
 
 def test_a_row_brings_the_row_whose_adapter_it_draws_with():
@@ -105,6 +103,26 @@ def test_a_training_on_another_base_is_not_taken_over(tmp_path):
     settings = Settings(**{**vars(SETTINGS), "model": str(model)})
     with pytest.raises(MSDiffusionError, match="trained on another base"):
         work.train(folder, Unit("ms_diffusion", 0), settings)
+
+
+def test_measures_depend_on_weights_and_settings_of_drawing(tmp_path):
+    names = (
+        *("base/unet/diffusion_pytorch_model.safetensors", "adapter.safetensors"),
+        *(f"{name}/model.safetensors" for name in ("judge", "locator", "recognizer")),
+    )
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"weights")
+    settings = Settings(**{**vars(SETTINGS), "model": str(tmp_path)})
+    first = work.fingerprint(tmp_path, settings, {})
+    assert first == work.fingerprint(tmp_path, settings, {})
+    assert first != work.fingerprint(tmp_path, settings, {"scale": 0.0})
+    assert first != work.fingerprint(tmp_path, Settings(**{**vars(settings), "pictures": 4}), {})
+    assert first != work.fingerprint(None, settings, None)
+    for name in names:
+        (tmp_path / name).write_bytes(b"others")
+        assert first != work.fingerprint(tmp_path, settings, {})
+        (tmp_path / name).write_bytes(b"weights")
 
 
 def test_missing_weights_are_named(tmp_path):
@@ -211,13 +229,6 @@ def test_trains_draws_measures_and_goes_on_where_it_was(tmp_path, model_dir, mas
     assert (folder / "measures.json").stat().st_mtime_ns == before
     assert list(finished_units(out)) == ["ms_diffusion", "same_frame", "adapter_off", "true_renders"]
     assert "adapter off" in page.read_text()
-    # A unit whose pictures would come out otherwise is done again.
-    adapter = Unit("ms_diffusion", 0).folder(out) / "adapter" / "adapter.safetensors"
-    shutil.copy(folder / "adapter" / "adapter.safetensors", adapter)
-    old = json.loads((Unit("ms_diffusion", 0).folder(out) / "measures.json").read_text())["inputs"]
-    assert main([*arguments, "--rows", "ms_diffusion"]) == 0
-    new = json.loads((Unit("ms_diffusion", 0).folder(out) / "measures.json").read_text())["inputs"]
-    assert new["adapter"] != old["adapter"] and new["base"] == old["base"]
 
 
 def test_pairs_are_mined_where_there_are_none(tmp_path, monkeypatch):

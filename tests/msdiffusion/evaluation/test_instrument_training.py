@@ -65,7 +65,7 @@ def test_cells_in_the_middle_answer_and_the_rim_is_not_counted():
 
 
 def test_a_box_smaller_than_a_cell_still_has_one():
-    target, own = assign_cells(torch.tensor([[0.51, 0.51, 0.52, 0.52]]), torch.tensor([0]), 1, 16)
+    target, _ = assign_cells(torch.tensor([[0.51, 0.51, 0.52, 0.52]]), torch.tensor([0]), 1, 16)
     assert (target == 1).sum() == 1
 
 
