@@ -142,7 +142,7 @@ def comparisons(cases: Sequence[WorldCase], values: Mapping[str, Mapping[str, np
     lines = [
         "## Where it wins, and where it does not",
         "In brackets: MS-Diffusion minus the row, on the same cases. A difference counts where its 95 % interval "
-        f"leaves out zero; {len(MEASURES)} columns are looked at for each row, so some of these differences may be luck.",
+        f"leaves out zero; {len(MEASURES)} columns are looked at for each row, so a few may be luck.",
         "",
         "| | MS-Diffusion is better | MS-Diffusion is worse |",
         "|---|---|---|",
