@@ -195,8 +195,11 @@ def _draw(
     from msdiffusion.phrases import token_span
 
     side = picture_side(model)
-    tokenizer = model.backbone.tokenizer
-    spans = [[token_span(tokenizer, case.prompt, phrase) for phrase in case.phrases] for case in cases]
+    layout = None
+    if regions == "auto_layout":
+        tokenizer = model.backbone.tokenizer
+        spans = [[token_span(tokenizer, case.prompt, phrase) for phrase in case.phrases] for case in cases]
+        layout = AutoLayout(torch.tensor(spans, device=model.adapter.device))
     negative = model.adapter.config.defaults.get("negative_prompt", "")
     mixed = torch.autocast(model.adapter.device.type, torch.bfloat16, enabled=precision == "bfloat16")
     with torch.no_grad(), mixed:
@@ -210,9 +213,7 @@ def _draw(
             masks=torch.stack([torch.from_numpy(case.masks) for case in cases]).to(model.adapter.device)
             if regions == "masks"
             else None,
-            auto_layout=AutoLayout(torch.tensor(spans, device=model.adapter.device))
-            if regions == "auto_layout"
-            else None,
+            auto_layout=layout,
             guidance=guidance_scale > 1.0,
         )
         model.pipeline.set_progress_bar_config(disable=True)

@@ -7,7 +7,6 @@ that no training showed, and who wins when prompt and reference contradict each 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from msdiffusion.bench.document import device
-from msdiffusion.bench.work import hashes
-from msdiffusion.bench.world import command_line
+from msdiffusion.bench.work import hash_file
+from msdiffusion.bench.world import check_model, command_line, device, write_json
 from msdiffusion.places import shown
 
 if TYPE_CHECKING:
@@ -55,6 +53,8 @@ class Point:
     cases: list[WorldCase]
     pictures: list[Image.Image]
     measured: dict[str, np.ndarray]
+    ceiling: dict[str, np.ndarray]
+    """The same measures on the true renders: what the instruments themselves can see."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,11 @@ class Studio:
         from msdiffusion.evaluation.measures import measure_pictures
 
         pictures = self.maker(self.scale if scale is None else scale, label)(cases)
-        return Point(x, label, cases, pictures, measure_pictures(cases, pictures, self.instruments, self.gallery))
+        truth = [case.truth for case in cases]
+        measured, ceiling = (
+            measure_pictures(cases, made, self.instruments, self.gallery) for made in (pictures, truth)
+        )
+        return Point(x, label, cases, pictures, measured, ceiling)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -105,6 +109,7 @@ def run(options: argparse.Namespace) -> None:
     from msdiffusion.evaluation.measures import Gallery, Instruments
     from msdiffusion.generate import MSDiffusion
 
+    check_model(options.model)
     quiet_loading()
     instruments = Instruments.from_pretrained(options.model)
     studio = Studio(
@@ -117,27 +122,27 @@ def run(options: argparse.Namespace) -> None:
     document = (options.document or options.out / "exploration.md").resolve()
     pictures = document.parent / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    options.out.mkdir(parents=True, exist_ok=True)
     page = [
         "# Exploring the embedded default",
         "",
         "<!-- written by `msdiffusion bench explore`; edits are lost -->",
         "",
-        "What the adapter of `checkpoints/tiny` does outside the conditions of [the table](world_benchmark.md). "
-        "Held-out subjects; bars are 95 % intervals over pictures; the same noise along every row of pictures.",
+        f"What the adapter of `{shown(options.model)}` does outside the conditions of [the table](world_benchmark.md). "
+        "Held-out subjects; bars are 95 % intervals over pictures. In the tables: drawn / true renders, which say what "
+        "judge, locator and recognizer can see at all.",
         "",
         "```bash",
         command_line(),
         "```",
         "",
-        f"{device()}; adapter `{hashes(options.model, ('adapter.safetensors',))['adapter.safetensors'][:12]}`, seed "
+        f"{device()}; adapter `{hash_file(options.model / 'adapter.safetensors')[:12]}`, seed "
         f"{options.seed}, {options.pictures} pictures per point.",
     ]
     record: dict[str, Any] = {}
     for name, experiment in EXPERIMENTS.items():
         points, text, extra = experiment(studio, options.pictures, options.seed)
         record[name] = [describe(point) for point in points]
-        (options.out / "points.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(options.out / "points.json", record)
         plot(points, pictures / f"exploration_{name}.png", extra)
         strip(points).save(pictures / f"exploration_{name}.jpg", quality=88, optimize=True)
         page += [
@@ -200,8 +205,9 @@ def explore_overlap(studio: Studio, count: int, seed: int) -> tuple[list[Point],
         points.append(studio.point(1 - shift, f"{1 - shift:.0%} of the side", cases))
     text = (
         "Boxes that overlap",
-        f"Two boxes of side {SIDE} are pushed into each other. In the overlap patches read both subjects; the method "
-        "has no notion of who is in front. Confusion: the box shows the other one's main colour.",
+        f"Two boxes of side {SIDE} are pushed into each other; subjects and noise stay. In the overlap patches read "
+        "both subjects; the method has no notion of who is in front. Confusion: the box shows the other one's main "
+        "colour. The locator reports one box where two overlap by more than .4, so its ceiling falls.",
     )
     return points, text, {"confusion": [float(np.nanmean(point.measured["confusion"])) for point in points]}
 
@@ -225,7 +231,7 @@ def explore_boxes(studio: Studio, count: int, seed: int) -> tuple[list[Point], t
 def explore_contradiction(studio: Studio, count: int, seed: int) -> tuple[list[Point], tuple[str, str], Extra]:
     """The prompt names a colour that the reference doesn't have: "a purple dog" with a green one."""
     from data_pipeline.world import COLORS
-    from msdiffusion.evaluation.world import draw_case, read_pictures
+    from msdiffusion.evaluation.world import accepted_answers, draw_case, read_pictures
 
     rng = np.random.default_rng([seed, 14])
     cases, named = [], []
@@ -242,12 +248,12 @@ def explore_contradiction(studio: Studio, count: int, seed: int) -> tuple[list[P
     for point in points:
         colors = read_pictures(studio.instruments.judge, cases, point.pictures).color
         extra["colour of the prompt"].append(float(np.mean([c == n for c, n in zip(colors, named, strict=True)])))
-        own = [{case.subjects[0].main_color, case.subjects[0].second_color} for case in cases]
+        own = [accepted_answers(case.subjects[0])["body_color"] for case in cases]
         extra["colour of the reference"].append(float(np.mean([c in o for c, o in zip(colors, own, strict=True)])))
     text = (
         "When the prompt contradicts the reference",
         'The prompt names a colour that the reference does not have ("a purple dog" with a green one). The curves say '
-        "whose colour the judge sees in the box.",
+        "whose colour the judge sees in the box (of the reference: its body colour); the rest shows neither.",
     )
     return points, text, extra
 
@@ -275,9 +281,12 @@ def point_table(points: Sequence[Point], extra: Extra) -> list[str]:
     heads = [MEASURES[name].title for name in CURVES] + list(extra)
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for index, point in enumerate(points):
-        numbers = [float(np.nanmean(point.measured[name])) for name in CURVES]
-        numbers += [curve[index] for curve in extra.values()]
-        lines.append(f"| {point.label} | {' | '.join(f'{number:.2f}' for number in numbers)} |")
+        cells = [
+            f"{float(np.nanmean(point.measured[name])):.2f} / {float(np.nanmean(point.ceiling[name])):.2f}"
+            for name in CURVES
+        ]
+        cells += [f"{curve[index]:.2f}" for curve in extra.values()]
+        lines.append(f"| {point.label} | {' | '.join(cells)} |")
     return lines
 
 

@@ -102,7 +102,7 @@ ROWS: Mapping[str, Row] = dict(
         ("true_renders", Row("true renders", "the world's own drawing: the ceiling of every column", None, None, None)),
         (
             "shipped",
-            Row("embedded default", "MS-Diffusion as shipped in checkpoints/tiny, trained longer", None, "shipped"),
+            Row("*embedded default*", "the adapter in checkpoints/tiny: MS-Diffusion trained longer", None, "shipped"),
         ),
     ]
 )

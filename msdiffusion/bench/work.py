@@ -15,14 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msdiffusion.bench.rows import ROWS, training_arguments
-from msdiffusion.bench.world import Settings, Unit
+from msdiffusion.bench.world import Settings, Unit, device, write_json
 from msdiffusion.errors import MSDiffusionError
-from msdiffusion.places import REPOSITORY
+from msdiffusion.places import REPOSITORY, shown
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from msdiffusion.evaluation.world import WorldCase
+
+
+VERSION = 1
+"""Raised when measures.py or the drawing changes, so that old results are not taken for new ones."""
+INSTRUMENTS = ("judge", "locator", "recognizer")
+FROZEN = ("base/unet", "base/text_encoder", "base/text_encoder_2", "base/scheduler", "base/vae", "image_encoder")
+"""Parts of the model folder that training and drawing depend on."""
 
 
 def work(out: Path, unit: Unit) -> None:
@@ -32,12 +39,12 @@ def work(out: Path, unit: Unit) -> None:
     row = ROWS[unit.row]
     if row.training is not None:
         train(folder, unit, settings)
-    adapter = adapter_folder(out, unit, settings)
-    inputs = fingerprint(adapter, settings, row.drawing)
+    inputs = fingerprint(out, unit, settings)
     done = folder / "measures.json"
     if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["inputs"] == inputs:
         print("measured before, nothing has changed")
         return
+    done.unlink(missing_ok=True)  # from here on its pictures are replaced
     from msdiffusion.backbone import quiet_loading
     from msdiffusion.evaluation.measures import Gallery, Instruments, measure_pictures, summarize_measures
     from msdiffusion.evaluation.world import draw_cases
@@ -46,7 +53,7 @@ def work(out: Path, unit: Unit) -> None:
     start = time.monotonic()
     instruments = Instruments.from_pretrained(settings.model)
     cases = draw_cases(pictures=settings.pictures, seed=settings.seed)
-    pictures = draw(cases, adapter, settings, row.drawing, f"drawing {unit.row}")
+    pictures = draw(cases, adapter_folder(out, unit, settings), settings, row.drawing, f"drawing {unit.row}")
     for index, picture in enumerate(pictures):
         path = folder / "pictures" / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +64,7 @@ def work(out: Path, unit: Unit) -> None:
         "row": unit.row,
         "training_seed": unit.training_seed,
         "inputs": inputs,
+        "device": device(),
         "seconds": {"drawing": round(drawn - start, 1), "measuring": round(time.monotonic() - drawn, 1)},
         "summary": summarize_measures(cases, measured),
         # NaN is no JSON: null where a measure doesn't apply
@@ -65,42 +73,71 @@ def work(out: Path, unit: Unit) -> None:
             for name, values in measured.items()
         },
     }
-    partial = done.with_suffix(".tmp")
-    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    partial.replace(done)
+    write_json(done, record)
 
 
 def train(folder: Path, unit: Unit, settings: Settings) -> None:
     """Runs `lightning fit` for a row, or goes on with it; training.json means that it is complete.
 
+    started.json says what the training depends on; it is written before the first step and compared ever after.
+
     Raises:
-        MSDiffusionError: the training failed, or was done with other weights of the base.
+        MSDiffusionError: the training failed or was stopped, or what is there was trained on something else.
     """
+    inputs = training_inputs(folder, unit, settings)
+    started, done = folder / "started.json", folder / "training.json"
+    if started.is_file():
+        there = json.loads(started.read_text(encoding="utf-8"))
+        if differing := [name for name in inputs if there.get(name) != inputs[name]]:
+            raise MSDiffusionError(
+                f"{shown(folder)} was trained on another state of: {', '.join(differing)}; give another --out, or "
+                "remove that folder"
+            )
+    else:
+        write_json(started, inputs)
+    if done.is_file():
+        return
+    last = folder / "checkpoints" / "last.ckpt"
+    resume = ["--ckpt_path", "last"] if last.is_file() else []
+    command = [sys.executable, "-m", "msdiffusion.training", "fit", "-c", "configs/msd.yaml", *inputs["arguments"]]
+    start = time.monotonic()
+    status = subprocess.run([*command, *resume], cwd=REPOSITORY, check=False).returncode
+    # A run that is told to stop saves its state and ends without an error.
+    if status or finished_steps(last) < settings.steps:
+        raise MSDiffusionError(f"the training ended at step {finished_steps(last)} of {settings.steps}; see above")
+    if training_inputs(folder, unit, settings) != inputs:
+        raise MSDiffusionError("base, config or pairs changed while the row was trained: remove its folder")
+    write_json(done, {"resumed": bool(resume), "device": device(), "seconds": round(time.monotonic() - start, 1)})
+
+
+def training_inputs(folder: Path, unit: Unit, settings: Settings) -> dict[str, Any]:
+    """Everything that decides what a row learns: arguments, and hashes of config, frozen networks and pairs."""
     common = {
         "seed_everything": unit.training_seed,
         "trainer.default_root_dir": str(folder),
         "trainer.max_steps": settings.steps,
+        "trainer.val_check_interval": settings.steps,
         "data.init_args.pairs": settings.pairs,
         "data.init_args.batch_size": settings.train_batch,
         "data.init_args.seed": unit.training_seed,
         "model.init_args.base_model": f"{settings.model}/base",
         "model.init_args.image_encoder": f"{settings.model}/image_encoder",
     }
-    arguments = training_arguments(ROWS[unit.row], common)
-    base = hashes(Path(settings.model), ("base/unet/diffusion_pytorch_model.safetensors",
-                                         "image_encoder/model.safetensors"))  # fmt: skip
-    done = folder / "training.json"
-    if done.is_file():
-        if json.loads(done.read_text(encoding="utf-8"))["frozen"] != base:
-            raise MSDiffusionError(f"{folder} was trained on another base: give another --out, or remove it")
-        return
-    resume = ["--ckpt_path", "last"] if (folder / "checkpoints" / "last.ckpt").is_file() else []
-    command = [sys.executable, "-m", "msdiffusion.training", "fit", "-c", "configs/msd.yaml", *arguments, *resume]
-    start = time.monotonic()
-    if subprocess.run(command, cwd=REPOSITORY, check=False).returncode:
-        raise MSDiffusionError("the training failed; its message is above")
-    record = {"arguments": arguments, "frozen": base, "seconds": round(time.monotonic() - start, 1)}
-    done.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return {
+        "arguments": training_arguments(ROWS[unit.row], common),
+        "configs/msd.yaml": hash_file(REPOSITORY / "configs" / "msd.yaml"),
+        "frozen networks": {name: hash_folder(Path(settings.model) / name) for name in FROZEN},
+        "pairs": hash_file(Path(settings.pairs) / "build.json"),
+    }
+
+
+def finished_steps(checkpoint: Path) -> int:
+    """Optimizer steps in a Lightning checkpoint, 0 if there is none."""
+    if not checkpoint.is_file():
+        return 0
+    import torch
+
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
 
 
 def adapter_folder(out: Path, unit: Unit, settings: Settings) -> Path | None:
@@ -111,27 +148,36 @@ def adapter_folder(out: Path, unit: Unit, settings: Settings) -> Path | None:
     return Path(settings.model) if source == "shipped" else Unit(source, unit.training_seed).folder(out) / "adapter"
 
 
-def fingerprint(adapter: Path | None, settings: Settings, drawing: Mapping[str, Any] | None) -> dict[str, Any]:
+def fingerprint(out: Path, unit: Unit, settings: Settings) -> dict[str, Any]:
     """What the measures of a unit depend on: when it changes, they are made again."""
-    instruments = tuple(f"{name}/model.safetensors" for name in ("judge", "locator", "recognizer"))
+    adapter = adapter_folder(out, unit, settings)
+    model = Path(settings.model)
     facts: dict[str, Any] = {
+        "version": VERSION,
         "settings": {name: getattr(settings, name) for name in ("pictures", "seed")},
-        "instruments": hashes(Path(settings.model), instruments),
+        "instruments": {name: hash_folder(model / name) for name in INSTRUMENTS},
     }
     if adapter is not None:
         facts["settings"] |= {"draw_batch": settings.draw_batch, "precision": settings.precision}
-        facts["adapter"] = hashes(adapter, ("adapter.safetensors",))
-        facts["base"] = hashes(Path(settings.model), ("base/unet/diffusion_pytorch_model.safetensors",))
-        facts["drawing"] = dict(drawing or {})
+        facts["adapter"] = {name: hash_file(adapter / name) for name in ("adapter.safetensors", "config.json")}
+        facts["frozen"] = {name: hash_folder(model / name) for name in FROZEN}
+        facts["drawing"] = dict(ROWS[unit.row].drawing or {})
     return facts
 
 
-def hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """sha256 of files; MSDiffusionError where one is missing."""
-    for name in names:
-        if not (folder / name).is_file():
-            raise MSDiffusionError(f"{folder / name} is missing")
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+def hash_folder(folder: Path) -> str:
+    """One sha256 of names and contents of all files in a folder; MSDiffusionError where there is none."""
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    if not files:
+        raise MSDiffusionError(f"{shown(folder)} is missing or empty")
+    return hashlib.sha256("\n".join(f"{path.name} {hash_file(path)}" for path in files).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file; MSDiffusionError where it is missing."""
+    if not path.is_file():
+        raise MSDiffusionError(f"{shown(path)} is missing")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def draw(

@@ -7,9 +7,11 @@ so several can run side by side, and whatever is finished is never done again as
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from msdiffusion.bench.rows import ROWS
-from msdiffusion.errors import DataError, MSDiffusionError
+from msdiffusion.errors import DataError, MSDiffusionError, WeightsError
 from msdiffusion.places import REPOSITORY, shown
 
 CLIPS = 6000
@@ -94,8 +96,10 @@ def run(options: argparse.Namespace) -> None:
         DataError: `--out` holds results of other settings.
     """
     out = options.out.resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the units are ended too
     settings = Settings.from_options(options)
     units = plan_units(options.rows, options.training_seeds)
+    check_model(options.model)
     check_settings(out, settings)
     if any(ROWS[unit.row].training is not None for unit in units):
         ensure_pairs(Path(settings.pairs))
@@ -104,8 +108,24 @@ def run(options: argparse.Namespace) -> None:
     from msdiffusion.bench.document import write_document
 
     document = options.document or out / "world_benchmark.md"
-    write_document(document.resolve(), out, settings, finished_units(out), command_line())
+    finished = finished_units(out, settings, options.training_seeds)
+    write_document(document.resolve(), out, settings, finished, command_line())
     print(f"{shown(document)}: {len(units)} units, {time.monotonic() - started:.0f} s")
+
+
+def check_model(model: Path) -> None:
+    """Raise unless a folder has what the benchmarks use of the embedded model.
+
+    Raises:
+        WeightsError: names the first part that is missing.
+    """
+    for name in (
+        "base/model_index.json",
+        "image_encoder/model.safetensors",
+        *(f"{instrument}/model.safetensors" for instrument in ("judge", "locator", "recognizer")),
+    ):
+        if not (model / name).is_file():
+            raise WeightsError(f"--model must be a folder like checkpoints/tiny, but {shown(model / name)} is missing")
 
 
 def check_settings(out: Path, settings: Settings) -> None:
@@ -126,8 +146,22 @@ def check_settings(out: Path, settings: Settings) -> None:
                 "it"
             )
         return
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+    write_json(path, asked)
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Writes a JSON file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def device() -> str:
+    """What computes here, in words."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
 
 
 def ensure_pairs(pairs: Path) -> None:
@@ -152,30 +186,42 @@ def work_through(units: Sequence[Unit], out: Path, jobs: int) -> None:
     """
     from tqdm import tqdm
 
-    waiting, running = list(units), {}
+    waiting: list[Unit] = list(units)
+    running: dict[Unit, subprocess.Popen[bytes]] = {}
     failed: list[Unit] = []
-    with tqdm(total=len(units), desc="rows", unit="row") as bar:
-        while waiting or running:
-            for unit in list(waiting):
-                if len(running) >= jobs or failed:
+    try:
+        with tqdm(total=len(units), desc="rows", unit="row") as bar:
+            while waiting or running:
+                for unit in list(waiting):
+                    if len(running) >= jobs or failed:
+                        break
+                    if unit.needs in waiting or unit.needs in running:
+                        continue
+                    waiting.remove(unit)
+                    running[unit] = _start(unit, out, one_thread=jobs > 1)
+                for unit, process in list(running.items()):
+                    if process.poll() is not None:
+                        del running[unit]
+                        failed += [unit] if process.returncode else []
+                        bar.update()
+                if failed and not running:
                     break
-                if unit.needs in waiting or unit.needs in running:
-                    continue
-                waiting.remove(unit)
-                running[unit] = _start(unit, out, one_thread=jobs > 1)
-            for unit, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[unit]
-                    failed += [unit] if process.returncode else []
-                    bar.update()
-            if failed and not running:
-                break
-            bar.set_postfix_str("; ".join(f"{unit.row}: {_last_words(unit.folder(out))}" for unit in running)[:150])
-            time.sleep(0.5)
+                bar.set_postfix_str("; ".join(f"{unit.row}: {_last_words(unit.folder(out))}" for unit in running)[:150])
+                time.sleep(0.5)
+    finally:
+        for process in running.values():  # only after an interruption
+            _stop(process)
     if failed:
         log = failed[0].folder(out) / "log.txt"
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
         raise MSDiffusionError(f"row {failed[0].row} failed; the end of {shown(log)}:\n{tail}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a unit and the training that it may have started: they are one process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
 
 
 def _start(unit: Unit, out: Path, one_thread: bool) -> subprocess.Popen[bytes]:
@@ -184,7 +230,9 @@ def _start(unit: Unit, out: Path, one_thread: bool) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"} | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
     command = [sys.executable, "-m", "msdiffusion.bench.work", str(out), unit.row, str(unit.training_seed)]
     with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
 
 
 def _last_words(folder: Path) -> str:
@@ -198,13 +246,30 @@ def _last_words(folder: Path) -> str:
     return next((line.strip()[:70] for line in reversed(lines) if line.strip()), "starting")
 
 
-def finished_units(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """Row to the measures.json of its training seeds, for every row that has been measured, in the order of ROWS."""
+def finished_units(out: Path, settings: Settings, training_seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """Row to the measures.json of the asked training seeds, in the order of ROWS.
+
+    A row is left out, and that is said, where a seed is missing or where weights have changed since it was measured.
+    """
+    from msdiffusion.bench.work import fingerprint
+
     found = {}
     for row in ROWS:
-        paths = sorted((out / "rows" / row).glob("seed_*/measures.json"))
-        if paths:
-            found[row] = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        if not (out / "rows" / row).is_dir():
+            continue
+        records = []
+        for unit in plan_units([row], training_seeds):
+            path = unit.folder(out) / "measures.json"
+            if unit.row != row or not path.is_file():
+                continue
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record["inputs"] == fingerprint(out, unit, settings):
+                records.append(record)
+        wanted = sum(unit.row == row for unit in plan_units([row], training_seeds))
+        if len(records) == wanted:
+            found[row] = records
+        else:
+            print(f"left out of the table: {row}, measured for {len(records)} of {wanted} seeds on today's weights")
     return found
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.ops import nms
@@ -199,7 +200,10 @@ def load_instrument(network_type: type, params_type: type, model_type: str, dire
             raise WeightsError(
                 f"no {kind} at {folder}: {name} is missing; lightning fit -c configs/embedded/{kind}.yaml trains one"
             )
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"{folder / CONFIG_NAME} is not JSON: {error}") from error
     if config.pop("model_type", None) != model_type:
         raise WeightsError(f"{folder / CONFIG_NAME} doesn't describe a {kind} (its model_type isn't {model_type})")
     try:
@@ -208,6 +212,6 @@ def load_instrument(network_type: type, params_type: type, model_type: str, dire
         )
         network = network_type(params)
         network.load_state_dict(load_file(folder / WEIGHTS_NAME))
-    except (TypeError, DataError, RuntimeError) as error:
+    except (TypeError, DataError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"the {kind} at {folder} can't be loaded: {error}") from error
     return network.eval()

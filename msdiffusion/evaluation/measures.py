@@ -70,9 +70,10 @@ MEASURES: Mapping[str, Measure] = {
     "confusion": Measure("confusion", "the box shows the main colour of another subject of the picture", "subject", -1),
     "copy": Measure(
         "copy-paste",
-        f"of {2 * POSES} poses the one of the reference fits best; true renders show how often that is luck",
+        f"of {2 * POSES} poses the one of the reference fits best, where the category is right; the rate of the true "
+        "renders is luck, more is copying",
         "subject",
-        -1,
+        0,
     ),
 }
 
@@ -115,8 +116,8 @@ class Gallery:
     """
 
     def __init__(self, recognizer: Recognizer, size: int = 64, seed: int = 0, candidates: int = CANDIDATES) -> None:
-        if candidates < 2:
-            raise DataError(f"a retrieval needs at least 2 candidates, got {candidates}")
+        if not 2 <= candidates <= 1000:  # there are some thousand held-out individuals of a category
+            raise DataError(f"a retrieval needs 2 to 1000 candidates, got {candidates}")
         self.recognizer, self.size, self.seed, self.candidates = recognizer, size, seed, candidates
         self._others: dict[str, tuple[list[Identity], np.ndarray]] = {}
 
@@ -190,9 +191,9 @@ def measure_pictures(
     cosines = np.clip((shown * own).sum(1), 0.0, 1.0)
     ends = np.cumsum([len(case.subjects) for case in cases])
     result["product"] = np.array([part.prod() for part in np.split(cosines.astype(np.float64), ends[:-1])])
-    result["copy"] = np.concatenate(
-        [copied_poses(case, picture) for case, picture in zip(cases, pictures, strict=True)]
-    ).astype(np.float64)
+    copied = np.concatenate([copied_poses(case, picture) for case, picture in zip(cases, pictures, strict=True)])
+    # Of a box that doesn't show the thing at all, no pose can be told.
+    result["copy"] = np.where(result["category"] == 1, copied.astype(np.float64), np.nan)
     return {name: result[name] for name in MEASURES}
 
 
@@ -234,23 +235,24 @@ def summarize_measures(
 ) -> dict[str, dict[str, Any]]:
     """Mean, 95 % interval and count of every measure, and its mean for each number of subjects.
 
-    Intervals are bootstrapped over pictures: subjects of one picture stand or fall together.
+    Intervals are bootstrapped over pictures (subjects of one picture stand or fall together) and training runs.
 
     Args:
         cases: the cases.
-        measured: from `measure_pictures`.
+        measured: from `measure_pictures`; or the same of several training runs stacked, (runs, S) or (runs, B).
         resamples: of the bootstrap.
     """
     sizes = np.array([len(case.subjects) for case in cases])
     summary = {}
     for name, values in measured.items():
         groups = groups_of(cases, name)
-        known = ~np.isnan(values)
+        runs = np.atleast_2d(values)
+        known = ~np.isnan(runs).any(0)
         if not known.any():
             summary[name] = {"mean": None, "low": None, "high": None, "count": 0, "by_size": {}}
             continue
-        spread = scores.bootstrap_interval(values[known], groups=groups[known], resamples=resamples)
-        own_sizes = sizes[groups]
+        spread = scores.interval_over_runs(runs[:, known], groups[known], resamples=resamples)
+        own_sizes, values = sizes[groups], runs.mean(0)
         summary[name] = {
             "mean": float(values[known].mean()),
             "low": spread.low,
@@ -266,13 +268,20 @@ def summarize_measures(
 def compare_measures(
     cases: Sequence[WorldCase], first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, float]]:
-    """Mean difference (first minus second) of every measure on the same cases, with its 95 % interval over pictures."""
+    """Mean difference (first minus second) of every measure on the same cases, with its 95 % interval.
+
+    Args:
+        cases: the cases.
+        first, second: from `measure_pictures`, or several training runs stacked; then as many under both (run k is
+            compared with run k), or a single one under one of them.
+    """
     result = {}
     for name in first:
-        known = ~(np.isnan(first[name]) | np.isnan(second[name]))
+        difference = np.atleast_2d(first[name]) - np.atleast_2d(second[name])
+        known = ~np.isnan(difference).any(0)
         if known.any():
-            difference = first[name][known] - second[name][known]
-            spread = scores.bootstrap_interval(difference, groups=groups_of(cases, name)[known])
+            difference = difference[:, known]
+            spread = scores.interval_over_runs(difference, groups_of(cases, name)[known])
             result[name] = {"difference": float(difference.mean()), "low": spread.low, "high": spread.high}
     return result
 

@@ -123,6 +123,40 @@ def bootstrap_interval(
     return Interval(float(low), float(high))
 
 
+def interval_over_runs(
+    values: ArrayLike, groups: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap of a mean over training runs and pictures: both runs and whole groups are drawn anew.
+
+    With one run it equals `bootstrap_interval`: what another training would have given can't be known from one.
+
+    Args:
+        values: (runs, N), the same samples under every run.
+        groups: N labels; samples with one label are drawn together.
+        level, resamples, seed: as for `bootstrap_interval`.
+
+    Raises:
+        DataError: no values, or another number of groups than samples.
+    """
+    numbers = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    labels = np.asarray(groups).ravel()
+    if numbers.size == 0 or labels.size != numbers.shape[1]:
+        raise DataError(f"every sample needs one group: values of shape {numbers.shape}, {labels.size} groups")
+    if len(numbers) == 1:
+        return bootstrap_interval(numbers[0], groups=labels, level=level, resamples=resamples, seed=seed)
+    _, index = np.unique(labels, return_inverse=True)
+    sums = np.stack([np.bincount(index, weights=run) for run in numbers])  # (runs, groups)
+    sizes = np.bincount(index)
+    generator = np.random.default_rng(seed)
+    runs = generator.integers(len(numbers), size=(resamples, len(numbers)))
+    picks = generator.integers(len(sizes), size=(resamples, len(sizes)))
+    drawn = np.array(
+        [sums[own].mean(0)[picked].sum() / sizes[picked].sum() for own, picked in zip(runs, picks, strict=True)]
+    )
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
+
+
 def sign_test(positive: int, negative: int) -> float:
     """Exact two-sided sign test: p of a split at least as uneven as this one under a fair coin, ties left out.
 

@@ -122,10 +122,13 @@ def draw_case(
             true render, and the case asks for exactly these boxes.
 
     Raises:
-        DataError: another number of boxes than subjects.
+        DataError: another number of boxes than subjects, or a box that isn't an ordered xyxy inside the picture.
     """
     if boxes is not None and len(boxes) != num_subjects:
         raise DataError(f"every subject needs one box: {num_subjects} subjects, {len(boxes)} boxes")
+    for x1, y1, x2, y2 in boxes or ():
+        if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
+            raise DataError(f"a box is x1, y1, x2, y2 in [0, 1] with x1 < x2 and y1 < y2, got {(x1, y1, x2, y2)}")
     scene = sample_scene(rng, split=split, num_subjects=num_subjects, size=size, boxes=boxes)
     poses = tuple((float(rng.random()), bool(rng.random() < 0.5)) for _ in scene.subjects)
     references = tuple(

@@ -84,7 +84,8 @@ def build_base(
         latent_factor: pixels per latent cell, a power of two; a cell has 3 * latent_factor ** 2 channels.
 
     Raises:
-        ValueError: if a width is not a multiple of head_width, or no resolution has attention.
+        ValueError: if a width is not a multiple of head_width, the factor is no power of two that divides the size, or
+            no resolution has attention.
     """
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -93,6 +94,8 @@ def build_base(
 
     if any(width % head_width for width in (*channels, *text_widths)):
         raise ValueError(f"channels {channels} and text widths {text_widths} must be multiples of {head_width}")
+    if latent_factor < 1 or latent_factor & (latent_factor - 1) or size % latent_factor:
+        raise ValueError(f"latent_factor must be a power of two that divides {size}, got {latent_factor}")
     side = size // latent_factor
     attends = [side // 2**level <= 16 for level in range(len(channels))]
     if not any(attends):

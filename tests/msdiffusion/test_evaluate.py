@@ -145,3 +145,39 @@ def test_grids_show_every_size_of_set():
     chosen = varied(cases, 6)
     assert [len(cases[index].subjects) for index in chosen] == [1, 1, 2, 2, 3, 3]
     assert len(set(varied(cases, 1000))) == len(cases)
+
+
+@pytest.mark.parametrize("regions", ["boxes", "masks", "auto_layout"])
+def test_every_kind_of_region_draws_the_same_in_a_batch(model, regions):
+    from msdiffusion.evaluate import picture_maker
+
+    cases = draw_cases(pictures=40, seed=3, shares=(0.0, 1.0))
+    short = [case for case in cases if len(case.prompt) < 34][:2]  # the miniature's tokenizer spells words out
+    settings = {"scale": 1.0, "steps": 6, "guidance_scale": 3.0, "label": "test", "regions": regions}
+    together = picture_maker(model, batch_size=2, **settings)(short)
+    for case, picture in zip(short, together, strict=True):
+        (alone,) = picture_maker(model, batch_size=1, **settings)([case])
+        assert np.abs(pixels(picture) - pixels(alone)).max() <= 1
+
+
+def test_regions_change_the_picture_where_they_should(model):
+    """Auto layout follows the boxes for four steps, so it differs after the fifth one only; masks differ at once."""
+    from msdiffusion.evaluate import picture_maker
+
+    case = next(c for c in draw_cases(pictures=40, seed=3, shares=(1.0,)) if len(c.prompt) < 30)
+    settings = {"scale": 1.0, "guidance_scale": 3.0, "label": "test", "batch_size": 1}
+
+    def drawn(regions, steps):
+        return pixels(picture_maker(model, steps=steps, regions=regions, **settings)([case])[0])
+
+    np.testing.assert_array_equal(drawn("auto_layout", 4), drawn("boxes", 4))
+    assert (drawn("auto_layout", 6) != drawn("boxes", 6)).any()
+    assert (drawn("masks", 4) != drawn("boxes", 4)).any()
+
+
+def test_unknown_regions_are_refused(model):
+    from msdiffusion.errors import RequestError
+    from msdiffusion.evaluate import picture_maker
+
+    with pytest.raises(RequestError, match="regions must be"):
+        picture_maker(model, scale=1, steps=1, guidance_scale=1, batch_size=1, label="", regions="circles")

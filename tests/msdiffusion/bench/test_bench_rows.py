@@ -62,3 +62,28 @@ def test_arguments_are_what_a_shell_would_be_given():
     assert arguments[:4] == ["--trainer.max_steps", "7", "--data.init_args.pairs", "a b"]
     assert arguments[4] == "--model.init_args.resampler"
     assert json.loads(arguments[5]) == {**RESAMPLER, "grounding": False}
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.training])
+def test_settings_of_a_row_arrive_through_the_command_line(name):
+    """`lightning fit --print_config` shows what a row is trained with, beside everything of configs/msd.yaml."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "msdiffusion.training", "fit", "-c", "configs/msd.yaml"]
+    shown = subprocess.run(
+        [*command, *training_arguments(ROWS[name], {"trainer.max_steps": 7}), "--print_config"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    parsed = yaml.safe_load(shown[shown.index("# pytorch_lightning") :])
+    assert parsed["trainer"]["max_steps"] == 7
+    expected = {part: dict(CONFIG[part]["init_args"]) for part in ("model", "data")}
+    for key, value in ROWS[name].training.items():
+        part, _, setting = key.split(".")
+        expected[part][setting] = value
+    for part, settings in expected.items():
+        for setting, value in settings.items():
+            assert parsed[part]["init_args"][setting] == value, (part, setting)

@@ -1,6 +1,7 @@
 """`msdiffusion bench world`: order of work, resuming, guards, and the whole way on the miniature stack."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import pytest
 from PIL import Image
 
 from msdiffusion.bench import work, world
-from msdiffusion.bench.document import _short, comparisons, mean_values
+from msdiffusion.bench.document import _short, comparisons, stacked_values
 from msdiffusion.bench.rows import ROWS
 from msdiffusion.bench.world import Settings, Unit, check_settings, finished_units, plan_units
 from msdiffusion.cli import main
 from msdiffusion.errors import DataError, MSDiffusionError
-from msdiffusion.evaluation.measures import MEASURES
+from msdiffusion.evaluation.measures import MEASURES, summarize_measures
 from msdiffusion.evaluation.world import draw_cases
 
 TINY = Path(__file__).parents[3] / "checkpoints" / "tiny"
@@ -92,42 +93,154 @@ def test_the_last_words_of_a_log_are_its_newest_bar(tmp_path):
     assert world._last_words(tmp_path / "nothing") == "starting"
 
 
-def test_a_training_on_another_base_is_not_taken_over(tmp_path):
+@pytest.fixture
+def fake_model(tmp_path):
+    """Folders with one file each where weights would be, and settings that point to them."""
     model = tmp_path / "model"
-    for name in ("base/unet/diffusion_pytorch_model.safetensors", "image_encoder/model.safetensors"):
-        (model / name).parent.mkdir(parents=True)
-        (model / name).write_bytes(b"new weights")
+    for name in (*work.FROZEN, *work.INSTRUMENTS):
+        (model / name).mkdir(parents=True)
+        (model / name / "weights").write_bytes(b"weights")
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "build.json").write_text("{}")
+    for name in ("adapter.safetensors", "config.json"):
+        (model / name).write_bytes(b"adapter")
+    return Settings(**{**vars(SETTINGS), "model": str(model), "pairs": str(tmp_path / "pairs")})
+
+
+def fake_training(monkeypatch, folder, steps, status=0):
+    """Replaces `lightning fit` by something that leaves a checkpoint at a step."""
+    import torch
+
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        torch.save({"global_step": steps}, folder / "checkpoints" / "last.ckpt")
+        return type("Done", (), {"returncode": status})
+
+    monkeypatch.setattr(work.subprocess, "run", run)
+    return calls
+
+
+def test_a_training_that_was_stopped_is_not_complete_but_gone_on_with(tmp_path, fake_model, monkeypatch):
+    """Lightning ends without an error when it is told to stop."""
     folder = tmp_path / "row"
-    folder.mkdir()
-    (folder / "training.json").write_text(json.dumps({"frozen": {"base": "old"}}))
-    settings = Settings(**{**vars(SETTINGS), "model": str(model)})
-    with pytest.raises(MSDiffusionError, match="trained on another base"):
+    settings = Settings(**{**vars(fake_model), "steps": 10})
+    calls = fake_training(monkeypatch, folder, steps=4)
+    with pytest.raises(MSDiffusionError, match="ended at step 4 of 10"):
         work.train(folder, Unit("ms_diffusion", 0), settings)
+    assert not (folder / "training.json").exists()
+    assert "--ckpt_path" not in calls[0]
+    calls = fake_training(monkeypatch, folder, steps=10)
+    work.train(folder, Unit("ms_diffusion", 0), settings)
+    assert calls[0][-2:] == ["--ckpt_path", "last"]
+    assert json.loads((folder / "training.json").read_text())["resumed"]
+    work.train(folder, Unit("ms_diffusion", 0), settings)
+    assert len(calls) == 1  # complete: not trained again
+    fake_training(monkeypatch, tmp_path / "other", steps=10, status=1)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(MSDiffusionError, match="training ended"):
+        work.train(tmp_path / "other", Unit("ms_diffusion", 0), settings)
 
 
-def test_measures_depend_on_weights_and_settings_of_drawing(tmp_path):
-    names = (
-        *("base/unet/diffusion_pytorch_model.safetensors", "adapter.safetensors"),
-        *(f"{name}/model.safetensors" for name in ("judge", "locator", "recognizer")),
-    )
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"weights")
-    settings = Settings(**{**vars(SETTINGS), "model": str(tmp_path)})
-    first = work.fingerprint(tmp_path, settings, {})
-    assert first == work.fingerprint(tmp_path, settings, {})
-    assert first != work.fingerprint(tmp_path, settings, {"scale": 0.0})
-    assert first != work.fingerprint(tmp_path, Settings(**{**vars(settings), "pictures": 4}), {})
-    assert first != work.fingerprint(None, settings, None)
-    for name in names:
-        (tmp_path / name).write_bytes(b"others")
-        assert first != work.fingerprint(tmp_path, settings, {})
-        (tmp_path / name).write_bytes(b"weights")
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [("model/base/unet/weights", "frozen networks"), ("model/base/text_encoder/weights", "frozen networks"),
+     ("pairs/build.json", "pairs")],
+)  # fmt: skip
+def test_a_training_on_something_else_is_not_taken_over(tmp_path, fake_model, monkeypatch, changed, name):
+    folder = tmp_path / "row"
+    fake_training(monkeypatch, folder, steps=1)
+    work.train(folder, Unit("ms_diffusion", 0), fake_model)
+    (tmp_path / changed).write_text("others")
+    with pytest.raises(MSDiffusionError, match=f"trained on another state of: {name}"):
+        work.train(folder, Unit("ms_diffusion", 0), fake_model)
+
+
+def test_a_base_that_changes_during_the_training_is_noticed(tmp_path, fake_model, monkeypatch):
+    folder = tmp_path / "row"
+    calls = fake_training(monkeypatch, folder, steps=1)
+    run = work.subprocess.run
+
+    def and_change(command, **options):
+        (tmp_path / "model" / "base" / "unet" / "weights").write_text("a newer base")
+        return run(command, **options)
+
+    monkeypatch.setattr(work.subprocess, "run", and_change)
+    with pytest.raises(MSDiffusionError, match="changed while the row was trained"):
+        work.train(folder, Unit("ms_diffusion", 0), fake_model)
+    assert calls and not (folder / "training.json").exists()
+
+
+def test_measures_depend_on_weights_configs_and_drawing(tmp_path, fake_model):
+    unit = Unit("shipped", 0)
+    first = work.fingerprint(tmp_path, unit, fake_model)
+    assert first == work.fingerprint(tmp_path, unit, fake_model)
+    assert first != work.fingerprint(tmp_path, unit, Settings(**{**vars(fake_model), "pictures": 4}))
+    assert first != work.fingerprint(tmp_path, Unit("true_renders", 0), fake_model)
+    for path in sorted(Path(fake_model.model).rglob("*")):
+        if path.is_file():
+            before = path.read_bytes()
+            path.write_bytes(b"others")
+            assert first != work.fingerprint(tmp_path, unit, fake_model), path
+            path.write_bytes(before)
+
+
+def test_stale_rows_and_missing_seeds_stay_out_of_the_table(tmp_path, fake_model, capsys):
+    for seed in (0, 1):
+        unit = Unit("shipped", seed)
+        record = {"inputs": work.fingerprint(tmp_path, unit, fake_model), "training_seed": seed}
+        world.write_json(unit.folder(tmp_path) / "measures.json", record)
+    assert list(finished_units(tmp_path, fake_model, [0])) == ["shipped"]
+    assert len(finished_units(tmp_path, fake_model, [0, 1])["shipped"]) == 1  # it has no training seeds
+    (tmp_path / "rows" / "no_masks").mkdir()
+    assert list(finished_units(tmp_path, fake_model, [0])) == ["shipped"]
+    assert "no_masks, measured for 0 of 1" in capsys.readouterr().out
+    (tmp_path / "model" / "locator" / "weights").write_text("another locator")
+    assert finished_units(tmp_path, fake_model, [0]) == {}
 
 
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(MSDiffusionError, match=r"adapter\.safetensors is missing"):
-        work.hashes(tmp_path, ("adapter.safetensors",))
+        work.hash_file(tmp_path / "adapter.safetensors")
+    with pytest.raises(MSDiffusionError, match="missing or empty"):
+        work.hash_folder(tmp_path / "nothing")
+
+
+def test_the_model_is_looked_at_before_anything_is_written(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["bench", "world", "--model", str(tmp_path / "typo"), "--out", str(out)]) == 2
+    assert "model_index.json is missing" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_interruption_ends_the_units_and_their_trainings(tmp_path, monkeypatch):
+    """The unit is a shell with a child of its own; both are gone afterwards."""
+    import subprocess
+
+    processes = []
+
+    def start(unit, out, one_thread):
+        processes.append(subprocess.Popen(["sh", "-c", "sleep 60 & wait"], start_new_session=True))
+        return processes[-1]
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(world, "_start", start)
+    monkeypatch.setattr(world.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        world.work_through([Unit("no_masks", 0)], tmp_path, 1)
+    assert processes[0].returncode is not None
+    with pytest.raises(ProcessLookupError):
+        os.killpg(processes[0].pid, 0)
+
+
+def test_a_unit_that_can_not_be_done_says_so(tmp_path, capsys):
+    world.write_json(tmp_path / "settings.json", vars(SETTINGS))
+    assert work.main([str(tmp_path), "shipped", "0"]) == 2
+    assert "error: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -137,6 +250,8 @@ def test_missing_weights_are_named(tmp_path):
         (["--steps", "0"], "--steps must be at least 1"),
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--draw-batch", "0"], "--draw-batch must be at least 1"),
+        (["--train-batch", "0"], "--train-batch must be at least 1"),
+        (["--training-seeds", "-1"], "not below 0"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--training-seeds", "1", "1"], "must be different"),
     ],
@@ -172,7 +287,7 @@ def test_the_page_says_where_the_method_loses():
         "ip_adapter": [record_of(cases, 0.05, rng)],
         "no_masks": [record_of(cases, 0.95, rng)],
     }
-    values = {row: mean_values(records) for row, records in finished.items()}
+    values = {row: stacked_values(records) for row, records in finished.items()}
     text = "\n".join(comparisons(cases, values))
     better, worse = (next(line for line in text.splitlines() if line.startswith(f"| {ROWS[row].title}"))
                      for row in ("ip_adapter", "no_masks"))  # fmt: skip
@@ -184,13 +299,21 @@ def test_the_page_says_where_the_method_loses():
     assert comparisons(cases, {"no_masks": values["no_masks"]}) == []
 
 
-def test_values_are_averaged_over_training_seeds():
+def test_values_of_training_seeds_are_stacked():
     cases = draw_cases(pictures=5, seed=1, size=32)
     rng = np.random.default_rng(0)
     records = [record_of(cases, 0.5, rng) for _ in range(3)]
-    mean = mean_values(records)["pattern"]
-    np.testing.assert_allclose(mean, np.mean([record["values"]["pattern"] for record in records], axis=0))
-    assert np.isnan(mean_values(records)["confusion"][0])
+    pattern = stacked_values(records)["pattern"]
+    np.testing.assert_array_equal(pattern[1], records[1]["values"]["pattern"])
+    assert pattern.shape[0] == 3
+    assert np.isnan(stacked_values(records)["confusion"][:, 0]).all()
+    # seeds that disagree widen the interval
+    alone = summarize_measures(cases, {"pattern": pattern[:1]})["pattern"]
+    assert summarize_measures(cases, {"pattern": pattern})["pattern"]["mean"] == pytest.approx(pattern.mean())
+    runs = np.stack([np.zeros_like(pattern[0]), np.ones_like(pattern[0])])
+    spread = summarize_measures(cases, {"pattern": runs})["pattern"]
+    assert (spread["low"], spread["high"]) == (0, 1)
+    assert alone["count"] == pattern.shape[1]
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.5, ".50"), (1.0, "1.00"), (0.0, ".00"), (-0.25, "-.25")])
@@ -216,7 +339,8 @@ def test_trains_draws_measures_and_goes_on_where_it_was(tmp_path, model_dir, mas
     ]
     assert main([*arguments, "--rows", "same_frame", "true_renders"]) == 0
     folder = Unit("same_frame", 0).folder(out)
-    assert json.loads((folder / "training.json").read_text())["arguments"]
+    assert json.loads((folder / "started.json").read_text())["arguments"]
+    assert json.loads((folder / "training.json").read_text())["resumed"] is False
     measured = json.loads((folder / "measures.json").read_text())
     assert set(measured["values"]) == set(MEASURES)
     assert Image.open(folder / "pictures" / "0002.png").size == (64, 64)
@@ -227,7 +351,8 @@ def test_trains_draws_measures_and_goes_on_where_it_was(tmp_path, model_dir, mas
     before = (folder / "measures.json").stat().st_mtime_ns
     assert main([*arguments, "--rows", "adapter_off", "same_frame"]) == 0
     assert (folder / "measures.json").stat().st_mtime_ns == before
-    assert list(finished_units(out)) == ["ms_diffusion", "same_frame", "adapter_off", "true_renders"]
+    settings = Settings(**json.loads((out / "settings.json").read_text()))
+    assert list(finished_units(out, settings, [0])) == ["ms_diffusion", "same_frame", "adapter_off", "true_renders"]
     assert "adapter off" in page.read_text()
 
 

@@ -125,6 +125,13 @@ def test_other_directories_are_refused(locator, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(WeightsError, match=message):
             Locator.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match="is not JSON"):
+        Locator.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(WeightsError, match="can't be loaded"):
+        Locator.from_pretrained(tmp_path)
 
 
 def test_shipped_locator_finds_fresh_held_out_subjects():

@@ -104,8 +104,9 @@ def test_true_renders_are_no_copies(truth):
 
 
 def test_gallery_needs_a_rival_and_leaves_the_subject_itself_out(instruments, cases):
-    with pytest.raises(DataError, match="at least 2 candidates, got 1"):
-        Gallery(instruments.recognizer, candidates=1)
+    for candidates in (1, 1001):
+        with pytest.raises(DataError, match=f"2 to 1000 candidates, got {candidates}"):
+            Gallery(instruments.recognizer, candidates=candidates)
     gallery = Gallery(instruments.recognizer, candidates=5)
     identities, embeddings = gallery._of("dog")
     assert len(set(identities)) == len(embeddings) == 5
@@ -139,3 +140,11 @@ def test_comparison_of_a_row_with_itself_is_zero(cases, truth, shuffled):
 def test_missing_instruments_are_told(tmp_path):
     with pytest.raises(WeightsError, match=r"judge\.yaml"):
         Instruments.from_pretrained(tmp_path)
+
+
+def test_a_picture_of_nothing_copies_no_pose(cases, instruments):
+    blank = [Image.new("RGB", (64, 64), (120, 120, 120)) for _ in cases]
+    measured = measure_pictures(cases, blank, instruments, Gallery(instruments.recognizer))
+    wrong = measured["category"] == 0
+    assert wrong.any()
+    assert np.isnan(measured["copy"][wrong]).all()

@@ -154,3 +154,20 @@ def test_the_fast_way_to_a_means_interval_equals_the_general_one():
     fast = scores.bootstrap_interval(values, groups=groups, resamples=300)
     general = scores.bootstrap_interval(values, groups=groups, resamples=300, statistic=lambda v: float(np.mean(v)))
     assert (fast.low, fast.high) == pytest.approx((general.low, general.high))
+
+
+def test_interval_over_runs_is_the_plain_one_for_a_single_run():
+    rng = np.random.default_rng(3)
+    values, groups = rng.random(40), rng.integers(12, size=40)
+    assert scores.interval_over_runs(values[None], groups) == scores.bootstrap_interval(values, groups=groups)
+
+
+def test_interval_over_runs_covers_what_runs_differ_in():
+    groups = np.arange(50)
+    runs = np.stack([np.full(50, level) for level in (0.2, 0.5, 0.8)])
+    spread = scores.interval_over_runs(runs, groups)
+    assert spread.low < 0.31 and spread.high > 0.69
+    same = scores.interval_over_runs(np.full((3, 50), 0.5), groups)
+    assert (same.low, same.high) == (0.5, 0.5)
+    with pytest.raises(DataError, match="one group"):
+        scores.interval_over_runs(runs, groups[:-1])

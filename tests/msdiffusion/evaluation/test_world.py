@@ -206,6 +206,8 @@ def test_boxes_can_be_given():
     assert (rows.min() / 64, (rows.max() + 1) / 64) == pytest.approx((0.2, 0.6), abs=0.03)
     with pytest.raises(DataError, match="3 subjects, 2 boxes"):
         world.draw_case(np.random.default_rng(0), 3, boxes=boxes)
+    with pytest.raises(DataError, match="x1 < x2"):
+        world.draw_case(np.random.default_rng(0), 1, boxes=[(0.5, 0.1, 0.4, 0.9)])
 
 
 def test_mixing_is_marked_per_box(cases):
@@ -213,7 +215,6 @@ def test_mixing_is_marked_per_box(cases):
     marks = world.mark_mixing(cases, readings)
     assert len(marks) == len(readings.color)
     assert np.nanmax(marks) == 0
-    several = next(case for case in cases if len({subject.main_color for subject in case.subjects}) == 2)
-    swapped = with_colors([several], [s.main_color for s in several.subjects][::-1])
-    if len(several.subjects) == 2:
-        assert world.mark_mixing([several], swapped).tolist() == [1.0, 1.0]
+    pair = next(c for c in cases if len(c.subjects) == 2 and c.subjects[0].main_color != c.subjects[1].main_color)
+    swapped = with_colors([pair], [s.main_color for s in pair.subjects][::-1])
+    assert world.mark_mixing([pair], swapped).tolist() == [1.0, 1.0]

@@ -173,6 +173,12 @@ def test_latents_that_never_get_coarse_have_no_attention(tmp_path):
         TextToImagePretraining(output=str(tmp_path), channels=(32,), latent_factor=2)
 
 
+@pytest.mark.parametrize("factor", [0, 3, 128])
+def test_latents_need_a_power_of_two(tmp_path, factor):
+    with pytest.raises(ValueError, match=f"power of two that divides 64, got {factor}"):
+        TextToImagePretraining(output=str(tmp_path), channels=(32, 32), latent_factor=factor)
+
+
 def test_noise_of_a_generator_repeats(tmp_path, renderings):
     model = TextToImagePretraining(output=str(tmp_path), channels=(32, 32, 32)).eval()
     batch = SceneCaptions(renderings).__getitems__([0, 1])
