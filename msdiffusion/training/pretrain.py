@@ -153,7 +153,7 @@ class TextToImagePretraining(BudgetedTraining):
         channels: UNet channels, see `build_base`.
         latent_factor: pixels per latent cell, see `build_base`.
         initial: directory of a base to go on from, with an optimizer and a budget of its own; None starts from scratch.
-            (An interrupted run is resumed by --ckpt_path instead, which brings its old settings along.)
+            (An interrupted run is resumed by --ckpt_path FILE instead, which brings its old settings along.)
         box_weight: weight of the loss inside subject boxes; the background is 1.
         timestep_exponent: t = 1000 u ** exponent with u uniform; under 1 favours noisy steps.
         text_drop: share of empty captions, for classifier-free guidance.
