@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -189,6 +190,8 @@ def work_through(units: Sequence[Unit], out: Path, jobs: int) -> None:
     waiting: list[Unit] = list(units)
     running: dict[Unit, subprocess.Popen[bytes]] = {}
     failed: list[Unit] = []
+    # In a log every refresh is a line.
+    refresh_seconds, shown_at = (1.0 if sys.stderr.isatty() else 60.0), -math.inf
     try:
         with tqdm(total=len(units), desc="rows", unit="row") as bar:
             while waiting or running:
@@ -206,7 +209,11 @@ def work_through(units: Sequence[Unit], out: Path, jobs: int) -> None:
                         bar.update()
                 if failed and not running:
                     break
-                bar.set_postfix_str("; ".join(f"{unit.row}: {_last_words(unit.folder(out))}" for unit in running)[:150])
+                words = "; ".join(f"{unit.row}: {_last_words(unit.folder(out))}" for unit in running)
+                bar.set_postfix_str(words[:150], refresh=False)
+                if time.monotonic() - shown_at >= refresh_seconds:
+                    bar.refresh()
+                    shown_at = time.monotonic()
                 time.sleep(0.5)
     finally:
         for process in running.values():  # only after an interruption
