@@ -1,7 +1,7 @@
 """Loss curves of the shipped weights: keeps what TensorBoard logged as CSV, and draws the picture of docs/training.md.
 
 python docs/curves.py                                     # draws docs/curves/*.csv
-python docs/curves.py --run runs/text_to_image --name base --samples-per-step 32 --offset 80640
+python docs/curves.py --run runs/text_to_image --name base --samples-per-step 32 --offset 80640 --append
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ FOLDER = Path(__file__).parent / "curves"
 PICTURE = Path(__file__).parent / "pictures" / "training_curves.png"
 
 
-def keep(run: Path, name: str, samples_per_step: int, offset: int) -> Path:
-    """Writes the scalars of a run's validation and loss as docs/curves/NAME.csv: samples seen, metric, value."""
+def keep(run: Path, name: str, samples_per_step: int, offset: int, append: bool) -> Path:
+    """Writes a run's validation and loss as docs/curves/NAME.csv (samples seen, metric, value), or adds them to it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run))
@@ -30,9 +30,11 @@ def keep(run: Path, name: str, samples_per_step: int, offset: int) -> Path:
         raise SystemExit(f"{run} holds no scalar with a loss: is it the folder of a run's events.out.tfevents?")
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
+    added = append and path.is_file()
+    with path.open("a" if added else "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("samples", "metric", "value"))
+        if not added:
+            writer.writerow(("samples", "metric", "value"))
         writer.writerows(rows)
     return path
 
@@ -52,6 +54,7 @@ def draw() -> None:
             for row in csv.DictReader(file):
                 curves.setdefault(row["metric"], []).append((float(row["samples"]), float(row["value"])))
         for metric, points in curves.items():
+            points.sort()
             faint = not metric.startswith("validation")
             panel.plot(*zip(*points, strict=True), alpha=0.3 if faint else 1.0, linewidth=1 if faint else 2,
                        marker=None if faint else "o", markersize=3, label=metric)  # fmt: skip
@@ -70,11 +73,12 @@ def main() -> None:
     parser.add_argument("--name", help="of the CSV")
     parser.add_argument("--samples-per-step", type=int, default=1)
     parser.add_argument("--offset", type=int, default=0, help="samples seen before the run")
+    parser.add_argument("--append", action="store_true", help="the run goes on where the CSV ends")
     options = parser.parse_args()
     if (options.run is None) != (options.name is None):
         parser.error("--run and --name belong together")
     if options.run is not None:
-        print(keep(options.run, options.name, options.samples_per_step, options.offset))
+        print(keep(options.run, options.name, options.samples_per_step, options.offset, options.append))
     draw()
 
 
