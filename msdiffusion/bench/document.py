@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ def write_document(path: Path, out: Path, settings: Settings, finished: Finished
         "",
         *table(cases, values),
         "",
-        *legend(finished),
+        *legend(finished, out),
         "",
         *comparisons(cases, values),
         "",
@@ -123,11 +124,23 @@ def _short(value: float) -> str:
     return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
 
 
-def legend(finished: Finished) -> list[str]:
-    """What rows and columns mean."""
-    rows = [f"- {ROWS[row].title.strip('*')}: {ROWS[row].meaning}." for row in finished]
+def legend(finished: Finished, out: Path) -> list[str]:
+    """What rows and columns mean, and how large the trained adapters are."""
+    rows = []
+    for row, records in finished.items():
+        weights = Unit(row, records[0]["training_seed"]).folder(out) / "adapter" / "adapter.safetensors"
+        size = f" {count_parameters(weights) / 1e6:.1f} M parameters." if weights.is_file() else ""
+        rows.append(f"- {ROWS[row].title.strip('*')}: {ROWS[row].meaning}.{size}")
     columns = [f"- {measure.title} (per {measure.per}): {measure.meaning}." for measure in MEASURES.values()]
     return ["Rows:", "", *rows, "", "Columns:", "", *columns]
+
+
+def count_parameters(weights: Path) -> int:
+    """Numbers in a safetensors file; only its header is read."""
+    from safetensors import safe_open
+
+    with safe_open(weights, "np") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def comparisons(cases: Sequence[WorldCase], values: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
