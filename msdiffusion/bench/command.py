@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"any of {', '.join(ROWS)}"
     )
     world.add_argument("--pairs", type=Path, default=DEFAULT_PAIRS, metavar="FOLDER", help="mined from world clips")
-    world.add_argument("--steps", type=int, default=700, help="training steps of every trained row")
-    world.add_argument("--train-batch", type=int, default=32, help="pairs per step")
+    world.add_argument("--steps", type=int, default=900, help="training steps of every trained row")
+    world.add_argument("--train-batch", type=int, default=16, help="pairs per step")
     world.add_argument("--training-seeds", type=int, nargs="+", default=[0], metavar="SEED")
     world.add_argument("--jobs", type=int, default=1, help="rows worked on at once, one thread each if above 1")
     world.add_argument("--document", type=Path, metavar="FILE.md", help="where the table goes; default: in --out")

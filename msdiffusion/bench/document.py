@@ -158,6 +158,7 @@ def comparisons(cases: Sequence[WorldCase], values: Mapping[str, Mapping[str, np
         "|---|---|---|",
     ]
     lost: dict[str, list[str]] = {}
+    alike: list[str] = []
     for row, measured in values.items():
         if row == REFERENCE_ROW or row in NOT_RIVALS:
             continue
@@ -171,12 +172,19 @@ def comparisons(cases: Sequence[WorldCase], values: Mapping[str, Mapping[str, np
                 if found["difference"] * sign > 0:
                     lost.setdefault(MEASURES[name].title, []).append(ROWS[row].title.strip("*"))
         lines.append(f"| {ROWS[row].title} | {', '.join(better) or 'nowhere'} | {', '.join(worse) or 'nowhere'} |")
+        if not better and not worse:
+            alike.append(ROWS[row].title.strip("*"))
     lines.append("")
     if lost:
         told = "; ".join(f"in {measure} it loses to: {', '.join(rows)}" for measure, rows in lost.items())
         lines.append(f"MS-Diffusion does **not** win everywhere: {told}.")
     else:
         lines.append("No row is better than MS-Diffusion in any column beyond its interval.")
+    if alike:
+        lines += [
+            "",
+            f"MS-Diffusion can not be told from: {'; '.join(alike)}. Whatever it should gain there, it does not show.",
+        ]
     return lines
 
 

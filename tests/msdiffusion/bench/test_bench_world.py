@@ -297,6 +297,9 @@ def test_the_page_says_where_the_method_loses():
     # less confusion is better: the row that shows it more often is the worse one
     assert "confusion" in worse.split("|")[2]
     assert comparisons(cases, {"no_masks": values["no_masks"]}) == []
+    same = {"ms_diffusion": values["ms_diffusion"], "same_frame": values["ms_diffusion"]}
+    text = "\n".join(comparisons(cases, same))
+    assert "can not be told from: reference equals target" in text and "No row is better" in text
 
 
 def test_values_of_training_seeds_are_stacked():
