@@ -60,13 +60,45 @@ def draw_scenes(size: int = 128) -> Image.Image:
     return sheet(pictures, columns=len(BACKGROUNDS))
 
 
+def draw_model(rows: Path, count: int = 9) -> Image.Image:
+    """What the shipped model draws for the first cases of the world benchmark, marked by the judge.
+
+    Args:
+        rows: folder `rows` of a `msdiffusion bench world` that has measured shipped, adapter_off and true_renders.
+        count: columns.
+    """
+    from msdiffusion.evaluate import varied
+    from msdiffusion.evaluation.judge import Judge
+    from msdiffusion.evaluation.report import GridRow, draw_grid
+    from msdiffusion.evaluation.world import draw_cases, read_pictures
+    from msdiffusion.places import DEFAULT_MODEL
+
+    judge = Judge.from_pretrained(DEFAULT_MODEL / "judge")
+    drawn = len(list((rows / "shipped" / "seed_0" / "pictures").glob("????.png")))
+    cases = draw_cases(pictures=drawn, seed=0)
+    chosen = varied(cases, count)
+    columns = [cases[index] for index in chosen]
+    grid = []
+    for name, label in (("shipped", "adapter on"), ("adapter_off", "adapter off"), ("true_renders", "true renders")):
+        folder = rows / name / "seed_0" / "pictures"
+        pictures = [Image.open(folder / f"{index:04d}.png").convert("RGB") for index in chosen]
+        grid.append(GridRow(label, pictures, read_pictures(judge, columns, pictures)))
+    return draw_grid(columns, grid)
+
+
 def main() -> None:
-    """Writes every picture, smallest lossless PNG."""
+    """Writes every picture, smallest lossless PNG; that of the model only where the benchmark has been run."""
     FOLDER.mkdir(exist_ok=True)
     for name, draw in {"world_subjects": draw_subjects, "world_scenes": draw_scenes}.items():
         path = FOLDER / f"{name}.png"
         draw().save(path, optimize=True)
         print(path, f"{path.stat().st_size / 1000:.0f} kB")
+    rows = FOLDER.parents[1] / "runs" / "world_benchmark" / "rows"
+    if all((rows / name / "seed_0" / "measures.json").is_file() for name in ("shipped", "adapter_off", "true_renders")):
+        draw_model(rows).save(FOLDER / "embedded_model.png", optimize=True)
+        print(FOLDER / "embedded_model.png")
+    else:
+        print("embedded_model.png is left as it is: it needs the pictures of `msdiffusion bench world`")
 
 
 if __name__ == "__main__":
