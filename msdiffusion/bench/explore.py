@@ -223,7 +223,7 @@ def explore_boxes(studio: Studio, count: int, seed: int) -> tuple[list[Point], t
         points.append(studio.point(place, label, cases))
     text = (
         "Boxes nobody trained on",
-        "A single subject in training has a long side of .50 to .76 of the picture and stands on the ground.",
+        "A single subject in training has a long side of .50 to .76 of the picture, and a shape of its own.",
     )
     return points, text, {}
 
