@@ -22,7 +22,7 @@ from torch import Tensor
 
 from msdiffusion.adapter import MSAdapter
 from msdiffusion.attention import AutoLayout
-from msdiffusion.generate import load_adapter
+from msdiffusion.loading import load_adapter
 from msdiffusion.places import DEFAULT_MODEL
 from msdiffusion.resampler import ResamplerParams
 

@@ -159,7 +159,7 @@ def _request(options: argparse.Namespace) -> GenerationRequest:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from msdiffusion.generate import load_adapter
+    from msdiffusion.loading import load_adapter
 
     adapter, _, _ = load_adapter(options.file, options.base_model, options.image_encoder, head_width=options.head_width)
     adapter.save_pretrained(options.out)

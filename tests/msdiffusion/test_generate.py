@@ -9,6 +9,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from PIL import Image
 
 import msdiffusion.generate
+import msdiffusion.loading
 from msdiffusion import MSDiffusion
 from msdiffusion.backbone import Backbone
 from msdiffusion.errors import LayoutError, PhraseError, RequestError, WeightsError
@@ -228,7 +229,7 @@ def edit_config(path, **changes):
 def test_missing_things_are_named_before_weights_are_loaded(tiny_model_dir, tmp_path, monkeypatch):
     heavy_loading_fails(monkeypatch)
     monkeypatch.setattr(
-        msdiffusion.generate, "snapshot_download", lambda name: (_ for _ in ()).throw(OSError("offline"))
+        msdiffusion.loading, "snapshot_download", lambda name: (_ for _ in ()).throw(OSError("offline"))
     )
     with pytest.raises(WeightsError, match=r"no such folder: nobody/nothing; .*offline"):
         MSDiffusion.from_pretrained("nobody/nothing")
@@ -306,7 +307,7 @@ def test_push_to_hub_uploads_what_is_saved(model, monkeypatch):
 
 
 def test_a_hub_repository_is_downloaded(tiny_model_dir, monkeypatch):
-    monkeypatch.setattr(msdiffusion.generate, "snapshot_download", lambda name: str(tiny_model_dir))
+    monkeypatch.setattr(msdiffusion.loading, "snapshot_download", lambda name: str(tiny_model_dir))
     assert MSDiffusion.from_pretrained("owner/name", device="cpu").adapter.tokens_per_subject == 16
 
 
