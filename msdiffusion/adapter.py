@@ -14,20 +14,21 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from msdiffusion.attention import (
-    AutoLayout,
     Backend,
     MultiSubjectAttnProcessor,
-    SubjectCondition,
+    MultiSubjectIPAdapterAttnProcessor,
+    SubjectBinder,
     TransparentAttnProcessor,
 )
+from msdiffusion.condition import AutoLayout, SubjectCondition
 from msdiffusion.errors import LayoutError, RequestError, WeightsError
-from msdiffusion.official import read_official
+from msdiffusion.official import from_record, read_record, to_record, write_record
 from msdiffusion.resampler import GlobalProjector, GroundingResampler, ResamplerParams
 
 SCHEMA = "msdiffusion.adapter/1"
@@ -44,6 +45,8 @@ class AdapterConfig:
     """Path relative to the adapter's directory, other path, or hub name of the diffusers pipeline."""
     image_encoder: str = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
     """The same of a CLIPVisionModelWithProjection."""
+    base_config: str | None = None
+    """The same of the pipeline that configs and tokenizers come from, where ``base_model`` is one file of weights."""
     training_resolution: int = 512
     """Side of the training pictures in pixels."""
     reference_background: tuple[int, int, int] = (0, 0, 0)
@@ -81,7 +84,8 @@ class AdapterConfig:
 
     def to_json(self) -> str:
         """The text of config.json."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2) + "\n"
+        record = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.dumps({"schema": SCHEMA, **record}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = CONFIG_NAME) -> AdapterConfig:
@@ -198,6 +202,9 @@ class MSAdapter(nn.Module):
     def install(self, unet: UNet2DConditionModel, backend: Backend = "sdpa") -> None:
         """Give the UNet the processors that read a SubjectCondition. Without one they change nothing.
 
+        Processors that somebody else has put in place (IP-Adapter, attention slicing, ...) go on working inside ours.
+        Doing it again changes nothing, and puts back what has been replaced since.
+
         Args:
             unet: a UNet that the adapter fits.
             backend: "sdpa", or "softmax", whose backward is cheaper on a CPU (then for all attention of the UNet).
@@ -212,14 +219,27 @@ class MSAdapter(nn.Module):
         processors: dict[str, Any] = {}
         for name, present in unet.attn_processors.items():
             layer = _layer_name(name)
-            if layer in self.layers:
-                processors[name] = MultiSubjectAttnProcessor(layer, backend)
+            if isinstance(present, IPAdapterAttnProcessor2_0):
+                processors[name] = MultiSubjectIPAdapterAttnProcessor(present, layer, backend)
                 continue
-            base = present.base if isinstance(present, TransparentAttnProcessor) else present
-            if isinstance(base, (AttnProcessor, AttnProcessor2_0)):
-                base = AttnProcessor2_0() if backend == "sdpa" else AttnProcessor()
-            processors[name] = TransparentAttnProcessor(base)
+            ours = isinstance(present, (MultiSubjectAttnProcessor, TransparentAttnProcessor))
+            base = present.base if ours else present
+            plain = base is None or isinstance(base, (AttnProcessor, AttnProcessor2_0))
+            if layer in self.layers:
+                processors[name] = MultiSubjectAttnProcessor(layer, backend, None if plain else base)
+            else:
+                own = AttnProcessor2_0() if backend == "sdpa" else AttnProcessor()
+                processors[name] = TransparentAttnProcessor(own if plain else base)
         unet.set_attn_processor(processors)
+        for handle, hook in list(unet._forward_pre_hooks.items()):
+            if isinstance(hook, SubjectBinder):
+                del unet._forward_pre_hooks[handle]
+                unet._forward_pre_hooks_with_kwargs.pop(handle, None)
+        unet.register_forward_pre_hook(SubjectBinder(list(cross_attentions(unet).values())), with_kwargs=True)
+
+    def is_installed(self, unet: UNet2DConditionModel) -> bool:
+        """Whether every cross-attention layer of the UNet shows subjects."""
+        return any(isinstance(hook, SubjectBinder) and hook.in_place() for hook in unet._forward_pre_hooks.values())
 
     def forward(
         self,
@@ -239,26 +259,28 @@ class MSAdapter(nn.Module):
         subject_tokens: Tensor,
         boxes: Tensor,
         *,
-        height: int,
-        width: int,
-        scale: float = 1.0,
+        scale: float | Sequence[float] | Tensor = 1.0,
         subject_scales: Sequence[float] | Tensor | None = None,
         masks: Tensor | None = None,
+        windows: Tensor | None = None,
+        train_timesteps: int = 1000,
         auto_layout: AutoLayout | None = None,
-        guidance: bool = False,
+        num_images: int | None = None,
+        guidance: bool | None = None,
     ) -> SubjectCondition:
-        """Keys, values and regions for one call of the UNet, or one run of a sampler. Differentiable.
+        """Keys, values and regions for runs of a sampler, or single calls of a UNet. Differentiable.
 
         Args:
             subject_tokens: (B, S, T, C) from the resampler. B = 1 serves a batch of any size.
             boxes: (B, S, 4) normalised xyxy; an empty box (padding) removes its subject.
-            height: rows of the latents.
-            width: columns of the latents.
-            scale: weight of all subjects against the text.
+            scale: weight of all subjects against the text; one number, or (B,).
             subject_scales: (S,) or (B, S) weights that multiply ``scale``; 0 removes a subject.
             masks: (B, S, H, W) bool regions that replace the boxes, at any resolution.
+            windows: see SubjectCondition.
+            train_timesteps: see SubjectCondition.
             auto_layout: let the text's attention replace the regions after some steps.
-            guidance: the UNet's batch is [unconditional; conditional]; the first half sees no subjects.
+            num_images: see SubjectCondition.
+            guidance: see SubjectCondition.
 
         Raises:
             LayoutError: shapes of tokens, boxes, masks or spans do not go together.
@@ -280,22 +302,30 @@ class MSAdapter(nn.Module):
             keys={name: layer.to_k(tokens) for name, layer in self.layers.items()},
             values={name: layer.to_v(tokens) * weights for name, layer in self.layers.items()},
             boxes=boxes,
-            height=height,
-            width=width,
             masks=masks,
             # Without this a subject of scale 0 would still take its share of the softmax where boxes overlap.
             present=scales != 0,
+            windows=windows,
+            train_timesteps=train_timesteps,
             auto_layout=auto_layout,
+            num_images=num_images,
             guidance=guidance,
+            inert=isinstance(scale, (int, float)) and scale == 0 and auto_layout is None,
         )
 
-    def _scales(self, scale: float, subject_scales: Sequence[float] | Tensor | None, B: int, S: int) -> Tensor:
+    def _scales(
+        self, scale: float | Sequence[float] | Tensor, subject_scales: Sequence[float] | Tensor | None, B: int, S: int
+    ) -> Tensor:
+        common = torch.as_tensor(scale, dtype=torch.float32, device=self.device)
+        if common.shape not in ((), (B,)):
+            raise RequestError(f"scale must be one number, or one per picture ({B}), got shape {tuple(common.shape)}")
+        common = common.reshape(-1, 1).expand(B, S)
         if subject_scales is None:
-            return torch.full((B, S), float(scale), device=self.device)
+            return common
         scales = torch.as_tensor(subject_scales, dtype=torch.float32, device=self.device)
         if scales.shape not in ((S,), (B, S)):
             raise RequestError(f"subject_scales must be one number per subject ({S}), got shape {tuple(scales.shape)}")
-        return (scale * scales).expand(B, S)
+        return common * scales
 
     def save_pretrained(self, directory: str | Path, **config: Any) -> None:
         """Write adapter.safetensors and config.json.
@@ -348,14 +378,68 @@ class MSAdapter(nn.Module):
         Raises:
             WeightsError: no such file, not such a file, or a UNet of another architecture.
         """
-        official = read_official(path, list(unet.attn_processors), head_width=head_width)
+        return cls.from_official_record(read_record(path), unet, head_width=head_width, source=str(path), **config)
+
+    @classmethod
+    def from_official_record(
+        cls,
+        record: Mapping[str, Any],
+        unet: UNet2DConditionModel,
+        *,
+        head_width: int = 64,
+        source: str = "ms_adapter.bin",
+        **config: Any,
+    ) -> MSAdapter:
+        """``from_official`` of what the file holds; the weights are taken over, on whatever device they are.
+
+        Args:
+            record: {"image_proj": ..., "ms_adapter": ...}.
+            unet: see ``from_official``.
+            head_width: see ``from_official``.
+            source: for messages.
+            config: see ``from_official``.
+
+        Raises:
+            WeightsError: something is missing, or a UNet of another architecture.
+        """
+        official = from_record(record, list(unet.attn_processors), head_width=head_width, source=source)
         names = {key: _layer_name(name) for key, name in official.layer_names.items()}
         weights = {f"resampler.{name}": tensor for name, tensor in official.resampler.items()}
         for (key, part), tensor in official.layers.items():
             weights[f"layers.{names[key]}.{part}.weight"] = tensor
-        adapter = cls._from_weights(AdapterConfig(resampler=official.params, **config), weights, str(path))
+        adapter = cls._from_weights(AdapterConfig(resampler=official.params, **config), weights, source)
         adapter.check_unet(unet)
         return adapter
+
+    def official_record(self, unet: UNet2DConditionModel) -> dict[str, Any]:
+        """The adapter in the layout of the official ``ms_adapter.bin``: plain tensors, not copied.
+
+        Args:
+            unet: the UNet it was made for, in which the file counts the layers; its weights are not read.
+
+        Raises:
+            WeightsError: an ablation, which the official code cannot run, or another UNet.
+        """
+        if self.config.projector != "resampler" or self.config.regions != "boxes":
+            raise WeightsError(
+                f'an adapter with projector "{self.config.projector}" and regions "{self.config.regions}" is an '
+                'ablation that the official code cannot run; it needs "resampler" and "boxes"'
+            )
+        processors = {_layer_name(name): name for name in unet.attn_processors}
+        weights = self.state_dict()
+        layers = {
+            processors.get(name, name): {part: weights[f"layers.{name}.{part}.weight"] for part in ("to_k", "to_v")}
+            for name in self.layers
+        }
+        return to_record(self.config.resampler, self.resampler.state_dict(), layers, list(unet.attn_processors))
+
+    def to_official(self, path: str | Path, unet: UNet2DConditionModel) -> None:
+        """Write the official ``ms_adapter.bin``. What config.json says beyond sizes is not in it.
+
+        Raises:
+            WeightsError: see ``official_record``.
+        """
+        write_record(self.official_record(unet), path)
 
     @classmethod
     def _from_weights(cls, config: AdapterConfig, weights: Mapping[str, Tensor], source: str) -> MSAdapter:

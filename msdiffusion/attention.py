@@ -2,47 +2,59 @@
 
 A processor holds no state and no weights. What one call needs travels in ``cross_attention_kwargs={"subjects":
 condition}``; without it the processors compute exactly what diffusers' own do. So nothing can leak from one call into
-the next, and the text path stays open to LoRA, ControlNet and prompts of any length.
+the next, and the text path stays open to LoRA, ControlNet and prompts of any length. A processor that somebody else has
+put in place (IP-Adapter, attention slicing, fused projections) goes on working inside ours.
 
 Source: section "multi-subject cross-attention" of the paper (arXiv 2406.07209) and
 ``msdiffusion/models/attention_processor.py`` of the official code; golden tests hold this file to that code.
 
-Shapes: B batch, S subjects, T tokens per subject, N = S * T, L text tokens, Q patches, H heads, D head width,
-C = H * D layer width.
+Shapes: B batch, L text tokens, N attended tokens, Q patches, H heads, D head width, C = H * D layer width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional
 
-from msdiffusion.errors import LayoutError, RequestError
-from msdiffusion.layout import grid_of, patch_masks, pool_masks
+from msdiffusion.errors import RequestError
 
 Backend = Literal["sdpa", "softmax"]
 """``sdpa``: torch's fused attention, best for inference and on a GPU. ``softmax``: two matrix products and a softmax,
 whose backward is far cheaper on a CPU."""
 
 
-@dataclass(frozen=True)
 class AttentionCall:
     """What a control may look at: one call of one cross-attention layer."""
 
-    layer: str
-    """Name of the layer, as in ``MSAdapter.layers``."""
-    query: Tensor
-    """(B, H, Q, D)."""
-    text_key: Tensor
-    """(B, H, L, D)."""
-    text_mask: Tensor | None
-    """Additive mask of the text, broadcastable to (B, H, Q, L)."""
-    backend: Backend
+    def __init__(
+        self,
+        layer: str,
+        query: Tensor,
+        text_key: Tensor | Callable[[], Tensor],
+        text_mask: Tensor | None,
+        backend: Backend,
+    ) -> None:
+        """Gather it.
+
+        Args:
+            layer: name of the layer, as in ``MSAdapter.layers``.
+            query: (B, H, Q, D).
+            text_key: (B, H, L, D), or a function that makes it when it is asked for.
+            text_mask: additive mask of the text, broadcastable to (B, H, Q, L).
+            backend: how to attend.
+        """
+        self.layer, self.query, self.text_mask, self.backend = layer, query, text_mask, backend
+        self._text_key = text_key
+
+    @property
+    def text_key(self) -> Tensor:
+        """(B, H, L, D)."""
+        return self._text_key if isinstance(self._text_key, Tensor) else self._text_key()
 
 
 class AttentionControl(Protocol):
@@ -73,208 +85,192 @@ def attention_probabilities(query: Tensor, key: Tensor, mask: Tensor | None) -> 
     return scores.softmax(dim=-1)
 
 
-@dataclass(frozen=True)
-class AutoLayout:
-    """Let the text's own attention maps replace the boxes after some steps (the official "pseudo mask").
+class TextCache:
+    """Keys and values of the text, which do not change over the steps of a run, computed once.
 
-    From the ``start_step``-th step on, a layer's region of a subject is where the attention to its phrase, averaged
-    over the phrase's tokens, the heads and all steps so far, and scaled to [0, 1], exceeds ``threshold``.
+    The cache holds for one text tensor, unchanged in place, and for the weights of that moment: after changing weights
+    (LoRA, say) between two calls of the UNet with the very same tensor, make a new condition.
     """
 
-    spans: Tensor
-    """(B, S, 2) integer [start, end) of each subject's phrase among the text tokens; start = end: no region."""
-    threshold: float = 0.5
-    start_step: int = 5
+    def __init__(self) -> None:
+        self._text: Tensor | None = None
+        self._version: int | None = None
+        self._states: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def __post_init__(self) -> None:
-        if self.spans.ndim != 3 or self.spans.shape[-1] != 2:
-            raise RequestError(f"spans must be (batch, subjects, 2), got {tuple(self.spans.shape)}")
-        if not 0.0 <= self.threshold <= 1.0:
-            raise RequestError(f"auto layout threshold must be in [0, 1], got {self.threshold}")
-        if self.start_step < 1:
-            raise RequestError(f"auto layout start_step counts from 1, got {self.start_step}")
-
-
-class SubjectCondition:
-    """Keys, values and regions of the subjects for one call of a UNet, or one run of a sampler.
-
-    Keys and values are computed once, by ``MSAdapter.condition``; the masks once per resolution. A condition made with
-    ``auto_layout`` also counts steps, so it serves one run: make a new one for the next.
-    """
-
-    def __init__(
-        self,
-        keys: Mapping[str, Tensor],
-        values: Mapping[str, Tensor],
-        boxes: Tensor,
-        *,
-        height: int,
-        width: int,
-        masks: Tensor | None = None,
-        present: Tensor | None = None,
-        auto_layout: AutoLayout | None = None,
-        guidance: bool = False,
-    ) -> None:
-        """Gather what the layers need.
-
-        Args:
-            keys: per layer (B, N, C).
-            values: per layer (B, N, C), scales multiplied in.
-            boxes: (B, S, 4) normalised xyxy; an empty box removes its subject.
-            height: rows of the latents.
-            width: columns of the latents.
-            masks: (B, S, H, W) bool regions of the subjects, any resolution, which replace the boxes.
-            present: (B, S) bool; False removes a subject.
-            auto_layout: see AutoLayout.
-            guidance: the UNet's batch is [unconditional; conditional], and the first half sees no subjects.
-
-        Raises:
-            LayoutError: shapes of boxes, masks, spans and keys do not go together.
-        """
-        B, S = boxes.shape[:2]
-        if masks is not None and (masks.ndim != 4 or masks.shape[:2] != boxes.shape[:2]):
-            raise LayoutError(f"masks must be ({B}, {S}, height, width) for these boxes, got {tuple(masks.shape)}")
-        if auto_layout is not None and auto_layout.spans.shape[:2] != boxes.shape[:2]:
-            raise LayoutError(f"spans must be ({B}, {S}, 2) for these boxes, got {tuple(auto_layout.spans.shape)}")
-        for layer, key in keys.items():
-            if key.shape[0] != B or key.shape[1] % S:
-                raise LayoutError(f"{B} x {S} boxes do not fit keys of shape {tuple(key.shape)} in layer {layer}")
-        self.keys, self.values = dict(keys), dict(values)
-        self.boxes, self.height, self.width = boxes, height, width
-        self.guidance, self.auto_layout = guidance, auto_layout
-        self._masks, self._present = masks, present
-        self._regions: dict[int, tuple[Tensor, Tensor]] = {}
-        self._text_maps: dict[str, tuple[Tensor, int]] = {}
-        self._phrase_weights: dict[int, Tensor] = {}
-
-    def __call__(self, hidden: Tensor, call: AttentionCall) -> Tensor:
-        """Add what the patches read from the subjects: AttentionControl."""
-        if not self.guidance:
-            return hidden + self._read(call, call.query, first=0)
-        half = hidden.shape[0] // 2
-        read = self._read(call, call.query[half:], first=half)
-        return torch.cat([hidden[:half], hidden[half:] + read])
-
-    def _read(self, call: AttentionCall, query: Tensor, first: int) -> Tensor:
-        """(B, Q, C) for the samples from ``first`` on; rows that no region covers are exactly zero."""
-        B, H, _, D = query.shape
-        if call.layer not in self.keys:
-            raise RequestError(f"the condition has no keys for layer {call.layer}: it was made for another UNet")
-        key, value = (
-            states[call.layer].to(query.dtype).unflatten(-1, (H, D)).transpose(1, 2)
-            for states in (self.keys, self.values)
-        )
-        if key.shape[0] not in (1, B):
-            half = " conditional" if self.guidance else ""
-            raise RequestError(f"the condition is for {key.shape[0]} samples, but the UNet got {B}{half} ones")
-        allowed, background = self._masks_for(call, query, first)
-        read = dot_product_attention(
-            query, key.expand(B, -1, -1, -1), value.expand(B, -1, -1, -1), allowed, call.backend
-        )
-        return read.masked_fill(background, 0.0)
-
-    def _masks_for(self, call: AttentionCall, query: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Attention mask (B or 1, 1, Q, N) and background (B or 1, Q, 1), both bool."""
-        tokens = self.keys[call.layer].shape[1] // self.boxes.shape[1]
-        patches = query.shape[2]
-        if self.auto_layout is not None:
-            regions = self._text_regions(call, query, first, self.auto_layout)
-            if regions is not None:
-                return _attention_masks(self._only_present(regions), tokens)
-        if patches not in self._regions:
-            rows, columns = grid_of(patches, self.height, self.width)
-            if self._masks is not None:
-                regions = pool_masks(self._masks, rows, columns)
-            else:
-                regions = patch_masks(self.boxes, rows, columns)
-            self._regions[patches] = _attention_masks(self._only_present(regions), tokens)
-        return self._regions[patches]
-
-    def _only_present(self, regions: Tensor) -> Tensor:
-        return regions if self._present is None else regions & self._present.unsqueeze(-1)
-
-    @torch.no_grad()
-    def _text_regions(self, call: AttentionCall, query: Tensor, first: int, layout: AutoLayout) -> Tensor | None:
-        """Regions (B, S, Q) seen in the text attention of all steps so far, or None while it is too early."""
-        mask = call.text_mask
-        if mask is not None and mask.shape[0] > 1:
-            mask = mask[first:]
-        probabilities = attention_probabilities(query, call.text_key[first:], mask)  # (B, H, Q, L)
-        # Mean over the tokens of each phrase, then over the heads; summed up in float32.
-        maps = (probabilities @ self._weights(layout, probabilities)).float().mean(dim=1).transpose(1, 2)  # (B, S, Q)
-        total, steps = self._text_maps.get(call.layer, (0.0, 0))
-        total, steps = total + maps, steps + 1
-        self._text_maps[call.layer] = (total, steps)
-        if steps < layout.start_step:
+    def begin(self, text: Tensor) -> TextCache | None:
+        """The cache, emptied unless it was made for ``text``; None where gradients are recorded or code is traced."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        maps = total / steps
-        low, high = maps.amin(dim=-1, keepdim=True), maps.amax(dim=-1, keepdim=True)
-        # 1e-5 as in the official code: it also keeps the map of an empty phrase below the threshold.
-        return (maps - low) / (high - low + 1e-5) > layout.threshold
+        version = None if text.is_inference() else text._version
+        if text is not self._text or version != self._version:
+            self._states.clear()
+            self._text, self._version = text, version
+        return self
 
-    def _weights(self, layout: AutoLayout, probabilities: Tensor) -> Tensor:
-        """(B or 1, 1, L, S): 1 / length on the tokens of each phrase."""
-        length = probabilities.shape[-1]
-        if length not in self._phrase_weights:
-            spans = layout.spans.to(probabilities.device)
-            start, end = spans[:, None, None, :, 0], spans[:, None, None, :, 1]  # (B, 1, 1, S)
-            position = torch.arange(length, device=spans.device).view(1, 1, -1, 1)
-            inside = (position >= start) & (position < end)
-            self._phrase_weights[length] = (inside / (end - start).clamp(min=1)).to(probabilities.dtype)
-        return self._phrase_weights[length]
+    def states(self, layer: str, attn: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value of one layer, each (B, H, L, D)."""
+        if layer not in self._states:
+            self._states[layer] = _text_states(attn, text)
+        return self._states[layer]
 
 
-def _attention_masks(regions: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Regions (B, S, Q) to the attention mask (B, 1, Q, N) and the background (B, Q, 1).
+def _text_states(attn: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
+    return split_heads(attn.to_k(text), attn.heads), split_heads(attn.to_v(text), attn.heads)
 
-    Background rows may attend to everything, because a softmax over nothing is NaN; the caller zeroes them after.
-    """
-    background = ~regions.any(dim=1).unsqueeze(-1)
-    allowed = regions.transpose(1, 2).repeat_interleave(tokens, dim=-1) | background
-    return allowed.unsqueeze(1), background
+
+def split_heads(states: Tensor, heads: int) -> Tensor:
+    """(B, N, C) to (B, H, N, D)."""
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 class MultiSubjectAttnProcessor:
     """Processor of a cross-attention layer: the text, then the subjects and any other controls."""
 
-    def __init__(self, layer: str, backend: Backend = "sdpa") -> None:
+    def __init__(self, layer: str = "", backend: Backend = "sdpa", base: Any = None) -> None:
+        """Name the layer.
+
+        Args:
+            layer: as in ``MSAdapter.layers``. Empty when diffusers makes one of its own accord, as it does while it
+                unloads an IP-Adapter: then it must be installed anew before it can show subjects.
+            backend: how to attend.
+            base: the processor that reads the text; None: this one does, as diffusers' AttnProcessor2_0 would.
+        """
+        self.layer, self.backend, self.base = layer, backend, base
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | tuple[Tensor, Any] | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        subjects: AttentionControl | None = None,
+        controls: Sequence[AttentionControl] = (),
+        text_cache: TextCache | None = None,
+    ) -> Tensor:
+        """Attend from (B, Q, C) to the text (B, L, width), then let ``subjects`` and ``controls`` add to it."""
+        if self.base is not None:
+            return _through_base(
+                self.base, self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, subjects, controls
+            )
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], text.shape[0])
+            attention_mask = attention_mask.unflatten(0, (text.shape[0], attn.heads))
+        query = split_heads(attn.to_q(hidden_states), attn.heads)
+        key, value = _text_states(attn, text) if text_cache is None else text_cache.states(self.layer, attn, text)
+        hidden = dot_product_attention(query, key, value, attention_mask, self.backend)
+        if subjects is not None or controls:
+            call = AttentionCall(self.layer, query, key, attention_mask, self.backend)
+            hidden = _apply_controls(hidden, call, subjects, controls)
+        return attn.to_out[1](attn.to_out[0](hidden))
+
+
+class MultiSubjectIPAdapterAttnProcessor(IPAdapterAttnProcessor2_0):
+    """The same where an IP-Adapter is loaded: text, then the IP-Adapter, then the subjects.
+
+    It is an IPAdapterAttnProcessor2_0, sharing the weights and the scale of the one that it replaces, so that
+    ``set_ip_adapter_scale`` and ``unload_ip_adapter`` of the pipeline go on working.
+    """
+
+    def __init__(self, base: IPAdapterAttnProcessor2_0, layer: str, backend: Backend = "sdpa") -> None:
+        """Take the place of ``base``; ``layer`` and ``backend`` as for MultiSubjectAttnProcessor."""
+        torch.nn.Module.__init__(self)  # the parent's own would draw random weights first
+        for name in ("hidden_size", "cross_attention_dim", "num_tokens", "scale", "to_k_ip", "to_v_ip"):
+            setattr(self, name, getattr(base, name))
         self.layer, self.backend = layer, backend
 
     def __call__(
         self,
         attn: Attention,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Tensor | tuple[Tensor, Any] | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        scale: float = 1.0,
+        ip_adapter_masks: Any = None,
         subjects: AttentionControl | None = None,
         controls: Sequence[AttentionControl] = (),
+        text_cache: TextCache | None = None,
     ) -> Tensor:
-        """Attend from (B, Q, C) to the text (B, L, width), then let ``subjects`` and ``controls`` add to it."""
-        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], text.shape[0])
-            attention_mask = attention_mask.unflatten(0, (text.shape[0], attn.heads))
-        query, key, value = (
-            states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for states in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
-        )
-        hidden = dot_product_attention(query, key, value, attention_mask, self.backend)
-        call = AttentionCall(self.layer, query, key, attention_mask, self.backend)
-        for control in (subjects, *controls):
-            if control is not None:
-                hidden = control(hidden, call)
-        return attn.to_out[1](attn.to_out[0](hidden))
+        """Attend from (B, Q, C) to the text and the IP-Adapter's tokens, then let the controls add to it."""
+        return _through_base(
+            super().__call__, self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, subjects,
+            controls, scale=scale, ip_adapter_masks=ip_adapter_masks,
+        )  # fmt: skip
+
+
+def _through_base(
+    base: Callable[..., Tensor],
+    processor: MultiSubjectAttnProcessor | MultiSubjectIPAdapterAttnProcessor,
+    attn: Attention,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | tuple[Tensor, Any] | None,
+    attention_mask: Tensor | None,
+    temb: Tensor | None,
+    subjects: AttentionControl | None,
+    controls: Sequence[AttentionControl],
+    **options: Any,
+) -> Tensor:
+    """What another processor reads, with the controls' part added before the layer's output projection."""
+    if temb is not None:  # not every processor knows it
+        options["temb"] = temb
+    if subjects is None and not controls:
+        return base(attn, hidden_states, encoder_hidden_states, attention_mask, **options)
+    inner = _WithoutOutput(attn)
+    hidden = base(inner, hidden_states, encoder_hidden_states, attention_mask, **options)
+    text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
+    text = hidden_states if text is None else text
+    call = AttentionCall(
+        processor.layer,
+        split_heads(inner.to_q(hidden_states), attn.heads),
+        lambda: split_heads(attn.to_k(text), attn.heads),
+        None,
+        processor.backend,
+    )
+    return attn.to_out[1](attn.to_out[0](_apply_controls(hidden, call, subjects, controls)))
+
+
+class _WithoutOutput:
+    """An attention layer whose output projection does nothing, and whose query is computed once."""
+
+    def __init__(self, attn: Attention) -> None:
+        self._attn = attn
+        self._query: Tensor | None = None
+        self.to_out = (_same, _same)
+        self.residual_connection, self.rescale_output_factor = False, 1.0
+
+    def to_q(self, hidden_states: Tensor) -> Tensor:
+        if self._query is None:
+            self._query = self._attn.to_q(hidden_states)
+        return self._query
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attn, name)
+
+
+def _same(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _apply_controls(
+    hidden: Tensor, call: AttentionCall, subjects: AttentionControl | None, controls: Sequence[AttentionControl]
+) -> Tensor:
+    for control in (subjects, *controls):
+        if control is not None:
+            hidden = control(hidden, call)
+    return hidden
 
 
 class TransparentAttnProcessor:
-    """Processor of every other layer: takes the subjects' keyword, which diffusers hands to all layers, and ignores it.
+    """Processor of every other layer: takes the subjects' keywords, which diffusers hands to all layers, ignores them.
 
     Without it diffusers would warn once per self-attention layer and step.
     """
 
-    def __init__(self, base: Any) -> None:
-        self.base = base
+    def __init__(self, base: Any = None) -> None:
+        """``base`` is the processor that was there before; None: diffusers' default."""
+        self.base = AttnProcessor2_0() if base is None else base
 
     def __call__(
         self,
@@ -285,6 +281,49 @@ class TransparentAttnProcessor:
         temb: Tensor | None = None,
         subjects: AttentionControl | None = None,
         controls: Sequence[AttentionControl] = (),
+        text_cache: TextCache | None = None,
     ) -> Tensor:
         """Whatever the processor that was there before computes."""
-        return self.base(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        options = {} if temb is None else {"temb": temb}  # not every processor knows it
+        return self.base(attn, hidden_states, encoder_hidden_states, attention_mask, **options)
+
+
+OUR_PROCESSORS = (MultiSubjectAttnProcessor, MultiSubjectIPAdapterAttnProcessor)
+
+
+class SubjectBinder:
+    """Forward pre-hook of a UNet: tells a condition the size of the latents and the timestep of this call.
+
+    Everything that depends on them is worked out once per call of the UNet instead of once per layer.
+    """
+
+    def __init__(self, layers: Sequence[Attention]) -> None:
+        """Take the cross-attention layers, to see whether the processors are still in place."""
+        self.layers = list(layers)
+
+    def in_place(self) -> bool:
+        """Whether every layer's processor still shows subjects."""
+        return all(isinstance(layer.processor, OUR_PROCESSORS) and layer.processor.layer for layer in self.layers)
+
+    def __call__(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Replace the condition by its form for this call.
+
+        Raises:
+            RequestError: the processors were replaced after the adapter was installed, so subjects would be ignored.
+        """
+        given = kwargs.get("cross_attention_kwargs")
+        subjects = given.get("subjects") if given else None
+        if not hasattr(subjects, "bind"):
+            return None
+        if not torch.compiler.is_compiling() and not self.in_place():
+            raise RequestError(
+                "attention processors of the UNet were replaced after the adapter was installed (load_ip_adapter, "
+                "attention slicing, ...), so the subjects would be ignored: call model.install(), or make the "
+                "condition after the change"
+            )
+        sample, timestep, text = (
+            args[index] if len(args) > index else kwargs[name]
+            for index, name in enumerate(("sample", "timestep", "encoder_hidden_states"))
+        )
+        bound, cache = subjects.bind(sample, timestep), subjects.text_cache.begin(text)
+        return args, {**kwargs, "cross_attention_kwargs": {**given, "subjects": bound, "text_cache": cache}}

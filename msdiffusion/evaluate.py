@@ -188,46 +188,29 @@ def _draw(
     precision: str,
     regions: str,
 ) -> list[Image.Image]:
-    """One call of the pipeline with another prompt, layout and seed for every picture of the batch."""
+    """One batch of the denoiser with another prompt, layout and seed for every picture."""
     import torch
 
-    from msdiffusion.attention import AutoLayout
-    from msdiffusion.phrases import token_span
+    from msdiffusion.request import check_request
 
-    side = picture_side(model)
-    layout = None
-    if regions == "auto_layout":
-        tokenizer = model.backbone.tokenizer
-        spans = [[token_span(tokenizer, case.prompt, phrase) for phrase in case.phrases] for case in cases]
-        layout = AutoLayout(torch.tensor(spans, device=model.adapter.device))
-    negative = model.adapter.config.defaults.get("negative_prompt", "")
-    mixed = torch.autocast(model.adapter.device.type, torch.bfloat16, enabled=precision == "bfloat16")
-    with torch.no_grad(), mixed:
-        subjects = [model.subject_tokens(case.references, case.phrases, case.boxes) for case in cases]
-        condition = model.adapter.condition(
-            torch.cat([tokens for tokens, _ in subjects]),
-            torch.cat([boxes for _, boxes in subjects]),
-            height=side // model.backbone.latent_factor,
-            width=side // model.backbone.latent_factor,
+    requests = [
+        check_request(
+            case.references,
+            case.boxes,
+            case.prompt,
+            case.phrases,
+            masks=list(case.masks) if regions == "masks" else None,
             scale=scale,
-            masks=torch.stack([torch.from_numpy(case.masks) for case in cases]).to(model.adapter.device)
-            if regions == "masks"
-            else None,
-            auto_layout=layout,
-            guidance=guidance_scale > 1.0,
-        )
-        model.pipeline.set_progress_bar_config(disable=True)
-        output = model.pipeline(
-            prompt=[case.prompt for case in cases],
-            negative_prompt=[negative] * len(cases),
-            height=side,
-            width=side,
-            num_inference_steps=steps,
+            steps=steps,
             guidance_scale=guidance_scale,
-            generator=[torch.Generator("cpu").manual_seed(case.seed) for case in cases],
-            cross_attention_kwargs={"subjects": condition},
+            auto_layout=regions == "auto_layout",
+            seed=case.seed,
         )
-    return output.images
+        for case in cases
+    ]
+    with torch.autocast(model.adapter.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        results = model.generate_batch(requests, progress=False, batch_size=len(requests))
+    return [result.pictures[0] for result in results]
 
 
 def write_results(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
+import math
 import tempfile
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,23 @@ from PIL import Image
 from torch import Tensor
 
 from msdiffusion.adapter import MSAdapter
-from msdiffusion.attention import AutoLayout
 from msdiffusion.backbone import Backbone, default_device
+from msdiffusion.condition import SubjectCondition
+from msdiffusion.drawing import BatchDrawing, GenerationResult, PictureHook, SubjectBatch, first_given
 from msdiffusion.errors import WeightsError
-from msdiffusion.loading import check_encoders, load_adapter
-from msdiffusion.phrases import beyond_limit, token_span
+from msdiffusion.loading import Sources, check_encoders, load_adapter
+from msdiffusion.model_card import CARD_NAME, is_generated, write_card
 from msdiffusion.request import GenerationRequest, OutputType, check_request
+from msdiffusion.subjects import check_subjects, number_between, whole_number
 
+Reference = Image.Image | str | Path
 BASE_FOLDER, ENCODER_FOLDER = "base", "image_encoder"
 
 
 class MSDiffusion:
     """A frozen backbone with a trained adapter installed."""
 
-    def __init__(self, backbone: Backbone, adapter: MSAdapter, sources: tuple[str, str] | None = None) -> None:
+    def __init__(self, backbone: Backbone, adapter: MSAdapter, sources: Sources | None = None) -> None:
         """Take built parts; the adapter is frozen, moved beside the UNet and installed there.
 
         Args:
@@ -41,9 +44,12 @@ class MSDiffusion:
             WeightsError: they do not fit; the message names both shapes.
         """
         features = adapter.config.reference_features
-        check_encoders(adapter.config, backbone.phrase_width, backbone.image_width_of(features))
+        check_encoders(adapter.config, backbone.phrase_width, backbone.image_width_of(features), sources)
         adapter.install(backbone.unet)
         self.backbone, self.sources = backbone, sources
+        self.picture_hooks: list[PictureHook] = []
+        """Called in order with the PIL pictures of a batch, right after decoding; each returns as many pictures."""
+        self._offloaded = False
         self.adapter = adapter.to(backbone.device, backbone.dtype).eval().requires_grad_(False)
 
     @classmethod
@@ -53,15 +59,20 @@ class MSDiffusion:
         *,
         base_model: str | Path | None = None,
         image_encoder: str | Path | None = None,
+        base_config: str | Path | None = None,
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> MSDiffusion:
         """Load an adapter and the models it was trained on.
 
         Args:
-            model: an adapter's folder, a hub repository, or the official ``ms_adapter.bin``.
-            base_model: folder or hub name of another SDXL pipeline of the same architecture, such as a fine-tune.
-            image_encoder: the same for the image encoder.
+            model: an adapter's folder or hub repository, ours or official, or the official ``ms_adapter.bin``.
+            base_model: another pipeline of the same architecture, such as a fine-tune: folder, hub name, or one
+                ``.safetensors`` file.
+            image_encoder: another image encoder of the same widths: folder, hub name, or ``open_clip:MODEL``,
+                ``open_clip:MODEL/TAG``, ``open_clip:MODEL@FILE.safetensors``.
+            base_config: where a base model in one file has its configs and tokenizers from: folder or hub name of a
+                pipeline. None: the base model that the adapter names.
             torch_dtype: of all weights; None: float32. ``torch.float16`` suits SDXL on a GPU.
             device: None: the first CUDA device if there is one, else the CPU.
 
@@ -69,9 +80,15 @@ class MSDiffusion:
             WeightsError: something is missing, or parts of different models; before any large file is read where that
                 can be told from the configs.
         """
-        adapter, base, encoder = load_adapter(model, base_model, image_encoder)
-        backbone = Backbone.from_pretrained(base, encoder, torch_dtype, default_device() if device is None else device)
-        return cls(backbone, adapter, (base, encoder))
+        found = load_adapter(model, base_model, image_encoder, base_config)
+        backbone = Backbone.from_pretrained(
+            found.sources.base_model,
+            found.sources.image_encoder,
+            torch_dtype,
+            default_device() if device is None else device,
+            base_config=found.sources.base_config,
+        )
+        return cls(backbone, found.adapter, found.sources)
 
     @property
     def pipeline(self) -> Any:
@@ -84,57 +101,180 @@ class MSDiffusion:
         self.adapter.to(device)
         return self
 
+    def install(self) -> None:
+        """Put the adapter's attention processors in place again, after something has replaced them.
+
+        ``condition`` and ``generate`` do so of their own accord; only a condition made before the change needs this.
+        """
+        self.adapter.install(self.backbone.unet)
+
+    def enable_model_cpu_offload(self, **options: Any) -> None:
+        """Keep every model on the CPU but the one at work: the pipeline's method of this name, for all parts.
+
+        Args:
+            options: of the pipeline's method, such as ``device``.
+        """
+        self.pipeline.enable_model_cpu_offload(**options)
+        self._rest_on_cpu()
+
+    def enable_sequential_cpu_offload(self, **options: Any) -> None:
+        """Keep all weights on the CPU but those of the layer at work: least memory, slow. See the pipeline's method.
+
+        Args:
+            options: of the pipeline's method, such as ``device``.
+        """
+        self.pipeline.enable_sequential_cpu_offload(**options)
+        self._rest_on_cpu()
+
+    def _rest_on_cpu(self) -> None:
+        self._offloaded = True
+        self.adapter.to("cpu")
+        self.backbone.image_encoder.to("cpu")
+
+    @contextmanager
+    def at_work(self) -> Iterator[torch.device]:
+        """The device to compute on, with image encoder and adapter there for a while."""
+        device = self.pipeline._execution_device
+        if not self._offloaded:
+            yield device
+            return
+        try:
+            self.adapter.to(device)
+            self.backbone.image_encoder.to(device)
+            yield device
+        finally:
+            self._rest_on_cpu()
+
+    def condition(
+        self,
+        images: Sequence[Reference | Sequence[Reference]],
+        boxes: Sequence[Sequence[float] | None] | None,
+        phrases: Sequence[str] | None = None,
+        *,
+        prompt: str | None = None,
+        masks: Sequence[Any] | None = None,
+        scale: float | None = None,
+        subject_scales: Sequence[float] | None = None,
+        subject_windows: Sequence[Sequence[float] | None] | None = None,
+        auto_layout: bool = False,
+        auto_layout_threshold: float = 0.5,
+        auto_layout_start: int | None = None,
+        num_images: int = 1,
+        guidance: bool | None = None,
+    ) -> SubjectCondition:
+        """The subjects as one object, for any diffusers pipeline on this UNet: img2img, inpainting, ControlNet, ...
+
+        ``pipeline(..., cross_attention_kwargs={"subjects": condition})`` is all that such a pipeline needs, at any
+        size. The condition may be used again, for other prompts (without auto layout), seeds and sizes.
+
+        Args:
+            images: as for ``generate``; so are ``boxes``, ``masks``, ``scale``, ``subject_scales``,
+                ``subject_windows`` and the options of auto layout.
+            boxes: see there.
+            phrases: what each subject is called; None: read from ``prompt``.
+            prompt: what the pipeline will be given; needed to read phrases from, for subjects without a box and for
+                auto layout.
+            masks: see ``generate``.
+            scale: see ``generate``.
+            subject_scales: see ``generate``.
+            subject_windows: see ``generate``.
+            auto_layout: see ``generate``.
+            auto_layout_threshold: see ``generate``.
+            auto_layout_start: see ``generate``.
+            num_images: pictures that the pipeline draws at once.
+            guidance: None: whether the UNet's batch has an unconditional half is told from its size.
+
+        Raises:
+            RequestError, LayoutError, PhraseError: an argument cannot be honoured.
+        """
+        subjects = check_subjects(
+            images,
+            boxes,
+            phrases,
+            prompt=prompt,
+            masks=masks,
+            subject_scales=subject_scales,
+            subject_windows=subject_windows,
+            auto_layout=auto_layout,
+            auto_layout_threshold=auto_layout_threshold,
+            auto_layout_start=auto_layout_start,
+        )
+        whole_number(num_images, "num_images", 1)
+        chosen = self.scale_of(None if scale is None else number_between(scale, "scale", 0.0, math.inf))
+        layout = SubjectBatch(self, [subjects], [prompt])
+        return layout.condition([0] * num_images, [chosen], guidance=guidance)
+
+    def scale_of(self, scale: float | None) -> float:
+        """The weight of all subjects: ``scale``, or the adapter's own for None."""
+        return float(first_given(scale, self.adapter.config.defaults.get("scale"), 1.0))
+
     def generate(
         self,
-        images: Sequence[Image.Image | str | Path],
-        boxes: Sequence[Sequence[float]],
+        images: Sequence[Reference | Sequence[Reference]],
+        boxes: Sequence[Sequence[float] | None] | None,
         prompt: str,
         phrases: Sequence[str] | None = None,
         *,
+        masks: Sequence[Any] | None = None,
         negative_prompt: str | None = None,
         num_images: int = 1,
         steps: int | None = None,
         guidance_scale: float | None = None,
         scale: float | None = None,
         subject_scales: Sequence[float] | None = None,
+        subject_windows: Sequence[Sequence[float] | None] | None = None,
         height: int | None = None,
         width: int | None = None,
         auto_layout: bool = False,
         auto_layout_threshold: float = 0.5,
-        auto_layout_start: int = 5,
+        auto_layout_start: int | None = None,
         seed: int | None = None,
         output_type: OutputType = "pil",
         progress: bool = True,
         batch_size: int = 4,
+        latents: Tensor | None = None,
+        **pipeline_options: Any,
     ) -> list[Image.Image] | np.ndarray | Tensor:
         """Draw pictures with each subject in its box.
 
-        Where None is allowed, the adapter's own default is used. Several views of one subject: repeat its phrase and
-        box. Arguments are checked before anything is computed.
+        Where None is allowed, the adapter's own default is used. Arguments are checked before anything is computed.
 
         Args:
-            images: one reference per subject: PIL pictures, RGB or RGBA (cut-outs), or paths of such.
-            boxes: one (x1, y1, x2, y2) per subject, in fractions of the picture, x to the right and y downwards.
+            images: one item per subject: a PIL picture, RGB or RGBA (cut-out), the path of one, or a list of such,
+                several views of the same subject, which are all attended to.
+            boxes: one (x1, y1, x2, y2) per subject, in fractions of the picture, x to the right and y downwards. A box
+                without area leaves its subject out. None, for a subject or for all: no layout. Such a subject is drawn
+                from its reference alone (the resampler's learned queries), over the whole picture in the first step,
+                and from step ``auto_layout_start`` on where the text's attention sees its phrase.
             prompt: the scene; name every subject in it.
             phrases: what each subject is called, such as "dog". None: the prompt's noun phrases, if they match the
                 images one to one.
+            masks: one per subject, or None: a bool array (rows, columns) of any size over the whole picture, a picture
+                in black and white, or the path of one. It replaces the box as region; the box, if there is none, is
+                the one round the mask.
             negative_prompt: what to stay away from.
             num_images: how many pictures. Picture k is the one that ``seed=seed + k`` gives alone.
             steps: denoising steps.
             guidance_scale: weight of the prompt and the subjects against the negative prompt; 1 or less: no guidance.
             scale: weight of all subjects against the text; 0 is the bare base model, exactly.
             subject_scales: one weight per subject that multiplies ``scale``; 0 leaves a subject out.
+            subject_windows: one (start, end) in [0, 1] per subject, or None: the part of the way from noise to picture
+                in which the subject is there, measured on the noise schedule as diffusers' ``denoising_end`` is.
             height: pixels, a multiple of 8.
             width: pixels, a multiple of 8.
             auto_layout: after some steps, follow the regions that the text's attention gives the phrases instead of
                 the boxes. Every phrase must be in the prompt.
             auto_layout_threshold: how much of its highest attention a patch needs to belong to a subject, in [0, 1].
-            auto_layout_start: the first step, counted from 1, with these regions.
+            auto_layout_start: the first step, counted from 1, with these regions; None: 5, and 2 for subjects without
+                a box.
             seed: of the noise, which is drawn on the CPU so that every device gives the same. None: a new one.
             output_type: "pil" a list of pictures, "np" (n, height, width, 3) in [0, 1], "pt" (n, 3, height, width) in
                 [0, 1], "latent" (n, channels, rows, columns).
             progress: show a bar.
             batch_size: pictures drawn at once at most.
+            latents: (num_images, channels, rows, columns) the noise to start from, in place of the seed's.
+            pipeline_options: anything else that the diffusers pipeline takes: ``callback_on_step_end``,
+                ``ip_adapter_image``, ``prompt_embeds`` (of one prompt), ``guidance_rescale``, ``sigmas``, ...
 
         Raises:
             RequestError, LayoutError, PhraseError: an argument cannot be honoured.
@@ -144,12 +284,14 @@ class MSDiffusion:
             boxes,
             prompt,
             phrases,
+            masks=masks,
             negative_prompt=negative_prompt,
             num_images=num_images,
             steps=steps,
             guidance_scale=guidance_scale,
             scale=scale,
             subject_scales=subject_scales,
+            subject_windows=subject_windows,
             height=height,
             width=width,
             auto_layout=auto_layout,
@@ -158,99 +300,46 @@ class MSDiffusion:
             seed=seed,
             output_type=output_type,
             batch_size=batch_size,
+            latents=latents,
+            **pipeline_options,
         )
-        return self.run(request, progress=progress)
+        return self.generate_batch([request], progress=progress, batch_size=batch_size)[0].pictures
 
     @torch.no_grad()
-    def run(self, request: GenerationRequest, *, progress: bool = True) -> list[Image.Image] | np.ndarray | Tensor:
-        """Draw what a checked request asks for; see ``generate``."""
-        defaults = self.adapter.config.defaults
-        side = self.backbone.unet.config.sample_size * self.backbone.latent_factor
-        height = _first(request.height, defaults.get("height"), side)
-        width = _first(request.width, defaults.get("width"), side)
-        guidance_scale = float(_first(request.guidance_scale, defaults.get("guidance_scale"), 7.5))
-        seed = secrets.randbelow(2**31) if request.seed is None else request.seed
-        self._warn_of_cut_prompts(request)
-        spans = self._spans(request) if request.auto_layout else None
-        tokens, boxes = self.subject_tokens(request.images, request.phrases, request.boxes)
-        pipeline = self.pipeline
-        pipeline.set_progress_bar_config(disable=not progress)
-        batches = []
-        for first in range(0, request.num_images, request.batch_size):
-            count = min(request.batch_size, request.num_images - first)
-            condition = self.adapter.condition(
-                tokens,
-                boxes,
-                height=height // self.backbone.latent_factor,
-                width=width // self.backbone.latent_factor,
-                scale=_first(request.scale, defaults.get("scale"), 1.0),
-                subject_scales=request.subject_scales,
-                # It collects text maps, so every batch has its own.
-                auto_layout=None
-                if spans is None
-                else AutoLayout(spans, request.auto_layout_threshold, request.auto_layout_start),
-                guidance=guidance_scale > 1.0 and self.backbone.unet.config.time_cond_proj_dim is None,
-            )
-            try:
-                output = pipeline(
-                    prompt=request.prompt,
-                    negative_prompt=_first(request.negative_prompt, defaults.get("negative_prompt"), ""),
-                    height=height,
-                    width=width,
-                    num_inference_steps=_first(request.steps, defaults.get("steps"), 30),
-                    guidance_scale=guidance_scale,
-                    num_images_per_prompt=count,
-                    generator=[torch.Generator("cpu").manual_seed(seed + first + k) for k in range(count)],
-                    cross_attention_kwargs={"subjects": condition},
-                    output_type=request.output_type,
-                )
-            finally:
-                pipeline._cross_attention_kwargs = None  # the pipeline would keep the condition alive
-            batches.append(output.images)
-        if request.output_type == "pil":
-            return [picture for batch in batches for picture in batch]
-        return np.concatenate(batches) if request.output_type == "np" else torch.cat(batches)
-
-    @torch.no_grad()
-    def subject_tokens(
+    def generate_batch(
         self,
-        images: Sequence[Image.Image],
-        phrases: Sequence[str],
-        boxes: Sequence[Sequence[float]],
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens (1, S, T, C) and boxes (1, S, 4) of S subjects, as ``adapter.condition`` takes them.
+        requests: Sequence[GenerationRequest | Mapping[str, Any]],
+        *,
+        progress: bool = True,
+        batch_size: int = 8,
+        on_result: Callable[[int, GenerationResult], None] | None = None,
+    ) -> list[GenerationResult]:
+        """Draw the pictures of many requests, together wherever that is possible.
 
-        With these a condition can be made for any diffusers pipeline on the same UNet, by
-        ``cross_attention_kwargs={"subjects": condition}``.
+        Requests of the same size, steps, guidance and output type share the denoiser's batch, however many subjects
+        each has; one request's pictures do not change another's.
+
+        Args:
+            requests: what ``check_request`` made of the arguments of ``generate``, or mappings of these arguments.
+            progress: show a bar.
+            batch_size: pictures drawn at once at most.
+            on_result: called with the index of a request and its result as soon as it is complete.
+
+        Returns:
+            One result per request, in their order.
+
+        Raises:
+            RequestError, LayoutError, PhraseError: a request cannot be honoured; before anything is drawn.
         """
-        backbone, config = self.backbone, self.adapter.config
-        pixels = backbone.prepare_references(images, config.reference_background, config.reference_fit)
-        device, dtype = self.adapter.device, self.adapter.dtype
-        image_tokens = backbone.encode_references(pixels, config.reference_features).unsqueeze(0).to(device, dtype)
-        phrase_embeddings = backbone.encode_phrases(phrases).unsqueeze(0).to(device, dtype)
-        box_tensor = torch.tensor([[list(box) for box in boxes]], dtype=torch.float32, device=device)
-        return self.adapter.resampler(image_tokens, phrase_embeddings, box_tensor), box_tensor
-
-    def _spans(self, request: GenerationRequest) -> Tensor:
-        """(1, S, 2) token spans of the phrases in the prompt."""
-        spans = [
-            token_span(self.backbone.tokenizer, request.prompt, phrase, occurrence)
-            for phrase, occurrence in zip(request.phrases, request.occurrences, strict=True)
+        checked = [
+            request if isinstance(request, GenerationRequest) else check_request(**request) for request in requests
         ]
-        return torch.tensor([spans], device=self.backbone.device)
-
-    def _warn_of_cut_prompts(self, request: GenerationRequest) -> None:
-        for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
-            rest = beyond_limit(self.backbone.tokenizer, text)
-            if rest:
-                limit = self.backbone.tokenizer.model_max_length
-                warnings.warn(
-                    f"the {name} is longer than the {limit} tokens that the text encoder reads; ignored: {rest!r}",
-                    stacklevel=4,
-                )
+        return BatchDrawing(self, checked, whole_number(batch_size, "batch_size", 1), progress).draw(on_result)
 
     def save_pretrained(self, directory: str | Path, *, include_backbone: bool = False) -> None:
-        """Write the adapter, so that from_pretrained(directory) gives this model again.
+        """Write the adapter, so that from_pretrained(directory) gives this model again, and a model card.
+
+        A README.md that is there already, and that a person wrote or changed, is kept.
 
         Args:
             directory: is made if it is missing.
@@ -265,33 +354,34 @@ class MSDiffusion:
             self.pipeline.save_pretrained(directory / BASE_FOLDER)
             self.backbone.image_encoder.save_pretrained(directory / ENCODER_FOLDER)
             self.backbone.image_processor.save_pretrained(directory / ENCODER_FOLDER)
-            base, encoder = BASE_FOLDER, ENCODER_FOLDER
+            sources = Sources(BASE_FOLDER, ENCODER_FOLDER)
         elif self.sources is None:
             raise WeightsError("this model's backbone was built in memory: save it with include_backbone=True")
         else:
-            base, encoder = (
-                str(Path(source).resolve()) if Path(source).exists() else source for source in self.sources
-            )
-        self.adapter.save_pretrained(directory, base_model=base, image_encoder=encoder)
+            sources = self.sources.absolute()
+        self.adapter.save_pretrained(directory, **vars(sources))
+        write_card(directory, self.adapter)
 
     def push_to_hub(
         self, repo_id: str, *, include_backbone: bool = False, private: bool = False, token: str | None = None
     ) -> str:
         """Upload what save_pretrained writes to a hub repository, which is made if it is missing; returns its address.
 
+        A README.md that stands there already, and that a person wrote or changed, is kept.
+
         Raises:
             WeightsError: the config would point to a folder of this machine.
         """
-        if not include_backbone and (self.sources is None or any(Path(source).exists() for source in self.sources)):
+        if not include_backbone and (self.sources is None or self.sources.local):
             raise WeightsError("the backbone lies on this machine only: push with include_backbone=True")
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, include_backbone=include_backbone)
+            write_card(folder, self.adapter, repo_id)
             url = api.create_repo(repo_id, private=private, exist_ok=True)
+            if api.file_exists(repo_id, CARD_NAME):
+                present = Path(api.hf_hub_download(repo_id, CARD_NAME)).read_text(encoding="utf-8")
+                if not is_generated(present):
+                    (Path(folder) / CARD_NAME).unlink()
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         return str(url)
-
-
-def _first(*values: Any) -> Any:
-    """The first value that is not None."""
-    return next(value for value in values if value is not None)

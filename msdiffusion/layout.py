@@ -7,7 +7,6 @@ Shapes: B batch, S subjects, Q = height * width patches in row-major order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from msdiffusion.errors import LayoutError
@@ -18,22 +17,17 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]
 
 
-def check_boxes(boxes: Iterable[Sequence[float]], name: str = "boxes") -> list[Box]:
-    """Return the boxes as tuples of Python floats, or say which one cannot be a box, and why.
+def check_box(box: Any, name: str, *, empty: bool = False) -> Box:
+    """The box as a tuple of Python floats, or an error that says why it cannot be one.
 
     Args:
-        boxes: any number of ``(x1, y1, x2, y2)``, normalised; lists, tuples, arrays or tensors.
-        name: what the message calls them.
+        box: ``(x1, y1, x2, y2)``, normalised; list, tuple, array or tensor.
+        name: what the message calls it.
+        empty: let a box without area through.
 
     Raises:
-        LayoutError: a box is not four finite numbers, leaves [0, 1], is reversed, or has no area.
+        LayoutError: it is not four finite numbers, leaves [0, 1], is reversed, or has no area.
     """
-    if isinstance(boxes, (str, bytes)) or not isinstance(boxes, Iterable):
-        raise LayoutError(f"{name} must be a sequence of boxes (x1, y1, x2, y2), got {boxes!r}")
-    return [_check_box(box, f"{name}[{index}]") for index, box in enumerate(boxes)]
-
-
-def _check_box(box: Any, name: str) -> Box:
     need = "a box is four numbers x1, y1, x2, y2 in fractions of the picture, 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1"
     try:
         if isinstance(box, (str, bytes)):
@@ -49,7 +43,7 @@ def _check_box(box: Any, name: str) -> Box:
         raise LayoutError(f"{name} is {numbers}, which leaves the picture: {need}{hint}")
     if x1 > x2 or y1 > y2:
         raise LayoutError(f"{name} is {numbers}, whose corners are reversed: {need}")
-    if x1 == x2 or y1 == y2:
+    if not empty and (x1 == x2 or y1 == y2):
         raise LayoutError(f"{name} is {numbers}, which is empty: {need}")
     return numbers
 

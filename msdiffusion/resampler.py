@@ -91,7 +91,8 @@ class GroundingResampler(nn.Module):
             image_tokens: (B, S, L, D) hidden states of the image encoder.
             phrase_embeddings: (B, S, P) pooled phrase embeddings.
             boxes: (B, S, 4) target boxes, normalised xyxy.
-            drop_grounding: (B,) bool; samples whose phrase and box are replaced by learned queries.
+            drop_grounding: (B,) or (B, S) bool; samples, or subjects, whose phrase and box are replaced by learned
+                queries.
 
         Returns:
             (B, S, T, C).
@@ -117,7 +118,7 @@ class GroundingResampler(nn.Module):
         queries = self.query_norm(queries)
         if drop_grounding is None:
             return queries
-        dropped = drop_grounding.bool().view(-1, 1, 1, 1)
+        dropped = drop_grounding.bool().reshape(len(boxes), -1, 1, 1)
         return torch.where(dropped, self.null_queries.to(queries.dtype), queries)
 
     def box_features(self, boxes: Tensor) -> Tensor:

@@ -204,15 +204,11 @@ def draw_batch(
     """
     backbone = module.backbone
     inputs = module.encode(batch, generator=torch.Generator().manual_seed(seed))
-    height, width = inputs.latents.shape[-2:]
     condition = module.trained_adapter(
         inputs.image_tokens.float(),
         inputs.phrase_embeddings.float(),
         inputs.boxes,
-        height=height,
-        width=width,
         scale=scale,
-        guidance=guidance_scale > 1,
     )
     R = batch.targets.shape[-1]
     backbone.pipeline.set_progress_bar_config(disable=True)

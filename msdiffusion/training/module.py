@@ -341,8 +341,6 @@ class MSDiffusionModule(pl.LightningModule):
             inputs.phrase_embeddings.float(),
             inputs.boxes,
             drop_grounding=no_grounding,
-            height=height,
-            width=width,
         )
         noisy = self.schedule.add_noise(inputs.latents, noise, timesteps)
         dtype = self.backbone.unet.dtype

@@ -7,7 +7,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from msdiffusion.adapter import AdapterConfig, MSAdapter, cross_attentions
-from msdiffusion.attention import AutoLayout, MultiSubjectAttnProcessor, TransparentAttnProcessor
+from msdiffusion.attention import MultiSubjectAttnProcessor, TransparentAttnProcessor
+from msdiffusion.condition import AutoLayout
 from msdiffusion.errors import LayoutError, RequestError, WeightsError
 from msdiffusion.resampler import ResamplerParams
 
@@ -43,7 +44,7 @@ def make_condition(adapter, golden, **options):
         tensors["phrase_embeds"].unflatten(0, (2, 3)),
         options.pop("boxes", tensors["boxes"]),
         drop_grounding=torch.tensor(config["drop_grounding_tokens"]),
-        **{"height": 16, "width": 16, "scale": config["scale"], **options},
+        **{"scale": config["scale"], **options},
     )
 
 
@@ -259,7 +260,7 @@ def test_any_latent_size(golden, unet, adapter, height, width):
     adapter.install(unet)
     torch.manual_seed(0)
     latents = torch.randn(2, 4, height, width)
-    condition = make_condition(adapter, golden, height=height, width=width)
+    condition = make_condition(adapter, golden)
     result = predict(unet, golden, condition, latents)
     assert result.isfinite().all()
     assert not torch.equal(result, predict(unet, golden, None, latents))
@@ -293,9 +294,9 @@ def test_gradients_reach_every_trained_weight(golden, unet, adapter):
 def test_condition_checks_shapes_and_counts(golden, adapter):
     tokens = torch.zeros(1, 2, 16, 32)
     with pytest.raises(LayoutError, match=r"\(1, 2, 16, 32\).*\(1, 3, 4\)"):
-        adapter.condition(tokens, torch.zeros(1, 3, 4), height=16, width=16)
+        adapter.condition(tokens, torch.zeros(1, 3, 4))
     with pytest.raises(RequestError, match=r"one number per subject \(2\)"):
-        adapter.condition(tokens, torch.zeros(1, 2, 4), height=16, width=16, subject_scales=[1, 1, 1])
+        adapter.condition(tokens, torch.zeros(1, 2, 4), subject_scales=[1, 1, 1])
 
 
 def rewrite(directory, **changes):
@@ -364,10 +365,10 @@ def test_without_regions_every_patch_reads_every_subject_that_is_there(golden, u
     tokens = adapter.resampler(
         golden[0]["image_tokens"].unflatten(0, (2, 3)), golden[0]["phrase_embeds"].unflatten(0, (2, 3)), boxes
     )
-    expected = predict(unet, golden, adapter.condition(tokens, boxes, height=16, width=16, masks=masks))
-    ours = predict(unet, golden, ablation.condition(tokens, boxes, height=16, width=16))
+    expected = predict(unet, golden, adapter.condition(tokens, boxes, masks=masks))
+    ours = predict(unet, golden, ablation.condition(tokens, boxes))
     assert torch.equal(ours, expected)
-    boxed = predict(unet, golden, adapter.condition(tokens, boxes, height=16, width=16))
+    boxed = predict(unet, golden, adapter.condition(tokens, boxes))
     assert not torch.allclose(ours, boxed, atol=1e-4)
 
 

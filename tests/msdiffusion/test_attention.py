@@ -1,19 +1,28 @@
+"""The attention processors: the text path is diffusers' own, whatever processor was there before."""
+
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
+from torch import nn
 
 from msdiffusion.attention import (
     AttentionCall,
-    AutoLayout,
     MultiSubjectAttnProcessor,
-    SubjectCondition,
+    MultiSubjectIPAdapterAttnProcessor,
+    SubjectBinder,
+    TextCache,
     TransparentAttnProcessor,
 )
-from msdiffusion.errors import LayoutError, RequestError
+from msdiffusion.errors import RequestError
 
 LAYER = "layer"
 TEXT = 77
-DUMMIES = 4
 
 
 @pytest.fixture(scope="module")
@@ -30,64 +39,21 @@ def layer(golden):
     return module.requires_grad_(False)
 
 
-def make_condition(golden, *, scale=1.0, boxes=None, subjects=(0, 1, 2), samples=slice(None), **options):
-    tensors, config = golden
-    tokens = tensors["encoder_hidden_states"][samples, TEXT + DUMMIES :].unflatten(1, (3, config["num_tokens"]))
-    tokens = tokens[:, list(subjects)].flatten(1, 2)
-    boxes = tensors["boxes"] if boxes is None else boxes
-    weights = torch.as_tensor(scale, dtype=torch.float32).expand(3)[list(subjects)]
-    weights = weights.repeat_interleave(config["num_tokens"])[:, None]
-    height, width = options.pop("size", config["latent_hw"])
-    return SubjectCondition(
-        keys={LAYER: tokens @ tensors["proc.to_k_ip.weight"].T},
-        values={LAYER: tokens @ tensors["proc.to_v_ip.weight"].T * weights},
-        boxes=boxes[samples][:, list(subjects)],
-        height=height,
-        width=width,
-        **options,
-    )
-
-
-def run(layer, golden, condition, *, hidden=None, backend="sdpa", samples=slice(None)):
-    tensors, _ = golden
-    hidden = tensors["hidden_states"] if hidden is None else hidden
-    layer.set_processor(MultiSubjectAttnProcessor(LAYER, backend))
-    text = tensors["encoder_hidden_states"][:, :TEXT]
-    return layer(hidden[samples], encoder_hidden_states=text[samples], subjects=condition)
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "softmax"])
-@pytest.mark.parametrize(
-    ("key", "scale"), [("out_scale_0.6", 0.6), ("out_subject_scales_0.3_0.9_0.5", [0.3, 0.9, 0.5])]
-)
-def test_equals_the_official_attention(layer, golden, backend, key, scale):
-    ours = run(layer, golden, make_condition(golden, scale=scale), backend=backend)
-    torch.testing.assert_close(ours, golden[0][key], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "softmax"])
-def test_equals_the_official_auto_layout(layer, golden, backend):
-    tensors, config = golden
-    settings = config["auto_layout"]
-    layout = AutoLayout(tensors["phrase_token_spans"], settings["mask_threshold"], settings["start_step"])
-    condition = make_condition(golden, scale=0.6, auto_layout=layout)
-    for step in range(3):
-        ours = run(layer, golden, condition, hidden=tensors[f"auto_layout_hidden_step{step}"], backend=backend)
-        torch.testing.assert_close(ours, tensors[f"auto_layout_out_step{step}"], rtol=1e-5, atol=1e-5)
-
-
-def text_only(layer, golden, processor=None):
+def text_only(layer, golden, processor=None, **options):
     tensors, _ = golden
     layer.set_processor(processor or AttnProcessor2_0())
-    return layer(tensors["hidden_states"], encoder_hidden_states=tensors["encoder_hidden_states"][:, :TEXT])
+    text = tensors["encoder_hidden_states"][:, :TEXT]
+    return layer(tensors["hidden_states"], encoder_hidden_states=text, **options)
 
 
 def test_without_subjects_it_is_diffusers_own_attention_bit_for_bit(layer, golden):
-    assert torch.equal(run(layer, golden, None), text_only(layer, golden))
+    own = text_only(layer, golden, MultiSubjectAttnProcessor(LAYER))
+    assert torch.equal(own, text_only(layer, golden))
 
 
 def test_softmax_backend_equals_diffusers_plain_attention(layer, golden):
-    torch.testing.assert_close(run(layer, golden, None, backend="softmax"), text_only(layer, golden, AttnProcessor()))
+    own = text_only(layer, golden, MultiSubjectAttnProcessor(LAYER, "softmax"))
+    torch.testing.assert_close(own, text_only(layer, golden, AttnProcessor()))
 
 
 def test_text_masks_are_honoured(layer, golden):
@@ -105,118 +71,6 @@ def test_text_masks_are_honoured(layer, golden):
         results.append(layer(tensors["hidden_states"], encoder_hidden_states=text, attention_mask=mask))
     assert torch.equal(results[0], results[1])
     torch.testing.assert_close(results[0], results[2])
-
-
-def test_scale_zero_is_the_text_alone_bit_for_bit(layer, golden):
-    assert torch.equal(run(layer, golden, make_condition(golden, scale=0.0)), text_only(layer, golden))
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "softmax"])
-def test_empty_boxes_are_the_text_alone_bit_for_bit(layer, golden, backend):
-    condition = make_condition(golden, boxes=torch.zeros(2, 3, 4))
-    assert torch.equal(run(layer, golden, condition, backend=backend), run(layer, golden, None, backend=backend))
-
-
-def test_background_rows_are_exactly_the_text(layer, golden):
-    boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5]] * 3] * 2)
-    changed = run(layer, golden, make_condition(golden, boxes=boxes)) != run(layer, golden, None)
-    changed = changed.any(-1).view(2, 12, 12)
-    assert changed[:, :6, :6].all()
-    assert not changed[:, 6:].any()
-    assert not changed[:, :, 6:].any()
-
-
-def test_a_wide_latent_maps_boxes_to_its_rows_and_columns(layer, golden):
-    boxes = torch.tensor([[[0.75, 0.0, 1.0, 0.5]] * 3] * 2)
-    condition = make_condition(golden, boxes=boxes, size=(8, 18))  # 144 patches, as 12 x 12
-    changed = (run(layer, golden, condition) != run(layer, golden, None)).any(-1).view(2, 8, 18)
-    expected = torch.zeros(8, 18, dtype=torch.bool)
-    expected[:4, 13:] = True
-    assert torch.equal(changed, expected.expand(2, -1, -1))
-
-
-def test_masks_replace_boxes(layer, golden):
-    masks = torch.zeros(2, 3, 24, 24, dtype=torch.bool)
-    masks[:, :, 1, 23] = True  # one pixel touches one patch
-    changed = (run(layer, golden, make_condition(golden, masks=masks)) != run(layer, golden, None)).any(-1)
-    assert changed.view(2, 12, 12).nonzero().tolist() == [[0, 0, 11], [1, 0, 11]]
-
-
-def test_order_of_subjects_does_not_matter(layer, golden):
-    straight = run(layer, golden, make_condition(golden, scale=[0.3, 0.9, 0.5]))
-    turned = run(layer, golden, make_condition(golden, scale=[0.3, 0.9, 0.5], subjects=(2, 0, 1)))
-    torch.testing.assert_close(straight, turned)
-
-
-def test_an_absent_subject_is_as_if_never_given(layer, golden):
-    """Also where its box overlaps others, whose share of the softmax it must not take."""
-    boxes = torch.tensor([[[0.0, 0.0, 0.7, 0.7], [0.2, 0.2, 1.0, 1.0], [0.1, 0.3, 0.8, 0.9]]] * 2)
-    alone = run(layer, golden, make_condition(golden, boxes=boxes, subjects=(0, 2)))
-    present = torch.tensor([[True, False, True]] * 2)
-    absent = run(layer, golden, make_condition(golden, boxes=boxes, present=present))
-    torch.testing.assert_close(absent, alone)
-    boxes[:, 1] = torch.tensor([0.4, 0.4, 0.4, 0.9])
-    torch.testing.assert_close(run(layer, golden, make_condition(golden, boxes=boxes)), alone)
-
-
-def test_items_of_a_batch_do_not_mix(layer, golden):
-    boxes = golden[0]["boxes"].clone()
-    before = run(layer, golden, make_condition(golden, boxes=boxes))
-    boxes[1] = torch.tensor([0.1, 0.1, 0.9, 0.9])
-    after = run(layer, golden, make_condition(golden, boxes=boxes))
-    assert torch.equal(before[0], after[0])
-    assert not torch.equal(before[1], after[1])
-
-
-def test_guidance_leaves_the_unconditional_half_alone(layer, golden):
-    tensors, _ = golden
-    doubled = {
-        **tensors,
-        "hidden_states": tensors["hidden_states"].repeat(2, 1, 1),
-        "encoder_hidden_states": tensors["encoder_hidden_states"].repeat(2, 1, 1),
-    }
-    both = run(layer, (doubled, None), make_condition(golden, guidance=True))
-    torch.testing.assert_close(both[:2], text_only(layer, golden))
-    torch.testing.assert_close(both[2:], run(layer, golden, make_condition(golden)))
-
-
-def test_auto_layout_reads_the_conditional_half(layer, golden):
-    tensors, _ = golden
-    torch.manual_seed(0)
-    noise_hidden, noise_text = (torch.randn_like(tensors[name]) for name in ("hidden_states", "encoder_hidden_states"))
-    doubled = {
-        **tensors,
-        "hidden_states": torch.cat([noise_hidden, tensors["hidden_states"]]),
-        "encoder_hidden_states": torch.cat([noise_text, tensors["encoder_hidden_states"]]),
-    }
-    layout = AutoLayout(tensors["phrase_token_spans"], start_step=1)
-    both = run(layer, (doubled, None), make_condition(golden, auto_layout=layout, guidance=True))
-    torch.testing.assert_close(both[2:], run(layer, golden, make_condition(golden, auto_layout=layout)))
-
-
-def test_one_condition_serves_any_number_of_samples(layer, golden):
-    tensors, _ = golden
-    condition = make_condition(golden, samples=slice(0, 1))
-    same = {name: tensors[name][:1].repeat(3, 1, 1) for name in ("hidden_states", "encoder_hidden_states")}
-    out = run(layer, (same, None), condition)
-    for row in out:
-        torch.testing.assert_close(row, run(layer, golden, condition, samples=slice(0, 1))[0])
-
-
-def test_auto_layout_of_an_unnamed_phrase_has_no_region(layer, golden):
-    layout = AutoLayout(torch.zeros(2, 3, 2, dtype=torch.long), start_step=1)
-    assert torch.equal(run(layer, golden, make_condition(golden, auto_layout=layout)), run(layer, golden, None))
-
-
-def test_gradients_reach_keys_and_values_and_background_gives_none(layer, golden):
-    for backend in ("sdpa", "softmax"):
-        condition = make_condition(golden)
-        for states in (condition.keys, condition.values):
-            states[LAYER] = states[LAYER].requires_grad_()
-        run(layer, golden, condition, backend=backend).sum().backward()
-        for states in (condition.keys, condition.values):
-            assert states[LAYER].grad.isfinite().all()
-            assert states[LAYER].grad.abs().sum() > 0
 
 
 def test_controls_follow_one_another(layer, golden):
@@ -242,45 +96,91 @@ def test_transparent_processor_passes_everything_on(layer, golden, caplog):
     layer.set_processor(AttnProcessor2_0())
     expected = layer(tensors["hidden_states"])
     layer.set_processor(TransparentAttnProcessor(AttnProcessor2_0()))
-    assert torch.equal(layer(tensors["hidden_states"], subjects=make_condition(golden)), expected)
+    assert torch.equal(layer(tensors["hidden_states"], subjects=shifted, text_cache=TextCache()), expected)
+    layer.set_processor(TransparentAttnProcessor())  # as diffusers makes it while it loads an IP-Adapter
+    assert torch.equal(layer(tensors["hidden_states"]), expected)
     assert not caplog.records
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"masks": torch.zeros(2, 2, 4, 4, dtype=torch.bool)}, r"masks must be \(2, 3, height, width\)"),
-        ({"auto_layout": AutoLayout(torch.zeros(2, 2, 2))}, r"spans must be \(2, 3, 2\)"),
-        ({"boxes": torch.zeros(3, 3, 4)}, "3 x 3 boxes do not fit keys"),
-    ],
-)
-def test_shapes_that_do_not_go_together_are_refused(golden, options, message):
-    with pytest.raises(LayoutError, match=message):
-        make_condition(golden, **options)
+def shifted(hidden, call):
+    """A control that needs everything it may look at."""
+    return hidden + call.query.mean() + call.text_key.mean()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((torch.zeros(2, 3),), "spans must be"),
-        ((torch.zeros(1, 1, 2), 1.5), "threshold"),
-        ((torch.zeros(1, 1, 2), 0.5, 0), "start_step"),
-    ],
-)
-def test_bad_auto_layout_is_refused(arguments, message):
-    with pytest.raises(RequestError, match=message):
-        AutoLayout(*arguments)
+@pytest.mark.parametrize("base", [AttnProcessor(), AttnProcessor2_0(), SlicedAttnProcessor(2)])
+def test_another_processor_goes_on_working_inside_ours(layer, golden, base):
+    inside = MultiSubjectAttnProcessor(LAYER, base=base)
+    assert torch.equal(text_only(layer, golden, inside), text_only(layer, golden, base))
+    controlled = text_only(layer, golden, inside, subjects=shifted)
+    expected = text_only(layer, golden, MultiSubjectAttnProcessor(LAYER), subjects=shifted)
+    torch.testing.assert_close(controlled, expected)
+    assert not torch.equal(controlled, text_only(layer, golden, base))
 
 
-def test_wrong_batch_layer_and_size_are_refused(layer, golden):
+def test_an_ip_adapter_goes_on_working_inside_ours(layer, golden):
     tensors, _ = golden
-    with pytest.raises(RequestError, match="2 samples, but the UNet got 3"):
-        run(
-            layer, ({k: v[:1].repeat(3, 1, 1) for k, v in tensors.items() if v.ndim == 3}, None), make_condition(golden)
-        )
-    with pytest.raises(LayoutError, match="latents of 10 x 10.*144 patches"):
-        run(layer, golden, make_condition(golden, size=(10, 10)))
-    condition = make_condition(golden)
-    condition.keys.clear()
-    with pytest.raises(RequestError, match="no keys for layer"):
-        run(layer, golden, condition)
+    torch.manual_seed(0)
+    width = layer.to_q.in_features
+    base = IPAdapterAttnProcessor2_0(width, width, num_tokens=(4,), scale=0.7)
+    text = (tensors["encoder_hidden_states"][:, :TEXT], [torch.randn(2, 1, 4, width)])
+
+    def run(processor, **options):
+        layer.set_processor(processor)
+        with torch.no_grad():
+            return layer(tensors["hidden_states"], encoder_hidden_states=text, **options)
+
+    expected = run(base)
+    ours = MultiSubjectIPAdapterAttnProcessor(base, LAYER)
+    assert isinstance(ours, IPAdapterAttnProcessor2_0)
+    assert torch.equal(run(ours), expected)
+    assert torch.equal(run(ours, subjects=lambda hidden, call: hidden), expected)
+    assert not torch.equal(run(ours, subjects=shifted), expected)
+    ours.scale[0] = 0.0  # what set_ip_adapter_scale does
+    assert torch.equal(run(ours), text_only(layer, golden))
+
+
+def test_text_keys_are_computed_once_per_text(layer, golden):
+    calls = []
+
+    class Counting(nn.Linear):
+        def forward(self, states):
+            calls.append(states)
+            return super().forward(states)
+
+    tensors, _ = golden
+    text, cache = tensors["encoder_hidden_states"][:, :TEXT].clone(), TextCache()
+    expected = text_only(layer, golden)
+    layer.set_processor(MultiSubjectAttnProcessor(LAYER))
+    whole, layer.to_k = layer.to_k, Counting(*reversed(layer.to_k.weight.shape), bias=False)
+    layer.to_k.load_state_dict(whole.state_dict())
+    try:
+        with torch.no_grad():
+
+            def run():
+                return layer(
+                    tensors["hidden_states"], encoder_hidden_states=text, text_cache=cache.begin(text)
+                )  # fmt: skip
+
+            assert torch.equal(run(), expected)
+            assert torch.equal(run(), expected)
+            assert len(calls) == 1
+            text.mul_(2)  # changed in place: the cache must not serve it
+            assert not torch.equal(run(), expected)
+            assert len(calls) == 2
+            text = text.clone()
+            run()
+            assert len(calls) == 3
+    finally:
+        layer.to_k = whole
+
+
+def test_the_binder_sees_a_replaced_processor_and_leaves_other_calls_alone(layer, golden):
+    binder = SubjectBinder([layer])
+    assert binder(None, (), {}) is None
+    assert binder(None, (), {"cross_attention_kwargs": {"scale": 0.5}}) is None
+    assert binder(None, (), {"cross_attention_kwargs": {"subjects": shifted}}) is None  # needs no binding
+    given = {"cross_attention_kwargs": {"subjects": type("Condition", (), {"bind": None})()}}
+    for processor in (AttnProcessor2_0(), MultiSubjectAttnProcessor()):
+        layer.set_processor(processor)
+        with pytest.raises(RequestError, match=r"model.install\(\)"):
+            binder(None, (), given)

@@ -199,10 +199,9 @@ def test_another_pipeline_on_the_same_unet_takes_the_condition(model):
     """Image to image, with the call that docs/inference.md shows."""
     pipeline = StableDiffusionXLImg2ImgPipeline(**model.pipeline.components, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
-    tokens, boxes = model.subject_tokens([DOG, TEAPOT], ["dog", "teapot"], [LEFT, RIGHT])
 
     def redraw(scale):
-        condition = model.adapter.condition(tokens, boxes, height=32, width=32, scale=scale or 0.0, guidance=True)
+        condition = model.condition([DOG, TEAPOT], [LEFT, RIGHT], ["dog", "teapot"], scale=scale or 0.0)
         subjects = {} if scale is None else {"cross_attention_kwargs": {"subjects": condition}}
         generator = torch.Generator().manual_seed(0)
         options = {"num_inference_steps": 4, "strength": 0.5, "guidance_scale": 3.0, "output_type": "pt"}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msdiffusion.errors import LayoutError, MSDiffusionError
-from msdiffusion.layout import check_boxes, grid_of, patch_masks, pool_masks
+from msdiffusion.layout import check_box, grid_of, patch_masks, pool_masks
 
 sides = st.integers(1, 40)
 fractions = st.floats(0, 1, width=32)
@@ -105,11 +105,11 @@ def test_a_grid_of_another_latent_is_refused():
 
 
 def test_good_boxes_come_back_as_tuples():
-    expected = [(0.0, 0.25, 0.5, 0.75)]
-    assert check_boxes([[0, 0.25, 0.5, 0.75]]) == expected
-    assert check_boxes(np.array([[0, 0.25, 0.5, 0.75]])) == expected
-    assert check_boxes(torch.tensor([[0, 0.25, 0.5, 0.75]])) == expected
-    assert check_boxes([]) == []
+    expected = (0.0, 0.25, 0.5, 0.75)
+    assert check_box([0, 0.25, 0.5, 0.75], "box") == expected
+    assert check_box(np.array([0, 0.25, 0.5, 0.75]), "box") == expected
+    assert check_box(torch.tensor([0, 0.25, 0.5, 0.75]), "box") == expected
+    assert check_box([0.5, 0, 0.5, 1], "box", empty=True) == (0.5, 0, 0.5, 1)
 
 
 @pytest.mark.parametrize(
@@ -132,15 +132,9 @@ def test_good_boxes_come_back_as_tuples():
         ([0, 0, 0, 0], "empty"),
     ],
 )
-def test_bad_boxes_are_refused_by_number(box, message):
+def test_bad_boxes_are_refused_by_name(box, message):
     with pytest.raises(LayoutError, match=message) as error:
-        check_boxes([[0, 0, 1, 1], box])
+        check_box(box, "boxes[1]")
     assert "boxes[1]" in str(error.value)
     assert isinstance(error.value, ValueError)
     assert isinstance(error.value, MSDiffusionError)
-
-
-@pytest.mark.parametrize("boxes", [None, 3, "0,0,1,1"])
-def test_boxes_must_be_a_sequence(boxes):
-    with pytest.raises(LayoutError, match="sequence of boxes"):
-        check_boxes(boxes)

@@ -11,14 +11,14 @@ from PIL import Image
 from data_pipeline.world import COLORS
 from msdiffusion.bench import explore
 from msdiffusion.cli import main
-from msdiffusion.layout import check_boxes
+from msdiffusion.layout import check_box
 
 TINY = Path(__file__).parents[3] / "checkpoints" / "tiny"
 
 
 def test_strange_boxes_can_be_asked_for():
     for box in explore.STRANGE_BOXES.values():
-        check_boxes([box])  # raises for a box that `generate` refuses
+        check_box(box, "box")  # raises for a box that `generate` refuses
 
 
 def test_page_curves_and_pictures(tmp_path, tiny_model_dir, monkeypatch):

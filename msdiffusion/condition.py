@@ -1,0 +1,346 @@
+"""SubjectCondition: what a UNet needs to draw subjects, in one object that any diffusers pipeline hands on.
+
+``cross_attention_kwargs={"subjects": condition}`` is all there is to say. Keys and values of the subjects are computed
+when the condition is made; masks once per latent size; only the text's attention maps (auto layout) change over a run.
+
+Shapes: B batch (1 serves any), S subjects, T tokens per subject, N = S * T, L text tokens, Q patches, H heads, D head
+width, C = H * D layer width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from msdiffusion.attention import (
+    AttentionCall,
+    TextCache,
+    attention_probabilities,
+    dot_product_attention,
+    split_heads,
+)
+from msdiffusion.errors import LayoutError, RequestError
+from msdiffusion.layout import grid_of, patch_masks, pool_masks
+
+NULL_TOKENS = 8
+"""Tokens with value zero that patches outside every region attend to, so that they read exactly zero. Eight keep the
+number of tokens a multiple of eight, as fused kernels like it."""
+
+
+@dataclass(frozen=True)
+class AutoLayout:
+    """Let the text's own attention maps replace the regions after some steps (the official "pseudo mask").
+
+    From the ``start_step``-th step on, a layer's region of a subject is where the attention to its phrase, averaged
+    over the phrase's tokens, the heads and all steps so far, and scaled to [0, 1], exceeds ``threshold``.
+    """
+
+    spans: Tensor
+    """(B, S, 2) integer [start, end) of each subject's phrase among the text tokens; start = end: no region."""
+    threshold: float = 0.5
+    start_step: int | Tensor = 5
+    """Counted from 1; a number, or (B, S) integers."""
+    subjects: Tensor | None = None
+    """(B, S) bool: whose regions are replaced; None: all."""
+
+    def __post_init__(self) -> None:
+        if self.spans.ndim != 3 or self.spans.shape[-1] != 2:
+            raise RequestError(f"spans must be (batch, subjects, 2), got {tuple(self.spans.shape)}")
+        if not 0.0 <= self.threshold <= 1.0:
+            raise RequestError(f"auto layout threshold must be in [0, 1], got {self.threshold}")
+        if isinstance(self.start_step, int) and self.start_step < 1:
+            raise RequestError(f"auto layout start_step counts from 1, got {self.start_step}")
+
+
+class SubjectCondition:
+    """Keys, values and regions of the subjects for runs of a sampler, or single calls of a UNet.
+
+    One object serves one run after another: nothing that a run leaves behind changes the next one. A run begins where
+    the timestep rises.
+    """
+
+    def __init__(
+        self,
+        keys: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+        boxes: Tensor,
+        *,
+        masks: Tensor | None = None,
+        present: Tensor | None = None,
+        windows: Tensor | None = None,
+        train_timesteps: int = 1000,
+        auto_layout: AutoLayout | None = None,
+        num_images: int | None = None,
+        guidance: bool | None = None,
+        inert: bool = False,
+    ) -> None:
+        """Gather what the layers need.
+
+        Args:
+            keys: per layer (B, N, C).
+            values: per layer (B, N, C), scales multiplied in.
+            boxes: (B, S, 4) normalised xyxy; an empty box removes its subject.
+            masks: (B, S, H, W) bool regions of the subjects, any resolution, which replace the boxes; where one is
+                empty, the box counts.
+            present: (B, S) bool; False removes a subject.
+            windows: (B, S, 2) in [0, 1]: the part [start, end) of the way from noise to picture in which a subject is
+                there. A call with timestep t is 1 - t / ``train_timesteps`` of the way, as for diffusers'
+                ``denoising_end``.
+            train_timesteps: of the noise schedule.
+            auto_layout: see AutoLayout.
+            num_images: pictures in the batch, without the unconditional ones; None: B.
+            guidance: whether the UNet's batch is [unconditional; conditional], whose first half sees no subjects; None:
+                it is if it has twice as many samples as there are pictures.
+            inert: no subject has any weight, so nothing needs to be computed.
+
+        Raises:
+            LayoutError: shapes of boxes, masks, spans and keys do not go together.
+        """
+        B, S = boxes.shape[:2]
+        if masks is not None and (masks.ndim != 4 or masks.shape[:2] != boxes.shape[:2]):
+            raise LayoutError(f"masks must be ({B}, {S}, height, width) for these boxes, got {tuple(masks.shape)}")
+        if windows is not None and windows.shape != (B, S, 2):
+            raise LayoutError(f"windows must be ({B}, {S}, 2) for these boxes, got {tuple(windows.shape)}")
+        if auto_layout is not None and auto_layout.spans.shape[:2] != boxes.shape[:2]:
+            raise LayoutError(f"spans must be ({B}, {S}, 2) for these boxes, got {tuple(auto_layout.spans.shape)}")
+        for layer, key in keys.items():
+            if key.shape[0] != B or key.shape[1] % S:
+                raise LayoutError(f"{B} x {S} boxes do not fit keys of shape {tuple(key.shape)} in layer {layer}")
+        self.num_images = B if num_images is None else num_images
+        if B not in (1, self.num_images):
+            raise LayoutError(f"layouts for {B} pictures do not fit num_images={self.num_images}")
+        # Zero tokens after the subjects', for the background to attend to.
+        self.keys = {layer: functional.pad(key, (0, 0, 0, NULL_TOKENS)) for layer, key in keys.items()}
+        self.values = {layer: functional.pad(value, (0, 0, 0, NULL_TOKENS)) for layer, value in values.items()}
+        self.boxes, self.masks, self.windows = boxes, masks, windows
+        self.present = torch.ones(B, S, dtype=torch.bool, device=boxes.device) if present is None else present
+        self.inert = inert
+        self.train_timesteps, self.guidance, self.auto_layout = train_timesteps, guidance, auto_layout
+        self.text_cache = TextCache()
+        self._attention_masks: dict[tuple[int, int, int], Tensor] = {}
+        self._maps = None if auto_layout is None else TextMaps(boxes.device)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> SubjectCondition:
+        """Move it, in place; ``bind`` does so where a UNet runs elsewhere, as with offloading."""
+        self.keys = {layer: key.to(device, dtype) for layer, key in self.keys.items()}
+        self.values = {layer: value.to(device, dtype) for layer, value in self.values.items()}
+        self.boxes, self.present = self.boxes.to(device), self.present.to(device)
+        self.masks = None if self.masks is None else self.masks.to(device)
+        self.windows = None if self.windows is None else self.windows.to(device)
+        self._attention_masks.clear()
+        self._maps = None if self.auto_layout is None else TextMaps(device)
+        return self
+
+    def bind(self, sample: Tensor, timestep: Tensor | float) -> BoundCondition | None:
+        """The condition for one call of the UNet, None if it is inert; a hook of the UNet does this.
+
+        Args:
+            sample: the UNet's input (batch, channels, rows, columns).
+            timestep: of that call; a number, or a tensor of one or of batch numbers.
+
+        Raises:
+            RequestError: the batch is neither as many samples as there are pictures nor twice as many.
+        """
+        first = self._first_conditional(sample.shape[0])
+        if self.inert:
+            return None
+        if self.boxes.device != sample.device:
+            self.to(sample.device, sample.dtype)
+        return BoundCondition(self, sample, timestep, first)
+
+    def _first_conditional(self, samples: int) -> int:
+        """Index of the first sample that sees subjects: 0, or half the batch."""
+        B = self.boxes.shape[0]
+        if self.guidance is None:
+            if samples == self.num_images:
+                return 0
+            if samples == 2 * self.num_images:
+                return samples // 2
+            raise RequestError(
+                f"the condition is for {self.num_images} pictures, so the UNet's batch should be {self.num_images}, or "
+                f"{2 * self.num_images} with guidance, but it is {samples}: make the condition with num_images=..."
+            )
+        count = samples // 2 if self.guidance else samples
+        if B not in (1, count) or (self.guidance and samples % 2):
+            half = " with guidance" if self.guidance else ""
+            raise RequestError(f"the condition is for {B} pictures, but the UNet's batch{half} is {samples}")
+        return count if self.guidance else 0
+
+    @torch.no_grad()
+    def layout_maps(self, rows: int = 32, columns: int = 32) -> Tensor:
+        """Where the text's attention saw each phrase in the last run: what auto layout goes by.
+
+        Args:
+            rows: of the maps.
+            columns: of the maps.
+
+        Returns:
+            (B, S, rows, columns) float32 in [0, 1]: the mean over layers, each scaled to [0, 1] per subject.
+
+        Raises:
+            RequestError: no auto layout, or nothing drawn yet.
+        """
+        if self._maps is None or not self._maps.totals:
+            raise RequestError("there are no layout maps: they are gathered by a run with auto_layout")
+        return self._maps.mean(rows, columns)
+
+
+class TextMaps:
+    """Sums over the steps of one run of the text's attention to each phrase, per layer.
+
+    All arithmetic stays on the device: counting, and starting again where the timestep rises, cost no waiting.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.totals: dict[str, Tensor] = {}
+        """(B, S, Q) float32 per layer."""
+        self.grids: dict[str, tuple[int, int]] = {}
+        self.steps = torch.zeros((), device=device)
+        self.last_timestep = torch.full((), -torch.inf, device=device)
+        self.kept = torch.zeros((), device=device)
+        """1 where the run goes on, 0 in its first step."""
+
+    def begin(self, timestep: Tensor) -> None:
+        """Count a step; ``timestep`` is one number."""
+        self.kept.copy_(timestep <= self.last_timestep)
+        self.steps.mul_(self.kept).add_(1)
+        self.last_timestep.copy_(timestep)
+
+    def add(self, layer: str, maps: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Add the maps (B, S, Q) of one step; returns their mean over the steps so far."""
+        if layer not in self.totals or self.totals[layer].shape != maps.shape:
+            self.totals[layer] = torch.zeros_like(maps)
+            self.grids[layer] = grid
+        # where, not a product: what an earlier run left may be infinite
+        total = self.totals[layer]
+        total.copy_(torch.where(self.kept > 0, total, 0.0) + maps)
+        return total / self.steps
+
+    def mean(self, rows: int, columns: int) -> Tensor:
+        """(B, S, rows, columns) in [0, 1]."""
+        resized = [
+            functional.interpolate(
+                _to_unit_range(total).unflatten(-1, self.grids[layer]), (rows, columns), mode="bilinear"
+            )
+            for layer, total in self.totals.items()
+        ]
+        return _to_unit_range(torch.stack(resized).mean(dim=0).flatten(2)).unflatten(-1, (rows, columns))
+
+
+def _to_unit_range(maps: Tensor) -> Tensor:
+    """Scaled to [0, 1] along the last axis; the official 1e-5 keeps the map of an empty phrase at 0."""
+    low, high = maps.amin(dim=-1, keepdim=True), maps.amax(dim=-1, keepdim=True)
+    return (maps - low) / (high - low + 1e-5)
+
+
+class BoundCondition:
+    """A condition for one call of the UNet: AttentionControl."""
+
+    def __init__(self, condition: SubjectCondition, sample: Tensor, timestep: Tensor | float, first: int) -> None:
+        """Work out what all layers of the call share; see SubjectCondition.bind."""
+        self.condition, self.first = condition, first
+        self.samples = sample.shape[0]
+        self.rows, self.columns = sample.shape[-2:]
+        self.present = condition.present
+        # Traced code (torch.compile) must leave nothing behind in objects that outlive the call.
+        changing = condition.windows is not None or torch.compiler.is_compiling()
+        self._attention_masks: dict[tuple[int, int, int], Tensor] = {} if changing else condition._attention_masks
+        self._regions: dict[int, Tensor] = {}
+        self._phrase_weights: dict[int, Tensor] = {}
+        if condition.windows is not None:
+            start, end = condition.windows.unbind(-1)  # (B, S)
+            way = 1.0 - self._conditional(timestep, sample).reshape(-1, 1) / condition.train_timesteps
+            inside = (way >= start) & ((way < end) | (end >= 1.0))
+            self.present = self.present & inside
+        if condition._maps is not None:
+            condition._maps.begin(self._conditional(timestep, sample).amax())
+
+    def _conditional(self, timestep: Tensor | float, sample: Tensor) -> Tensor:
+        """(1,) or (batch,) timesteps of the samples that see subjects, float32, on their device."""
+        timesteps = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).reshape(-1)
+        return timesteps if timesteps.shape[0] == 1 else timesteps[self.first :]
+
+    def __call__(self, hidden: Tensor, call: AttentionCall) -> Tensor:
+        """Add what the patches read from the subjects."""
+        condition, first = self.condition, self.first
+        if call.layer not in condition.keys:
+            raise RequestError(f"the condition has no keys for layer {call.layer!r}: it was made for another UNet")
+        query = call.query[first:]
+        B, H, Q, _ = query.shape
+        key, value = (
+            split_heads(states[call.layer].to(query.dtype), H).expand(B, -1, -1, -1)
+            for states in (condition.keys, condition.values)
+        )
+        tokens = (key.shape[2] - NULL_TOKENS) // condition.boxes.shape[1]
+        if condition.auto_layout is None:
+            allowed = self._mask(Q, tokens)
+        else:
+            regions = self._text_regions(call, query, condition.auto_layout) & self.present.unsqueeze(-1)
+            allowed = _attention_mask(regions, tokens)
+        read = dot_product_attention(query, key, value, allowed, call.backend)
+        if first == 0:
+            return hidden + read
+        if hidden.requires_grad or read.requires_grad:
+            return torch.cat([hidden[:first], hidden[first:] + read])
+        hidden[first:] += read  # the layer's own fresh result
+        return hidden
+
+    def _mask(self, patches: int, tokens: int) -> Tensor:
+        level = (self.rows, self.columns, patches)
+        if level not in self._attention_masks:
+            regions = self._given_regions(patches) & self.present.unsqueeze(-1)
+            self._attention_masks[level] = _attention_mask(regions, tokens)
+        return self._attention_masks[level]
+
+    def _given_regions(self, patches: int) -> Tensor:
+        """(B, S, Q) of boxes or masks."""
+        if patches not in self._regions:
+            rows, columns = grid_of(patches, self.rows, self.columns)
+            regions, masks = patch_masks(self.condition.boxes, rows, columns), self.condition.masks
+            if masks is not None:
+                has_mask = masks.flatten(2).any(dim=-1, keepdim=True)
+                regions = torch.where(has_mask, pool_masks(masks, rows, columns), regions)
+            self._regions[patches] = regions
+        return self._regions[patches]
+
+    @torch.no_grad()
+    def _text_regions(self, call: AttentionCall, query: Tensor, layout: AutoLayout) -> Tensor:
+        """Regions (B, S, Q) seen in the text attention of all steps so far, where it is time for them."""
+        maps = self.condition._maps
+        mask = call.text_mask
+        if mask is not None and mask.shape[0] > 1:
+            mask = mask[self.first :]
+        probabilities = attention_probabilities(query, call.text_key[self.first :], mask)  # (B, H, Q, L)
+        # Mean over the tokens of each phrase, then over the heads; summed up in float32.
+        seen = (probabilities @ self._weights(layout, probabilities)).float().mean(dim=1).transpose(1, 2)  # (B, S, Q)
+        patches = query.shape[2]
+        mean = maps.add(call.layer, seen, grid_of(patches, self.rows, self.columns))
+        chosen = maps.steps >= torch.as_tensor(layout.start_step, device=query.device).unsqueeze(-1)
+        if layout.subjects is not None:
+            chosen = chosen & layout.subjects.to(query.device).unsqueeze(-1)
+        return torch.where(chosen, _to_unit_range(mean) > layout.threshold, self._given_regions(patches))
+
+    def _weights(self, layout: AutoLayout, probabilities: Tensor) -> Tensor:
+        """(B or 1, 1, L, S): 1 / length on the tokens of each phrase."""
+        length = probabilities.shape[-1]
+        if length not in self._phrase_weights:
+            spans = layout.spans.to(probabilities.device)
+            start, end = spans[:, None, None, :, 0], spans[:, None, None, :, 1]  # (B, 1, 1, S)
+            position = torch.arange(length, device=spans.device).view(1, 1, -1, 1)
+            inside = (position >= start) & (position < end)
+            self._phrase_weights[length] = (inside / (end - start).clamp(min=1)).to(probabilities.dtype)
+        return self._phrase_weights[length]
+
+
+def _attention_mask(regions: Tensor, tokens: int) -> Tensor:
+    """Regions (B, S, Q) to the attention mask (B, 1, Q, N + NULL_TOKENS), bool.
+
+    A softmax over nothing is NaN, so patches that no region covers attend to the zero tokens, and nobody else does.
+    """
+    background = ~regions.any(dim=1).unsqueeze(-1)
+    allowed = regions.transpose(1, 2).repeat_interleave(tokens, dim=-1)
+    return torch.cat([allowed, background.expand(-1, -1, NULL_TOKENS)], dim=-1).unsqueeze(1)
