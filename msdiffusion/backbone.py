@@ -1,39 +1,28 @@
-"""The frozen parts: a Stable Diffusion XL pipeline of diffusers and a CLIP image encoder.
-
-This is the only room that loads other people's weights.
+"""The frozen parts: a Stable Diffusion pipeline of diffusers (XL or 1.x) and a CLIP image encoder.
 
 Shapes: B batch, N references, L tokens, C cross-attention width, P pooled width, D image encoder width.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.utils import deprecation_utils
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
-from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
 from msdiffusion.errors import RequestError, WeightsError
-
-# diffusers loads a component of a pipeline only from a module that is already imported: the embedded base has this one
-from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
+from msdiffusion.open_clip_encoder import OpenClipVisionEncoder
+from msdiffusion.pretrained import load_image_encoder, load_pipeline
 
 SQUASH_SIDE = 512
 """Pixels of the square that the official scripts squash a reference to before CLIP's own resizing."""
-
-# What a missing or broken folder, hub name or file raises inside diffusers, transformers and huggingface_hub.
-_LOADING_ERRORS = (OSError, ValueError, HfHubHTTPError, HFValidationError)
-# diffusers renamed its keyword after 0.39, and warns of the old name.
-_DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
 
 
 class Backbone:
@@ -41,22 +30,26 @@ class Backbone:
 
     def __init__(
         self,
-        pipeline: StableDiffusionXLPipeline,
-        image_encoder: CLIPVisionModelWithProjection,
+        pipeline: DiffusionPipeline,
+        image_encoder: CLIPVisionModelWithProjection | OpenClipVisionEncoder,
         image_processor: CLIPImageProcessor,
     ) -> None:
         """Take built parts; they are frozen here.
 
+        Args:
+            pipeline: a StableDiffusionXLPipeline, a StableDiffusionPipeline, or one with the same parts (image to
+                image, inpainting, ControlNet, ...).
+            image_encoder: of transformers, or of open_clip.
+            image_processor: its preprocessing.
+
         Raises:
-            WeightsError: the pipeline is not of the SDXL kind.
+            WeightsError: the pipeline is of another kind.
         """
-        if not isinstance(pipeline, StableDiffusionXLPipeline):
-            raise WeightsError(
-                f"the base model is a {type(pipeline).__name__}, but a StableDiffusionXLPipeline is needed: other "
-                "kinds have other text encoders, so no adapter fits them"
-            )
+        self.kind: Literal["sdxl", "sd1"] = _kind(pipeline)
+        """"sdxl", or "sd1": one text encoder, no size conditions."""
         self.pipeline, self.image_encoder, self.image_processor = pipeline, image_encoder, image_processor
-        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, image_encoder):
+        second = [pipeline.text_encoder_2] if self.kind == "sdxl" else []
+        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, *second, image_encoder):
             part.eval().requires_grad_(False)
 
     @classmethod
@@ -66,32 +59,24 @@ class Backbone:
         image_encoder: str | Path,
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        *,
+        base_config: str | Path | None = None,
     ) -> Backbone:
-        """Load both from folders or from the hub.
+        """Load both from folders, files or the hub.
 
         Args:
-            base_model: a StableDiffusionXLPipeline.
-            image_encoder: a CLIPVisionModelWithProjection; "owner/name/folder" finds a folder inside a hub repository.
+            base_model: see ``msdiffusion.pretrained.load_pipeline``.
+            image_encoder: see ``msdiffusion.pretrained.load_image_encoder``.
             torch_dtype: of all weights; None: float32.
             device: None: the first CUDA device if there is one, else the CPU.
+            base_config: for a base model in one file, the pipeline that its configs and tokenizers come from.
 
         Raises:
             WeightsError: nothing there, or something else than that.
         """
         dtype = torch.float32 if torch_dtype is None else torch_dtype
-        try:
-            with _own_autoencoder_expected():
-                pipeline = StableDiffusionXLPipeline.from_pretrained(
-                    str(base_model), add_watermarker=False, **{_DTYPE: dtype}
-                )
-        except _LOADING_ERRORS as error:
-            raise _not_loaded("base model", base_model, error) from error
-        name, options = _split_hub_folder(image_encoder)
-        try:
-            encoder = CLIPVisionModelWithProjection.from_pretrained(name, dtype=dtype, **options)
-        except _LOADING_ERRORS as error:
-            raise _not_loaded("image encoder", image_encoder, error) from error
-        backbone = cls(pipeline, encoder, _image_processor(name, options, encoder.config))
+        pipeline = load_pipeline(base_model, dtype, base_config)
+        backbone = cls(pipeline, *load_image_encoder(image_encoder, dtype))
         return backbone.to(default_device() if device is None else device)
 
     def to(self, device: str | torch.device) -> Backbone:
@@ -117,8 +102,8 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Of the UNet."""
-        return self.unet.device
+        """Where the pipeline computes, also when offloading keeps the weights elsewhere in the meantime."""
+        return self.pipeline._execution_device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,12 +135,12 @@ class Backbone:
         return self.image_encoder.config.projection_dim if features == "global" else self.image_width
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Text states (B, L, C) and pooled states (B, P) of both text encoders, as the pipeline makes them."""
-        states, _, pooled, _ = self.pipeline.encode_prompt(
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Text states (B, L, C) and pooled states (B, P) as the pipeline makes them; None for 1.x, which pools none."""
+        encoded = self.pipeline.encode_prompt(
             prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        return states, pooled
+        return encoded[0], encoded[2] if self.kind == "sdxl" else None
 
     @torch.no_grad()
     def encode_phrases(self, phrases: Sequence[str]) -> Tensor:
@@ -197,7 +182,7 @@ class Backbone:
             features: "tokens": the penultimate hidden states (N, L, D); "global": the projected embedding of the whole
                 reference (N, 1, P).
         """
-        pixels = pixel_values.to(self.image_encoder.device, self.image_encoder.dtype)
+        pixels = pixel_values.to(_execution_device(self.image_encoder), self.image_encoder.dtype)
         if features == "global":
             return self.image_encoder(pixels).image_embeds.unsqueeze(1)
         return self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
@@ -209,7 +194,7 @@ class Backbone:
         The autoencoder's own posterior is sampled, with ``generator`` where given.
         """
         with self._full_precision_vae() as vae:
-            latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.sample(generator)
+            latents = vae.encode(pixels.to(_execution_device(vae), vae.dtype)).latent_dist.sample(generator)
         mean, deviation = self._latent_statistics(latents)
         return ((latents - mean) * (self.vae.config.scaling_factor / deviation)).to(self.dtype)
 
@@ -219,7 +204,7 @@ class Backbone:
         mean, deviation = self._latent_statistics(latents)
         latents = latents * (deviation / self.vae.config.scaling_factor) + mean
         with self._full_precision_vae() as vae:
-            pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
+            pixels = vae.decode(latents.to(_execution_device(vae), vae.dtype)).sample
         return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
 
     @contextmanager
@@ -243,19 +228,21 @@ class Backbone:
         return tuple(latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, deviation))
 
     def added_conditions(
-        self, pooled: Tensor, original_size: Any, crop_top_left: Any, target_size: Any
+        self, pooled: Tensor | None, original_size: Any, crop_top_left: Any, target_size: Any
     ) -> dict[str, Tensor]:
-        """SDXL's extra conditions for the UNet.
+        """SDXL's extra conditions for the UNet; none for Stable Diffusion 1.x.
 
         Args:
-            pooled: (B, P).
+            pooled: (B, P); None for Stable Diffusion 1.x.
             original_size: (height, width) of the picture before resizing; one pair, or (B, 2).
             crop_top_left: (top, left) of the crop; one pair, or (B, 2).
             target_size: (height, width) of the crop; one pair, or (B, 2).
 
         Returns:
-            {"text_embeds": (B, P), "time_ids": (B, 6)}.
+            {"text_embeds": (B, P), "time_ids": (B, 6)}, or {}.
         """
+        if pooled is None:
+            return {}
         pairs = [
             torch.as_tensor(pair, dtype=pooled.dtype, device=pooled.device).expand(pooled.shape[0], 2)
             for pair in (original_size, crop_top_left, target_size)
@@ -282,47 +269,6 @@ def _square(picture: Image.Image, background: Sequence[int], fit: str) -> Image.
     raise RequestError(f'fit must be "pad" or "squash", got {fit!r}')
 
 
-def skeleton_unet(base_model: str | Path) -> UNet2DConditionModel:
-    """The UNet of a pipeline without its weights (on the meta device): names and shapes for checks and conversion.
-
-    Raises:
-        WeightsError: there is no such pipeline, or it has no UNet.
-    """
-    try:
-        config = UNet2DConditionModel.load_config(str(base_model), subfolder="unet")
-        with torch.device("meta"):
-            return UNet2DConditionModel.from_config(config)
-    except _LOADING_ERRORS as error:
-        raise _not_loaded("UNet of the base model", base_model, error) from error
-
-
-def encoder_widths(base_model: str | Path, image_encoder: str | Path, features: str = "tokens") -> tuple[int, int]:
-    """Widths of a phrase embedding and of the image encoder's features, read from the configs alone.
-
-    Args:
-        base_model: directory or hub name.
-        image_encoder: directory or hub name.
-        features: see ``Backbone.encode_references``.
-
-    Raises:
-        WeightsError: a config is not there.
-    """
-    from transformers import CLIPTextConfig
-
-    try:
-        text = CLIPTextConfig.from_pretrained(str(base_model), subfolder="text_encoder")
-    except _LOADING_ERRORS as error:
-        raise _not_loaded("text encoder of the base model", base_model, error) from error
-    name, options = _split_hub_folder(image_encoder)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():  # transformers would give its defaults
-        raise WeightsError(f"cannot load the image encoder from {name!r}: no config.json there")
-    try:
-        vision = CLIPVisionConfig.from_pretrained(name, **options)
-    except _LOADING_ERRORS as error:
-        raise _not_loaded("image encoder", image_encoder, error) from error
-    return text.hidden_size, vision.projection_dim if features == "global" else vision.hidden_size
-
-
 def default_device() -> torch.device:
     """The first CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -336,39 +282,29 @@ def quiet_loading() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-@contextmanager
-def _own_autoencoder_expected() -> Iterator[None]:
-    """Keep diffusers from warning, at each loading, that the embedded base's autoencoder is none of its own classes."""
-    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+def _kind(pipeline: Any) -> Literal["sdxl", "sd1"]:
+    """By its parts, so that image-to-image, inpainting and ControlNet pipelines count as well.
 
-    def is_other_news(record: logging.LogRecord) -> bool:
-        return PixelUnshuffleAutoencoder.__name__ not in record.getMessage()
-
-    logger.addFilter(is_other_news)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other_news)
-
-
-def _image_processor(name: str, options: Mapping[str, str], config: CLIPVisionConfig) -> CLIPImageProcessor:
-    """The encoder's own preprocessing where the folder has one, else CLIP's at the encoder's size."""
-    try:
-        return CLIPImageProcessor.from_pretrained(name, **options)
-    except _LOADING_ERRORS:  # the released image encoders come without preprocessor_config.json
-        side = config.image_size
-        return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    Raises:
+        WeightsError: other parts.
+    """
+    unet, text_encoder = getattr(pipeline, "unet", None), getattr(pipeline, "text_encoder", None)
+    if isinstance(unet, UNet2DConditionModel) and isinstance(text_encoder, CLIPTextModel):
+        if unet.config.addition_embed_type is None:
+            return "sd1"
+        if unet.config.addition_embed_type == "text_time" and getattr(pipeline, "text_encoder_2", None) is not None:
+            return "sdxl"
+    raise WeightsError(
+        f"the base model is a {type(pipeline).__name__}, but a StableDiffusionXLPipeline, a "
+        "StableDiffusionPipeline or one with the same parts, is needed: other kinds have other text encoders, "
+        "so no adapter fits them"
+    )
 
 
-def _split_hub_folder(name: str | Path) -> tuple[str, dict[str, str]]:
-    """Split "owner/name/folder" into "owner/name" and {"subfolder": "folder"}; local folders stay whole."""
-    text = str(name)
-    parts = text.split("/")
-    if Path(text).exists() or len(parts) < 3 or text.startswith(("/", ".", "~")):
-        return text, {}
-    return "/".join(parts[:2]), {"subfolder": "/".join(parts[2:])}
-
-
-def _not_loaded(what: str, name: str | Path, error: Exception) -> WeightsError:
-    lines = str(error).strip().splitlines()
-    return WeightsError(f"cannot load the {what} from {str(name)!r}: {lines[0] if lines else type(error).__name__}")
+def _execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: accelerate's hooks say so for weights that they move."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device

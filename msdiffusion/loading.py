@@ -5,84 +5,221 @@ Nothing large is read before the parts are known to fit.
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers import UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from msdiffusion.adapter import AdapterConfig, MSAdapter
-from msdiffusion.backbone import encoder_widths, skeleton_unet
+from msdiffusion.adapter import CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig, MSAdapter, cross_attentions
 from msdiffusion.errors import WeightsError
+from msdiffusion.official import OFFICIAL_NAME
+from msdiffusion.pretrained import absolute, encoder_widths, is_local, skeleton_unet
+from msdiffusion.single_file import names_single_file
+
+# CLIP encoders by the width of their tokens: what a message can recommend beside the adapter's own.
+_ENCODERS = {1664: "open_clip:ViT-bigG-14", 1280: "open_clip:ViT-H-14", 1024: "openai/clip-vit-large-patch14"}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the frozen models of an adapter are."""
+
+    base_model: str
+    """Folder, hub name or ``.safetensors`` file."""
+    image_encoder: str
+    """Folder, hub name or ``open_clip:...``."""
+    base_config: str | None = None
+    """For a base model in one file: folder or hub name of the pipeline that configs and tokenizers come from."""
+
+    @property
+    def local(self) -> bool:
+        """Whether any of them is a place on this machine."""
+        return any(is_local(source) for source in vars(self).values() if source is not None)
+
+    def absolute(self) -> Sources:
+        """The same places, named so that the working directory doesn't matter."""
+        return Sources(**{name: None if place is None else absolute(place) for name, place in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter with what it needs, known to fit."""
+
+    adapter: MSAdapter
+    """On the CPU."""
+    sources: Sources
+    unet: UNet2DConditionModel
+    """The base model's UNet without its weights."""
 
 
 def load_adapter(
-    model: str | Path, base_model: str | Path | None = None, image_encoder: str | Path | None = None, **config: Any
-) -> tuple[MSAdapter, str, str]:
+    model: str | Path,
+    base_model: str | Path | None = None,
+    image_encoder: str | Path | None = None,
+    base_config: str | Path | None = None,
+    **config: Any,
+) -> LoadedAdapter:
     """An adapter on the CPU, checked against the configs of its backbone, with the places of the two frozen models.
 
     Args:
-        model: an adapter's folder, a hub repository, or the official ``ms_adapter.bin``.
-        base_model: in place of the one that the adapter names.
-        image_encoder: in place of the one that the adapter names.
+        model: an adapter's folder or hub repository, ours or official, or the official ``ms_adapter.bin``.
+        base_model: in place of the one that the adapter names: folder, hub name, or ``.safetensors`` file.
+        image_encoder: in place of the one that the adapter names: folder, hub name, or ``open_clip:...``.
+        base_config: for a base model in one file, the pipeline that its configs and tokenizers come from. None: the
+            base model that the adapter names.
         config: for the official file: ``head_width`` and fields of AdapterConfig.
 
     Raises:
         WeightsError: something is missing, or the parts do not fit; the message names both shapes.
     """
-    if Path(model).is_file() or Path(model).suffix == ".bin":
-        if not Path(model).is_file():  # told before the base model is looked for, which may be a download
-            raise WeightsError(f"no such file: {model}")
-        names = {"base_model": base_model, "image_encoder": image_encoder}
-        config |= {name: str(value) for name, value in names.items() if value is not None}
-        unet = skeleton_unet(config.get("base_model", AdapterConfig.base_model))
-        adapter = MSAdapter.from_official(model, unet, **config)
-        base, encoder = adapter.config.base_model, adapter.config.image_encoder
+    place = find_adapter(model)
+    if place.is_file():
+        named = AdapterConfig.base_model  # the release doesn't say what it was trained on; everybody knows
+        base = str(named if base_model is None else base_model)
+        encoder = str(AdapterConfig.image_encoder if image_encoder is None else image_encoder)
+        configs = base_config if base_config is not None else named if names_single_file(base) else None
+        sources = Sources(base, encoder, None if configs is None else str(configs))
+        unet = skeleton_unet(sources.base_model, sources.base_config)
+        adapter = MSAdapter.from_official(place, unet, **{**vars(sources), **config})
     else:
-        directory = find_directory(model)
-        adapter = MSAdapter.from_pretrained(directory)
-        base, encoder = (
-            _place(directory, named) if given is None else str(given)
-            for given, named in ((base_model, adapter.config.base_model), (image_encoder, adapter.config.image_encoder))
+        adapter = MSAdapter.from_pretrained(place)
+        sources = _sources(adapter.config, place, base_model, image_encoder, base_config)
+        unet = skeleton_unet(sources.base_model, sources.base_config)
+        check_base(adapter, unet, sources.base_model, _place(place, adapter.config.base_model))
+    widths = encoder_widths(sources.base_model, sources.image_encoder, adapter.config.reference_features)
+    check_encoders(adapter.config, *widths, sources)
+    return LoadedAdapter(adapter, sources, unet)
+
+
+def check_base(adapter: MSAdapter, unet: UNet2DConditionModel, base_model: str, needed: str) -> None:
+    """Raise unless the adapter is for a UNet of this architecture.
+
+    Args:
+        adapter: the trained part.
+        unet: of the base model, on any device.
+        base_model: where it is, for the message.
+        needed: where the one is that the adapter names.
+
+    Raises:
+        WeightsError: names the first difference with both sizes, and the base model that is needed.
+    """
+    ours, theirs = adapter.layers, cross_attentions(unet)
+    width, their_width = adapter.config.resampler.output_width, unet.config.cross_attention_dim
+    advice = "" if needed == base_model else f": use {needed} or a fine-tune of it"
+    if len(ours) != len(theirs) or (width != their_width and isinstance(their_width, int)):
+        raise WeightsError(
+            f"the adapter is for a UNet with {len(ours)} cross-attention layers that read text {width} wide, but the "
+            f"base model {base_model} has {len(theirs)} that read text {their_width} wide{advice}"
         )
-        adapter.check_unet(skeleton_unet(base))
-    check_encoders(adapter.config, *encoder_widths(base, encoder, adapter.config.reference_features))
-    return adapter, base, encoder
+    try:
+        adapter.check_unet(unet)
+    except WeightsError as error:
+        raise WeightsError(f"{error} (the base model is {base_model}){advice}") from None
 
 
-def check_encoders(config: AdapterConfig, phrase_width: int, image_width: int) -> None:
-    """Raise WeightsError unless the text and image encoders are as wide as the adapter expects."""
+def check_encoders(config: AdapterConfig, phrase_width: int, image_width: int, sources: Sources | None = None) -> None:
+    """Raise WeightsError unless the text and image encoders are as wide as the adapter expects.
+
+    Args:
+        config: the adapter's.
+        phrase_width: of the text encoder.
+        image_width: of the image encoder's features.
+        sources: where the encoders are, for the message.
+
+    Raises:
+        WeightsError: names both widths, and the model that is needed.
+    """
     for what, ours, theirs in (
         ("phrase embeddings", config.resampler.phrase_width, phrase_width),
         ("image tokens", config.resampler.image_width, image_width),
     ):
-        if ours != theirs:
-            encoder = "text encoder" if what == "phrase embeddings" else "image encoder"
-            raise WeightsError(
-                f"the adapter takes {what} {ours} wide, but this {encoder} gives {theirs}: use the {encoder} that the "
-                "adapter was trained on"
-            )
+        if ours == theirs:
+            continue
+        is_text = what == "phrase embeddings"
+        encoder = "text encoder" if is_text else "image encoder"
+        given = None if sources is None else sources.base_model if is_text else sources.image_encoder
+        needed = config.base_model if is_text else config.image_encoder
+        advice = f"use the {encoder} that the adapter was trained on"
+        if needed != given:
+            advice += f", of {needed}" if is_text else f", {needed}"
+        if not is_text and config.reference_features == "tokens" and ours in _ENCODERS and _ENCODERS[ours] != given:
+            advice += f" (or {_ENCODERS[ours]})"
+        origin = "" if given is None else f" ({given})"
+        raise WeightsError(f"the adapter takes {what} {ours} wide, but this {encoder} gives {theirs}{origin}: {advice}")
 
 
-def find_directory(model: str | Path) -> Path:
-    """A local folder as it is; the name of a hub repository after downloading it.
+def find_adapter(model: str | Path) -> Path:
+    """A folder with an adapter of ours, or an official ``ms_adapter.bin``; of a hub repository after downloading it.
 
     Raises:
-        WeightsError: neither.
+        WeightsError: there is nothing of that name, or no adapter in it.
     """
-    if Path(model).is_dir():
-        return Path(model)
+    path = Path(model)
+    if path.is_file():
+        return path
+    if path.suffix == ".bin" and not path.is_dir():  # told before a hub or the base model is asked
+        raise WeightsError(f"no such file: {model}")
+    if not path.is_dir():
+        path = _download(str(model))
+    if not _is_ours(path) and (path / OFFICIAL_NAME).is_file():
+        return path / OFFICIAL_NAME
+    return path
+
+
+def _download(name: str) -> Path:
+    """The files of an adapter in a hub repository: the config first, which tells whose layout it is."""
     try:
-        return Path(snapshot_download(str(model)))
+        folder = Path(snapshot_download(name, allow_patterns=[CONFIG_NAME]))
+        if not _is_ours(folder):
+            return Path(snapshot_download(name, allow_patterns=[OFFICIAL_NAME]))
+        config = AdapterConfig.from_json((folder / CONFIG_NAME).read_text(encoding="utf-8"), f"{name}/{CONFIG_NAME}")
+        # Models may lie in the repository; a hub name matches no file in it.
+        models = [place for place in (config.base_model, config.image_encoder, config.base_config) if place is not None]
+        patterns = [CONFIG_NAME, WEIGHTS_NAME, *models, *(f"{place}/**" for place in models)]
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()
         raise WeightsError(
-            f"no such folder: {model}; as a hub repository it cannot be had either: "
+            f"no such folder: {name}; as a hub repository it cannot be had either: "
             f"{reason[0] if reason else type(error).__name__}"
         ) from error
 
 
-def _place(directory: Path, name: str) -> str:
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder's config.json is that of our adapters, of any version; broken ones count, to be reported."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        return False
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return not (folder / OFFICIAL_NAME).is_file()
+    return isinstance(record, dict) and str(record.get("schema", "")).startswith(SCHEMA.partition("/")[0])
+
+
+def _sources(
+    config: AdapterConfig,
+    folder: Path,
+    base_model: str | Path | None,
+    image_encoder: str | Path | None,
+    base_config: str | Path | None,
+) -> Sources:
+    """The places named in a config or given instead of them."""
+    base = _place(folder, config.base_model) if base_model is None else str(base_model)
+    encoder = _place(folder, config.image_encoder) if image_encoder is None else str(image_encoder)
+    if not names_single_file(base):
+        return Sources(base, encoder)
+    if base_config is None:
+        named = _place(folder, config.base_model if config.base_config is None else config.base_config)
+        base_config = None if names_single_file(named) else named
+    return Sources(base, encoder, None if base_config is None else str(base_config))
+
+
+def _place(folder: Path, name: str) -> str:
     """A model named in a config: relative to the adapter's folder where that exists, else as it is."""
-    inside = directory / name
+    inside = folder / name
     return str(inside) if inside.exists() else name

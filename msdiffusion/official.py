@@ -1,15 +1,15 @@
-"""Reads ``ms_adapter.bin``, the file of the official release, into this project's names.
+"""Reads and writes ``ms_adapter.bin``, the file of the official release, by this project's names.
 
 The file holds {"image_proj": resampler, "ms_adapter": "<index>.to_k_ip.weight" and "<index>.to_v_ip.weight",
 "dummy_image_tokens": inert}. The index counts ``unet.attn_processors``, self-attention layers included. The dummy
-tokens have no effect on any output, so they are left behind.
+tokens have no effect on any output, so they are left behind, and written as zeros.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from torch import Tensor
 from msdiffusion.errors import WeightsError
 from msdiffusion.resampler import ResamplerParams
 
+OFFICIAL_NAME = "ms_adapter.bin"
+DUMMY_TOKENS = 4
 # Longest first where one is the beginning of another.
 _RENAMES = (
     (r"^grounding_latents$", "null_queries"),
@@ -33,6 +35,20 @@ _RENAMES = (
     (r"^layers\.(\d+)\.0\.norm2\.", r"blocks.\1.attention.query_norm."),
     (r"^layers\.(\d+)\.0\.", r"blocks.\1.attention."),
     (r"^layers\.(\d+)\.1\.", r"blocks.\1.feed_forward."),
+)
+# The way back, in the same order.
+_OFFICIAL_NAMES = (
+    (r"^null_queries$", "grounding_latents"),
+    (r"^query_projection\.", "latent_proj."),
+    (r"^query_norm\.", "latent_norm."),
+    (r"^image_projection\.", "proj_in."),
+    (r"^final_norm\.", "attention_norm."),
+    (r"^output_projection\.", "proj_out."),
+    (r"^output_norm\.", "norm_out."),
+    (r"^blocks\.(\d+)\.attention\.image_norm\.", r"layers.\1.0.norm1."),
+    (r"^blocks\.(\d+)\.attention\.query_norm\.", r"layers.\1.0.norm2."),
+    (r"^blocks\.(\d+)\.attention\.", r"layers.\1.0."),
+    (r"^blocks\.(\d+)\.feed_forward\.", r"layers.\1.1."),
 )
 
 
@@ -49,16 +65,11 @@ class OfficialAdapter:
     """Index to the name of the UNet's processor."""
 
 
-def read_official(path: str | Path, processor_names: Sequence[str], *, head_width: int = 64) -> OfficialAdapter:
-    """Read the file without unpickling code.
-
-    Args:
-        path: the file.
-        processor_names: ``list(unet.attn_processors)``.
-        head_width: width of a resampler head, which the file does not tell.
+def read_record(path: str | Path) -> dict[str, Any]:
+    """The tensors of the file as they stand there, without unpickling code.
 
     Raises:
-        WeightsError: no such file, not such a file, or made for a UNet with other layers.
+        WeightsError: no such file, or it holds more than tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,19 +82,93 @@ def read_official(path: str | Path, processor_names: Sequence[str], *, head_widt
     if not isinstance(record, dict) or not {"image_proj", "ms_adapter"} <= record.keys():
         found = sorted(record) if isinstance(record, dict) else type(record).__name__
         raise WeightsError(f"{path} is no official ms_adapter.bin: needs image_proj and ms_adapter, found {found}")
+    return record
+
+
+def from_record(
+    record: Mapping[str, Any], processor_names: Sequence[str], *, head_width: int = 64, source: str = OFFICIAL_NAME
+) -> OfficialAdapter:
+    """The tensors of the file by this project's names.
+
+    Args:
+        record: as ``read_record`` gives it.
+        processor_names: ``list(unet.attn_processors)``.
+        head_width: width of a resampler head, which the file does not tell.
+        source: for messages.
+
+    Raises:
+        WeightsError: something is missing, or it was made for a UNet with other layers.
+    """
     resampler = rename_resampler(record["image_proj"])
-    params = infer_params(resampler, head_width, str(path))
-    layers, names = _layers(record["ms_adapter"], processor_names, str(path))
+    params = infer_params(resampler, head_width, source)
+    layers, names = _layers(record["ms_adapter"], processor_names, source)
     return OfficialAdapter(params, resampler, layers, names)
+
+
+def to_record(
+    params: ResamplerParams,
+    resampler: Mapping[str, Tensor],
+    layers: Mapping[str, Mapping[str, Tensor]],
+    processor_names: Sequence[str],
+) -> dict[str, Any]:
+    """The contents of the file, of an adapter by this project's names.
+
+    Args:
+        params: sizes of the resampler.
+        resampler: its weights.
+        layers: by the name of the UNet's processor, the weights "to_k" and "to_v".
+        processor_names: ``list(unet.attn_processors)``, in which the layers are counted.
+
+    Raises:
+        WeightsError: the file cannot hold this adapter, or it is for another UNet.
+    """
+    if not params.grounding:
+        raise WeightsError("an adapter without grounding is an ablation that the official file cannot hold")
+    if params.box_frequencies != 8:
+        raise WeightsError(f"the official file is for 8 frequencies per box, this adapter has {params.box_frequencies}")
+    expected = {name for name in processor_names if name.endswith("attn2.processor")}
+    if expected != layers.keys():
+        raise WeightsError(
+            f"the adapter has {len(layers)} cross-attention layers and the UNet {len(expected)}, not all the same: use "
+            "the base model that it was trained on"
+        )
+    plain = {_rename(name, _OFFICIAL_NAMES): tensor.detach() for name, tensor in resampler.items()}
+    projections = {
+        f"{index}.{part}_ip.weight": layers[name][part].detach()
+        for index, name in enumerate(processor_names)
+        if name in layers
+        for part in ("to_k", "to_v")
+    }
+    queries = plain["grounding_latents"]
+    dummy = torch.zeros(1, DUMMY_TOKENS, params.output_width, dtype=queries.dtype, device=queries.device)
+    return {"image_proj": plain, "ms_adapter": projections, "dummy_image_tokens": dummy}
+
+
+def write_record(record: Mapping[str, Any], path: str | Path) -> None:
+    """Write the file: tensors only, so that ``torch.load(path, weights_only=True)`` reads it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A run killed while it writes must not leave half a file in place of a whole one.
+    partial = path.with_name(path.name + ".tmp")
+    # Clones: of a tensor that is part of a larger storage, torch.save would write the whole storage.
+    torch.save(_map_tensors(record, lambda tensor: tensor.cpu().clone(memory_format=torch.contiguous_format)), partial)
+    partial.replace(path)
+
+
+def _map_tensors(record: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return {
+        name: change(value) if isinstance(value, Tensor) else _map_tensors(value, change)
+        for name, value in record.items()
+    }
 
 
 def rename_resampler(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The official resampler's weights under this project's names; unknown names stay as they are."""
-    return {_rename(name): tensor for name, tensor in weights.items()}
+    return {_rename(name, _RENAMES): tensor for name, tensor in weights.items()}
 
 
-def _rename(name: str) -> str:
-    for pattern, new in _RENAMES:
+def _rename(name: str, table: Sequence[tuple[str, str]]) -> str:
+    for pattern, new in table:
         renamed, count = re.subn(pattern, new, name)
         if count:
             return renamed

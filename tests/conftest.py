@@ -72,6 +72,14 @@ def tiny_model_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd1_model_dir(tmp_path_factory) -> Path:
+    """The same of the Stable Diffusion 1.x stack: one text encoder, no size conditions. Read it, don't write to it."""
+    directory = tmp_path_factory.mktemp("tiny_sd1_model")
+    build_tiny_sd1_model(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer():
     """The tokenizer of tiny_model_dir."""
     return make_tiny_tokenizer()
@@ -159,6 +167,90 @@ def build_tiny_model(directory: Path) -> None:
     scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing")
     pipeline = StableDiffusionXLPipeline(
         vae, text_encoder, text_encoder_2, tokenizer, tokenizer, unet, scheduler, add_watermarker=False
+    )
+    pipeline.save_pretrained(directory / "base")
+    image_encoder.save_pretrained(directory / "image_encoder")
+    CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}).save_pretrained(
+        directory / "image_encoder"
+    )
+    adapter.save_pretrained(directory)
+
+
+def build_tiny_sd1_model(directory: Path) -> None:
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    from msdiffusion.adapter import MSAdapter
+    from msdiffusion.resampler import ResamplerParams
+
+    tokenizer = make_tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=20,
+                vocab_size=len(tokenizer),
+                max_position_embeddings=tokenizer.model_max_length,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=32,
+            block_out_channels=(8, 16, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=2,
+            cross_attention_dim=20,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=2,
+            sample_size=64,
+        )
+        image_encoder = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(
+                hidden_size=24,
+                intermediate_size=32,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                image_size=64,
+                patch_size=8,
+                projection_dim=16,
+            )
+        )
+        params = ResamplerParams(
+            image_width=24, phrase_width=20, output_width=20, width=32, depth=1, heads=2, head_width=16
+        )
+        adapter = MSAdapter.from_unet(
+            unet,
+            params,
+            base_model="base",
+            image_encoder="image_encoder",
+            training_resolution=64,
+            reference_background=(255, 255, 255),
+            reference_fit="pad",
+            defaults={"scale": 0.8, "steps": 3, "guidance_scale": 3.0},
+        )
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    pipeline = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
     pipeline.save_pretrained(directory / "base")
     image_encoder.save_pretrained(directory / "image_encoder")

@@ -1,25 +1,28 @@
 import json
-import logging
-import shutil
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
+from diffusers.models import ControlNetModel
 from PIL import Image
 
-from msdiffusion.backbone import (
-    Backbone,
-    _split_hub_folder,
-    default_device,
-    encoder_widths,
-    flatten,
-    quiet_loading,
-    skeleton_unet,
-)
+from msdiffusion.backbone import Backbone, default_device, flatten, quiet_loading
 from msdiffusion.errors import RequestError, WeightsError
-from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
 
 WHITE = (255, 255, 255)
+
+
+@pytest.fixture(scope="module")
+def sd1_backbone(tiny_sd1_model_dir):
+    return Backbone.from_pretrained(tiny_sd1_model_dir / "base", tiny_sd1_model_dir / "image_encoder", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -153,71 +156,12 @@ def test_size_conditions_are_the_pipelines(backbone):
     assert torch.equal(theirs[0], one["time_ids"][0])
 
 
-def test_skeleton_and_widths_come_from_configs_alone(tiny_model_dir, tmp_path):
-    for name in ("base/unet", "base/text_encoder", "image_encoder"):
-        (tmp_path / name).mkdir(parents=True)
-        shutil.copy(tiny_model_dir / name / "config.json", tmp_path / name)
-    assert skeleton_unet(tmp_path / "base").device.type == "meta"
-    assert encoder_widths(tmp_path / "base", tmp_path / "image_encoder") == (16, 24)
-
-
-@pytest.mark.parametrize("call", [skeleton_unet, lambda name: encoder_widths(name, name)])
-def test_missing_configs(call, tmp_path):
-    with pytest.raises(WeightsError, match="cannot load the .* of the base model from '.*nowhere'"):
-        call(tmp_path / "nowhere")
-
-
-def test_missing_models_are_named(tiny_model_dir, tmp_path):
-    with pytest.raises(WeightsError, match="cannot load the base model from '.*nowhere'"):
-        Backbone.from_pretrained(tmp_path / "nowhere", tiny_model_dir / "image_encoder")
-    with pytest.raises(WeightsError, match="cannot load the image encoder from '.*nowhere'"):
-        Backbone.from_pretrained(tiny_model_dir / "base", tmp_path / "nowhere")
-    with pytest.raises(WeightsError, match="cannot load the image encoder"):
-        encoder_widths(tiny_model_dir / "base", tmp_path / "nowhere")
-
-
-def test_an_encoder_without_preprocessing_gets_clips_own(tiny_model_dir, tmp_path):
-    shutil.copytree(tiny_model_dir / "image_encoder", tmp_path, dirs_exist_ok=True)
-    (tmp_path / "preprocessor_config.json").unlink()
-    bare = Backbone.from_pretrained(tiny_model_dir / "base", tmp_path, device="cpu")
-    assert bare.prepare_references([Image.new("RGB", (9, 9))], WHITE, "pad").shape == (1, 3, 64, 64)
-
-
-def test_the_embedded_autoencoder_loads_without_a_warning(tiny_model_dir, tmp_path):
-    shutil.copytree(tiny_model_dir / "base", tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "vae")
-    PixelUnshuffleAutoencoder().save_pretrained(tmp_path / "vae")
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    index["vae"] = ["msdiffusion.pixel_autoencoder", "PixelUnshuffleAutoencoder"]
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    records = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logging.getLogger("diffusers").addHandler(handler)
-    try:
-        loaded = Backbone.from_pretrained(tmp_path, tiny_model_dir / "image_encoder", device="cpu")
-        logging.getLogger("diffusers.pipelines.pipeline_utils").warning("other news")
-    finally:
-        logging.getLogger("diffusers").removeHandler(handler)
-    assert isinstance(loaded.vae, PixelUnshuffleAutoencoder)
-    assert [record.getMessage() for record in records] == ["other news"]
-
-
 def test_another_kind_of_pipeline_is_refused(backbone):
     class OtherPipeline:
         pass
 
     with pytest.raises(WeightsError, match="OtherPipeline, but a StableDiffusionXLPipeline"):
         Backbone(OtherPipeline(), backbone.image_encoder, backbone.image_processor)
-
-
-def test_a_folder_inside_a_hub_repository(tmp_path):
-    assert _split_hub_folder("h94/IP-Adapter/sdxl_models/image_encoder") == (
-        "h94/IP-Adapter",
-        {"subfolder": "sdxl_models/image_encoder"},
-    )
-    assert _split_hub_folder("owner/name") == ("owner/name", {})
-    assert _split_hub_folder(tmp_path) == (str(tmp_path), {})
 
 
 def test_device_and_quiet():
@@ -239,4 +183,88 @@ def test_global_features_are_the_projected_embedding(tiny_model_dir):
     assert features.shape == (3, 1, 16)
     assert torch.equal(features[:, 0], backbone.image_encoder(pixels).image_embeds)
     assert (backbone.image_width_of("global"), backbone.image_width_of("tokens")) == (16, 24)
-    assert encoder_widths(tiny_model_dir / "base", tiny_model_dir / "image_encoder", "global") == (16, 16)
+
+
+# Stable Diffusion 1.x
+
+
+def test_one_text_encoder_serves_prompts_and_phrases(sd1_backbone):
+    assert sd1_backbone.kind == "sd1"
+    assert (sd1_backbone.cross_attention_dim, sd1_backbone.phrase_width, sd1_backbone.latent_factor) == (20, 20, 2)
+    states, pooled = sd1_backbone.encode_prompts(["a dog", "a cat on the beach"])
+    assert states.shape == (2, 40, 20)
+    assert pooled is None
+    expected, _ = sd1_backbone.pipeline.encode_prompt("a dog", "cpu", 1, False)
+    torch.testing.assert_close(states[:1], expected)
+    assert sd1_backbone.encode_phrases(["dog", "red cat"]).shape == (2, 20)
+    assert sd1_backbone.added_conditions(None, (64, 64), (0, 0), (64, 64)) == {}
+
+
+def test_a_unet_of_1x_answers(sd1_backbone):
+    states, _ = sd1_backbone.encode_prompts(["a dog"])
+    latents = sd1_backbone.encode_pictures(torch.zeros(1, 3, 64, 64), torch.Generator().manual_seed(0))
+    added = sd1_backbone.added_conditions(None, (64, 64), (0, 0), (64, 64))
+    noise = sd1_backbone.unet(latents, 500, states, added_cond_kwargs=added).sample
+    assert noise.shape == latents.shape
+    assert sd1_backbone.decode_latents(latents)[0].size == (64, 64)
+
+
+# Pipelines given in memory
+
+
+def sibling(backbone, kind, **parts):
+    names = set(kind._get_signature_keys(kind)[0])  # parts that this pipeline takes
+    components = {name: part for name, part in backbone.pipeline.components.items() if name in names}
+    options = {"add_watermarker": False} if backbone.kind == "sdxl" else {"requires_safety_checker": False}
+    return kind(**components, **parts, **options)
+
+
+@pytest.mark.parametrize(
+    "kind", [StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLControlNetPipeline]
+)
+def test_siblings_of_sdxl(backbone, kind):
+    parts = {}
+    if kind is StableDiffusionXLControlNetPipeline:
+        parts["controlnet"] = ControlNetModel.from_unet(backbone.unet, conditioning_channels=3)
+    other = Backbone(sibling(backbone, kind, **parts), backbone.image_encoder, backbone.image_processor)
+    assert other.kind == "sdxl"
+    for ours, theirs in zip(other.encode_prompts(["a dog"]), backbone.encode_prompts(["a dog"]), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
+def test_siblings_of_1x(sd1_backbone, kind):
+    other = Backbone(sibling(sd1_backbone, kind), sd1_backbone.image_encoder, sd1_backbone.image_processor)
+    assert other.kind == "sd1"
+    assert torch.equal(other.encode_prompts(["a dog"])[0], sd1_backbone.encode_prompts(["a dog"])[0])
+
+
+def test_a_pipeline_without_the_first_text_encoder_is_refused(backbone):
+    refiner = StableDiffusionXLImg2ImgPipeline(
+        **{**backbone.pipeline.components, "text_encoder": None, "tokenizer": None}, add_watermarker=False
+    )
+    with pytest.raises(WeightsError, match="is a StableDiffusionXLImg2ImgPipeline, but"):
+        Backbone(refiner, backbone.image_encoder, backbone.image_processor)
+
+
+# Offloading
+
+
+def test_the_device_is_where_offloaded_weights_compute(tiny_model_dir):
+    """Between two calls the weights themselves are on the meta device."""
+    backbone = Backbone.from_pretrained(tiny_model_dir / "base", tiny_model_dir / "image_encoder", device="cpu")
+    pipeline = backbone.pipeline
+    before = backbone.image_encoder(torch.zeros(1, 3, 64, 64)).image_embeds
+    for part in (
+        pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, backbone.image_encoder,
+    ):  # fmt: skip
+        cpu_offload(part, execution_device=torch.device("cpu"))
+    assert pipeline.unet.device.type == "meta"
+    assert backbone.device.type == "cpu"
+    assert backbone.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(backbone.encode_references(torch.zeros(1, 3, 64, 64), "global")[:, 0], before)
+    assert backbone.encode_phrases(["dog"]).device.type == "cpu"
+    latents = backbone.encode_pictures(torch.zeros(1, 3, 64, 64))
+    assert latents.device.type == "cpu"
+    assert len(backbone.decode_latents(latents)) == 1

@@ -1,0 +1,305 @@
+"""Loads the frozen models: a Stable Diffusion pipeline (XL or 1.x) and a CLIP image encoder, from wherever they are.
+
+A base model is a folder, a hub name, or one ``.safetensors`` file; an image encoder is a folder, a hub name, or one of
+open_clip's. Configs can be read apart from weights, to see what fits before anything large is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.utils import deprecation_utils
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from msdiffusion.errors import WeightsError
+from msdiffusion.open_clip_encoder import OpenClipName, OpenClipVisionEncoder, names_open_clip, vision_config
+
+# diffusers loads a component of a pipeline only from a module that is already imported: the embedded base has this one
+from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
+from msdiffusion.single_file import SingleFile, check_unet_shapes, names_single_file, read_single_file
+
+PIPELINES: Mapping[str, type[DiffusionPipeline]] = {"sdxl": StableDiffusionXLPipeline, "sd1": StableDiffusionPipeline}
+"""Kind of base model to the pipeline that it is loaded as."""
+# What a missing or broken folder, hub name or file raises inside diffusers, transformers and huggingface_hub.
+_LOADING_ERRORS = (
+    OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError, HFValidationError, SafetensorError,
+    pickle.UnpicklingError,
+)  # fmt: skip
+# diffusers renamed its keyword after 0.39, and warns of the old name.
+_DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
+
+
+def load_pipeline(
+    base_model: str | Path, dtype: torch.dtype = torch.float32, base_config: str | Path | None = None
+) -> DiffusionPipeline:
+    """A base model with its weights, as the text-to-image pipeline of its kind.
+
+    Args:
+        base_model: folder, hub name, or ``.safetensors`` file in the original layout.
+        dtype: of all weights. In half precision, the files of the variant "fp16" are taken where there are any.
+        base_config: for a file: folder or hub name of a pipeline, whose configs and tokenizers it is read with.
+
+    Raises:
+        WeightsError: it is not there, is none of these, or holds another kind of model.
+    """
+    if names_single_file(base_model):
+        pipeline = _load_single_file(read_single_file(base_model), dtype, base_config)
+        return _with_vocabulary(pipeline, str(base_config))
+    name = str(base_model)
+    try:
+        kind = kind_of_class(DiffusionPipeline.load_config(name).get("_class_name", ""), name)
+        with _own_autoencoder_expected():
+            pipeline = _with_variant(PIPELINES[kind], name, dtype, _options(kind))
+    except _LOADING_ERRORS as error:
+        raise _not_loaded("base model", base_model, error) from error
+    return _with_vocabulary(pipeline, name)
+
+
+def kind_of_class(class_name: str, source: str) -> str:
+    """The kind, "sdxl" or "sd1", of the diffusers pipelines with this class name (``_class_name`` of model_index.json).
+
+    Raises:
+        WeightsError: another kind.
+    """
+    if class_name.startswith("StableDiffusionXL"):
+        return "sdxl"
+    if class_name.startswith("StableDiffusion") and not class_name.startswith("StableDiffusion3"):
+        return "sd1"
+    raise WeightsError(
+        f"the base model {source!r} is a {class_name or 'pipeline of no kind'}, but a StableDiffusionXLPipeline or "
+        "StableDiffusionPipeline is needed: no adapter fits other kinds"
+    )
+
+
+def skeleton_unet(base_model: str | Path, base_config: str | Path | None = None) -> UNet2DConditionModel:
+    """The UNet of a base model without its weights (on the meta device): names and shapes for checks and conversion.
+
+    Args:
+        base_model: see ``load_pipeline``. Of a file only the header is read, and compared with the config.
+        base_config: see ``load_pipeline``.
+
+    Raises:
+        WeightsError: there is no such model, it has no UNet, or the file is of another architecture than the config.
+    """
+    if not names_single_file(base_model):
+        return _meta_unet(base_model, "UNet of the base model")
+    file = read_single_file(base_model)
+    source = _config_source(file, base_config)
+    unet = _meta_unet(source, _configs_of(file))
+    check_unet_shapes(file, unet, source)
+    return unet
+
+
+def encoder_widths(
+    base_model: str | Path,
+    image_encoder: str | Path,
+    features: str = "tokens",
+) -> tuple[int, int]:
+    """Widths of a phrase embedding and of the image encoder's features, read from configs and headers alone.
+
+    Args:
+        base_model: see ``load_pipeline``.
+        image_encoder: see ``load_image_encoder``.
+        features: see ``Backbone.encode_references``.
+
+    Raises:
+        WeightsError: a config is not there.
+    """
+    if names_single_file(base_model):
+        phrase_width = read_single_file(base_model).phrase_width
+    else:
+        try:
+            phrase_width = CLIPTextConfig.from_pretrained(str(base_model), subfolder="text_encoder").hidden_size
+        except _LOADING_ERRORS as error:
+            raise _not_loaded("text encoder of the base model", base_model, error) from error
+    if names_open_clip(image_encoder):
+        vision = vision_config(OpenClipName.parse(str(image_encoder)))
+    else:
+        name, options = _split_hub_folder(image_encoder)
+        _check_encoder_folder(name)
+        try:
+            vision = CLIPVisionConfig.from_pretrained(name, **options)  # also the part of a whole CLIP's config
+        except _LOADING_ERRORS as error:
+            raise _not_loaded("image encoder", image_encoder, error) from error
+    return phrase_width, vision.projection_dim if features == "global" else vision.hidden_size
+
+
+def load_image_encoder(
+    image_encoder: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[CLIPVisionModelWithProjection | OpenClipVisionEncoder, CLIPImageProcessor]:
+    """An image encoder with its weights, and its preprocessing.
+
+    Args:
+        image_encoder: folder or hub name of a CLIPVisionModelWithProjection or of a whole CLIP, whose vision tower is
+            taken; "owner/name/folder" finds a folder inside a hub repository; "open_clip:MODEL" is one of open_clip's,
+            see ``msdiffusion.open_clip_encoder``.
+        dtype: of all weights.
+
+    Raises:
+        WeightsError: nothing there, or something else than that.
+    """
+    if names_open_clip(image_encoder):
+        encoder = OpenClipVisionEncoder.from_pretrained(str(image_encoder), dtype)
+        return encoder, encoder.processor
+    name, options = _split_hub_folder(image_encoder)
+    _check_encoder_folder(name)
+    try:
+        encoder = CLIPVisionModelWithProjection.from_pretrained(name, dtype=dtype, **options)
+    except _LOADING_ERRORS as error:
+        raise _not_loaded("image encoder", image_encoder, error) from error
+    return encoder, _image_processor(name, options, encoder.config)
+
+
+def is_local(source: str | Path) -> bool:
+    """Whether a base model or image encoder lies on this machine, rather than on a hub."""
+    if names_open_clip(source):
+        return OpenClipName.parse(str(source)).file is not None
+    return Path(source).exists()
+
+
+def absolute(source: str | Path) -> str:
+    """The same base model or image encoder, named so that the working directory doesn't matter."""
+    if not is_local(source):
+        return str(source)
+    if names_open_clip(source):
+        name = OpenClipName.parse(str(source))
+        return str(OpenClipName(name.model, name.tag, name.file.resolve()))
+    return str(Path(source).resolve())
+
+
+def _load_single_file(file: SingleFile, dtype: torch.dtype, base_config: str | Path | None) -> DiffusionPipeline:
+    source = _config_source(file, base_config)
+    try:
+        with _own_autoencoder_expected():
+            return PIPELINES[file.kind].from_single_file(
+                str(file.path), config=source, **{_DTYPE: dtype}, **_options(file.kind)
+            )
+    except _LOADING_ERRORS as error:
+        raise _not_loaded(f"{_configs_of(file)}, or its weights,", source, error) from error
+
+
+def _config_source(file: SingleFile, base_config: str | Path | None) -> str:
+    """The pipeline that a file takes its configs from, seen to be of the file's kind."""
+    if base_config is None:
+        raise WeightsError(
+            f"{file.path} holds weights only: give base_config=, folder or hub name of a "
+            f"{PIPELINES[file.kind].__name__}, whose configs and tokenizers fit it"
+        )
+    source = str(base_config)
+    try:
+        kind = kind_of_class(DiffusionPipeline.load_config(source).get("_class_name", ""), source)
+    except _LOADING_ERRORS as error:
+        raise _not_loaded(_configs_of(file), source, error) from error
+    if kind != file.kind:
+        layers, width = file.cross_attentions
+        raise WeightsError(
+            f"{file.path} is a {PIPELINES[file.kind].__name__} ({layers} cross-attention layers that read text {width} "
+            f"wide), but {source} is a {PIPELINES[kind].__name__}: use a checkpoint of that kind, or a base_config= of "
+            "this one"
+        )
+    return source
+
+
+def _with_vocabulary(pipeline: DiffusionPipeline, source: str) -> DiffusionPipeline:
+    """The pipeline, unless a tokenizer was not there: transformers makes an empty one then, without a word."""
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipeline, name, None)
+        if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise WeightsError(f"the {name} of {source} has no vocabulary: its files are missing")
+    return pipeline
+
+
+def _configs_of(file: SingleFile) -> str:
+    return f"configs and tokenizers for {file.path} (base_config= takes any folder or hub name of such a pipeline)"
+
+
+def _meta_unet(source: str | Path, what: str) -> UNet2DConditionModel:
+    try:
+        config = UNet2DConditionModel.load_config(str(source), subfolder="unet")
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(config)
+    except _LOADING_ERRORS as error:
+        raise _not_loaded(what, source, error) from error
+
+
+def _options(kind: str) -> dict[str, Any]:
+    # The watermark would be the only part of a picture that the models didn't draw; SDXL alone knows the option.
+    return {"add_watermarker": False} if kind == "sdxl" else {"requires_safety_checker": False}
+
+
+def _with_variant(
+    pipeline: type[DiffusionPipeline], name: str, dtype: torch.dtype, options: Mapping[str, Any]
+) -> DiffusionPipeline:
+    """The pipeline from its half-precision files, half the download, where it has them and they are asked for."""
+    options = {_DTYPE: dtype, **options}
+    half = dtype in (torch.float16, torch.bfloat16)
+    if half and (not Path(name).is_dir() or any(Path(name).rglob("*.fp16.safetensors"))):
+        try:
+            return pipeline.from_pretrained(name, variant="fp16", **options)
+        except (OSError, ValueError):  # no such variant, or not of every part
+            logging.getLogger(__name__).info("%s has no complete variant fp16", name)
+    return pipeline.from_pretrained(name, **options)
+
+
+def _check_encoder_folder(name: str) -> None:
+    if Path(name).is_file():
+        raise WeightsError(
+            f"cannot load the image encoder from the file {name!r}: give its folder, or "
+            "open_clip:MODEL@FILE.safetensors"
+        )
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():  # transformers would give its defaults
+        raise WeightsError(f"cannot load the image encoder from {name!r}: no config.json there")
+
+
+@contextmanager
+def _own_autoencoder_expected() -> Iterator[None]:
+    """Keep diffusers from warning, at each loading, that the embedded base's autoencoder is none of its own classes."""
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+
+    def is_other_news(record: logging.LogRecord) -> bool:
+        return PixelUnshuffleAutoencoder.__name__ not in record.getMessage()
+
+    logger.addFilter(is_other_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other_news)
+
+
+def _image_processor(name: str, options: Mapping[str, str], config: CLIPVisionConfig) -> CLIPImageProcessor:
+    """The encoder's own preprocessing where the folder has one, else CLIP's at the encoder's size."""
+    try:
+        return CLIPImageProcessor.from_pretrained(name, **options)
+    except _LOADING_ERRORS:  # the released image encoders come without preprocessor_config.json
+        side = config.image_size
+        return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def _split_hub_folder(name: str | Path) -> tuple[str, dict[str, str]]:
+    """Split "owner/name/folder" into "owner/name" and {"subfolder": "folder"}; local folders stay whole."""
+    text = str(name)
+    parts = text.split("/")
+    if Path(text).exists() or len(parts) < 3 or text.startswith(("/", ".", "~")):
+        return text, {}
+    return "/".join(parts[:2]), {"subfolder": "/".join(parts[2:])}
+
+
+def _not_loaded(what: str, name: str | Path, error: Exception) -> WeightsError:
+    if isinstance(error, WeightsError):
+        return error
+    lines = str(error).strip().splitlines()
+    return WeightsError(f"cannot load the {what} from {str(name)!r}: {lines[0] if lines else type(error).__name__}")

@@ -1,0 +1,117 @@
+"""Base models in one file, in the layout of the original Stable Diffusion code, judged by their header alone.
+
+Only safetensors are taken: the older formats (.ckpt) are pickles, which run code when they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from msdiffusion.errors import WeightsError
+
+UNET_PREFIX = "model.diffusion_model."
+# Where the first text encoder keeps its position embedding, whose last size is the width; by kind of model.
+_TEXT_ENCODERS = {
+    "sdxl": ("conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",),
+    "sd1": (
+        "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
+        "cond_stage_model.model.positional_embedding",  # Stable Diffusion 2
+    ),
+}
+_WEIGHT_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """What the header of a checkpoint tells."""
+
+    path: Path
+    kind: str
+    """"sdxl", or "sd1": one text encoder."""
+    phrase_width: int
+    """Width of the first text encoder."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of every tensor, by its name in the file."""
+
+    @property
+    def cross_attentions(self) -> tuple[int, int]:
+        """Number of cross-attention layers, and the width of the text that they read."""
+        keys = [
+            shape
+            for name, shape in self.shapes.items()
+            if name.startswith(UNET_PREFIX) and name.endswith("attn2.to_k.weight")
+        ]
+        return len(keys), keys[0][1] if keys else 0
+
+
+def names_single_file(base_model: str | Path) -> bool:
+    """Whether a base model is given as a file of weights, there or not."""
+    path = Path(base_model)
+    return path.is_file() or (path.suffix.lower() in _WEIGHT_FILES and not path.is_dir())
+
+
+def read_single_file(path: str | Path) -> SingleFile:
+    """The header of a checkpoint; no weights are read, and nothing is ever unpickled.
+
+    Raises:
+        WeightsError: no such file, no safetensors, or no Stable Diffusion model in the original layout.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"no such file: {path}")
+    if path.suffix.lower() != ".safetensors":
+        raise WeightsError(
+            f"the base model {path} is not opened: a {path.suffix or 'file without suffix'} is or may be a pickle, "
+            "which can run any code when it is read; use the .safetensors version of the model"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise WeightsError(f"the base model {path} is not a safetensors file: {error}") from None
+    for kind, names in _TEXT_ENCODERS.items():
+        for name in names:
+            if name in shapes and any(key.startswith(UNET_PREFIX) for key in shapes):
+                return SingleFile(path, kind, shapes[name][-1], shapes)
+    raise WeightsError(
+        f"the base model {path} is no Stable Diffusion checkpoint in the original layout with its text encoders: needs "
+        f"{UNET_PREFIX}* and {_TEXT_ENCODERS['sdxl'][0]} (SDXL) or {_TEXT_ENCODERS['sd1'][0]} (1.x); it has "
+        f"{sorted(shapes)[:2]}, ..."
+    )
+
+
+def check_unet_shapes(file: SingleFile, unet: torch.nn.Module, config_source: str) -> None:
+    """Raise unless the file's UNet has the names and shapes that a config asks for.
+
+    Args:
+        file: the checkpoint.
+        unet: built from the config, on the meta device.
+        config_source: where the config came from, for the message.
+
+    Raises:
+        WeightsError: names the first difference, with both shapes.
+    """
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    held: dict[str, Any] = {
+        name: torch.empty(shape, device="meta") for name, shape in file.shapes.items() if name.startswith(UNET_PREFIX)
+    }
+    advice = "base_config= names the pipeline that the checkpoint was made from"
+    try:
+        theirs = {name: tuple(t.shape) for name, t in convert_ldm_unet_checkpoint(held, dict(unet.config)).items()}
+    except KeyError as error:
+        raise WeightsError(
+            f"{file.path} has no {error.args[0]}, which the config of {config_source} asks for: {advice}"
+        ) from None
+    for name, weight in unet.state_dict().items():
+        if theirs.get(name) != tuple(weight.shape):
+            raise WeightsError(
+                f"the UNet of {file.path} is not the one that {config_source} describes: {name} has shape "
+                f"{theirs.get(name, 'nothing')}, the config asks for {tuple(weight.shape)}: {advice}"
+            )

@@ -1,0 +1,136 @@
+"""A base model in one file, written here by hand in the layout of the original code."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+RESNET = (
+    ("norm1", "in_layers.0"),
+    ("conv1", "in_layers.2"),
+    ("norm2", "out_layers.0"),
+    ("conv2", "out_layers.3"),
+    ("time_emb_proj", "emb_layers.1"),
+    ("conv_shortcut", "skip_connection"),
+)
+UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+
+def unet_name(name, layers):
+    """diffusers' name of a UNet's weight -> the original one, for blocks of ``layers`` residual layers."""
+    stem, part = name.rsplit(".", 1)
+    if stem in UNET_ENDS:
+        return f"{UNET_ENDS[stem]}.{part}"
+    where, rest = re.fullmatch(r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)\.(.*)", name).groups()
+    kind, index, rest = rest.split(".", 2)
+    index = int(index)
+    for new, old in RESNET if kind == "resnets" else ():
+        rest = rest.replace(new, old)
+    if where == "mid_block":
+        return f"middle_block.{2 * index if kind == 'resnets' else 1}.{rest}"
+    block = int(where.split(".")[1])
+    if where.startswith("down"):
+        if kind == "downsamplers":
+            return f"input_blocks.{(layers + 1) * (block + 1)}.0.op.{part}"
+        return f"input_blocks.{(layers + 1) * block + index + 1}.{int(kind == 'attentions')}.{rest}"
+    if kind == "upsamplers":
+        return f"output_blocks.{(layers + 1) * block + layers}.UPSAMPLER{block}.{rest}"
+    return f"output_blocks.{(layers + 1) * block + index}.{int(kind == 'attentions')}.{rest}"
+
+
+def unet_weights(unet):
+    layers = unet.config.layers_per_block
+    names = {name: unet_name(name, layers) for name in unet.state_dict()}
+    crossed = {block for block, kind in enumerate(unet.config.up_block_types) if kind.startswith("CrossAttn")}
+    return {
+        # an upsampler is the last module of its place: the third, or the second where there is no attention
+        re.sub(r"UPSAMPLER(\d+)", lambda match: "2" if int(match[1]) in crossed else "1", names[name]): weight
+        for name, weight in unet.state_dict().items()
+    }
+
+
+def vae_weights(vae):
+    blocks = len(vae.config.block_out_channels)
+    result = {}
+    for name, weight in vae.state_dict().items():
+        new = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+        new = re.sub(r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2", new)
+        new = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", new)
+        new = re.sub(r"up_blocks\.(\d+)\.resnets\.(\d+)", lambda m: f"up.{blocks - 1 - int(m[1])}.block.{m[2]}", new)
+        new = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{blocks - 1 - int(m[1])}.upsample", new)
+        new = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", new)
+        if "mid_block.attentions" in new:
+            new = new.replace("mid_block.attentions.0", "mid.attn_1").replace("group_norm", "norm")
+            new = re.sub(r"to_([qkv])\.", r"\1.", new).replace("to_out.0", "proj_out")
+            weight = weight[:, :, None, None] if weight.ndim == 2 else weight
+        result[new] = weight
+    return result
+
+
+def text_weights(encoder):
+    return {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in encoder.state_dict().items()}
+
+
+def open_clip_text_weights(encoder):
+    import torch
+
+    weights = {name.removeprefix("text_model."): weight for name, weight in encoder.state_dict().items()}
+    result = {
+        "token_embedding.weight": weights["embeddings.token_embedding.weight"],
+        "positional_embedding": weights["embeddings.position_embedding.weight"],
+        "ln_final.weight": weights["final_layer_norm.weight"],
+        "ln_final.bias": weights["final_layer_norm.bias"],
+        "text_projection": weights["text_projection.weight"].T,
+    }
+    for layer in range(encoder.config.num_hidden_layers):
+        here, there = f"encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
+        for part in ("weight", "bias"):
+            stacked = [weights[f"{here}self_attn.{letter}_proj.{part}"] for letter in "qkv"]
+            result[f"{there}attn.in_proj_{part}"] = torch.cat(stacked)
+            for new, old in (("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
+                             ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):  # fmt: skip
+                result[f"{there}{old}.{part}"] = weights[f"{here}{new}.{part}"]
+    return result
+
+
+def write_single_file(pipeline, path):
+    """The weights of a StableDiffusionXLPipeline or StableDiffusionPipeline as one file of the original layout."""
+    from safetensors.torch import save_file
+
+    parts = {"model.diffusion_model.": unet_weights(pipeline.unet), "first_stage_model.": vae_weights(pipeline.vae)}
+    if hasattr(pipeline, "text_encoder_2"):
+        parts["conditioner.embedders.0.transformer."] = text_weights(pipeline.text_encoder)
+        parts["conditioner.embedders.1.model."] = open_clip_text_weights(pipeline.text_encoder_2)
+    else:
+        parts["cond_stage_model.transformer."] = text_weights(pipeline.text_encoder)
+    save_file(
+        {prefix + name: weight.contiguous() for prefix, weights in parts.items() for name, weight in weights.items()},
+        path,
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def single_file(tiny_model_dir, tmp_path_factory) -> Path:
+    """The base of tiny_model_dir as one file."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(str(tiny_model_dir / "base"), add_watermarker=False)
+    return write_single_file(pipeline, tmp_path_factory.mktemp("single") / "fine_tune.safetensors")
+
+
+@pytest.fixture(scope="session")
+def sd1_single_file(tiny_sd1_model_dir, tmp_path_factory) -> Path:
+    """The base of tiny_sd1_model_dir as one file."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(str(tiny_sd1_model_dir / "base"), requires_safety_checker=False)
+    return write_single_file(pipeline, tmp_path_factory.mktemp("single_sd1") / "fine_tune.safetensors")

@@ -1,0 +1,287 @@
+"""Base models and image encoders from folders, files, the hub (replaced here) and open_clip; nothing is unpickled."""
+
+import json
+import logging
+import pickle
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from msdiffusion.errors import WeightsError
+from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
+from msdiffusion.pretrained import (
+    _split_hub_folder,
+    absolute,
+    encoder_widths,
+    is_local,
+    kind_of_class,
+    load_image_encoder,
+    load_pipeline,
+    skeleton_unet,
+)
+
+
+def predictions(pipeline):
+    """What the four networks answer to the same questions."""
+    generator = torch.Generator().manual_seed(0)
+    encoded = pipeline.encode_prompt("a dog on the beach", "cpu", 1, False) if not is_xl(pipeline) else (
+        pipeline.encode_prompt(prompt="a dog on the beach", device="cpu", do_classifier_free_guidance=False)
+    )  # fmt: skip
+    added = {}
+    if is_xl(pipeline):
+        added = {"text_embeds": encoded[2], "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
+    latents = torch.randn(1, 4, 16, 16, generator=generator)
+    noise = pipeline.unet(latents, 500, encoded[0], added_cond_kwargs=added).sample
+    return (
+        encoded[0],
+        noise,
+        pipeline.vae.decode(latents).sample,
+        pipeline.vae.encode(noise.new_ones(1, 3, 16, 16))[0].mean,
+    )
+
+
+def is_xl(pipeline):
+    return isinstance(pipeline, StableDiffusionXLPipeline)
+
+
+@pytest.fixture
+def no_download(monkeypatch):
+    """Nothing here may ask the hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd1"])
+@torch.no_grad()
+def test_one_file_is_the_pipeline_that_it_was_made_from(
+    kind, single_file, sd1_single_file, tiny_model_dir, tiny_sd1_model_dir, no_download
+):
+    file, folder = {
+        "sdxl": (single_file, tiny_model_dir / "base"),
+        "sd1": (sd1_single_file, tiny_sd1_model_dir / "base"),
+    }[kind]
+    loaded, original = load_pipeline(file, base_config=folder), load_pipeline(folder)
+    assert type(loaded) is type(original) is {"sdxl": StableDiffusionXLPipeline, "sd1": StableDiffusionPipeline}[kind]
+    for ours, theirs in zip(predictions(loaded), predictions(original), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert loaded.scheduler.config.prediction_type == original.scheduler.config.prediction_type
+    half = load_pipeline(file, torch.bfloat16, folder)
+    assert {half.unet.dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.bfloat16}
+
+
+def test_one_file_is_checked_by_its_header(single_file, tiny_model_dir, tmp_path):
+    assert skeleton_unet(single_file, tiny_model_dir / "base").device.type == "meta"
+    assert encoder_widths(single_file, tiny_model_dir / "image_encoder") == (16, 24)
+
+
+def test_one_file_says_what_it_is_missing(single_file, sd1_single_file, tiny_model_dir, tmp_path, no_download):
+    with pytest.raises(WeightsError, match="holds weights only: give base_config=.*StableDiffusionXLPipeline"):
+        load_pipeline(single_file)
+    with pytest.raises(WeightsError, match="cannot load the configs and tokenizers for .*fine_tune.* from '.*nowhere'"):
+        skeleton_unet(single_file, tmp_path / "nowhere")
+    with pytest.raises(
+        WeightsError, match=r"is a StableDiffusionPipeline \(7 .* text 20 wide\), but .* StableDiffusionXL"
+    ):
+        skeleton_unet(sd1_single_file, tiny_model_dir / "base")
+    shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "tokenizer")
+    for file in (single_file, tmp_path / "base"):
+        with pytest.raises(WeightsError, match="the tokenizer of .*base has no vocabulary: its files are missing"):
+            load_pipeline(file, base_config=tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "scheduler")
+    with pytest.raises(WeightsError, match="cannot load the configs and tokenizers for .*, or its weights, from"):
+        load_pipeline(single_file, base_config=tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "unet")
+    with pytest.raises(WeightsError, match="cannot load the configs and tokenizers"):
+        skeleton_unet(single_file, tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("StableDiffusionXLPipeline", "sdxl"),
+        ("StableDiffusionXLInpaintPipeline", "sdxl"),
+        ("StableDiffusionPipeline", "sd1"),
+        ("StableDiffusionImg2ImgPipeline", "sd1"),
+    ],
+)
+def test_kinds_by_class_name(name, kind):
+    assert kind_of_class(name, "base") == kind
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusion3Pipeline", ""])
+def test_other_kinds_are_refused(name, tiny_model_dir, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name, "_diffusers_version": "0.40.0"}))
+    with pytest.raises(WeightsError, match=f"is a {name or 'pipeline of no kind'}, but a StableDiffusionXLPipeline or"):
+        load_pipeline(tmp_path)
+
+
+def test_half_precision_takes_the_variant_where_there_is_one(tiny_model_dir, tmp_path, monkeypatch):
+    load_pipeline(tiny_model_dir / "base").save_pretrained(tmp_path, variant="fp16")
+    asked = []
+    load = StableDiffusionXLPipeline.from_pretrained.__func__
+
+    def record(cls, name, **options):
+        asked.append((str(name), options.get("variant")))
+        return load(cls, name, **options)
+
+    monkeypatch.setattr(StableDiffusionXLPipeline, "from_pretrained", classmethod(record))
+    assert load_pipeline(tmp_path, torch.float16).unet.dtype == torch.float16
+    assert load_pipeline(tiny_model_dir / "base", torch.float16).unet.dtype == torch.float16
+    load_pipeline(tiny_model_dir / "base")
+    base = str(tiny_model_dir / "base")
+    assert asked == [(str(tmp_path), "fp16"), (base, None), (base, None)]
+    # Of a hub repository only a try tells.
+    monkeypatch.setattr("msdiffusion.pretrained._with_vocabulary", lambda pipeline, source: pipeline)
+    monkeypatch.setattr(
+        "msdiffusion.pretrained.DiffusionPipeline.load_config",
+        lambda name: {"_class_name": "StableDiffusionXLPipeline"},
+    )
+
+    def hub(cls, name, **options):
+        asked.append(options.get("variant"))
+        if "variant" in options:
+            raise ValueError("no such modeling files are available")
+        return "pipeline"
+
+    monkeypatch.setattr(StableDiffusionXLPipeline, "from_pretrained", classmethod(hub))
+    assert load_pipeline("owner/name", torch.float16) == "pipeline"
+    assert asked[3:] == ["fp16", None]
+
+
+def test_skeleton_and_widths_come_from_configs_alone(tiny_model_dir, tmp_path):
+    for name in ("base/unet", "base/text_encoder", "image_encoder"):
+        (tmp_path / name).mkdir(parents=True)
+        shutil.copy(tiny_model_dir / name / "config.json", tmp_path / name)
+    assert skeleton_unet(tmp_path / "base").device.type == "meta"
+    assert encoder_widths(tmp_path / "base", tmp_path / "image_encoder") == (16, 24)
+    assert encoder_widths(tmp_path / "base", tmp_path / "image_encoder", "global") == (16, 16)
+    assert encoder_widths(tmp_path / "base", "open_clip:ViT-bigG-14") == (16, 1664)
+    assert encoder_widths(tmp_path / "base", "open_clip:ViT-bigG-14", "global") == (16, 1280)
+
+
+@pytest.mark.parametrize("call", [skeleton_unet, lambda name: encoder_widths(name, name)])
+def test_missing_configs(call, tmp_path):
+    with pytest.raises(WeightsError, match="cannot load the .* of the base model from '.*nowhere'"):
+        call(tmp_path / "nowhere")
+
+
+def test_missing_models_are_named(tiny_model_dir, tmp_path):
+    with pytest.raises(WeightsError, match="cannot load the base model from '.*nowhere'"):
+        load_pipeline(tmp_path / "nowhere")
+    for call in (load_image_encoder, lambda name: encoder_widths(tiny_model_dir / "base", name)):
+        with pytest.raises(WeightsError, match="cannot load the image encoder from '.*nowhere'"):
+            call(tmp_path / "nowhere")
+        with pytest.raises(WeightsError, match=r"no config\.json there"):
+            call(tmp_path)
+        with pytest.raises(WeightsError, match="from the file .*give its folder, or open_clip:MODEL@FILE"):
+            call(tiny_model_dir / "image_encoder" / "model.safetensors")
+
+
+def test_an_encoder_without_preprocessing_gets_clips_own(tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir / "image_encoder", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").unlink()
+    _, processor = load_image_encoder(tmp_path)
+    assert (processor.size["shortest_edge"], processor.crop_size["height"]) == (64, 64)
+
+
+def test_of_a_whole_clip_only_the_vision_tower_is_taken(tiny_model_dir, tmp_path):
+    """The laion repositories hold a CLIPModel, whose config has the vision tower's inside."""
+    vision = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8,
+        projection_dim=12,
+    )  # fmt: skip
+    text = CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=50,
+        projection_dim=12,
+    )  # fmt: skip
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12)
+    whole = CLIPModel(config).eval()
+    whole.save_pretrained(tmp_path)
+    assert "vision_config" in json.loads((tmp_path / "config.json").read_text())
+    assert encoder_widths(tiny_model_dir / "base", tmp_path) == (16, 24)
+    assert encoder_widths(tiny_model_dir / "base", tmp_path, "global") == (16, 12)
+    encoder, processor = load_image_encoder(tmp_path)
+    assert isinstance(encoder, CLIPVisionModelWithProjection)
+    assert not any(name.startswith("text_model") for name in encoder.state_dict())
+    pixels = torch.randn(2, 3, 32, 32)
+    encoder.eval()
+    ours = encoder(pixels, output_hidden_states=True)
+    theirs = whole.vision_model(pixels, output_hidden_states=True)
+    assert torch.equal(ours.hidden_states[-2], theirs.hidden_states[-2])
+    assert torch.equal(ours.image_embeds, whole.visual_projection(theirs.pooler_output))
+    assert processor.size["shortest_edge"] == 32
+
+
+class Malice:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("write", ["torch.save", "pickle"])
+@pytest.mark.parametrize("part", ["image_encoder", "base/unet", "base/text_encoder"])
+def test_a_pickle_in_place_of_weights_is_refused_and_never_runs(part, write, tiny_model_dir, tmp_path):
+    trace = tmp_path / "it_ran"
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    name = "diffusion_pytorch_model.bin" if part == "base/unet" else "pytorch_model.bin"
+    for path in (tmp_path / "model" / part).glob("*.safetensors"):
+        path.unlink()
+    if write == "pickle":
+        (tmp_path / "model" / part / name).write_bytes(pickle.dumps({"weight": Malice(trace)}, protocol=2))
+    else:
+        torch.save({"weight": Malice(trace)}, tmp_path / "model" / part / name)
+    with pytest.raises(WeightsError, match="cannot load the (image encoder|base model)"):
+        load_image_encoder(tmp_path / "model" / part) if part == "image_encoder" else (
+            load_pipeline(tmp_path / "model" / "base")
+        )
+    assert not trace.exists()
+    torch.load(tmp_path / "model" / part / name, weights_only=False) if write == "torch.save" else None
+    assert trace.exists() == (write == "torch.save"), "the file does run code where it is let"
+
+
+def test_the_embedded_autoencoder_loads_without_a_warning(tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir / "base", tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "vae")
+    PixelUnshuffleAutoencoder().save_pretrained(tmp_path / "vae")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["vae"] = ["msdiffusion.pixel_autoencoder", "PixelUnshuffleAutoencoder"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("diffusers").addHandler(handler)
+    try:
+        loaded = load_pipeline(tmp_path)
+        logging.getLogger("diffusers.pipelines.pipeline_utils").warning("other news")
+    finally:
+        logging.getLogger("diffusers").removeHandler(handler)
+    assert isinstance(loaded.vae, PixelUnshuffleAutoencoder)
+    assert [record.getMessage() for record in records] == ["other news"]
+
+
+def test_a_folder_inside_a_hub_repository(tmp_path):
+    assert _split_hub_folder("h94/IP-Adapter/sdxl_models/image_encoder") == (
+        "h94/IP-Adapter",
+        {"subfolder": "sdxl_models/image_encoder"},
+    )
+    assert _split_hub_folder("owner/name") == ("owner/name", {})
+    assert _split_hub_folder(tmp_path) == (str(tmp_path), {})
+
+
+def test_places_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    assert is_local("base")
+    assert is_local("open_clip:ViT-L-14@w.safetensors")
+    assert not is_local("owner/name")
+    assert not is_local("open_clip:ViT-L-14")
+    assert absolute("base") == str(tmp_path / "base")
+    assert absolute("open_clip:ViT-L-14@w.safetensors") == f"open_clip:ViT-L-14@{tmp_path / 'w.safetensors'}"
+    assert absolute("owner/name") == "owner/name"
