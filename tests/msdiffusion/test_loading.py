@@ -1,0 +1,287 @@
+"""An adapter and what it needs: found on disk and on the hub (replaced here), seen to fit before weights are read."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPVisionConfig
+
+import msdiffusion.loading
+from msdiffusion.adapter import AdapterConfig, MSAdapter
+from msdiffusion.backbone import Backbone
+from msdiffusion.errors import WeightsError
+from msdiffusion.generate import MSDiffusion
+from msdiffusion.loading import Sources, check_encoders, find_adapter, load_adapter
+from msdiffusion.resampler import ResamplerParams
+
+
+@pytest.fixture
+def light(monkeypatch):
+    """Weights of frozen models may not be read."""
+
+    def started(*_, **__):
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr(Backbone, "from_pretrained", started)
+
+
+@pytest.fixture
+def official_surroundings(golden_tensors, tmp_path):
+    """Folders with the configs, and nothing else, that the official file of the golden tensors was made for."""
+    _, config = golden_tensors("unet")
+    with torch.device("meta"):
+        UNet2DConditionModel(**config["unet_config"]).save_config(tmp_path / "base" / "unet")
+    CLIPTextConfig(hidden_size=24).save_pretrained(tmp_path / "base" / "text_encoder")
+    CLIPVisionConfig(hidden_size=48).save_pretrained(tmp_path / "encoder")
+    return {"base_model": tmp_path / "base", "image_encoder": tmp_path / "encoder", "head_width": 16}
+
+
+class Hub:
+    """snapshot_download of one repository, which remembers what was asked for."""
+
+    def __init__(self, folder, cache):
+        self.folder, self.cache, self.patterns = folder, cache, []
+
+    def __call__(self, name, allow_patterns):
+        assert name == "owner/name"
+        self.patterns.append(list(allow_patterns))
+        for path in self.folder.rglob("*"):
+            inside = path.relative_to(self.folder)
+            asked = any(inside.match(pattern) or str(inside).startswith(pattern.removesuffix("**"))
+                        for pattern in allow_patterns if pattern.endswith("/**") or inside.match(pattern))  # fmt: skip
+            if path.is_file() and asked:
+                (self.cache / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, self.cache / inside)
+        return str(self.cache)
+
+
+# The official release
+
+
+def test_an_official_repository_is_one_file(official_adapter_file, official_surroundings, tmp_path, monkeypatch, light):
+    """Of the release, ms_adapter.bin alone is downloaded, not the pictures beside it."""
+    repository, cache = tmp_path / "repository", tmp_path / "cache"
+    for folder in (repository / "imgs", cache):
+        folder.mkdir(parents=True)
+    shutil.copy(official_adapter_file, repository / "ms_adapter.bin")
+    (repository / "imgs" / "demo.png").write_bytes(b"large")
+    (repository / "README.md").write_text("the release")
+    hub = Hub(repository, cache)
+    monkeypatch.setattr(msdiffusion.loading, "snapshot_download", hub)
+    found = load_adapter("owner/name", **official_surroundings)
+    assert hub.patterns == [["config.json"], ["ms_adapter.bin"]]
+    assert [path.name for path in cache.iterdir()] == ["ms_adapter.bin"]
+    assert len(found.adapter.layers) == 11
+    assert found.adapter.config.reference_fit == "squash"
+    assert found.sources == Sources(
+        str(official_surroundings["base_model"]), str(official_surroundings["image_encoder"])
+    )
+    assert found.unet.device.type == "meta"
+
+
+def test_an_official_folder_is_known_by_its_file(official_adapter_file, official_surroundings, tmp_path):
+    folder = tmp_path / "MS-Diffusion"
+    folder.mkdir()
+    shutil.copy(official_adapter_file, folder / "ms_adapter.bin")
+    assert find_adapter(folder) == folder / "ms_adapter.bin"
+    assert len(load_adapter(folder, **official_surroundings).adapter.layers) == 11
+    for text in ("{", '{"model_type": "other"}', "[]"):  # somebody else's config.json says nothing
+        (folder / "config.json").write_text(text)
+        assert find_adapter(folder) == folder / "ms_adapter.bin"
+    (folder / "config.json").write_text('{"schema": "msdiffusion.adapter/1"}')
+    assert find_adapter(folder) == folder
+
+
+def test_the_release_is_loaded_with_sdxl_and_bigg(official_adapter_file, golden_tensors, monkeypatch):
+    asked = []
+    _, config = golden_tensors("unet")
+
+    def skeleton(base_model, base_config):
+        asked.append((base_model, base_config))
+        with torch.device("meta"):
+            return UNet2DConditionModel(**config["unet_config"])
+
+    monkeypatch.setattr(msdiffusion.loading, "skeleton_unet", skeleton)
+    monkeypatch.setattr(msdiffusion.loading, "encoder_widths", lambda *names: asked.append(names) or (24, 48))
+    found = load_adapter(official_adapter_file, head_width=16)
+    xl, bigg = "stabilityai/stable-diffusion-xl-base-1.0", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
+    assert found.sources == Sources(xl, bigg)
+    assert asked == [(xl, None), (xl, bigg, "tokens")]
+    assert (found.adapter.config.base_model, found.adapter.config.image_encoder) == (xl, bigg)
+    # A fine-tune in one file has its configs from SDXL, and config.json says so.
+    found = load_adapter(official_adapter_file, "tune.safetensors", head_width=16)
+    assert asked[2] == ("tune.safetensors", xl)
+    assert (found.adapter.config.base_model, found.adapter.config.base_config) == ("tune.safetensors", xl)
+
+
+def test_a_malicious_official_file_never_runs(official_surroundings, tmp_path):
+    trace = tmp_path / "it_ran"
+
+    class Malice:
+        def __reduce__(self):
+            return (open, (str(trace), "w"))
+
+    for write in (torch.save, lambda record, path: path.write_bytes(pickle.dumps(record, protocol=2))):
+        write({"image_proj": Malice()}, tmp_path / "ms_adapter.bin")
+        with pytest.raises(WeightsError, match="not a file of tensors only, so it is not opened"):
+            load_adapter(tmp_path / "ms_adapter.bin", **official_surroundings)
+    assert not trace.exists()
+
+
+# Our folders on the hub
+
+
+def test_our_repository_brings_its_models_and_nothing_else(tiny_model_dir, tmp_path, monkeypatch):
+    repository, cache = tmp_path / "repository", tmp_path / "cache"
+    cache.mkdir()
+    shutil.copytree(tiny_model_dir, repository)
+    (repository / "ms_adapter.bin").write_bytes(b"the same again")
+    (repository / "demo.png").write_bytes(b"large")
+    hub = Hub(repository, cache)
+    monkeypatch.setattr(msdiffusion.loading, "snapshot_download", hub)
+    model = MSDiffusion.from_pretrained("owner/name", device="cpu")
+    assert hub.patterns[0] == ["config.json"]
+    assert {path.name for path in cache.iterdir()} == {"config.json", "adapter.safetensors", "base", "image_encoder"}
+    assert model.sources == Sources(str(cache / "base"), str(cache / "image_encoder"))
+
+
+def test_a_repository_that_is_not_there(monkeypatch):
+    def offline(name, allow_patterns):
+        raise OSError("offline")
+
+    monkeypatch.setattr(msdiffusion.loading, "snapshot_download", offline)
+    with pytest.raises(WeightsError, match=r"no such folder: nobody/nothing; .*offline"):
+        find_adapter("nobody/nothing")
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(WeightsError, match=r"no such file: .*adapter\.bin"):
+        find_adapter(tmp_path / "adapter.bin")
+    with pytest.raises(WeightsError, match=r"no config\.json"):
+        load_adapter(tmp_path)
+
+
+# A base in one file
+
+
+def test_a_base_in_one_file_has_its_configs_from_the_adapters_own_base(tiny_model_dir, single_file, tmp_path):
+    model = MSDiffusion.from_pretrained(tiny_model_dir, base_model=single_file, device="cpu")
+    assert model.sources == Sources(
+        str(single_file), str(tiny_model_dir / "image_encoder"), str(tiny_model_dir / "base")
+    )
+    original = MSDiffusion.from_pretrained(tiny_model_dir, device="cpu")
+    for ours, theirs in zip(model.backbone.unet.parameters(), original.backbone.unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    # Saved and loaded again: config.json says where both are.
+    model.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["base_model"] == str(single_file)
+    assert record["base_config"] == str(tiny_model_dir / "base")
+    assert load_adapter(tmp_path).sources == model.sources.absolute()
+    # And with another base of the usual kind, the configs are not wanted any more.
+    assert load_adapter(tmp_path, base_model=tiny_model_dir / "base").sources.base_config is None
+
+
+def test_a_base_in_one_file_beside_the_adapter(tiny_model_dir, single_file, tmp_path):
+    adapter = MSAdapter.from_pretrained(tiny_model_dir)
+    shutil.copy(single_file, tmp_path / "tune.safetensors")
+    adapter.save_pretrained(
+        tmp_path, base_model="tune.safetensors", image_encoder=str(tiny_model_dir / "image_encoder")
+    )
+    with pytest.raises(WeightsError, match="holds weights only: give base_config="):
+        load_adapter(tmp_path)
+    found = load_adapter(tmp_path, base_config=tiny_model_dir / "base")
+    assert found.sources.base_model == str(tmp_path / "tune.safetensors")
+
+
+def test_a_base_in_one_file_that_cannot_be(tiny_model_dir, sd1_single_file, tmp_path, light):
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"model\.ckpt is not opened: .*pickle"):
+        MSDiffusion.from_pretrained(tiny_model_dir, base_model=tmp_path / "model.ckpt")
+    with pytest.raises(WeightsError, match="no such file: .*tune.safetensors"):
+        MSDiffusion.from_pretrained(tiny_model_dir, base_model=tmp_path / "tune.safetensors")
+    with pytest.raises(
+        WeightsError, match=r"StableDiffusionPipeline \(7 cross-attention layers that read text 20 wide"
+    ):
+        MSDiffusion.from_pretrained(tiny_model_dir, base_model=sd1_single_file)
+
+
+# Parts of different models
+
+
+def test_a_base_of_another_kind_is_named_with_both_sizes(tiny_model_dir, tiny_sd1_model_dir, light):
+    with pytest.raises(WeightsError) as error:
+        MSDiffusion.from_pretrained(tiny_model_dir, base_model=tiny_sd1_model_dir / "base")
+    own = tiny_model_dir / "base"
+    assert "7 cross-attention layers that read text 48 wide, but the base model" in str(error.value)
+    assert f"has 7 that read text 20 wide: use {own} or a fine-tune of it" in str(error.value)
+
+
+def test_layers_of_another_width_are_named(tiny_model_dir, tmp_path, light):
+    shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
+    path = tmp_path / "base" / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "block_out_channels": [8, 16, 32]}))
+    with pytest.raises(WeightsError, match=r"the UNet's \(32, 48\).*the base model is .*: use .* or a fine-tune of it"):
+        MSDiffusion.from_pretrained(tiny_model_dir, base_model=tmp_path / "base")
+
+
+def released(**config):
+    return AdapterConfig(resampler=ResamplerParams(image_width=1664, phrase_width=768, output_width=2048), **config)
+
+
+@pytest.mark.parametrize(
+    ("widths", "sources", "message"),
+    [
+        (
+            (768, 1280),
+            Sources("stabilityai/stable-diffusion-xl-base-1.0", "open_clip:ViT-H-14"),
+            r"image tokens 1664 wide, but this image encoder gives 1280 \(open_clip:ViT-H-14\): use the image encoder "
+            r"that the adapter was trained on, laion/CLIP-ViT-bigG-14-laion2B-39B-b160k \(or open_clip:ViT-bigG-14\)",
+        ),
+        (
+            (1024, 1664),
+            Sources("stabilityai/stable-diffusion-2-1", "open_clip:ViT-bigG-14"),
+            r"phrase embeddings 768 wide, but this text encoder gives 1024 \(stabilityai/stable-diffusion-2-1\): use "
+            "the text encoder that the adapter was trained on, of stabilityai/stable-diffusion-xl-base-1.0",
+        ),
+        ((768, 1024), None, "gives 1024: use the image encoder that the adapter was trained on, laion/CLIP-ViT-bigG"),
+    ],
+)
+def test_a_wrong_encoder_is_named_with_the_right_one(widths, sources, message):
+    with pytest.raises(WeightsError, match=message):
+        check_encoders(released(), *widths, sources)
+
+
+def test_encoders_that_fit_say_nothing():
+    check_encoders(released(), 768, 1664)
+
+
+def test_a_wrong_encoder_is_seen_before_weights_are_read(tiny_model_dir, light):
+    with pytest.raises(WeightsError, match=r"24 wide, but this image encoder gives 1664 \(open_clip:ViT-bigG-14\)"):
+        MSDiffusion.from_pretrained(tiny_model_dir, image_encoder="open_clip:ViT-bigG-14")
+
+
+# Stable Diffusion 1.x
+
+
+def test_an_adapter_of_1x_loads(tiny_sd1_model_dir, tmp_path):
+    model = MSDiffusion.from_pretrained(tiny_sd1_model_dir, device="cpu")
+    assert model.backbone.kind == "sd1"
+    model.save_pretrained(tmp_path, include_backbone=True)
+    again = MSDiffusion.from_pretrained(tmp_path, device="cpu")
+    for name, weight in again.backbone.unet.state_dict().items():
+        assert torch.equal(weight, model.backbone.unet.state_dict()[name])
+
+
+def test_sources_know_what_is_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    assert Sources("base", "owner/name").local
+    assert not Sources("owner/base", "open_clip:ViT-H-14").local
+    assert Sources("owner/base", "open_clip:ViT-H-14@w.safetensors").local
+    assert Sources("base", "owner/name", "owner/xl").absolute() == Sources(
+        str(tmp_path / "base"), "owner/name", "owner/xl"
+    )
