@@ -228,7 +228,7 @@ def edit_config(path, **changes):
 def test_missing_things_are_named_before_weights_are_loaded(tiny_model_dir, tmp_path, monkeypatch):
     heavy_loading_fails(monkeypatch)
     monkeypatch.setattr(
-        msdiffusion.loading, "snapshot_download", lambda name: (_ for _ in ()).throw(OSError("offline"))
+        msdiffusion.loading, "snapshot_download", lambda name, **options: (_ for _ in ()).throw(OSError("offline"))
     )
     with pytest.raises(WeightsError, match=r"no such folder: nobody/nothing; .*offline"):
         MSDiffusion.from_pretrained("nobody/nothing")
@@ -249,7 +249,7 @@ def test_another_architecture_is_named_with_both_shapes_before_weights_are_loade
     shutil.copytree(tiny_model_dir, tmp_path, dirs_exist_ok=True)
     for name, changes, message in (
         ("base/unet", {"block_out_channels": [8, 16, 32]}, r"shape \(16, 48\), the UNet's \(32, 48\)"),
-        ("base/unet", {"cross_attention_dim": 64}, r"shape \(16, 48\), the UNet's \(16, 64\)"),
+        ("base/unet", {"cross_attention_dim": 64}, "7 cross-attention layers that read text 48 .* 7 that read text 64"),
         ("base/text_encoder", {"hidden_size": 32}, "phrase embeddings 16 wide, but this text encoder gives 32"),
         ("image_encoder", {"hidden_size": 32}, "image tokens 24 wide, but this image encoder gives 32"),
     ):
@@ -269,7 +269,7 @@ def test_saving_with_the_backbone_gives_the_same_model_anywhere(model, tmp_path)
 
 def test_saving_the_adapter_alone_points_to_the_backbone(model, tiny_model_dir, tmp_path):
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "adapter.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "adapter.safetensors", "README.md"}
     assert json.loads((tmp_path / "config.json").read_text())["base_model"] == str((tiny_model_dir / "base").resolve())
     assert torch.equal(draw(MSDiffusion.from_pretrained(tmp_path, device="cpu")), draw(model))
 
@@ -282,8 +282,9 @@ def test_a_model_built_in_memory_must_be_saved_whole(model, tmp_path):
     assert (tmp_path / "base" / "model_index.json").is_file()
 
 
-def test_push_to_hub_uploads_what_is_saved(model, monkeypatch):
+def test_push_to_hub_uploads_what_is_saved(model, tmp_path, monkeypatch):
     uploads = {}
+    card = tmp_path / "README.md"  # as it stands in the repository
 
     class FakeApi:
         def __init__(self, token):
@@ -293,20 +294,35 @@ def test_push_to_hub_uploads_what_is_saved(model, monkeypatch):
             uploads["repo"] = (repo_id, private, exist_ok)
             return "https://hub/owner/name"
 
+        def file_exists(self, repo_id, filename):
+            return card.exists()
+
+        def hf_hub_download(self, repo_id, filename):
+            return str(card)
+
         def upload_folder(self, *, repo_id, folder_path):
             config = json.loads((msdiffusion.generate.Path(folder_path) / "config.json").read_text())
             uploads["config"] = (repo_id, config["base_model"])
+            path = msdiffusion.generate.Path(folder_path) / "README.md"
+            uploads["card"] = path.read_text() if path.exists() else None
 
     monkeypatch.setattr(msdiffusion.generate, "HfApi", FakeApi)
     url = model.push_to_hub("owner/name", include_backbone=True, private=True, token="secret")
     assert url == "https://hub/owner/name"
+    card.write_text(uploads.pop("card"))
+    assert 'MSDiffusion.from_pretrained("owner/name")' in card.read_text()
     assert uploads == {"token": "secret", "repo": ("owner/name", True, True), "config": ("owner/name", "base")}
+    model.push_to_hub("owner/name", include_backbone=True)
+    assert uploads["card"] == card.read_text()
+    card.write_text("my own words")
+    model.push_to_hub("owner/name", include_backbone=True)
+    assert uploads["card"] is None, "a card that somebody wrote is kept"
     with pytest.raises(WeightsError, match="this machine only"):
         model.push_to_hub("owner/name")
 
 
 def test_a_hub_repository_is_downloaded(tiny_model_dir, monkeypatch):
-    monkeypatch.setattr(msdiffusion.loading, "snapshot_download", lambda name: str(tiny_model_dir))
+    monkeypatch.setattr(msdiffusion.loading, "snapshot_download", lambda name, **options: str(tiny_model_dir))
     assert MSDiffusion.from_pretrained("owner/name", device="cpu").adapter.tokens_per_subject == 16
 
 
