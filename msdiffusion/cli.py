@@ -9,17 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msdiffusion import __version__, demo, evaluate
+from msdiffusion import __version__, demo, evaluate, generate_command
 from msdiffusion.bench import command as bench
-from msdiffusion.errors import LayoutError, MSDiffusionError, RequestError
-from msdiffusion.places import DEFAULT_MODEL
+from msdiffusion.errors import MSDiffusionError, RequestError
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from types import ModuleType
 
-    from msdiffusion.request import GenerationRequest
-
-PICTURE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
+    from msdiffusion.adapter import AdapterConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,151 +39,65 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="msdiffusion", description=__doc__.split(". ")[0])
     parser.add_argument("--version", action="version", version=f"msdiffusion {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_generate(commands)
+    _add_command(commands, "generate", generate_command, "draw pictures of your subjects, each in its box")
     _add_convert(commands)
     for name, module, summary in (
         ("evaluate", evaluate, "draw held-out subjects with the adapter on and off, and score both"),
         ("bench", bench, "compare methods on the procedural world, and explore where this one fails"),
         ("demo", demo, "mine, fine-tune, generate and score on fresh clips"),
     ):
-        module.add_arguments(commands.add_parser(name, help=summary, description=module.__doc__.split("\n\n")[0]))
+        _add_command(commands, name, module, summary)
     return parser
 
 
-def _add_generate(commands: argparse._SubParsersAction) -> None:
-    add = commands.add_parser(
-        "generate",
-        help="draw pictures of your subjects, each in its box",
-        description="Give --image, --box and --phrase once per subject, in the same order.",
-    )
-    add.add_argument("--model", default=str(DEFAULT_MODEL), help="adapter: folder, hub name, or ms_adapter.bin")
-    add.add_argument("--base-model", help="another SDXL pipeline of the same architecture")
-    add.add_argument("--image-encoder", help="another image encoder of the same architecture")
-    add.add_argument("--image", action="append", default=[], metavar="FILE", help="reference, RGB or RGBA")
-    add.add_argument("--box", action="append", default=[], metavar="X1,Y1,X2,Y2", help="fractions of the picture")
-    add.add_argument("--phrase", action="append", metavar="WORDS", help="default: the prompt's noun phrases")
-    add.add_argument("--prompt", required=True)
-    add.add_argument("--negative-prompt")
-    add.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help="several pictures get numbers: FILE_0, ..."
-    )
-    add.add_argument("--num-images", type=int, default=1)
-    add.add_argument("--steps", type=int)
-    add.add_argument("--guidance-scale", type=float)
-    add.add_argument("--scale", type=float, help="weight of all subjects against the text")
-    add.add_argument("--subject-scales", type=_numbers, metavar="S1,S2,...", help="one weight per subject")
-    add.add_argument("--height", type=int)
-    add.add_argument("--width", type=int)
-    add.add_argument("--auto-layout", action="store_true", help="let the text's attention refine the boxes")
-    add.add_argument("--auto-layout-threshold", type=float, default=0.5)
-    add.add_argument("--auto-layout-start", type=int, default=5, metavar="STEP")
-    add.add_argument("--seed", type=int)
-    add.add_argument("--batch-size", type=int, default=4, help="pictures drawn at once at most")
-    add.add_argument("--device", help="cpu, cuda, cuda:1, ...")
-    add.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    add.add_argument("--quiet", action="store_true", help="no progress bar")
-    add.set_defaults(run=_generate)
+def _add_command(commands: argparse._SubParsersAction, name: str, module: ModuleType, summary: str) -> None:
+    """Add a command that has a module of its own, which declares its flags and sets ``run``."""
+    module.add_arguments(commands.add_parser(name, help=summary, description=module.__doc__.split("\n\n")[0]))
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
-    add = commands.add_parser("convert", help="turn the official ms_adapter.bin into an adapter folder")
-    add.add_argument("file", help="ms_adapter.bin")
-    add.add_argument("--out", required=True, type=Path, metavar="FOLDER")
+    add = commands.add_parser("convert", help="turn the official ms_adapter.bin into an adapter folder, or back")
+    add.add_argument("model", help="ms_adapter.bin, or an adapter's folder, or a hub repository with one of them")
+    add.add_argument("--to", choices=("folder", "official"), default="folder", help="default: folder")
+    add.add_argument("--out", required=True, type=Path, metavar="PLACE", help="folder, or file such as ms_adapter.bin")
     add.add_argument("--base-model", help="the SDXL pipeline it was trained on; only configs are read")
+    add.add_argument("--base-config", help="configs for a base model in one .safetensors file")
     add.add_argument("--image-encoder", help="the image encoder it was trained on; only configs are read")
     add.add_argument("--head-width", type=int, default=64, help="of the resampler; the file does not tell (default 64)")
     add.set_defaults(run=_convert)
 
 
-def _generate(options: argparse.Namespace) -> None:
-    request = _request(options)
-    if options.out.suffix.lower() not in PICTURE_TYPES:
-        raise RequestError(f"--out must end in one of {', '.join(PICTURE_TYPES)}, got {options.out}")
-    if options.phrase is None:
-        drawn = ", ".join(f"{image} = {phrase}" for image, phrase in zip(options.image, request.phrases, strict=True))
-        print(f"phrases from the prompt: {drawn}; --phrase sets them", file=sys.stderr)
-    import torch
-
-    from msdiffusion.backbone import quiet_loading
-    from msdiffusion.generate import MSDiffusion
-
-    _check_device(options.device)
-    quiet_loading()
-    model = MSDiffusion.from_pretrained(
-        options.model,
-        base_model=options.base_model,
-        image_encoder=options.image_encoder,
-        torch_dtype=getattr(torch, options.dtype),
-        device=options.device,
-    )
-    pictures = model.run(request, progress=not options.quiet)
-    for path in _save(pictures, options.out):
-        print(path)
-
-
-def _check_device(device: str | None) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"--device {device} can't be used here ({reason}); cpu always can") from error
-
-
-def _request(options: argparse.Namespace) -> GenerationRequest:
-    from msdiffusion.request import check_request
-
-    return check_request(
-        options.image,
-        [_box(text) for text in options.box],
-        options.prompt,
-        options.phrase,
-        negative_prompt=options.negative_prompt,
-        num_images=options.num_images,
-        steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        scale=options.scale,
-        subject_scales=options.subject_scales,
-        height=options.height,
-        width=options.width,
-        auto_layout=options.auto_layout,
-        auto_layout_threshold=options.auto_layout_threshold,
-        auto_layout_start=options.auto_layout_start,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
-
-
 def _convert(options: argparse.Namespace) -> None:
     from msdiffusion.loading import load_adapter
+    from msdiffusion.model_card import write_card
 
-    adapter, _, _ = load_adapter(options.file, options.base_model, options.image_encoder, head_width=options.head_width)
-    adapter.save_pretrained(options.out)
+    if options.to == "official" and (options.out.suffix != ".bin" or options.out.is_dir()):
+        raise RequestError(f"--to official writes one file: --out must end in .bin, got {options.out}")
+    if options.to == "folder" and options.out.is_file():
+        raise RequestError(f"--out must be a folder, but {options.out} is a file (--to official writes files)")
+    found = load_adapter(
+        options.model, options.base_model, options.image_encoder, options.base_config, head_width=options.head_width
+    )
+    if options.to == "official":
+        found.adapter.to_official(options.out, found.unet)
+        _tell_what_is_lost(found.adapter.config)
+    else:
+        found.adapter.save_pretrained(options.out, **vars(found.sources.absolute()))
+        write_card(options.out, found.adapter)
     print(options.out)
 
 
-def _save(pictures: Sequence[Image.Image], out: Path) -> list[Path]:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    numbered = [out.with_stem(f"{out.stem}_{index}") for index in range(len(pictures))]
-    paths = [out] if len(pictures) == 1 else numbered
-    for picture, path in zip(pictures, paths, strict=True):
-        picture.save(path, quality=95)  # of formats that lose something
-    return paths
+def _tell_what_is_lost(config: AdapterConfig) -> None:
+    """The official file holds weights only: its reader must be told what differs from the release."""
+    from msdiffusion.adapter import AdapterConfig
 
-
-def _box(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise LayoutError(f"--box is {text!r}, but must be four numbers: x1,y1,x2,y2 in fractions") from None
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} must be numbers with commas between them") from None
+    told = ("base_model", "image_encoder", "reference_background", "reference_fit", "defaults")
+    release = AdapterConfig(resampler=config.resampler)
+    lost = {name: getattr(config, name) for name in told if getattr(config, name) != getattr(release, name)}
+    if config.resampler.head_width != 64:
+        lost["head_width"] = config.resampler.head_width
+    if lost:
+        print(f"not in the official file, and not as in the release: {lost}", file=sys.stderr)
 
 
 def _bind_negative(arguments: list[str]) -> list[str]:

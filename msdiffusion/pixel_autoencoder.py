@@ -3,6 +3,9 @@
 The embedded base works on pictures of 64 px, where a learned autoencoder costs more quality than it saves compute.
 This class has the interface a diffusers pipeline asks of its `vae`, so the embedded base is an ordinary
 StableDiffusionXLPipeline directory; model_index.json names this module.
+
+Slicing and tiling save memory in a learned autoencoder. Here nothing is computed and nothing needs saving, so the
+switches exist, for code that sets them on any `vae`, and change no picture.
 """
 
 from __future__ import annotations
@@ -64,8 +67,25 @@ class PixelUnshuffleAutoencoder(ModelMixin, ConfigMixin):
                 f"{len(block_out_channels)} stages mean a factor of {self.factor} and {in_channels * self.factor**2} "
                 f"latent channels for {in_channels} picture channels, got {latent_channels} ({out_channels} out)"
             )
+        self.use_slicing = self.use_tiling = False
         # Pipelines ask a vae for its dtype and device, which torch reads from a parameter.
         self.anchor = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def enable_slicing(self) -> None:
+        """Does nothing but set ``use_slicing``: there is no work to divide."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Unset ``use_slicing``."""
+        self.use_slicing = False
+
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Does nothing but set ``use_tiling``: there is no work to divide."""
+        self.use_tiling = use_tiling
+
+    def disable_tiling(self) -> None:
+        """Unset ``use_tiling``."""
+        self.use_tiling = False
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[PixelDistribution]:
         """Pictures (B, 3, H, W) in [-1, 1] to unscaled latents (B, 3 f², H / f, W / f)."""

@@ -35,12 +35,14 @@ class FrozenEncodings:
         self._zero_reference: Tensor | None = None
 
     @torch.no_grad()
-    def prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(states (N, L, C), pooled (N, P)) of the prompts."""
-        states, pooled = self._ask(
-            prompts, self._prompts, lambda rows: self.backbone.encode_prompts([prompts[i] for i in rows])
-        )
-        return states, pooled
+    def prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """(states (N, L, C), pooled (N, P)) of the prompts; no pooled ones of Stable Diffusion 1.x."""
+
+        def encode(rows: list[int]) -> tuple[Tensor, ...]:
+            return tuple(part for part in self.backbone.encode_prompts([prompts[i] for i in rows]) if part is not None)
+
+        states, *pooled = self._ask(prompts, self._prompts, encode)
+        return states, pooled[0] if pooled else None
 
     @torch.no_grad()
     def phrases(self, phrases: Sequence[str]) -> Tensor:

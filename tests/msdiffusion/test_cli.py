@@ -142,6 +142,52 @@ def test_convert_reads_the_official_file(golden_tensors, official_adapter_file, 
     assert "no such file" in capsys.readouterr().err
 
 
+def test_convert_goes_both_ways(tiny_model_dir, tmp_path, capsys):
+    """Folder to official file to folder: the weights come back to the bit, and what the file can't say is told."""
+    from safetensors.torch import load_file
+
+    from msdiffusion.adapter import MSAdapter
+
+    file = tmp_path / "new" / "ms_adapter.bin"
+    assert main(["convert", str(tiny_model_dir), "--to", "official", "--out", str(file)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(file)
+    for word in ("'reference_fit': 'pad'", "'head_width': 16", "'scale': 0.8", "'base_model': 'base'"):
+        assert word in printed.err
+    torch.load(file, weights_only=True)
+    names = ["--base-model", str(tiny_model_dir / "base"), "--image-encoder", str(tiny_model_dir / "image_encoder")]
+    call = ["convert", str(file), "--out", str(tmp_path / "again"), "--head-width", "16", *names]
+    assert main(call) == 0
+    before = load_file(tiny_model_dir / "adapter.safetensors")
+    after = load_file(tmp_path / "again" / "adapter.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert (tmp_path / "again" / "README.md").is_file()
+    # A folder copied by convert still finds its models.
+    assert main(["convert", str(tiny_model_dir), "--out", str(tmp_path / "copy")]) == 0
+    assert MSAdapter.from_pretrained(tmp_path / "copy").config.base_model == str(tiny_model_dir / "base")
+
+
+def test_convert_refuses_places_and_ablations(tiny_model_dir, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(tiny_model_dir, tmp_path / "ablation")
+    config = tmp_path / "ablation" / "config.json"
+    config.write_text(config.read_text().replace('"regions": "boxes"', '"regions": "everywhere"'))
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        ([str(tiny_model_dir), "--to", "official", "--out", str(tmp_path / "folder")], "--out must end in .bin"),
+        ([str(tiny_model_dir), "--out", str(tmp_path / "file")], "is a file (--to official writes files)"),
+        (
+            [str(tmp_path / "ablation"), "--to", "official", "--out", str(tmp_path / "ms_adapter.bin")],
+            'regions "everywhere" is an ablation that the official code cannot run',
+        ),
+    ):
+        assert main(["convert", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "ms_adapter.bin").exists()
+
+
 def test_the_default_model_lies_in_the_repository():
     assert DEFAULT_MODEL.parts[-2:] == ("checkpoints", "tiny")
 

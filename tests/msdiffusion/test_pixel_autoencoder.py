@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 
 from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
 
@@ -35,3 +36,27 @@ def test_shift_and_factor_come_back_from_disk(tmp_path):
 def test_channels_that_do_not_follow_from_the_stages_are_refused():
     with pytest.raises(ValueError, match="12 latent channels"):
         PixelUnshuffleAutoencoder(latent_channels=4)
+
+
+def test_slicing_and_tiling_are_switches_that_change_no_picture():
+    vae = PixelUnshuffleAutoencoder()
+    pictures = torch.rand(3, 3, 64, 64) * 2 - 1
+    before = vae.decode(vae.encode(pictures).latent_dist.mode()).sample
+    vae.enable_slicing()
+    vae.enable_tiling()
+    assert (vae.use_slicing, vae.use_tiling) == (True, True)
+    assert torch.equal(vae.decode(vae.encode(pictures).latent_dist.mode()).sample, before)
+    vae.disable_slicing()
+    vae.disable_tiling()
+    assert (vae.use_slicing, vae.use_tiling) == (False, False)
+
+
+def test_a_pipeline_turns_them_on(tiny_model_dir):
+    """As with any learned autoencoder, by the pipeline's own calls or the autoencoder's."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        str(tiny_model_dir / "base"), vae=PixelUnshuffleAutoencoder(), add_watermarker=False
+    )
+    pipeline.vae.enable_tiling()
+    pipeline.vae.enable_slicing()
+    assert pipeline.vae.use_tiling
+    assert pipeline.vae.use_slicing

@@ -93,6 +93,27 @@ def test_only_the_adapter_is_trained(make_module, pairs_dir):
     assert not unchanged, "these parts of the adapter are not trained"
 
 
+@pytest.mark.parametrize("settings", [{}, {"cache_encodings": True, "size_condition": "resolution"}])
+def test_an_adapter_for_stable_diffusion_1x_is_trained(tiny_sd1_model_dir, pairs_dir, tmp_path, settings):
+    """One text encoder, no pooled prompt, no size conditions: one step, and what it saves loads again."""
+    from msdiffusion.loading import load_adapter
+
+    folders = {name: str(tiny_sd1_model_dir / name.removesuffix("_model")) for name in ("base_model", "image_encoder")}
+    module = MSDiffusionModule(**folders, resampler=RESAMPLER, learning_rate=1e-2, **settings)
+    trainer = make_trainer(max_steps=2)
+    trainer.fit(module, make_data(pairs_dir))
+    assert module.backbone.kind == "sd1"
+    assert torch.isfinite(trainer.callback_metrics["training/loss"])
+    module.save_pretrained(tmp_path)
+    loaded = load_adapter(tmp_path).adapter
+    for name, tensor in module.trained_adapter.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    fresh = type(loaded).from_unet(module.backbone.unet, loaded.config.resampler)
+    assert not torch.equal(
+        next(iter(fresh.layers.values())).to_k.weight, next(iter(loaded.layers.values())).to_k.weight
+    )
+
+
 def test_the_optimizer_holds_exactly_the_adapter(make_module, pairs_dir):
     module = make_module(ema_decay=0.9)
     trainer = make_trainer(max_steps=1)
