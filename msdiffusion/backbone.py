@@ -288,7 +288,8 @@ def _kind(pipeline: Any) -> Literal["sdxl", "sd1"]:
     Raises:
         WeightsError: other parts.
     """
-    unet, text_encoder = getattr(pipeline, "unet", None), getattr(pipeline, "text_encoder", None)
+    parts = (getattr(pipeline, name, None) for name in ("unet", "text_encoder"))
+    unet, text_encoder = (getattr(part, "_orig_mod", part) for part in parts)  # torch.compile wraps them
     if isinstance(unet, UNet2DConditionModel) and isinstance(text_encoder, CLIPTextModel):
         if unet.config.addition_embed_type is None:
             return "sd1"

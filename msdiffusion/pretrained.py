@@ -61,8 +61,8 @@ def load_pipeline(
         return _with_vocabulary(pipeline, str(base_config))
     name = str(base_model)
     try:
-        kind = kind_of_class(DiffusionPipeline.load_config(name).get("_class_name", ""), name)
-        with _own_autoencoder_expected():
+        kind = _kind_of(name)
+        with _old_news_withheld():
             pipeline = _with_variant(PIPELINES[kind], name, dtype, _options(kind))
     except _LOADING_ERRORS as error:
         raise _not_loaded("base model", base_model, error) from error
@@ -184,7 +184,7 @@ def absolute(source: str | Path) -> str:
 def _load_single_file(file: SingleFile, dtype: torch.dtype, base_config: str | Path | None) -> DiffusionPipeline:
     source = _config_source(file, base_config)
     try:
-        with _own_autoencoder_expected():
+        with _old_news_withheld():
             return PIPELINES[file.kind].from_single_file(
                 str(file.path), config=source, **{_DTYPE: dtype}, **_options(file.kind)
             )
@@ -201,7 +201,7 @@ def _config_source(file: SingleFile, base_config: str | Path | None) -> str:
         )
     source = str(base_config)
     try:
-        kind = kind_of_class(DiffusionPipeline.load_config(source).get("_class_name", ""), source)
+        kind = _kind_of(source)
     except _LOADING_ERRORS as error:
         raise _not_loaded(_configs_of(file), source, error) from error
     if kind != file.kind:
@@ -227,6 +227,11 @@ def _configs_of(file: SingleFile) -> str:
     return f"configs and tokenizers for {file.path} (base_config= takes any folder or hub name of such a pipeline)"
 
 
+def _kind_of(source: str) -> str:
+    name = DiffusionPipeline.load_config(source).get("_class_name", "")
+    return kind_of_class(name[-1] if isinstance(name, list) else name, source)  # a list: somebody's file, and the class
+
+
 def _meta_unet(source: str | Path, what: str) -> UNet2DConditionModel:
     try:
         config = UNet2DConditionModel.load_config(str(source), subfolder="unet")
@@ -250,7 +255,7 @@ def _with_variant(
     if half and (not Path(name).is_dir() or any(Path(name).rglob("*.fp16.safetensors"))):
         try:
             return pipeline.from_pretrained(name, variant="fp16", **options)
-        except (OSError, ValueError):  # no such variant, or not of every part
+        except (OSError, ValueError, HfHubHTTPError):  # no such variant, or not of every part
             logging.getLogger(__name__).info("%s has no complete variant fp16", name)
     return pipeline.from_pretrained(name, **options)
 
@@ -266,18 +271,25 @@ def _check_encoder_folder(name: str) -> None:
 
 
 @contextmanager
-def _own_autoencoder_expected() -> Iterator[None]:
-    """Keep diffusers from warning, at each loading, that the embedded base's autoencoder is none of its own classes."""
-    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+def _old_news_withheld() -> Iterator[None]:
+    """Keep diffusers from two warnings at each loading that say nothing.
 
-    def is_other_news(record: logging.LogRecord) -> bool:
-        return PixelUnshuffleAutoencoder.__name__ not in record.getMessage()
+    One is that the embedded base's autoencoder is none of its own classes; the other, for a single file, lists no
+    modules that should stay in float32.
+    """
+    loggers = [logging.getLogger(f"diffusers.{name}") for name in ("pipelines.pipeline_utils", "models.modeling_utils")]
 
-    logger.addFilter(is_other_news)
+    def is_news(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return PixelUnshuffleAutoencoder.__name__ not in message and "kept in float32: []" not in message
+
+    for logger in loggers:
+        logger.addFilter(is_news)
     try:
         yield
     finally:
-        logger.removeFilter(is_other_news)
+        for logger in loggers:
+            logger.removeFilter(is_news)
 
 
 def _image_processor(name: str, options: Mapping[str, str], config: CLIPVisionConfig) -> CLIPImageProcessor:

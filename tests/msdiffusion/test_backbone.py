@@ -239,6 +239,12 @@ def test_siblings_of_1x(sd1_backbone, kind):
     assert torch.equal(other.encode_prompts(["a dog"])[0], sd1_backbone.encode_prompts(["a dog"])[0])
 
 
+def test_a_compiled_unet_counts_as_what_it_wraps(tiny_model_dir, backbone):
+    parts = Backbone.from_pretrained(tiny_model_dir / "base", tiny_model_dir / "image_encoder", device="cpu").pipeline
+    parts.unet = torch.compile(parts.unet)
+    assert Backbone(parts, backbone.image_encoder, backbone.image_processor).kind == "sdxl"
+
+
 def test_a_pipeline_without_the_first_text_encoder_is_refused(backbone):
     refiner = StableDiffusionXLImg2ImgPipeline(
         **{**backbone.pipeline.components, "text_encoder": None, "tokenizer": None}, add_watermarker=False

@@ -71,6 +71,19 @@ def test_one_file_is_the_pipeline_that_it_was_made_from(
     assert {half.unet.dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.bfloat16}
 
 
+def test_one_file_loads_without_a_warning(single_file, tiny_model_dir, caplog):
+    with caplog.at_level(logging.WARNING):
+        load_pipeline(single_file, base_config=tiny_model_dir / "base")
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+def test_a_pipeline_of_somebodys_own_file_counts_by_its_class(tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir / "base", tmp_path, dirs_exist_ok=True)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": ["own", "StableDiffusionXLOwn"]}))
+    assert is_xl(load_pipeline(tmp_path))
+
+
 def test_one_file_is_checked_by_its_header(single_file, tiny_model_dir, tmp_path):
     assert skeleton_unet(single_file, tiny_model_dir / "base").device.type == "meta"
     assert encoder_widths(single_file, tiny_model_dir / "image_encoder") == (16, 24)
