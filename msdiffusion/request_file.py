@@ -1,0 +1,334 @@
+"""Many requests in one YAML or JSON file: read and checked, every one of them, without torch.
+
+    defaults:            # optional: arguments of MSDiffusion.generate for all pictures
+      steps: 20
+    pictures:
+      - name: beach      # optional: of the file that is written
+        prompt: a dog and a teapot on the beach
+        images: [dog.png, [teapot.png, teapot_from_behind.png]]
+        boxes: [[0, 0.25, 0.5, 0.75], [0.5, 0.25, 1, 0.75]]
+
+Paths are relative to the file. A boundary: what comes in is not trusted, what goes out is checked.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from msdiffusion.errors import MSDiffusionError, RequestError
+from msdiffusion.request import GenerationRequest, check_request
+
+ARGUMENTS = (
+    "images", "boxes", "prompt", "phrases", "masks", "negative_prompt", "num_images", "steps", "guidance_scale",
+    "scale", "subject_scales", "subject_windows", "height", "width", "auto_layout", "auto_layout_threshold",
+    "auto_layout_start", "seed",
+)  # fmt: skip
+"""Arguments of MSDiffusion.generate that say what is drawn; the others say how it is handed over."""
+MAX_FILE_BYTES = 16 * 2**20
+MAX_NAME = 100
+MAX_PICTURES = 100_000
+"""Of one request: names for all of them are made before the first is drawn."""
+_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A reference that travels inside a PNG: the bytes of its file."""
+
+    content: bytes
+    path: str
+    """Where the file was, for messages."""
+
+    def open(self) -> Image.Image:
+        """The picture.
+
+        Raises:
+            RequestError: it is none.
+        """
+        try:
+            picture = Image.open(io.BytesIO(self.content))
+            picture.load()
+        except Exception as error:  # pillow's decoders raise many things at bytes made to break them
+            raise RequestError(
+                f"the embedded reference {self.path!r} is no picture that can be read: {error}"
+            ) from None
+        return picture
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One request: checked arguments of MSDiffusion.generate, and what to call it."""
+
+    where: str
+    """For messages: its place in the file."""
+    name: str
+    """For the file that is written, without suffix."""
+    arguments: Mapping[str, Any]
+    """Those that were given, and ``phrases``. References are a Path or an Embedded each, or a list of such."""
+
+
+def read_request_file(path: str | Path) -> list[Entry]:
+    """Read a request file and check every request in it.
+
+    Raises:
+        RequestError: the file cannot be read, or requests in it are wrong; the message has a line for each.
+    """
+    path = Path(path)
+    content = _parse(path)
+    if not isinstance(content, Mapping):
+        raise RequestError(f"{path} must be a mapping with the key pictures, got {_shown(content)}")
+    _check_keys(content, ("defaults", "pictures"), str(path))
+    defaults, pictures = content.get("defaults"), content.get("pictures")
+    defaults = {} if defaults is None else defaults
+    if not isinstance(defaults, Mapping):
+        raise RequestError(f"{path}: defaults must be a mapping of arguments, got {_shown(defaults)}")
+    _check_keys(defaults, ARGUMENTS, f"{path}: defaults")
+    if not isinstance(pictures, list) or not pictures:
+        raise RequestError(f"{path}: pictures must be a list with an entry per request, got {_shown(pictures)}")
+    entries, errors, taken = [], [], {}
+    for index, picture in enumerate(pictures):
+        where = f"pictures[{index}]"
+        try:
+            if not isinstance(picture, Mapping):
+                raise RequestError(f"must be a mapping of arguments, got {_shown(picture)}")
+            _check_keys(picture, ("name", *ARGUMENTS), "")
+            name = _check_name(picture.get("name"), index)
+            where += f" ({name})" if "name" in picture else ""
+            given = {key: value for key, value in picture.items() if key != "name"}
+            entry = check_entry({**defaults, **given}, path.parent, where, name)
+            _claim_names(entry, taken)
+            entries.append(entry)
+        except MSDiffusionError as error:
+            errors.append(f"{where}: {error}")
+    if len(errors) == 1:
+        raise RequestError(f"{path}: {errors[0]}")
+    if errors:
+        lines = "\n  ".join(errors)
+        raise RequestError(f"{path}: {len(errors)} of {len(pictures)} entries are wrong:\n  {lines}")
+    return entries
+
+
+def check_entry(arguments: Mapping[str, Any], folder: Path, where: str, name: str) -> Entry:
+    """Check one request; its references are opened, and closed again.
+
+    Args:
+        arguments: of MSDiffusion.generate; None is as good as left out. References are paths relative to ``folder``, or
+            Embedded.
+        folder: of the file that says so.
+        where: what messages call it.
+        name: of the file to write.
+
+    Raises:
+        RequestError, LayoutError, PhraseError: an argument cannot be honoured, or is unknown.
+    """
+    _check_keys(arguments, ARGUMENTS, "")
+    given = {key: value for key, value in arguments.items() if value is not None}
+    for key in ("prompt", "images"):
+        if key not in given:
+            raise RequestError(f"{key} is missing")
+    if not isinstance(given["prompt"], str):
+        raise RequestError(f"prompt must be text, got {_shown(given['prompt'])}: quote it")
+    if not isinstance(given.get("auto_layout", False), bool):
+        raise RequestError(f"auto_layout must be true or false, got {_shown(given['auto_layout'])}")
+    for key in ("images", "masks"):
+        if key in given:
+            given[key] = _references(given[key], folder, key)
+    request = open_request(given)
+    if request.num_images > MAX_PICTURES:
+        raise RequestError(f"num_images must be at most {MAX_PICTURES}, got {request.num_images}")
+    given["phrases"] = _per_subject(request.subjects.phrases, given["images"])
+    return Entry(where, name, given)
+
+
+def open_request(arguments: Mapping[str, Any]) -> GenerationRequest:
+    """The checked request of an entry's arguments, with its references opened.
+
+    Raises:
+        RequestError, LayoutError, PhraseError: as check_request.
+    """
+    opened = with_embedded_opened(arguments)
+    opened.setdefault("boxes", None)
+    try:
+        return check_request(**opened)
+    except Image.DecompressionBombError as error:
+        raise RequestError(f"a reference has more pixels than are opened: {error}") from None
+    except RecursionError:
+        raise RequestError("an argument is nested too deeply") from None
+
+
+def with_embedded_opened(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry's arguments as MSDiffusion.generate takes them: embedded references as pictures.
+
+    Raises:
+        RequestError: one is no picture.
+    """
+
+    def opened(reference: Any) -> Any:
+        return reference.open() if isinstance(reference, Embedded) else reference
+
+    given = {key: value for key, value in arguments.items() if value is not None}
+    return {
+        key: for_each_reference(value, opened) if key in ("images", "masks") else value for key, value in given.items()
+    }
+
+
+def for_each_reference(references: Sequence[Any], function: Callable[[Any], Any]) -> list[Any]:
+    """The references with a function applied to each, None and lists of views kept."""
+    return [
+        None if item is None else [function(view) for view in item] if isinstance(item, list) else function(item)
+        for item in references
+    ]
+
+
+def _parse(path: Path) -> Any:
+    if not path.is_file():
+        raise RequestError(f"no such file: {path}")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise RequestError(f"{path} has more than {MAX_FILE_BYTES // 2**20} MiB, which is no request file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read as text in UTF-8: {error}") from None
+    return parse_json(text, str(path)) if path.suffix.lower() == ".json" else _parse_yaml(text, path)
+
+
+def parse_json(text: str, source: str) -> Any:
+    """JSON without its surprises.
+
+    Raises:
+        RequestError: not JSON, a key given twice, NaN or infinity, or nested too deeply; the message begins with
+            ``source``.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise RequestError(f"{source}: the key {_shown(key)} is given twice")
+            found[key] = value
+        return found
+
+    def refuse(word: str) -> None:
+        raise RequestError(f"{source}: {word} is no number of JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError:
+        raise RequestError(f"{source} is nested too deeply") from None
+    except RequestError:
+        raise
+    except ValueError as error:  # also whole numbers of thousands of digits
+        raise RequestError(f"{source} is not JSON: {error}") from None
+
+
+def _parse_yaml(text: str, path: Path) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Plain data only, without duplicate keys, and without aliases: nested ones grow beyond all bounds."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                line = self.peek_event().start_mark.line + 1
+                raise RequestError(f"{path}, line {line}: aliases (*) are not read; put what repeats under defaults")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                name = str(key.value)  # of a mapping or list as key, which is refused anyway, something long
+                if name in seen:
+                    line = key.start_mark.line + 1
+                    raise RequestError(f"{path}, line {line}: the key {_shown(name)} is given twice")
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader=Loader)
+    except RecursionError:
+        raise RequestError(f"{path} is nested too deeply") from None
+    except RequestError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:
+        raise RequestError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _check_keys(given: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; is {near[0]} meant?" if near else f"; known: {', '.join(known)}"
+            raise RequestError(f"{where + ': ' if where else ''}unknown key {_shown(key)}{hint}")
+
+
+def _check_name(name: Any, index: int) -> str:
+    if name is None:
+        return f"{index:04d}"
+    if not isinstance(name, str):
+        raise RequestError(f"name must be text, got {_shown(name)}: quote it")
+    # One file in one folder on every system: no separators, no hidden files, nothing that Windows would cut off.
+    if len(name) > MAX_NAME or not re.fullmatch(r"\w(?:[\w .+-]*[\w+-])?", name):
+        raise RequestError(
+            f"name must be at most {MAX_NAME} letters, digits, spaces, or any of . _ + -, and begin and end with a "
+            f"letter or digit, got {_shown(name)}"
+        )
+    return name
+
+
+def picture_names(entry: Entry) -> list[str]:
+    """Names of an entry's pictures without suffix: its own, or with numbers where it has several."""
+    count = entry.arguments.get("num_images", 1)
+    return [entry.name] if count == 1 else [f"{entry.name}_{number}" for number in range(count)]
+
+
+def _claim_names(entry: Entry, taken: dict[str, str]) -> None:
+    for name in picture_names(entry):
+        other = taken.setdefault(name.casefold(), entry.where)  # Beach.png and beach.png are one file on some systems
+        if other != entry.where:
+            raise RequestError(f"its picture would be called {name!r}, as that of {other}: give another name")
+
+
+def _references(values: Any, folder: Path, key: str) -> list[Any]:
+    if not isinstance(values, list):
+        raise RequestError(f"{key} must be a list with one item per subject, got {_shown(values)}")
+    found = []
+    for index, value in enumerate(values):
+        name = f"{key}[{index}]"
+        if value is None and key == "masks":
+            found.append(None)
+        elif isinstance(value, list) and key == "images":
+            found.append([_reference(view, folder, f"{name}[{number}]") for number, view in enumerate(value)])
+        else:
+            found.append(_reference(value, folder, name))
+    return found
+
+
+def _reference(value: Any, folder: Path, name: str) -> Path | Embedded:
+    if isinstance(value, Embedded):
+        return value
+    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
+        raise RequestError(f"{name} must be the path of a picture, got {_shown(value)}")
+    return folder / value
+
+
+def _per_subject(values: Sequence[Any], images: Sequence[Any]) -> list[Any]:
+    """One value per subject out of one per view."""
+    found, position = [], 0
+    for image in images:
+        found.append(values[position])
+        position += len(image) if isinstance(image, list) else 1
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
