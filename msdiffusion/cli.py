@@ -102,14 +102,10 @@ def _tell_what_is_lost(config: AdapterConfig) -> None:
 
 def _bind_negative(arguments: list[str]) -> list[str]:
     """Join "--box -0.1,0,1,1" with "=": argparse would take the value for an option, and hide the real mistake."""
+    numeric = ("--box", "--subject-scales", "--subject-windows")
     bound: list[str] = []
     for argument in arguments:
-        if (
-            bound
-            and bound[-1] in ("--box", "--subject-scales")
-            and argument[:1] == "-"
-            and argument[1:2] in set("0123456789.")
-        ):
+        if bound and bound[-1] in numeric and argument[:1] == "-" and argument[1:2] in set("0123456789.,"):
             bound[-1] += "=" + argument
         else:
             bound.append(argument)

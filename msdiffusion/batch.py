@@ -1,0 +1,307 @@
+"""Pictures of many requests into one folder: planned, compared with what is there, drawn in batches, written at once.
+
+Pictures are drawn in the same batches however often a run is killed, so that a rerun gives the same files: a picture's
+last bits depend on how many are drawn beside it. Its place in the batch stands in its record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msdiffusion import __version__
+from msdiffusion.errors import RequestError
+from msdiffusion.provenance import SCHEMA, read_record, request_record, same_request, save_at_once, save_png
+from msdiffusion.request import check_request
+from msdiffusion.request_file import ARGUMENTS, Embedded, Entry, open_request, picture_names
+from msdiffusion.safety import FLAGGED
+
+if TYPE_CHECKING:
+    from msdiffusion.generate import MSDiffusion
+
+FALLBACKS = {"steps": 30, "guidance_scale": 7.5, "scale": 1.0, "negative_prompt": ""}
+"""Of MSDiffusion.generate, for what neither the request nor the adapter's config says."""
+_SAMPLES, _SAMPLE_BYTES = 64, 2**16
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which model draws, told without loading it."""
+
+    model: Mapping[str, str]
+    """As records have it."""
+    defaults: Mapping[str, Any]
+    """Of the adapter."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to draw."""
+
+    path: Path
+    arguments: Mapping[str, Any]
+    """Of generate, for this picture alone, with its seed."""
+    record: Mapping[str, Any]
+    """What its file will say, as far as that is known before it is drawn; a seed that nobody chose is None."""
+    wanted: bool = True
+    """False: it is drawn for its neighbours' sake, but not written."""
+
+
+def identify(model: str, base_model: str | None, image_encoder: str | None, dtype: str) -> Identity:
+    """Find the adapter and say what it is.
+
+    Args:
+        model: as for MSDiffusion.from_pretrained.
+        base_model: the same.
+        image_encoder: the same.
+        dtype: name of the weights' dtype.
+
+    Raises:
+        WeightsError: there is no such adapter.
+    """
+    from msdiffusion.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig
+    from msdiffusion.errors import WeightsError
+    from msdiffusion.loading import find_adapter
+    from msdiffusion.provenance import file_sha256
+    from msdiffusion.resampler import ResamplerParams
+
+    place = find_adapter(model)
+    if place.is_file():  # the official file says nothing but weights
+        weights, folder = place, place.parent / "no folder of ours"
+        config = AdapterConfig(resampler=ResamplerParams(image_width=1, phrase_width=1, output_width=1))
+    else:
+        weights, folder = place / WEIGHTS_NAME, place
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (place / name).is_file():
+                raise WeightsError(f"{place} holds no {name}: an adapter is {CONFIG_NAME} and {WEIGHTS_NAME}")
+        config = AdapterConfig.from_json((place / CONFIG_NAME).read_text(encoding="utf-8"), f"{place / CONFIG_NAME}")
+    names = {
+        "adapter": Path(model).resolve().name if Path(model).exists() else model,
+        "adapter_sha256": file_sha256(weights),
+        "base_model": _frozen_name(base_model, config.base_model, folder),
+        "image_encoder": _frozen_name(image_encoder, config.image_encoder, folder),
+        "dtype": dtype,
+    }
+    return Identity(names, config.defaults)
+
+
+def plan(
+    entries: Sequence[Entry],
+    folder: Path,
+    identity: Identity,
+    hooks: Mapping[str, str | None],
+    *,
+    suffix: str = ".png",
+    embed: bool = False,
+) -> list[Picture]:
+    """The pictures of all entries, in order.
+
+    Args:
+        entries: checked requests.
+        folder: where the pictures will be.
+        identity: of the model.
+        hooks: ``safety_checker`` and ``watermark``, None where there is none.
+        suffix: of the files.
+        embed: put references into the files.
+
+    Raises:
+        RequestError: a reference cannot be read or embedded.
+    """
+    pictures = []
+    for entry in entries:
+        arguments = _resolved(entry.arguments, identity.defaults)
+        try:
+            request = request_record(arguments, folder, embed=embed)
+        except RequestError as error:
+            raise RequestError(f"{entry.where}: {error}") from None
+        first = secrets.randbelow(2**31) if arguments["seed"] is None else arguments["seed"]
+        for number, name in enumerate(picture_names(entry)):
+            seed = None if arguments["seed"] is None else first + number
+            record = {
+                "schema": SCHEMA,
+                "request": {**request, "seed": seed},
+                "left_out": [side for side in ("height", "width") if arguments[side] is None],
+                "model": dict(identity.model),
+                "hooks": dict(hooks),
+            }
+            own = {**arguments, "num_images": 1, "seed": first + number}
+            pictures.append(Picture(folder / f"{name}{suffix}", own, record))
+    return pictures
+
+
+def without_finished(pictures: Sequence[Picture], *, overwrite: bool = False) -> list[Picture]:
+    """The pictures, those that are there already marked as not wanted.
+
+    Args:
+        pictures: what is planned.
+        overwrite: take those that are there but are of another request for missing.
+
+    Raises:
+        RequestError: such pictures are there, and may not be overwritten.
+    """
+    marked, others = [], []
+    for picture in pictures:
+        finished, reason = _finished(picture)
+        marked.append(replace(picture, wanted=not finished))
+        if picture.path.exists() and not finished:
+            others.append(f"{picture.path} ({reason})")
+    if others and not overwrite:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise RequestError(
+            f"there already, but not from this request and model: {', '.join(others[:3])}{more}; --overwrite replaces "
+            "them, or give another --out"
+        )
+    return marked
+
+
+def in_batches(pictures: Sequence[Picture], size: int) -> list[list[Picture]]:
+    """The pictures in batches of at most ``size`` that are drawn together, the same ones whatever is finished."""
+    groups: dict[Any, list[Picture]] = {}
+    for picture in pictures:
+        groups.setdefault(_kind(picture.arguments), []).append(picture)
+    return [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
+
+
+def repeated(picture: Picture, size: int, position: int) -> list[Picture]:
+    """A batch in which a picture is computed to the last bit as in the one that it came from: copies for neighbours."""
+    return [replace(picture, wanted=index == position) for index in range(size)]
+
+
+def draw(
+    model: MSDiffusion,
+    batches: Sequence[Sequence[Picture]],
+    on_picture: Callable[[Picture], None],
+    *,
+    progress: bool = False,
+) -> None:
+    """Draw all batches in which something is wanted; each wanted picture is written as soon as it is there.
+
+    Args:
+        model: with its hooks.
+        batches: see ``in_batches``.
+        on_picture: called after each picture, also the unwanted ones of a batch that is drawn.
+        progress: show a bar of the denoising steps.
+
+    Raises:
+        RequestError: a picture cannot be written, or a reference is another than when the run began.
+    """
+    for batch in batches:
+        if not any(picture.wanted for picture in batch):
+            continue
+        requests = [open_request(picture.arguments) for picture in batch]
+        for picture in batch:
+            _check_unchanged(picture)
+
+        def finish(index: int, result: Any, batch: Sequence[Picture] = batch) -> None:
+            if batch[index].wanted:
+                _write(batch[index], result, model, {"size": len(batch), "position": index})
+            on_picture(batch[index])
+
+        model.generate_batch(requests, progress=progress, batch_size=len(batch), on_result=finish)
+
+
+def made_with(device: str) -> dict[str, str]:
+    """Versions, and the kind of device, which decide the last bits of a picture."""
+    import diffusers
+    import torch
+
+    kind = device.partition(":")[0]
+    return {"msdiffusion": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__, "device": kind}
+
+
+def _write(picture: Picture, result: Any, model: MSDiffusion, place: Mapping[str, int]) -> None:
+    drawn = result.pictures[0]
+    if picture.path.suffix.lower() != ".png":
+        save_at_once(drawn, picture.path, quality=95)  # of formats that lose something
+        return
+    request = {**picture.record["request"], "seed": result.seeds[0], "width": drawn.width, "height": drawn.height}
+    record = {
+        **picture.record,
+        "request": request,
+        "flagged": bool(drawn.info.get(FLAGGED, False)),
+        "batch": dict(place),
+        "made_with": made_with(str(model.backbone.device)),
+    }
+    save_png(drawn, picture.path, record)
+
+
+def _finished(picture: Picture) -> tuple[bool, str]:
+    """Whether the picture is there, and if something else is, what."""
+    if not picture.path.exists():
+        return False, ""
+    try:
+        found = read_record(picture.path)
+    except RequestError:
+        return False, "no picture of this command"
+    if same_request(picture.record, found):
+        return True, ""
+    return False, "another model" if picture.record["model"] != found["model"] else "another request"
+
+
+def _check_unchanged(picture: Picture) -> None:
+    """Raise RequestError if a file is no longer what the record says: somebody edits references during a long run."""
+    from msdiffusion.provenance import file_sha256
+
+    said = picture.record["request"]
+    for key in ("images", "masks"):
+        paths, records = picture.arguments.get(key), said[key]
+        for item, record in zip(_flat(paths), _flat(records), strict=True):
+            if not isinstance(item, Embedded) and file_sha256(item) != record["sha256"]:
+                raise RequestError(f"{item} was changed since the run began; run again to draw the rest with it")
+
+
+def _flat(references: Any) -> Iterator[Any]:
+    for item in references or ():
+        if isinstance(item, list):
+            yield from item
+        elif item is not None:
+            yield item
+
+
+def _resolved(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments, with what is left out filled in as far as it can be told without the model."""
+    parameters = inspect.signature(check_request).parameters
+    own = {
+        name: parameters[name].default for name in ARGUMENTS if parameters[name].default is not inspect.Parameter.empty
+    }
+    layers = (own, FALLBACKS, defaults, arguments)  # the later ones win, where they say something
+    found: dict[str, Any] = dict.fromkeys(ARGUMENTS)
+    for layer in layers:
+        found.update({name: value for name, value in layer.items() if value is not None})
+    return found
+
+
+def _kind(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What pictures of one batch have in common, so that their neighbours make no difference to the arithmetic.
+
+    At least as fine as what MSDiffusion.generate_batch would put together.
+    """
+    settings = tuple(arguments[name] for name in ("height", "width", "steps", "guidance_scale"))
+    masks, boxes = arguments["masks"] or (), arguments["boxes"]
+    automatic = arguments["auto_layout"] or boxes is None or None in boxes
+    masked = any(mask is not None for mask in masks)
+    views = sum(1 for _ in _flat(arguments["images"]))
+    return (*settings, views, masked, arguments["auto_layout_threshold"] if automatic else None)
+
+
+def _frozen_name(given: str | None, named: str, folder: Path) -> str:
+    """A frozen model as records call it: a hub name, or a local place's last part with a fingerprint of its weights."""
+    inside = folder / named
+    place = Path(given) if given is not None else inside if inside.exists() else Path(named)
+    if not place.exists():
+        return given if given is not None else named
+    files = [place] if place.is_file() else sorted([*place.rglob("*.safetensors"), *place.rglob("*.bin")])
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as content:  # samples will do: reading ten gigabytes would take longer than drawing
+            for number in range(_SAMPLES):
+                content.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+                digest.update(content.read(_SAMPLE_BYTES))
+    return f"{place.resolve().name}#{digest.hexdigest()[:16]}"

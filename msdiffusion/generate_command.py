@@ -1,0 +1,322 @@
+"""The command ``msdiffusion generate``: one request from flags, many from a file, or one again from a PNG."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msdiffusion.errors import LayoutError, RequestError
+from msdiffusion.places import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from msdiffusion.batch import Identity, Picture
+    from msdiffusion.request_file import Entry
+    from msdiffusion.safety import SafetyChecker, Watermark
+
+PICTURE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
+BATCH_SIZE = 4
+NOTHING = "-"
+"""Stands for "none" where a flag comes once per subject."""
+PICTURE_FLAGS = (
+    "image", "box", "mask", "phrase", "prompt", "negative_prompt", "num_images", "steps", "guidance_scale", "scale",
+    "subject_scales", "subject_windows", "height", "width", "auto_layout", "auto_layout_threshold", "auto_layout_start",
+    "seed",
+)  # fmt: skip
+"""Flags that say what is drawn; None where they are not given."""
+
+
+class _View(argparse.Action):
+    """Another picture of the subject of the last --image."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        if not namespace.image:
+            parser.error("--view FILE is a further view of the subject before it: give its --image first")
+        namespace.image[-1].append(values)
+
+
+class _Image(argparse.Action):
+    """The first picture of the next subject."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        namespace.image = [*(namespace.image or []), [values]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.set_defaults(run=run)
+    add = parser.add_argument_group("what is drawn; --image, --box and --phrase once per subject").add_argument
+    add("--image", action=_Image, metavar="FILE", help="reference, RGB or RGBA")
+    add("--view", action=_View, metavar="FILE", help="another picture of the subject of the --image before it")
+    add("--box", action="append", metavar="X1,Y1,X2,Y2", help="fractions of the picture; - for a subject without")
+    add("--mask", action="append", metavar="FILE", help="region in black and white; - for a subject without")
+    add("--phrase", action="append", metavar="WORDS", help="default: the prompt's noun phrases")
+    add("--prompt")
+    add("--negative-prompt")
+    add("--num-images", type=int, help="default: 1")
+    add("--steps", type=int)
+    add("--guidance-scale", type=float)
+    add("--scale", type=float, help="weight of all subjects against the text")
+    add("--subject-scales", type=_numbers, metavar="S1,S2,...", help="one weight per subject")
+    add(
+        "--subject-windows", type=_windows, metavar="FROM:TO,...",
+        help="per subject the part of the way from noise (0) to picture (1) in which it is there; - for always",
+    )  # fmt: skip
+    add("--height", type=int)
+    add("--width", type=int)
+    add("--auto-layout", action="store_true", default=None, help="let the text's attention refine the boxes")
+    add("--auto-layout-threshold", type=float)
+    add("--auto-layout-start", type=int, metavar="STEP")
+    add("--seed", type=int)
+    add = parser.add_argument_group("in place of these").add_argument
+    add("--request", type=Path, metavar="FILE", help="many pictures: a YAML or JSON file, see docs/inference.md")
+    add("--from-png", type=Path, metavar="FILE", help="draw a PNG of this command again, exactly")
+    add = parser.add_argument_group("what draws").add_argument
+    add("--model", default=str(DEFAULT_MODEL), help="adapter: folder, hub name, or ms_adapter.bin")
+    add("--base-model", help="another base model of the same architecture")
+    add("--base-config", help="configs for a base model in one .safetensors file")
+    add("--image-encoder", help="another image encoder of the same architecture")
+    add("--device", help="cpu, cuda, cuda:1, ...")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32")
+    add("--batch-size", type=int, help=f"pictures drawn at once at most (default {BATCH_SIZE})")
+    add("--safety-checker", metavar="PLACE", help="folder or hub name; pictures that it flags become black")
+    add("--watermark", metavar="TEXT", help="invisible, at most 16 bytes")
+    add = parser.add_argument_group("where to").add_argument
+    add("--out", required=True, type=Path, metavar="PLACE",
+        help="file (several pictures get numbers: FILE_0, ...); with --request a folder")  # fmt: skip
+    add("--overwrite", action="store_true", help="with --request: replace pictures of other requests")
+    add("--embed-references", action="store_true", help="put the references into the PNG, to draw it again anywhere")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check, load, draw, write; prints the path of every picture that it writes.
+
+    Raises:
+        MSDiffusionError: something cannot be honoured; before any weights are loaded where that can be told.
+    """
+    entries, record = _entries(options)
+    many = options.request is not None
+    _check_out(options, many)
+    watermark = _watermark(options, record, entries)
+
+    from msdiffusion import batch
+
+    device = _device(options.device)
+    dtype = options.dtype or (record["model"]["dtype"] if record else "float32")
+    identity = batch.identify(options.model, options.base_model, options.image_encoder, dtype)
+    hooks = {"safety_checker": options.safety_checker, "watermark": watermark.text if watermark else None}
+    if record is not None:
+        _check_model(record, identity, hooks)
+        _tell_versions(record["made_with"], batch.made_with(device))
+    folder = options.out if many else options.out.parent
+    suffix = ".png" if many else options.out.suffix
+    pictures = batch.plan(entries, folder, identity, hooks, suffix=suffix, embed=options.embed_references)
+    if many:
+        pictures = batch.without_finished(pictures, overwrite=options.overwrite)
+        finished = sum(not picture.wanted for picture in pictures)
+        if finished:
+            print(f"{finished} of {len(pictures)} pictures are there already", file=sys.stderr)
+        if finished == len(pictures):
+            return
+    batches = batch.in_batches(pictures, BATCH_SIZE if options.batch_size is None else options.batch_size)
+    if record is not None and options.batch_size is None:
+        batches = [batch.repeated(pictures[0], **record["batch"])]
+    _draw(options, device, dtype, batches, watermark)
+
+
+def _draw(
+    options: argparse.Namespace, device: str, dtype: str, batches: list[list[Picture]], watermark: Watermark | None
+) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from msdiffusion import batch
+    from msdiffusion.backbone import quiet_loading
+    from msdiffusion.generate import MSDiffusion
+
+    quiet_loading()
+    checker = _safety_checker(options, device)
+    model = MSDiffusion.from_pretrained(
+        options.model,
+        base_model=options.base_model,
+        image_encoder=options.image_encoder,
+        base_config=options.base_config,
+        torch_dtype=getattr(torch, dtype),
+        device=device,
+    )
+    model.picture_hooks.extend(hook for hook in (checker, watermark) if hook is not None)
+    many = options.request is not None
+    total = sum(len(pictures) for pictures in batches if any(picture.wanted for picture in pictures))
+    # One bar over everything, whose estimate counts; of one request the steps are more telling. Pictures come in
+    # batches: the average since the beginning says more of what is left than the last ones.
+    with tqdm(total=total, unit="picture", smoothing=0, disable=options.quiet or not many) as bar:
+
+        def tell(picture: Picture) -> None:
+            bar.update()
+            if picture.wanted:
+                with tqdm.external_write_mode():
+                    print(picture.path, flush=True)
+
+        batch.draw(model, batches, tell, progress=not options.quiet and not many)
+
+
+def _entries(options: argparse.Namespace) -> tuple[list[Entry], dict[str, Any] | None]:
+    """The requests, and for --from-png the record that the one comes from. Loads no torch."""
+    given = ["--" + name.replace("_", "-") for name in PICTURE_FLAGS if getattr(options, name) is not None]
+    sources = [name for name in ("--request", "--from-png") if getattr(options, name[2:].replace("-", "_")) is not None]
+    if len(sources) > 1 or (sources and given):
+        also = ", ".join([*sources[1:], *given])
+        raise RequestError(f"{sources[0]} says all of what is drawn: leave out {also}")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise RequestError(f"--batch-size must be at least 1, got {options.batch_size}")
+    if options.request is not None:
+        from msdiffusion.request_file import read_request_file
+
+        return read_request_file(options.request), None
+    if options.from_png is not None:
+        from msdiffusion.provenance import entry_of, read_record
+
+        record = read_record(options.from_png)
+        return [replace(entry_of(options.from_png, record), name=options.out.stem)], record
+    return [_entry_of_flags(options)], None
+
+
+def _entry_of_flags(options: argparse.Namespace) -> Entry:
+    from msdiffusion.request_file import check_entry
+
+    if options.prompt is None:
+        raise RequestError("--prompt is missing (or give --request or --from-png)")
+    if options.image is None:
+        raise RequestError("no images: give --image once per subject")
+    flags = {name: getattr(options, name) for name in PICTURE_FLAGS}
+    images = [views if len(views) > 1 else views[0] for views in flags.pop("image")]
+    boxes, masks, phrases = flags.pop("box"), flags.pop("mask"), flags.pop("phrase")
+    arguments = {
+        **flags,
+        "images": images,
+        "boxes": None if boxes is None else [None if text == NOTHING else _box(text) for text in boxes],
+        "masks": None if masks is None else [None if text == NOTHING else text for text in masks],
+        "phrases": phrases,
+    }
+    entry = check_entry(arguments, Path(), "the request", options.out.stem)
+    if phrases is None:
+        drawn = ", ".join(
+            f"{views[0]} = {phrase}" for views, phrase in zip(options.image, entry.arguments["phrases"], strict=True)
+        )
+        print(f"phrases from the prompt: {drawn}; --phrase sets them", file=sys.stderr)
+    if boxes is None and masks is None:
+        where = "every subject finds its place by the text's attention to its phrase"
+        print(f"no --box and no --mask: {where}", file=sys.stderr)
+    return entry
+
+
+def _check_out(options: argparse.Namespace, many: bool) -> None:
+    out = options.out
+    if many and out.exists() and not out.is_dir():
+        raise RequestError(f"--out must be a folder for --request, but {out} is a file")
+    if many:
+        return
+    if out.suffix.lower() not in PICTURE_TYPES:
+        raise RequestError(f"--out must end in one of {', '.join(PICTURE_TYPES)}, got {out}")
+    if out.is_dir():
+        raise RequestError(f"--out is the folder {out}: give the name of a file")
+    if out.suffix.lower() != ".png":
+        if options.embed_references:
+            raise RequestError(f"--embed-references needs a PNG; --out is {out}")
+        print(f"{out.suffix} keeps no metadata: only a .png can be drawn again with --from-png", file=sys.stderr)
+
+
+def _watermark(
+    options: argparse.Namespace, record: dict[str, Any] | None, entries: Sequence[Entry]
+) -> Watermark | None:
+    """The watermark asked for, or that of the PNG; refused where a size that is asked for can't carry one."""
+    text = options.watermark
+    if text is None and record is not None:
+        text = record["hooks"]["watermark"]
+    if text is None:
+        return None
+    from msdiffusion.safety import Watermark
+
+    watermark = Watermark(text)
+    for entry in entries:
+        width, height = (entry.arguments.get(side) for side in ("width", "height"))
+        if width is not None and height is not None:
+            try:
+                watermark.check_size(width, height)
+            except RequestError as error:
+                raise RequestError(f"{entry.where}: {error}") from None
+    return watermark
+
+
+def _safety_checker(options: argparse.Namespace, device: Any) -> SafetyChecker | None:
+    if options.safety_checker is None:
+        return None
+    from msdiffusion.safety import SafetyChecker
+
+    return SafetyChecker.from_pretrained(options.safety_checker, device)
+
+
+def _check_model(record: dict[str, Any], identity: Identity, hooks: dict[str, str | None]) -> None:
+    """Refuse to draw a PNG again with other means than it was drawn with."""
+    flags = {"adapter_sha256": "model", "base_model": "base-model", "image_encoder": "image-encoder", "dtype": "dtype"}
+    for name, flag in flags.items():
+        drawn, here = record["model"][name], identity.model[name]
+        if drawn != here:
+            called = f" (its adapter was called {record['model']['adapter']!r})" if flag == "model" else ""
+            raise RequestError(f"the PNG was drawn with {name} {drawn!r}, not {here!r}{called}: --{flag} sets it")
+    for name, value in hooks.items():
+        drawn = record["hooks"][name]
+        if drawn != value:
+            flag = "--" + name.replace("_", "-")
+            raise RequestError(
+                f"the PNG was drawn with {flag} {drawn!r}, not {value!r}: give the same, or none if None"
+            )
+
+
+def _tell_versions(there: dict[str, str], here: dict[str, str]) -> None:
+    other = [f"{name} {there[name]!r} (here {here[name]!r})" for name in here if there[name] != here[name]]
+    if other:
+        print(f"drawn with {', '.join(other)}: colours may differ in their last bits", file=sys.stderr)
+
+
+def _device(name: str | None) -> str:
+    """The device to use, if it can be."""
+    import torch
+
+    from msdiffusion.backbone import default_device
+
+    if name is None:
+        return str(default_device())
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"--device {name} can't be used here ({reason}); cpu always can") from error
+    return name
+
+
+def _box(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise LayoutError(f"--box is {text!r}, but must be four numbers: x1,y1,x2,y2 in fractions") from None
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers with commas between them") from None
+
+
+def _windows(text: str) -> list[list[float] | None]:
+    try:
+        return [None if part == NOTHING else [float(number) for number in part.split(":")] for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be FROM:TO or {NOTHING} per subject, with commas between them, such as 0:1,0.2:0.8"
+        ) from None

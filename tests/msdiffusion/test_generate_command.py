@@ -1,0 +1,400 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import msdiffusion.generate
+from msdiffusion.cli import main
+from msdiffusion.provenance import read_record
+from msdiffusion.safety import read_watermark
+
+PROMPT = "a dog and a teapot on the beach"
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Arguments of a good call."""
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "dog.png")
+    Image.new("RGBA", (20, 20), "blue").save(tmp_path / "teapot.png")
+    return [
+        "--image", str(tmp_path / "dog.png"), "--box", "0,.25,.5,.75", "--phrase", "dog",
+        "--image", str(tmp_path / "teapot.png"), "--box", ".5,.25,1,.75", "--phrase", "teapot",
+        "--prompt", PROMPT, "--out", str(tmp_path / "out" / "picture.png"), "--seed", "0", "--quiet",
+    ]  # fmt: skip
+
+
+def test_generate_writes_the_picture(two, tiny_model_dir, tmp_path, capsys):
+    assert main(["generate", *two, "--model", str(tiny_model_dir), "--steps", "2", "--device", "cpu"]) == 0
+    out = tmp_path / "out" / "picture.png"
+    assert capsys.readouterr().out.strip() == str(out)
+    assert Image.open(out).size == (64, 64)
+
+
+def test_generate_numbers_several_pictures(two, tiny_model_dir, tmp_path, capsys):
+    options = ["--num-images", "2", "--steps", "1", "--height", "48", "--width", "72", "--subject-scales", "1,.5"]
+    assert main(["generate", *two, *options, "--model", str(tiny_model_dir), "--auto-layout-start", "1"]) == 0
+    names = [tmp_path / "out" / f"picture_{k}.png" for k in range(2)]
+    assert capsys.readouterr().out.split() == [str(name) for name in names]
+    assert [Image.open(name).size for name in names] == [(72, 48)] * 2
+
+
+def replaced(arguments, name, value):
+    position = arguments.index(name)
+    return [*arguments[: position + 1], value, *arguments[position + 2 :]]
+
+
+def without(arguments, name):
+    places = [place for place, argument in enumerate(arguments) if argument == name]
+    return [argument for place, argument in enumerate(arguments) if place not in places and place - 1 not in places]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda a: replaced(a, "--image", "nowhere.png"), "images[0]: no such file: nowhere.png"),
+        (lambda a: replaced(a, "--box", "0,.25,1.5,.75"), "boxes[0] is (0.0, 0.25, 1.5, 0.75), which leaves"),
+        (lambda a: replaced(a, "--box", "-0.1,.25,.5,.75"), "which leaves the picture"),
+        (lambda a: replaced(a, "--box", "0.9,.25,.5,.75"), "reversed"),
+        (lambda a: replaced(a, "--box", "nan,.25,.5,.75"), "not finite"),
+        (lambda a: replaced(a, "--box", "0,.25,.5"), "four numbers"),
+        (lambda a: replaced(a, "--box", "left"), "--box is 'left'"),
+        (lambda a: replaced(a, "--prompt", ""), "the prompt is empty"),
+        (lambda a: [*a, "--phrase", "beach"], "2 images, 2 boxes, 3 phrases"),
+        (lambda a: [*a, "--box", "0,0,1,1"], "2 images, 3 boxes, 2 phrases"),
+        (lambda a: [*a, "--height", "100"], "height is 100"),
+        (lambda a: [*replaced(a, "--phrase", "cat"), "--auto-layout"], "'cat' is needed in the prompt"),
+        (lambda a: replaced(a, "--out", "picture.doc"), "--out must end in one of .png"),
+        (lambda a: [*a, "--subject-scales", "1"], "one number per subject (2), got 1"),
+        (lambda a: [*a, "--subject-scales", "-1,1"], "subject_scales[0]"),
+        (lambda a: [*a, "--subject-windows", "-,1:0"], "subject_windows[1] must be (start, end)"),
+        (lambda a: [*a, "--mask", "nowhere.png", "--mask", "-"], "masks[0]: no such file: nowhere.png"),
+        (lambda a: [*a, "--mask", "-"], "masks must hold one mask, or None, per subject (2), got 1"),
+        (lambda a: [*a, "--view", "nowhere.png"], "images[1][1]: no such file: nowhere.png"),
+        (lambda a: without(a, "--prompt"), "--prompt is missing"),
+        (lambda a: without(a, "--image"), "no images: give --image once per subject"),
+        (lambda a: [*a, "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (lambda a: [*a, "--request", "x.yaml"], "--request says all of what is drawn: leave out --image, --box"),
+        (lambda a: [*a, "--from-png", "x.png"], "--from-png says all of what is drawn: leave out --image"),
+        (lambda a: replaced(a, "--out", "."), "--out must end in one of"),
+        (lambda a: replaced([*a, "--embed-references"], "--out", "x.jpg"), "--embed-references needs a PNG; --out"),
+        (lambda a: [*a, "--watermark", ""], "a watermark is text of 1 to 16 bytes"),
+        (lambda a: [*a, "--watermark", "x", "--height", "64", "--width", "64"], "64 x 64 pixels is too small"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_loads_no_weights(two, edit, message, capsys, monkeypatch):
+    monkeypatch.setattr(msdiffusion.generate.MSDiffusion, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert main(["generate", *edit(two)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("msdiffusion: error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_a_missing_model(two, tmp_path, capsys):
+    assert main(["generate", *two, "--model", str(tmp_path)]) == 2
+    assert "holds no config.json" in capsys.readouterr().err
+
+
+def test_bad_input_loads_no_torch(two):
+    code = (
+        "import sys; from msdiffusion.cli import main; status = main(sys.argv[1:]);"
+        "print(status, sorted({'torch', 'diffusers', 'spacy'} & sys.modules.keys()))"
+    )
+    call = [sys.executable, "-c", code, "generate", *replaced(two, "--box", "0,0,2,2")]
+    assert subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip() == "2 []"
+
+
+def test_a_device_that_is_not_there_is_one_line(tmp_path, capsys):
+    picture = tmp_path / "dog.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    out = tmp_path / "out.png"
+    words = f"generate --image {picture} --box 0,0,1,1 --phrase dog --prompt dog --out {out} --device nowhere"
+    assert main(words.split()) == 2
+    assert "--device nowhere can't be used here" in capsys.readouterr().err
+
+
+def test_subject_scales_that_are_no_numbers_say_so(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--subject-scales", "a,b"])
+    assert "'a,b' must be numbers" in capsys.readouterr().err
+
+
+def test_phrases_taken_from_the_prompt_are_shown(tiny_model_dir, tmp_path, capsys):
+    """The match is by number and order only, so the user must see it."""
+    picture = tmp_path / "dog.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    request = ["--image", str(picture), "--box", "0,0,1,1", "--prompt", "a red car", "--out", str(tmp_path / "out.png")]
+    assert main(["generate", *request, "--model", str(tiny_model_dir), "--steps", "1", "--quiet"]) == 0
+    assert f"phrases from the prompt: {picture} = red car" in capsys.readouterr().err
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def request_file(folder, *pictures, **defaults):
+    path = folder / "requests.json"
+    defaults = {"images": ["dog.png"], "boxes": [[0, 0, 1, 1]], "prompt": "a dog", "phrases": ["dog"], **defaults}
+    path.write_text(json.dumps({"defaults": {"steps": 1, "seed": 0, **defaults}, "pictures": list(pictures)}))
+    return path
+
+
+@pytest.fixture
+def draw(two, tiny_model_dir, tmp_path):
+    """Function: further arguments -> exit status of "generate" with the tiny model; --out is relative to tmp_path."""
+
+    def run(*arguments):
+        *before, option, name = [str(argument) for argument in arguments]
+        assert option == "--out", "the last one counts; this keeps all files in tmp_path"
+        call = ["generate", "--model", str(tiny_model_dir), "--device", "cpu", *before, "--out", str(tmp_path / name)]
+        return main(call)
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------- one from flags
+
+
+def test_views_masks_and_windows(two, draw, tmp_path):
+    Image.new("1", (8, 8), 1).save(tmp_path / "mask.png")
+    more = [
+        "--view",
+        tmp_path / "dog.png",
+        "--mask",
+        tmp_path / "mask.png",
+        "--mask",
+        "-",
+        "--subject-windows",
+        "-,0:0.5",
+    ]
+    assert draw(*two, *more, "--steps", "1", "--out", "x.png") == 0
+    request = read_record(tmp_path / "x.png")["request"]
+    assert [[view["path"] for view in views] for views in request["images"]] == [["dog.png"], ["teapot.png", "dog.png"]]
+    assert request["masks"][0]["path"] == "mask.png"
+    assert (request["masks"][1], request["subject_windows"]) == (None, [None, [0.0, 0.5]])
+
+
+def test_a_view_needs_its_subject(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--view", "x.png", "--out", "x.png"])
+    assert "give its --image first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["a:b", "0-1", "0:1:x"])
+def test_subject_windows_that_are_none_say_so(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--subject-windows", text, "--out", "x.png"])
+    assert f"{text!r} must be FROM:TO or - per subject" in capsys.readouterr().err
+
+
+def test_no_layout_is_told(two, draw, tmp_path, capsys):
+    """Nobody should get another method than they think because a flag was forgotten."""
+    assert draw(*without(two, "--box"), "--steps", "2", "--out", "x.png") == 0
+    assert "no --box and no --mask: every subject finds its place by the text's attention" in capsys.readouterr().err
+    assert read_record(tmp_path / "x.png")["request"]["boxes"] is None
+    assert draw(*without(two, "--box"), "--box", "0,0,.5,1", "--box", "-", "--steps", "2", "--out", "y.png") == 0
+    assert "no --box" not in capsys.readouterr().err
+    assert read_record(tmp_path / "y.png")["request"]["boxes"] == [[0, 0, 0.5, 1], None]
+
+
+def test_formats_without_metadata_are_told(two, draw, tmp_path, capsys):
+    assert draw(*two, "--steps", "1", "--out", "x.jpg") == 0
+    assert ".jpg keeps no metadata: only a .png can be drawn again with --from-png" in capsys.readouterr().err
+    assert draw("--from-png", tmp_path / "x.jpg", "--out", "y.png") == 2
+    assert "is not a PNG that can be read" in capsys.readouterr().err
+
+
+def test_out_may_not_be_a_folder(two, draw, tmp_path, capsys):
+    (tmp_path / "folder.png").mkdir()
+    assert draw(*two, "--out", "folder.png") == 2
+    assert "is the folder" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- a file
+
+
+def test_a_request_file(draw, two, tmp_path, capsys):
+    path = request_file(tmp_path, {"num_images": 2}, {"name": "wide", "width": 72}, {"boxes": None, "steps": 2})
+    assert draw("--request", path, "--out", "pictures") == 0
+    captured = capsys.readouterr()
+    names = [tmp_path / "pictures" / f"{name}.png" for name in ("0000_0", "0000_1", "wide", "0002")]
+    assert captured.out.split() == [str(name) for name in names]
+    assert "4/4" in captured.err, "one bar over all pictures"
+    assert "<" in captured.err, "with an estimate of what is left"
+    assert Image.open(names[2]).size == (72, 64)
+    before = [name.read_bytes() for name in names]
+    names[1].unlink()
+    assert draw("--request", path, "--quiet", "--out", "pictures") == 0
+    captured = capsys.readouterr()
+    assert (captured.out.split(), captured.err) == ([str(names[1])], "3 of 4 pictures are there already\n")
+    assert [name.read_bytes() for name in names] == before
+
+
+def test_nothing_is_loaded_when_nothing_is_missing(draw, two, tmp_path, capsys, monkeypatch):
+    path = request_file(tmp_path, {})
+    assert draw("--request", path, "--out", "pictures") == 0
+    monkeypatch.setattr(msdiffusion.generate.MSDiffusion, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert draw("--request", path, "--out", "pictures") == 0
+    assert "1 of 1 pictures are there already" in capsys.readouterr().err
+    request_file(tmp_path, {"prompt": "the dog"})
+    assert draw("--request", path, "--out", "pictures") == 2
+    assert "0000.png (another request); --overwrite replaces them" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert draw("--request", path, "--overwrite", "--out", "pictures") == 0
+    assert read_record(tmp_path / "pictures" / "0000.png")["request"]["prompt"] == "the dog"
+
+
+def test_bad_files_load_no_torch(two, tmp_path):
+    path = request_file(tmp_path, {}, {"boxes": [[0, 0, 2, 2]]}, {"name": "x", "steps": 0})
+    code = (
+        "import sys; from msdiffusion.cli import main; status = main(sys.argv[1:]);"
+        "print(status, sorted({'torch', 'diffusers', 'spacy'} & sys.modules.keys()))"
+    )
+    call = [sys.executable, "-c", code, "generate", "--request", str(path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "2 []"
+    assert "2 of 3 entries are wrong:\n  pictures[1]: boxes[0]" in done.stderr
+    assert "pictures[2] (x): steps must be" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_of_a_file_is_a_folder(draw, two, tmp_path, capsys):
+    assert draw("--request", request_file(tmp_path, {}), "--out", "dog.png") == 2
+    assert "--out must be a folder for --request" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ from a PNG
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_png_draws_itself_again(draw, two, tmp_path, count):
+    more = ["--subject-scales", "1,.5", "--height", "48", "--auto-layout", "--auto-layout-start", "1"]
+    assert draw(*two, *more, "--num-images", count, "--out", "first.png") == 0
+    first = tmp_path / ("first.png" if count == 1 else "first_2.png")
+    assert draw("--from-png", first, "--quiet", "--out", "elsewhere/second.png") == 0
+    second = tmp_path / "elsewhere" / "second.png"
+    assert np.array_equal(pixels(first), pixels(second))
+    assert read_record(second)["request"]["images"][0][0]["path"] == "../dog.png"
+    assert draw("--from-png", second, "--quiet", "--out", "third.png") == 0
+    assert np.array_equal(pixels(first), pixels(tmp_path / "third.png"))
+    assert read_record(tmp_path / "third.png")["request"] == read_record(first)["request"]
+
+
+def test_a_picture_of_a_batch_draws_itself_again(draw, two, tmp_path):
+    path = request_file(tmp_path, {"name": "a"}, {"images": ["teapot.png"], "seed": 4}, {"seed": 7}, steps=3)
+    assert draw("--request", path, "--quiet", "--out", "pictures") == 0
+    for name in ("a", "0001", "0002"):
+        first = tmp_path / "pictures" / f"{name}.png"
+        assert draw("--from-png", first, "--quiet", "--out", "again.png") == 0
+        assert np.array_equal(pixels(first), pixels(tmp_path / "again.png"))
+        assert draw("--from-png", first, "--quiet", "--batch-size", 1, "--out", "alone.png") == 0
+        assert abs(pixels(first).astype(int) - pixels(tmp_path / "alone.png")).max() <= 1
+
+
+def test_a_png_with_its_references_can_be_drawn_anywhere(draw, two, tmp_path, capsys):
+    assert draw(*two, "--steps", "1", "--embed-references", "--out", "with.png") == 0
+    assert draw(*two, "--steps", "1", "--out", "lone.png") == 0
+    Image.new("RGB", (9, 9)).save(tmp_path / "dog.png")
+    capsys.readouterr()
+    assert draw("--from-png", tmp_path / "lone.png", "--out", "again.png") == 2
+    assert "dog.png has other content than when the picture was drawn (its sha256 differs)" in capsys.readouterr().err
+    (tmp_path / "dog.png").unlink()
+    assert draw("--from-png", tmp_path / "lone.png", "--out", "again.png") == 2
+    assert "the reference 'dog.png' is missing" in capsys.readouterr().err
+    assert draw("--from-png", tmp_path / "with.png", "--quiet", "--out", "again.png") == 0
+    assert np.array_equal(pixels(tmp_path / "with.png"), pixels(tmp_path / "again.png"))
+
+
+def edited(path, change):
+    """The PNG with another record."""
+    from msdiffusion.provenance import save_png
+
+    record = read_record(path)
+    change(record)
+    other = path.with_name("edited.png")
+    save_png(Image.open(path), other, record)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["model"].update(adapter_sha256="0"), "drawn with adapter_sha256 '0', not '"),
+        (lambda r: r["model"].update(adapter_sha256="0", adapter="x"), "(its adapter was called 'x'): --model sets it"),
+        (lambda r: r["model"].update(base_model="a/b"), "drawn with base_model 'a/b', not 'base#"),
+        (lambda r: r["model"].update(image_encoder="a/b"), "--image-encoder sets it"),
+        (lambda r: r["hooks"].update(safety_checker="a/b"), "drawn with --safety-checker 'a/b', not None"),
+        (lambda r: r["request"].update(boxes=[[0, 0, 9, 9]] * 2), "edited.png: boxes[0] is (0.0, 0.0, 9.0, 9.0)"),
+        (lambda r: r.update(batch=3), "its metadata is broken: batch must have the keys"),
+    ],
+)  # fmt: skip
+def test_pngs_that_cannot_be_drawn_again(draw, two, tmp_path, change, message, capsys, monkeypatch):
+    assert draw(*two, "--steps", "1", "--out", "first.png") == 0
+    monkeypatch.setattr(msdiffusion.generate.MSDiffusion, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert draw("--from-png", edited(tmp_path / "first.png", change), "--out", "x.png") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_means_than_the_png_was_drawn_with(draw, two, tmp_path, capsys):
+    assert draw(*two, "--steps", "1", "--height", "192", "--width", "192", "--out", "first.png") == 0
+    assert draw("--from-png", tmp_path / "first.png", "--dtype", "bfloat16", "--out", "x.png") == 2
+    assert "drawn with dtype 'float32', not 'bfloat16': --dtype sets it" in capsys.readouterr().err
+    assert draw("--from-png", tmp_path / "first.png", "--watermark", "mine", "--out", "x.png") == 2
+    assert "drawn with --watermark None, not 'mine'" in capsys.readouterr().err
+    other = edited(tmp_path / "first.png", lambda record: record["made_with"].update(torch="1.0"))
+    assert draw("--from-png", other, "--quiet", "--out", "x.png") == 0
+    assert "drawn with torch '1.0' (here '" in capsys.readouterr().err
+
+
+def test_a_png_of_another_dtype_is_drawn_with_it(draw, two, tmp_path):
+    assert draw(*two, "--steps", "1", "--dtype", "bfloat16", "--out", "first.png") == 0
+    assert draw("--from-png", tmp_path / "first.png", "--quiet", "--out", "x.png") == 0
+    assert np.array_equal(pixels(tmp_path / "first.png"), pixels(tmp_path / "x.png"))
+
+
+# ----------------------------------------------------------------------------------------------------------- hooks
+
+
+def test_a_watermark(draw, two, tmp_path, capsys):
+    assert draw(*two, "--steps", "1", "--watermark", "ours", "--height", "192", "--width", "192", "--out", "x.png") == 0
+    assert read_watermark(tmp_path / "x.png") == "ours"
+    assert draw("--from-png", tmp_path / "x.png", "--quiet", "--out", "y.png") == 0
+    assert np.array_equal(pixels(tmp_path / "x.png"), pixels(tmp_path / "y.png"))
+    assert draw(*two, "--steps", "1", "--watermark", "ours", "--out", "z.png") == 2
+    assert "64 x 64 pixels is too small for a watermark" in capsys.readouterr().err
+    assert not (tmp_path / "z.png").exists()
+
+
+class Suspicious:
+    """Stands for a safety checker that flags everything; the real one has its own tests."""
+
+    @classmethod
+    def from_pretrained(cls, place, device):
+        assert (place, device) == ("checker", "cpu")
+        return cls()
+
+    def __call__(self, pictures):
+        from msdiffusion.safety import _black
+
+        return [_black(picture) for picture in pictures]
+
+
+def test_a_safety_checker(draw, two, tmp_path, monkeypatch):
+    monkeypatch.setattr("msdiffusion.safety.SafetyChecker", Suspicious)
+    flags = ["--safety-checker", "checker", "--watermark", "ours", "--height", "192", "--width", "192"]
+    assert draw(*two, "--steps", "1", *flags, "--out", "x.png") == 0
+    record = read_record(tmp_path / "x.png")
+    assert (record["flagged"], record["hooks"]["safety_checker"]) == (True, "checker")
+    assert pixels(tmp_path / "x.png").max() < 12
+    assert read_watermark(tmp_path / "x.png") == "ours", "the mark is written last"
+    assert draw("--from-png", tmp_path / "x.png", "--safety-checker", "checker", "--quiet", "--out", "y.png") == 0
+
+
+def test_a_safety_checker_that_is_not_there(draw, two, capsys, monkeypatch):
+    monkeypatch.setattr(msdiffusion.generate.MSDiffusion, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert draw(*two, "--safety-checker", "nowhere/at/all", "--out", "x.png") == 2
+    assert "no safety checker can be read from nowhere/at/all" in capsys.readouterr().err
