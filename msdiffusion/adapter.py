@@ -7,6 +7,7 @@ width.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -215,18 +216,24 @@ class MSAdapter(nn.Module):
         """
         if backend not in ("sdpa", "softmax"):
             raise RequestError(f'backend must be "sdpa" or "softmax", got {backend!r}')
+        unet = getattr(unet, "_orig_mod", unet)  # torch.compile(unet) wraps it; hooks belong on the inner one
         self.check_unet(unet)
+        numbers, widths = {}, Counter[int]()
+        for layer, projection in self.layers.items():
+            width = projection.to_k.out_features
+            numbers[layer] = torch.tensor([widths[width]])
+            widths[width] += 1
         processors: dict[str, Any] = {}
         for name, present in unet.attn_processors.items():
             layer = _layer_name(name)
             if isinstance(present, IPAdapterAttnProcessor2_0):
-                processors[name] = MultiSubjectIPAdapterAttnProcessor(present, layer, backend)
+                processors[name] = MultiSubjectIPAdapterAttnProcessor(present, layer, backend, numbers[layer])
                 continue
             ours = isinstance(present, (MultiSubjectAttnProcessor, TransparentAttnProcessor))
             base = present.base if ours else present
             plain = base is None or isinstance(base, (AttnProcessor, AttnProcessor2_0))
             if layer in self.layers:
-                processors[name] = MultiSubjectAttnProcessor(layer, backend, None if plain else base)
+                processors[name] = MultiSubjectAttnProcessor(layer, backend, None if plain else base, numbers[layer])
             else:
                 own = AttnProcessor2_0() if backend == "sdpa" else AttnProcessor()
                 processors[name] = TransparentAttnProcessor(own if plain else base)
@@ -235,10 +242,13 @@ class MSAdapter(nn.Module):
             if isinstance(hook, SubjectBinder):
                 del unet._forward_pre_hooks[handle]
                 unet._forward_pre_hooks_with_kwargs.pop(handle, None)
-        unet.register_forward_pre_hook(SubjectBinder(list(cross_attentions(unet).values())), with_kwargs=True)
+        attentions = cross_attentions(unet)
+        blocks = [unet.get_submodule(name.replace("/", ".").rpartition(".")[0]) for name in attentions]
+        unet.register_forward_pre_hook(SubjectBinder(list(attentions.values()), blocks), with_kwargs=True)
 
     def is_installed(self, unet: UNet2DConditionModel) -> bool:
         """Whether every cross-attention layer of the UNet shows subjects."""
+        unet = getattr(unet, "_orig_mod", unet)
         return any(isinstance(hook, SubjectBinder) and hook.in_place() for hook in unet._forward_pre_hooks.values())
 
     def forward(

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from msdiffusion.errors import RequestError
@@ -33,23 +33,35 @@ class AttentionCall:
 
     def __init__(
         self,
-        layer: str,
+        processor: MultiSubjectAttnProcessor | MultiSubjectIPAdapterAttnProcessor,
         query: Tensor,
         text_key: Tensor | Callable[[], Tensor],
         text_mask: Tensor | None,
-        backend: Backend,
     ) -> None:
         """Gather it.
 
         Args:
-            layer: name of the layer, as in ``MSAdapter.layers``.
+            processor: of the layer.
             query: (B, H, Q, D).
             text_key: (B, H, L, D), or a function that makes it when it is asked for.
             text_mask: additive mask of the text, broadcastable to (B, H, Q, L).
-            backend: how to attend.
         """
-        self.layer, self.query, self.text_mask, self.backend = layer, query, text_mask, backend
-        self._text_key = text_key
+        self.query, self.text_mask, self._processor, self._text_key = query, text_mask, processor, text_key
+
+    @property
+    def layer(self) -> str:
+        """Name of the layer, as in ``MSAdapter.layers``."""
+        return self._processor.layer
+
+    @property
+    def number(self) -> Tensor | None:
+        """(1,) integer, see MultiSubjectAttnProcessor."""
+        return self._processor.number
+
+    @property
+    def backend(self) -> Backend:
+        """How to attend."""
+        return self._processor.backend
 
     @property
     def text_key(self) -> Tensor:
@@ -89,7 +101,8 @@ class TextCache:
     """Keys and values of the text, which do not change over the steps of a run, computed once.
 
     The cache holds for one text tensor, unchanged in place, and for the weights of that moment: after changing weights
-    (LoRA, say) between two calls of the UNet with the very same tensor, make a new condition.
+    between two calls of the UNet with the very same tensor, make a new condition. Layers that something has been put
+    around, whose strength may change at any step (LoRA), are not cached.
     """
 
     def __init__(self) -> None:
@@ -109,6 +122,8 @@ class TextCache:
 
     def states(self, layer: str, attn: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value of one layer, each (B, H, L, D)."""
+        if not (isinstance(attn.to_k, nn.Linear) and isinstance(attn.to_v, nn.Linear)):
+            return _text_states(attn, text)
         if layer not in self._states:
             self._states[layer] = _text_states(attn, text)
         return self._states[layer]
@@ -126,7 +141,9 @@ def split_heads(states: Tensor, heads: int) -> Tensor:
 class MultiSubjectAttnProcessor:
     """Processor of a cross-attention layer: the text, then the subjects and any other controls."""
 
-    def __init__(self, layer: str = "", backend: Backend = "sdpa", base: Any = None) -> None:
+    def __init__(
+        self, layer: str = "", backend: Backend = "sdpa", base: Any = None, number: Tensor | None = None
+    ) -> None:
         """Name the layer.
 
         Args:
@@ -134,8 +151,10 @@ class MultiSubjectAttnProcessor:
                 unloads an IP-Adapter: then it must be installed anew before it can show subjects.
             backend: how to attend.
             base: the processor that reads the text; None: this one does, as diffusers' AttnProcessor2_0 would.
+            number: (1,) integer, the layer's number among those of its width. Blocks that are compiled once for all
+                layers find their keys by it: a name would be part of the code.
         """
-        self.layer, self.backend, self.base = layer, backend, base
+        self.layer, self.backend, self.base, self.number = layer, backend, base, number
 
     def __call__(
         self,
@@ -158,10 +177,12 @@ class MultiSubjectAttnProcessor:
             attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], text.shape[0])
             attention_mask = attention_mask.unflatten(0, (text.shape[0], attn.heads))
         query = split_heads(attn.to_q(hidden_states), attn.heads)
-        key, value = _text_states(attn, text) if text_cache is None else text_cache.states(self.layer, attn, text)
+        # Compiled code must not look at what the cache holds by now, or it would be compiled for every state of it.
+        cached = text_cache is not None and not torch.compiler.is_compiling()
+        key, value = text_cache.states(self.layer, attn, text) if cached else _text_states(attn, text)
         hidden = dot_product_attention(query, key, value, attention_mask, self.backend)
         if subjects is not None or controls:
-            call = AttentionCall(self.layer, query, key, attention_mask, self.backend)
+            call = AttentionCall(self, query, key, attention_mask)
             hidden = _apply_controls(hidden, call, subjects, controls)
         return attn.to_out[1](attn.to_out[0](hidden))
 
@@ -173,12 +194,14 @@ class MultiSubjectIPAdapterAttnProcessor(IPAdapterAttnProcessor2_0):
     ``set_ip_adapter_scale`` and ``unload_ip_adapter`` of the pipeline go on working.
     """
 
-    def __init__(self, base: IPAdapterAttnProcessor2_0, layer: str, backend: Backend = "sdpa") -> None:
-        """Take the place of ``base``; ``layer`` and ``backend`` as for MultiSubjectAttnProcessor."""
+    def __init__(
+        self, base: IPAdapterAttnProcessor2_0, layer: str, backend: Backend = "sdpa", number: Tensor | None = None
+    ) -> None:
+        """Take the place of ``base``; the rest as for MultiSubjectAttnProcessor."""
         torch.nn.Module.__init__(self)  # the parent's own would draw random weights first
         for name in ("hidden_size", "cross_attention_dim", "num_tokens", "scale", "to_k_ip", "to_v_ip"):
             setattr(self, name, getattr(base, name))
-        self.layer, self.backend = layer, backend
+        self.layer, self.backend, self.number = layer, backend, number
 
     def __call__(
         self,
@@ -222,11 +245,10 @@ def _through_base(
     text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
     text = hidden_states if text is None else text
     call = AttentionCall(
-        processor.layer,
+        processor,
         split_heads(inner.to_q(hidden_states), attn.heads),
         lambda: split_heads(attn.to_k(text), attn.heads),
         None,
-        processor.backend,
     )
     return attn.to_out[1](attn.to_out[0](_apply_controls(hidden, call, subjects, controls)))
 
@@ -297,9 +319,9 @@ class SubjectBinder:
     Everything that depends on them is worked out once per call of the UNet instead of once per layer.
     """
 
-    def __init__(self, layers: Sequence[Attention]) -> None:
-        """Take the cross-attention layers, to see whether the processors are still in place."""
-        self.layers = list(layers)
+    def __init__(self, layers: Sequence[Attention], blocks: Sequence[nn.Module] = ()) -> None:
+        """Take the cross-attention layers and the blocks that they are in."""
+        self.layers, self.blocks = list(layers), list(blocks)
 
     def in_place(self) -> bool:
         """Whether every layer's processor still shows subjects."""
@@ -315,7 +337,7 @@ class SubjectBinder:
         subjects = given.get("subjects") if given else None
         if not hasattr(subjects, "bind"):
             return None
-        if not torch.compiler.is_compiling() and not self.in_place():
+        if not self.in_place():
             raise RequestError(
                 "attention processors of the UNet were replaced after the adapter was installed (load_ip_adapter, "
                 "attention slicing, ...), so the subjects would be ignored: call model.install(), or make the "
@@ -325,5 +347,9 @@ class SubjectBinder:
             args[index] if len(args) > index else kwargs[name]
             for index, name in enumerate(("sample", "timestep", "encoder_hidden_states"))
         )
-        bound, cache = subjects.bind(sample, timestep), subjects.text_cache.begin(text)
+        shared = any(block._compiled_call_impl is not None for block in self.blocks)
+        if shared:
+            for layer in self.layers:
+                layer.processor.number = layer.processor.number.to(sample.device)
+        bound, cache = subjects.bind(sample, timestep, shared), subjects.text_cache.begin(text)
         return args, {**kwargs, "cross_attention_kwargs": {**given, "subjects": bound, "text_cache": cache}}

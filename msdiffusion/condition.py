@@ -60,7 +60,7 @@ class SubjectCondition:
     """Keys, values and regions of the subjects for runs of a sampler, or single calls of a UNet.
 
     One object serves one run after another: nothing that a run leaves behind changes the next one. A run begins where
-    the timestep rises.
+    the timestep rises, or is the first one of the run before, as in samplers of one step.
     """
 
     def __init__(
@@ -122,6 +122,7 @@ class SubjectCondition:
         self.train_timesteps, self.guidance, self.auto_layout = train_timesteps, guidance, auto_layout
         self.text_cache = TextCache()
         self._attention_masks: dict[tuple[int, int, int], Tensor] = {}
+        self._stacks: dict[int, tuple[Tensor, Tensor]] = {}
         self._maps = None if auto_layout is None else TextMaps(boxes.device)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> SubjectCondition:
@@ -132,25 +133,44 @@ class SubjectCondition:
         self.masks = None if self.masks is None else self.masks.to(device)
         self.windows = None if self.windows is None else self.windows.to(device)
         self._attention_masks.clear()
+        self._stacks.clear()
         self._maps = None if self.auto_layout is None else TextMaps(device)
         return self
 
-    def bind(self, sample: Tensor, timestep: Tensor | float) -> BoundCondition | None:
+    def bind(self, sample: Tensor, timestep: Tensor | float, shared: bool = False) -> BoundCondition | None:
         """The condition for one call of the UNet, None if it is inert; a hook of the UNet does this.
 
         Args:
             sample: the UNet's input (batch, channels, rows, columns).
             timestep: of that call; a number, or a tensor of one or of batch numbers.
+            shared: whether the UNet's blocks are compiled one by one, so that layers share code.
 
         Raises:
-            RequestError: the batch is neither as many samples as there are pictures nor twice as many.
+            RequestError: the batch is neither as many samples as there are pictures nor twice as many; or there is auto
+                layout, which each layer remembers for itself, where layers share code.
         """
         first = self._first_conditional(sample.shape[0])
         if self.inert:
             return None
         if self.boxes.device != sample.device:
             self.to(sample.device, sample.dtype)
-        return BoundCondition(self, sample, timestep, first)
+        if shared and self.auto_layout is not None:
+            raise RequestError(
+                "auto layout and subjects without a box do not go together with compile_repeated_blocks(): compile the "
+                "whole UNet, pipeline.unet.compile()"
+            )
+        return BoundCondition(self, sample, timestep, first, shared)
+
+    def stacks(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Per layer width keys and values (layers, B, N, C) of all layers so wide, in the order of ``keys``."""
+        if not self._stacks:
+            for width in {key.shape[-1] for key in self.keys.values()}:
+                layers = [layer for layer, key in self.keys.items() if key.shape[-1] == width]
+                self._stacks[width] = (
+                    torch.stack([self.keys[layer] for layer in layers]),
+                    torch.stack([self.values[layer] for layer in layers]),
+                )
+        return self._stacks
 
     def _first_conditional(self, samples: int) -> int:
         """Index of the first sample that sees subjects: 0, or half the batch."""
@@ -200,13 +220,15 @@ class TextMaps:
         """(B, S, Q) float32 per layer."""
         self.grids: dict[str, tuple[int, int]] = {}
         self.steps = torch.zeros((), device=device)
-        self.last_timestep = torch.full((), -torch.inf, device=device)
+        self.first_timestep, self.last_timestep = torch.full((2,), -torch.inf, device=device).unbind()
         self.kept = torch.zeros((), device=device)
         """1 where the run goes on, 0 in its first step."""
 
     def begin(self, timestep: Tensor) -> None:
         """Count a step; ``timestep`` is one number."""
-        self.kept.copy_(timestep <= self.last_timestep)
+        # Within a run samplers of second order repeat a timestep, or round it up by a hair, but never the first one.
+        self.kept.copy_((timestep < self.first_timestep) & (timestep <= self.last_timestep + 0.5))
+        self.first_timestep.copy_(torch.where(self.kept > 0, self.first_timestep, timestep))
         self.steps.mul_(self.kept).add_(1)
         self.last_timestep.copy_(timestep)
 
@@ -240,8 +262,11 @@ def _to_unit_range(maps: Tensor) -> Tensor:
 class BoundCondition:
     """A condition for one call of the UNet: AttentionControl."""
 
-    def __init__(self, condition: SubjectCondition, sample: Tensor, timestep: Tensor | float, first: int) -> None:
+    def __init__(
+        self, condition: SubjectCondition, sample: Tensor, timestep: Tensor | float, first: int, shared: bool = False
+    ) -> None:
         """Work out what all layers of the call share; see SubjectCondition.bind."""
+        self._stacks = condition.stacks() if shared else None
         self.condition, self.first = condition, first
         self.samples = sample.shape[0]
         self.rows, self.columns = sample.shape[-2:]
@@ -267,13 +292,10 @@ class BoundCondition:
     def __call__(self, hidden: Tensor, call: AttentionCall) -> Tensor:
         """Add what the patches read from the subjects."""
         condition, first = self.condition, self.first
-        if call.layer not in condition.keys:
-            raise RequestError(f"the condition has no keys for layer {call.layer!r}: it was made for another UNet")
         query = call.query[first:]
         B, H, Q, _ = query.shape
         key, value = (
-            split_heads(states[call.layer].to(query.dtype), H).expand(B, -1, -1, -1)
-            for states in (condition.keys, condition.values)
+            split_heads(states.to(query.dtype), H).expand(B, -1, -1, -1) for states in self._states(call, query)
         )
         tokens = (key.shape[2] - NULL_TOKENS) // condition.boxes.shape[1]
         if condition.auto_layout is None:
@@ -289,7 +311,19 @@ class BoundCondition:
         hidden[first:] += read  # the layer's own fresh result
         return hidden
 
+    def _states(self, call: AttentionCall, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, N, C) of a layer."""
+        if self._stacks is not None:  # by number: the layers of a width share one code, which must hold no names
+            keys, values = self._stacks[query.shape[1] * query.shape[3]]
+            return keys.index_select(0, call.number).squeeze(0), values.index_select(0, call.number).squeeze(0)
+        keys, values = self.condition.keys, self.condition.values
+        if call.layer not in keys:
+            raise RequestError(f"the condition has no keys for layer {call.layer!r}: it was made for another UNet")
+        return keys[call.layer], values[call.layer]
+
     def _mask(self, patches: int, tokens: int) -> Tensor:
+        if self._stacks is not None:  # nothing may be remembered, as above
+            return _attention_mask(self._new_regions(patches) & self.present.unsqueeze(-1), tokens)
         level = (self.rows, self.columns, patches)
         if level not in self._attention_masks:
             regions = self._given_regions(patches) & self.present.unsqueeze(-1)
@@ -299,13 +333,16 @@ class BoundCondition:
     def _given_regions(self, patches: int) -> Tensor:
         """(B, S, Q) of boxes or masks."""
         if patches not in self._regions:
-            rows, columns = grid_of(patches, self.rows, self.columns)
-            regions, masks = patch_masks(self.condition.boxes, rows, columns), self.condition.masks
-            if masks is not None:
-                has_mask = masks.flatten(2).any(dim=-1, keepdim=True)
-                regions = torch.where(has_mask, pool_masks(masks, rows, columns), regions)
-            self._regions[patches] = regions
+            self._regions[patches] = self._new_regions(patches)
         return self._regions[patches]
+
+    def _new_regions(self, patches: int) -> Tensor:
+        rows, columns = grid_of(patches, self.rows, self.columns)
+        regions, masks = patch_masks(self.condition.boxes, rows, columns), self.condition.masks
+        if masks is None:
+            return regions
+        has_mask = masks.flatten(2).any(dim=-1, keepdim=True)
+        return torch.where(has_mask, pool_masks(masks, rows, columns), regions)
 
     @torch.no_grad()
     def _text_regions(self, call: AttentionCall, query: Tensor, layout: AutoLayout) -> Tensor:

@@ -104,7 +104,9 @@ class SubjectBatch:
         tokenizer = model.backbone.tokenizer
         self._spans = [
             [
-                token_span(tokenizer, prompt or "", phrase, occurrence) if automatic else (0, 0)
+                token_span(tokenizer, self._written_out(prompt or ""), self._written_out(phrase), occurrence)
+                if automatic
+                else (0, 0)
                 for phrase, occurrence, automatic in zip(
                     layout.phrases, layout.occurrences, layout.auto_layout, strict=True
                 )
@@ -119,11 +121,17 @@ class SubjectBatch:
         self._tokens_of = tokens[0].split(counts)
         self._boxes_of = all_boxes[0].split(counts)
 
+    def _written_out(self, text: str) -> str:
+        """The text as the pipeline tokenizes it: a textual inversion of several vectors is as many words."""
+        pipeline = self.model.pipeline
+        convert = getattr(pipeline, "maybe_convert_prompt", None)
+        return text if convert is None else convert(text, pipeline.tokenizer)
+
     def _tokens(self, boxes: Tensor, device: torch.device) -> Tensor:
         backbone, adapter = self.model.backbone, self.model.adapter
         config, dtype = adapter.config, adapter.dtype
         images = [image for layout in self.layouts for image in layout.images]
-        phrases = [phrase for layout in self.layouts for phrase in layout.phrases]
+        phrases = [self._written_out(phrase) for layout in self.layouts for phrase in layout.phrases]
         free = torch.tensor([[box is None for layout in self.layouts for box in layout.boxes]], device=device)
         pixels = backbone.prepare_references(images, config.reference_background, config.reference_fit)
         image_tokens = backbone.encode_references(pixels, config.reference_features).unsqueeze(0).to(device, dtype)

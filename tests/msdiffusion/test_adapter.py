@@ -48,11 +48,11 @@ def make_condition(adapter, golden, **options):
     )
 
 
-def predict(unet, golden, condition=None, latents=None):
+def predict(unet, golden, condition=None, latents=None, later=0):
     tensors, _ = golden
     return unet(
         tensors["latents"] if latents is None else latents,
-        tensors["timesteps"],
+        tensors["timesteps"] - later,
         encoder_hidden_states=tensors["text_states"],
         added_cond_kwargs={"text_embeds": tensors["text_embeds"], "time_ids": tensors["time_ids"]},
         cross_attention_kwargs=None if condition is None else {"subjects": condition},
@@ -246,7 +246,7 @@ def test_calls_do_not_leak_into_one_another(golden, unet, adapter):
         condition = make_condition(
             adapter, golden, auto_layout=AutoLayout(spans, start_step=2) if auto_layout else None
         )
-        return torch.stack([predict(unet, golden, condition) for _ in range(3)])
+        return torch.stack([predict(unet, golden, condition, later=step) for step in range(3)])
 
     boxes_first, text_first = sample(False), sample(True)
     assert not torch.equal(boxes_first, text_first)

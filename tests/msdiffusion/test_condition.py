@@ -75,7 +75,8 @@ def test_equals_the_official_auto_layout(layer, golden, backend):
     layout = AutoLayout(tensors["phrase_token_spans"], settings["mask_threshold"], settings["start_step"])
     condition = make_condition(golden, scale=0.6, auto_layout=layout)
     for step in range(3):
-        ours = run(layer, golden, condition, hidden=tensors[f"auto_layout_hidden_step{step}"], backend=backend)
+        hidden, timestep = tensors[f"auto_layout_hidden_step{step}"], 900 - 300 * step
+        ours = run(layer, golden, condition, hidden=hidden, backend=backend, timestep=timestep)
         torch.testing.assert_close(ours, tensors[f"auto_layout_out_step{step}"], rtol=1e-5, atol=1e-5)
 
 
