@@ -178,7 +178,7 @@ def draw(
     on_picture: Callable[[Picture], None],
     *,
     progress: bool = False,
-) -> None:
+) -> list[Path]:
     """Draw all batches in which something is wanted; each wanted picture is written as soon as it is there.
 
     Args:
@@ -187,9 +187,13 @@ def draw(
         on_picture: called after each picture, also the unwanted ones of a batch that is drawn.
         progress: show a bar of the denoising steps.
 
+    Returns:
+        The pictures that the safety checker flagged.
+
     Raises:
         RequestError: a picture cannot be written, or a reference is another than when the run began.
     """
+    flagged = []
     for batch in batches:
         if not any(picture.wanted for picture in batch):
             continue
@@ -200,9 +204,12 @@ def draw(
         def finish(index: int, result: Any, batch: Sequence[Picture] = batch) -> None:
             if batch[index].wanted:
                 _write(batch[index], result, model, {"size": len(batch), "position": index})
+                if FLAGGED in result.pictures[0].info:
+                    flagged.append(batch[index].path)
             on_picture(batch[index])
 
         model.generate_batch(requests, progress=progress, batch_size=len(batch), on_result=finish)
+    return flagged
 
 
 def made_with(device: str) -> dict[str, str]:
@@ -223,7 +230,7 @@ def _write(picture: Picture, result: Any, model: MSDiffusion, place: Mapping[str
     record = {
         **picture.record,
         "request": request,
-        "flagged": bool(drawn.info.get(FLAGGED, False)),
+        "flagged": FLAGGED in drawn.info,
         "batch": dict(place),
         "made_with": made_with(str(model.backbone.device)),
     }

@@ -161,7 +161,9 @@ def _draw(
                 with tqdm.external_write_mode():
                     print(picture.path, flush=True)
 
-        batch.draw(model, batches, tell, progress=not options.quiet and not many)
+        flagged = batch.draw(model, batches, tell, progress=not options.quiet and not many)
+    if flagged:
+        print(f"flagged by the safety checker, so black: {', '.join(map(str, flagged))}", file=sys.stderr)
 
 
 def _entries(options: argparse.Namespace) -> tuple[list[Entry], dict[str, Any] | None]:

@@ -383,12 +383,13 @@ class Suspicious:
         return [_black(picture) for picture in pictures]
 
 
-def test_a_safety_checker(draw, two, tmp_path, monkeypatch):
+def test_a_safety_checker(draw, two, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("msdiffusion.safety.SafetyChecker", Suspicious)
     flags = ["--safety-checker", "checker", "--watermark", "ours", "--height", "192", "--width", "192"]
     assert draw(*two, "--steps", "1", *flags, "--out", "x.png") == 0
     record = read_record(tmp_path / "x.png")
     assert (record["flagged"], record["hooks"]["safety_checker"]) == (True, "checker")
+    assert f"flagged by the safety checker, so black: {tmp_path / 'x.png'}\n" in capsys.readouterr().err
     assert pixels(tmp_path / "x.png").max() < 12
     assert read_watermark(tmp_path / "x.png") == "ours", "the mark is written last"
     assert draw("--from-png", tmp_path / "x.png", "--safety-checker", "checker", "--quiet", "--out", "y.png") == 0

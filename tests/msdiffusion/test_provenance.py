@@ -242,6 +242,16 @@ def test_texts_that_are_too_long(folder, monkeypatch):
         read_record(path)
 
 
+def test_a_reference_on_another_drive(folder, monkeypatch):
+    def no_way(path, start):
+        raise ValueError("path is on mount 'C:', start on mount 'D:'")
+
+    monkeypatch.setattr(provenance.os.path, "relpath", no_way)
+    path = save(folder, record_of(folder))
+    assert read_record(path)["request"]["images"][0][0]["path"] == (folder / "dog.png").as_posix()
+    assert read_request(path)["images"] == [[folder / "dog.png", folder / "view.jpg"]]
+
+
 def test_a_picture_that_cannot_be_written(folder):
     with pytest.raises(RequestError, match="cannot be written"):
         save_png(Image.new("RGB", (2, 2)), folder / "dog.png" / "picture.png", {})
