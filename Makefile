@@ -32,6 +32,7 @@ lint: $(INSTALLED)  ## ruff, on everything
 
 docs: $(INSTALLED)  ## draw the pictures of docs/, then check every link and every file a command names
 	$(BIN)/python docs/pictures.py
+	$(BIN)/python docs/inference_pictures.py
 	$(BIN)/python -m pytest tests/test_repository.py -k "docs or readme"
 
 bench: $(INSTALLED)  ## every figure of docs/benchmarks.md, one after the other

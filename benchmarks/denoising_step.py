@@ -1,27 +1,38 @@
 """What the adapter costs: a denoising step of the UNet with subjects, against the bare UNet with its own processors.
 
-    python benchmarks/denoising_step.py                     # the embedded model
-    python benchmarks/denoising_step.py --sdxl --device cuda --dtype float16
+    python benchmarks/denoising_step.py                                           # the embedded model
+    python benchmarks/denoising_step.py --sdxl --latent 64 --dtype bfloat16       # SDXL's sizes, 512 px, random weights
+    python benchmarks/denoising_step.py --sdxl --latent 64 --dtype bfloat16 --memory
 
 A step is one call of the UNet on [unconditional; conditional], as in a sampler with guidance. The variants take turns
-within one run, so that whatever else the machine does hits all of them alike; medians count, and their ratio.
+within one run, in an order that turns round, so that whatever else the machine does hits all of them alike; medians
+count, and their ratio. ``naive`` is the straightforward way to do the same: masks rebuilt and keys projected in every
+layer at every step, an explicit softmax, the unconditional half not left out. Its prediction is compared with ours.
+
+``--memory`` measures the peak of a process of its own for the bare UNet and for the UNet with subjects instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import math
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+from torch.nn import functional
 
-from msdiffusion.adapter import MSAdapter
-from msdiffusion.attention import AutoLayout
+from msdiffusion.adapter import MSAdapter, cross_attentions
+from msdiffusion.condition import AutoLayout
 from msdiffusion.loading import load_adapter
 from msdiffusion.places import DEFAULT_MODEL
 from msdiffusion.resampler import ResamplerParams
@@ -53,60 +64,94 @@ def main() -> None:
     parser.add_argument("--latent", type=int, help="side of the latents (default: the model's own)")
     parser.add_argument("--text-tokens", type=int, default=77)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--memory-of", choices=("bare", "subjects"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.memory:
+        print_memory()
+        return
     options.dtype = getattr(torch, options.dtype)
+    if options.memory_of:
+        print(peak_memory(options))
+        return
     unet, adapter = random_sdxl(options) if options.sdxl else trained(options)
     print(
         f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M UNet, {options.pictures} picture(s) with guidance, "
         f"{options.subjects} subjects, {options.device}, {options.dtype}, {torch.get_num_threads()} threads, "
-        f"load {os.getloadavg()[0]:.1f}, torch {torch.__version__}\n"
+        f"load {os.getloadavg()[0]:.1f}, torch {torch.__version__}\n",
+        flush=True,
     )
     times = measure(unet, adapter, options)
-    bare = statistics.median(times["bare UNet"])
-    print("| variant | median ms | fastest ms | ratio |\n|---|---|---|---|")
+    bare = statistics.median(times["bare"])
+    print("| variant | median ms | fastest ms | ratio of medians | middle half of the ratios |\n|---|---|---|---|---|")
     for name, values in times.items():
         median = statistics.median(values)
-        print(f"| {name} | {1e3 * median:.2f} | {1e3 * min(values):.2f} | {median / bare:.3f} |")
+        ratios = sorted(value / base for value, base in zip(values, times["bare"], strict=True))
+        quarter = len(ratios) // 4
+        print(
+            f"| {VARIANTS[name]} | {1e3 * median:.1f} | {1e3 * min(values):.1f} | {median / bare:.3f} | "
+            f"{ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f} |"
+        )
+
+
+VARIANTS = {
+    "bare": "bare UNet, diffusers' own processors",
+    "installed": "adapter installed, no subjects",
+    "subjects": "with subjects",
+    "auto": "with subjects, auto layout",
+    "naive": "with subjects, the naive way",
+}
 
 
 def trained(options: argparse.Namespace) -> tuple[UNet2DConditionModel, MSAdapter]:
     """The UNet and the adapter of a folder."""
-    adapter, base, _ = load_adapter(options.model)
-    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    loaded = load_adapter(options.model)
+    unet = UNet2DConditionModel.from_pretrained(loaded.sources.base_model, subfolder="unet")
     if options.dtype != torch.float32:  # what it is; diffusers warns of every cast
         unet.to(options.dtype)
-    return unet.to(options.device).eval(), adapter.to(options.device, options.dtype).eval()
+    return unet.to(options.device).eval(), loaded.adapter.to(options.device, options.dtype).eval()
 
 
 def random_sdxl(options: argparse.Namespace) -> tuple[UNet2DConditionModel, MSAdapter]:
     """Random weights of the released sizes, made on the device itself."""
-    with torch.device(options.device), default_dtype(options.dtype):
-        unet = UNet2DConditionModel(**SDXL).eval()
-        params = ResamplerParams(image_width=1664, phrase_width=768, output_width=2048)
-        return unet, MSAdapter.from_unet(unet, params).eval()
+    return random_unet(options), random_adapter(options)
 
 
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors have this dtype for a while."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def random_unet(options: argparse.Namespace) -> UNet2DConditionModel:
+    """SDXL's UNet."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL)
+    nn.Module.to(unet, options.dtype)  # diffusers own method warns of a cast that loses nothing here
+    return fill(unet.to_empty(device=options.device))
+
+
+def random_adapter(options: argparse.Namespace) -> MSAdapter:
+    """The released adapter's sizes."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL)
+        adapter = MSAdapter.from_unet(unet, ResamplerParams(image_width=1664, phrase_width=768, output_width=2048))
+    return fill(adapter.to(options.dtype).to_empty(device=options.device))
 
 
 @torch.no_grad()
-def measure(unet: UNet2DConditionModel, adapter: MSAdapter, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every round by variant."""
-    own = unet.attn_processors
-    adapter.install(unet)
-    installed = unet.attn_processors
+def fill(module: Any) -> Any:
+    """Values for empty weights, of a size that keeps activations finite; far cheaper than each layer's own start."""
+    for name, weight in module.named_parameters():
+        if weight.ndim == 1:
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            weight.uniform_(-1, 1).mul_(weight[0].numel() ** -0.5)
+    return module.eval().requires_grad_(False)
+
+
+def inputs_of(unet: UNet2DConditionModel, options: argparse.Namespace) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Arguments of the UNet, subject tokens, and boxes side by side."""
     side = options.latent or unet.config.sample_size
     B, S = options.pictures, options.subjects
     like = {"device": options.device, "dtype": options.dtype}
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    torch.manual_seed(0)
     inputs = {
         "sample": torch.randn(2 * B, unet.config.in_channels, side, side, **like),
         "timestep": torch.tensor(500, device=options.device),
@@ -116,30 +161,174 @@ def measure(unet: UNet2DConditionModel, adapter: MSAdapter, options: argparse.Na
             "time_ids": torch.zeros(2 * B, 6, **like),
         },
     }
-    tokens = torch.randn(1, S, adapter.tokens_per_subject, unet.config.cross_attention_dim, **like)
+    tokens = torch.randn(1, S, 16, unet.config.cross_attention_dim, **like)
     left = torch.arange(S, device=options.device) / S
     boxes = torch.stack([left, torch.full_like(left, 0.25), left + 1 / S, torch.full_like(left, 0.75)], dim=-1)[None]
+    return inputs, tokens, boxes
+
+
+@torch.no_grad()
+def measure(unet: UNet2DConditionModel, adapter: MSAdapter, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of every round by variant."""
+    own = unet.attn_processors
+    naive = naive_processors(unet, adapter)
+    adapter.install(unet)
+    installed = unet.attn_processors
+    inputs, tokens, boxes = inputs_of(unet, options)
+    B, S = options.pictures, options.subjects
     spans = torch.stack([torch.arange(S) + 1, torch.arange(S) + 2], dim=-1)[None].to(options.device)
-
-    def condition(**layout: AutoLayout) -> dict[str, object]:
-        made = adapter.condition(tokens, boxes, height=side, width=side, guidance=True, **layout)
-        return {"subjects": made}
-
-    layout = AutoLayout(spans, start_step=1)
-    variants = {
-        "bare UNet": (own, None),
-        "adapter installed, no subjects": (installed, None),
-        "with subjects": (installed, condition()),
-        "with subjects, auto layout": (installed, condition(auto_layout=layout)),
+    condition = adapter.condition(tokens, boxes, scale=0.6, num_images=B)
+    automatic = adapter.condition(tokens, boxes, num_images=B, auto_layout=AutoLayout(spans, start_step=1))
+    text = inputs["encoder_hidden_states"]
+    subject_text = tokens.flatten(1, 2).expand(2 * B, -1, -1)
+    joined = {**inputs, "encoder_hidden_states": torch.cat([text, subject_text], dim=1)}
+    naive_kwargs = {"text_tokens": text.shape[1], "boxes": torch.cat([0 * boxes, boxes]).repeat_interleave(B, 0)}
+    variants: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]] = {
+        "bare": (own, inputs, None),
+        "installed": (installed, inputs, None),
+        "subjects": (installed, inputs, {"subjects": condition}),
+        "auto": (installed, inputs, {"subjects": automatic}),
+        "naive": (naive, joined, {"naive": naive_kwargs}),
     }
+    variants = {name: variants[name] for name in variants if name in {"bare", *options.variants}}
+
+    def step(name: str) -> Tensor:
+        processors, arguments, kwargs = variants[name]
+        unet.set_attn_processor(dict(processors))  # diffusers empties the dictionary it is given
+        return unet(**arguments, cross_attention_kwargs=kwargs).sample
+
+    if {"naive", "subjects"} <= variants.keys():
+        ours, theirs, bare = (step(name).float() for name in ("subjects", "naive", "bare"))
+        difference, effect = (ours - theirs).abs().max().item(), (ours - bare).abs().max().item()
+        print(f"largest difference between ours and the naive way: {difference:.2g}; subjects change {effect:.2g}\n")
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(options.rounds + 2):
-        for name, (processors, kwargs) in variants.items():
-            unet.set_attn_processor(dict(processors))  # diffusers empties the dictionary it is given
-            elapsed = timed(lambda kwargs=kwargs: unet(**inputs, cross_attention_kwargs=kwargs).sample, options.device)
-            if turn >= 2:  # the first rounds warm caches up
+    warm_up, names = 1, list(variants)
+    for turn in range(options.rounds + warm_up):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            elapsed = timed(lambda name=name: step(name), options.device)
+            if turn >= warm_up:
                 times[name].append(elapsed)
     return times
+
+
+class NaiveAttnProcessor:
+    """The straightforward way, as a reader of the paper would write it first: a measure of what care is worth.
+
+    Subjects stand after the text in ``encoder_hidden_states``; keys, values and masks are made anew in every layer at
+    every step, the softmax is written out, and the unconditional half is computed although nothing comes of it.
+    """
+
+    def __init__(self, to_k: nn.Linear, to_v: nn.Linear, scale: float = 0.6, tokens: int = 16) -> None:
+        self.to_k, self.to_v, self.scale, self.tokens = to_k, to_v, scale, tokens
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        naive: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Attend from (B, Q, C) to text and subjects (B, L, width)."""
+        assert naive is not None
+        text = encoder_hidden_states[:, : naive["text_tokens"]]
+        subjects = encoder_hidden_states[:, naive["text_tokens"] :]
+        heads = attn.heads
+
+        def split(states: Tensor) -> Tensor:
+            return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        query = split(attn.to_q(hidden_states))
+        hidden = functional.scaled_dot_product_attention(query, split(attn.to_k(text)), split(attn.to_v(text)))
+        bias, inside = self._masks(naive["boxes"], query)
+        bias = bias.repeat_interleave(heads, dim=0)
+        keys, values = split(self.to_k(subjects)).flatten(0, 1), split(self.to_v(subjects)).flatten(0, 1)
+        scores = torch.baddbmm(
+            bias.to(query.dtype), query.flatten(0, 1), keys.transpose(1, 2), alpha=query.shape[-1] ** -0.5
+        )
+        probabilities = scores.float().softmax(dim=-1).to(query.dtype)
+        probabilities = torch.where(inside.repeat_interleave(heads, dim=0), probabilities, 0.0)
+        hidden = hidden + self.scale * torch.bmm(probabilities, values).unflatten(0, (-1, heads))
+        return attn.to_out[1](attn.to_out[0](hidden.transpose(1, 2).flatten(2)))
+
+    def _masks(self, boxes: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Additive mask (B, Q, N) and rows inside any box (B, Q, 1) of a square picture."""
+        side = math.isqrt(query.shape[2])
+        ticks = torch.arange(side, device=query.device)
+        regions = []
+        for box in boxes.unbind(1):
+            x1, y1, x2, y2 = (box * side).unbind(-1)
+            columns = (ticks >= x1.floor()[:, None]) & (ticks < x2.ceil()[:, None])
+            rows = (ticks >= y1.floor()[:, None]) & (ticks < y2.ceil()[:, None])
+            regions.append((rows[:, :, None] & columns[:, None, :]).flatten(1))
+        allowed = torch.stack(regions, dim=-1)
+        bias = torch.where(allowed, 0.0, -10000.0).repeat_interleave(self.tokens, dim=-1)
+        return bias, allowed.any(dim=-1, keepdim=True)
+
+
+class IgnoringAttnProcessor(AttnProcessor2_0):
+    """diffusers' own, which takes the naive way's keyword so that nobody warns of it."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        naive: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """As the parent."""
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
+def naive_processors(unet: UNet2DConditionModel, adapter: MSAdapter) -> dict[str, Any]:
+    """The naive processors for every attention layer of the UNet."""
+    layers = {f"{name.replace('/', '.')}.processor": name for name in cross_attentions(unet)}
+    return {
+        name: NaiveAttnProcessor(adapter.layers[layers[name]].to_k, adapter.layers[layers[name]].to_v)
+        if name in layers
+        else IgnoringAttnProcessor()
+        for name in unet.attn_processors
+    }
+
+
+def print_memory() -> None:
+    """Peak memory of a fresh process each for the bare UNet and with subjects, beside the adapter's weights."""
+    rest = [argument for argument in sys.argv[1:] if argument != "--memory"]
+    peaks, weights = {}, 0.0
+    for what in ("bare", "subjects"):
+        command = [sys.executable, __file__, *rest, "--memory-of", what]
+        peak, weights = map(float, subprocess.check_output(command, text=True).split()[-2:])
+        peaks[what] = peak
+    more = peaks["subjects"] - peaks["bare"]
+    print("| peak memory | MiB |\n|---|---|")
+    print(f"| bare UNet | {peaks['bare']:.0f} |\n| with subjects | {peaks['subjects']:.0f} |")
+    print(f"| the adapter's weights | {weights:.0f} |")
+    print(
+        f"| more than bare UNet and adapter's weights | {more - weights:.0f}, {(more - weights) / peaks['bare']:.1%} |"
+    )
+
+
+@torch.no_grad()
+def peak_memory(options: argparse.Namespace) -> str:
+    """Peak of this process over two steps, and the weight of the adapter's weights, both in MiB."""
+    unet = random_unet(options) if options.sdxl else trained(options)[0]
+    with_subjects = options.memory_of == "subjects"
+    adapter = (random_adapter(options) if options.sdxl else trained(options)[1]) if with_subjects else None
+    inputs, tokens, boxes = inputs_of(unet, options)
+    kwargs, weights = None, 0
+    if adapter is not None:
+        adapter.install(unet)
+        kwargs = {"subjects": adapter.condition(tokens, boxes, num_images=options.pictures)}
+        weights = sum(weight.nbytes for weight in adapter.parameters())
+    for _ in range(2):
+        unet(**inputs, cross_attention_kwargs=kwargs)
+    if options.device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return f"{peak / 2**20:.1f} {weights / 2**20:.1f}"
 
 
 def timed(work: Callable[[], Tensor], device: str) -> float:

@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any
 from msdiffusion import __version__
 from msdiffusion.errors import RequestError
 from msdiffusion.provenance import SCHEMA, read_record, request_record, same_request, save_at_once, save_png
-from msdiffusion.request import check_request
+from msdiffusion.request import FALLBACKS, check_request
 from msdiffusion.request_file import ARGUMENTS, Embedded, Entry, open_request, picture_names
 from msdiffusion.safety import FLAGGED
 
 if TYPE_CHECKING:
     from msdiffusion.generate import MSDiffusion
 
-FALLBACKS = {"steps": 30, "guidance_scale": 7.5, "scale": 1.0, "negative_prompt": ""}
-"""Of MSDiffusion.generate, for what neither the request nor the adapter's config says."""
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 from msdiffusion.condition import AutoLayout, SubjectCondition
 from msdiffusion.errors import RequestError
 from msdiffusion.phrases import beyond_limit, token_span
-from msdiffusion.request import GenerationRequest
+from msdiffusion.request import FALLBACKS, GenerationRequest
 from msdiffusion.subjects import WHOLE, Subjects
 
 if TYPE_CHECKING:
@@ -285,8 +285,10 @@ class BatchDrawing:
         return {
             "height": height,
             "width": width,
-            "num_inference_steps": first_given(request.steps, defaults.get("steps"), 30),
-            "guidance_scale": float(first_given(request.guidance_scale, defaults.get("guidance_scale"), 7.5)),
+            "num_inference_steps": first_given(request.steps, defaults.get("steps"), FALLBACKS["steps"]),
+            "guidance_scale": float(
+                first_given(request.guidance_scale, defaults.get("guidance_scale"), FALLBACKS["guidance_scale"])
+            ),
             "output_type": request.output_type,
         }
 
@@ -363,9 +365,11 @@ class BatchDrawing:
 
     def _texts(self, batch: Sequence[_Picture]) -> dict[str, Any]:
         """Prompts as the pipeline takes them: one for all pictures of a request, else one per picture."""
-        fallback = self.model.adapter.config.defaults.get("negative_prompt")
+        default = self.model.adapter.config.defaults.get("negative_prompt")
         requests = [self.requests[picture.request] for picture in batch]
-        negatives = [first_given(request.negative_prompt, fallback, "") for request in requests]
+        negatives = [
+            first_given(request.negative_prompt, default, FALLBACKS["negative_prompt"]) for request in requests
+        ]
         if len({picture.request for picture in batch}) > 1:
             return {"prompt": [request.prompt for request in requests], "negative_prompt": negatives}
         given = requests[0].pipeline_options

@@ -22,7 +22,7 @@ from msdiffusion.drawing import BatchDrawing, GenerationResult, PictureHook, Sub
 from msdiffusion.errors import WeightsError
 from msdiffusion.loading import Sources, check_encoders, load_adapter
 from msdiffusion.model_card import CARD_NAME, is_generated, write_card
-from msdiffusion.request import GenerationRequest, OutputType, check_request
+from msdiffusion.request import FALLBACKS, GenerationRequest, OutputType, check_request
 from msdiffusion.subjects import check_subjects, number_between, whole_number
 
 Reference = Image.Image | str | Path
@@ -206,7 +206,7 @@ class MSDiffusion:
 
     def scale_of(self, scale: float | None) -> float:
         """The weight of all subjects: ``scale``, or the adapter's own for None."""
-        return float(first_given(scale, self.adapter.config.defaults.get("scale"), 1.0))
+        return float(first_given(scale, self.adapter.config.defaults.get("scale"), FALLBACKS["scale"]))
 
     def generate(
         self,

@@ -15,6 +15,8 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_SEED = 2**63 - 1
 """Largest seed of a torch generator."""
+FALLBACKS: Mapping[str, Any] = {"steps": 30, "guidance_scale": 7.5, "scale": 1.0, "negative_prompt": ""}
+"""For what neither a request nor the adapter's config says."""
 SIZE_STEP = 8
 """Pixels that height and width must be a multiple of, as in every Stable Diffusion pipeline."""
 

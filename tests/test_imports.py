@@ -23,6 +23,7 @@ RANKS = {
     "places": 0,
     "layout": 1,
     "phrases": 1,
+    "layout_drawing": 1,
     "pixel_autoencoder": 1,
     "single_file": 1,
     "open_clip_encoder": 1,
