@@ -130,6 +130,22 @@ def test_scale_zero_is_the_bare_pipeline_bit_for_bit(model, kind):
     close(mixed[1].pictures, draw(model, seed=1, **KINDS[kind]))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_unconditional_half_carries_no_subjects(model, kind):
+    """At the first step, whose input is the same with and without them."""
+
+    def prediction(**changes):
+        seen = []
+        watching = model.backbone.unet.register_forward_hook(lambda _, __, output: seen.append(output[0].clone()))
+        draw(model, num_images=2, **changes)
+        watching.remove()
+        return seen[0]
+
+    bare, subjects = prediction(scale=0), prediction(**KINDS[kind])
+    assert torch.equal(subjects[:2], bare[:2])
+    assert (subjects[2:] != bare[2:]).flatten(1).any(dim=1).all()
+
+
 @settings(max_examples=6)
 @given(scale=st.floats(0.1, 2), first=st.floats(0, 2), second=st.floats(0, 2))
 def test_scales_compose(model, scale, first, second):
