@@ -7,6 +7,7 @@ tokens per subject, C cross-attention width.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import secrets
 import warnings
@@ -101,12 +102,10 @@ class SubjectBatch:
         if not model.adapter.is_installed(model.backbone.unet):
             model.install()
         self.model, self.layouts = model, layouts
-        tokenizer = model.backbone.tokenizer
+        tokenizer, written = model.backbone.tokenizer, functools.partial(_written_out, model.pipeline)
         self._spans = [
             [
-                token_span(tokenizer, self._written_out(prompt or ""), self._written_out(phrase), occurrence)
-                if automatic
-                else (0, 0)
+                token_span(tokenizer, written(prompt or ""), written(phrase), occurrence) if automatic else (0, 0)
                 for phrase, occurrence, automatic in zip(
                     layout.phrases, layout.occurrences, layout.auto_layout, strict=True
                 )
@@ -121,17 +120,11 @@ class SubjectBatch:
         self._tokens_of = tokens[0].split(counts)
         self._boxes_of = all_boxes[0].split(counts)
 
-    def _written_out(self, text: str) -> str:
-        """The text as the pipeline tokenizes it: a textual inversion of several vectors is as many words."""
-        pipeline = self.model.pipeline
-        convert = getattr(pipeline, "maybe_convert_prompt", None)
-        return text if convert is None else convert(text, pipeline.tokenizer)
-
     def _tokens(self, boxes: Tensor, device: torch.device) -> Tensor:
         backbone, adapter = self.model.backbone, self.model.adapter
         config, dtype = adapter.config, adapter.dtype
         images = [image for layout in self.layouts for image in layout.images]
-        phrases = [self._written_out(phrase) for layout in self.layouts for phrase in layout.phrases]
+        phrases = [_written_out(self.model.pipeline, phrase) for layout in self.layouts for phrase in layout.phrases]
         free = torch.tensor([[box is None for layout in self.layouts for box in layout.boxes]], device=device)
         pixels = backbone.prepare_references(images, config.reference_background, config.reference_fit)
         image_tokens = backbone.encode_references(pixels, config.reference_features).unsqueeze(0).to(device, dtype)
@@ -192,6 +185,12 @@ class SubjectBatch:
                 num_images=len(pictures),
                 guidance=guidance,
             )
+
+
+def _written_out(pipeline: Any, text: str) -> str:
+    """The text as the pipeline tokenizes it: a textual inversion of several vectors is as many words."""
+    convert = getattr(pipeline, "maybe_convert_prompt", None)
+    return text if convert is None else convert(text, pipeline.tokenizer)
 
 
 def _stack_masks(layouts: Sequence[Subjects], S: int, device: torch.device) -> Tensor | None:
@@ -262,7 +261,7 @@ class BatchDrawing:
                 raise RequestError(f"latents must be {needed} for these pictures, got {tuple(request.latents.shape)}")
         for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
             tokenizer = self.model.backbone.tokenizer
-            rest = beyond_limit(tokenizer, text)
+            rest = beyond_limit(tokenizer, _written_out(pipeline, text))
             if rest:
                 warnings.warn(
                     f"the {name} is longer than the {tokenizer.model_max_length} tokens that the text encoder reads; "

@@ -369,6 +369,8 @@ def test_textual_inversion(model, bare, unchanged, tmp_path, monkeypatch):
     # The phrase means all vectors of its token, and phrases behind it are still found where they are.
     condition = condition_of(model, phrases=["<many>", "teapot"], prompt=prompt, auto_layout=True)
     assert condition.auto_layout.spans.tolist() == [[[2, 5], [7, 8]]]  # start, a, three vectors, and, a, teapot
+    with pytest.warns(UserWarning, match="longer than the 40 tokens"):  # 20 words, but 60 tokens
+        ours(model, prompt=prompt + " <many>" * 20, steps=1)
     plural = ours(model, prompt=prompt, phrases=["<many>", "teapot"])
     monkeypatch.setattr(model.pipeline, "maybe_convert_prompt", lambda text, _: text)
     assert not torch.equal(ours(model, prompt=prompt, phrases=["<many>", "teapot"]), plural)
