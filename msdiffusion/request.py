@@ -36,7 +36,6 @@ class GenerationRequest:
     width: int | None
     seed: int | None
     output_type: OutputType
-    batch_size: int
     latents: Any
     """None or a tensor (num_images, channels, rows, columns) of unit noise; only its type is unknown here."""
     pipeline_options: Mapping[str, Any]
@@ -64,7 +63,6 @@ def check_request(
     auto_layout_start: int | None = None,
     seed: int | None = None,
     output_type: OutputType = "pil",
-    batch_size: int = 4,
     latents: Any = None,
     **pipeline_options: Any,
 ) -> GenerationRequest:
@@ -78,7 +76,6 @@ def check_request(
     if not isinstance(prompt, str) or not prompt.strip():
         raise RequestError(f"the prompt is empty ({prompt!r}): say what the picture shows, naming each subject")
     whole_number(num_images, "num_images", 1)
-    whole_number(batch_size, "batch_size", 1)
     if steps is not None:
         whole_number(steps, "steps", 1)
     if seed is not None:
@@ -138,7 +135,6 @@ def check_request(
         width=width,
         seed=seed,
         output_type=output_type,
-        batch_size=batch_size,
         latents=latents,
         pipeline_options=pipeline_options,
     )

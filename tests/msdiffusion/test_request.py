@@ -91,7 +91,6 @@ ONES = np.ones((3, 4), dtype=bool)
         ({"steps": 0}, RequestError, "steps"),
         ({"steps": True}, RequestError, "steps"),
         ({"seed": -1}, RequestError, "seed"),
-        ({"batch_size": 0}, RequestError, "batch_size"),
         ({"scale": NAN}, RequestError, "scale must be a number of at least 0"),
         ({"scale": -1}, RequestError, "scale must be"),
         ({"scale": "0.6"}, RequestError, "scale must be"),
