@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from msdiffusion.errors import LayoutError
+from msdiffusion.errors import LayoutError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,9 +32,9 @@ def check_box(box: Any, name: str, *, empty: bool = False) -> Box:
     try:
         if isinstance(box, (str, bytes)):
             raise TypeError
-        x1, y1, x2, y2 = (float(value) for value in box)
+        x1, y1, x2, y2 = (as_number(value) for value in box)
     except (TypeError, ValueError):
-        raise LayoutError(f"{name} is {_shown(box)}: {need}") from None
+        raise LayoutError(f"{name} is {shown(box)}: {need}") from None
     numbers = (x1, y1, x2, y2)
     if not all(math.isfinite(value) for value in numbers):
         raise LayoutError(f"{name} is {numbers}, which is not finite: {need}")
@@ -48,9 +48,23 @@ def check_box(box: Any, name: str, *, empty: bool = False) -> Box:
     return numbers
 
 
-def _shown(value: Any, limit: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def is_truth(value: Any) -> bool:
+    """Whether a value is true or false, of Python's, numpy's or torch's kind, and so no number."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+
+
+def as_number(value: Any) -> float:
+    """A number of any library as a float.
+
+    Raises:
+        ValueError: text, true or false, something else, or a whole number that no float can hold.
+    """
+    if isinstance(value, (str, bytes)) or is_truth(value):
+        raise ValueError(f"{shown(value)} is no number")
+    try:
+        return float(value)
+    except (TypeError, OverflowError, RuntimeError) as error:  # torch: a tensor of several
+        raise ValueError(str(error)) from None
 
 
 def patch_masks(boxes: Tensor, height: int, width: int) -> Tensor:

@@ -8,17 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from msdiffusion.errors import RequestError
-from msdiffusion.subjects import Subjects, check_subjects, number_between, whole_number
+from msdiffusion.errors import RequestError, shown
+from msdiffusion.subjects import MAX_STEPS, Subjects, check_subjects, check_text, number_between, whole_number
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_SEED = 2**63 - 1
 """Largest seed of a torch generator."""
-FALLBACKS: Mapping[str, Any] = {"steps": 30, "guidance_scale": 7.5, "scale": 1.0, "negative_prompt": ""}
+FALLBACKS: Mapping[str, Any] = {"steps": 30, "guidance_scale": 7.5, "scale": 1.0, "negative_prompt": None}
 """For what neither a request nor the adapter's config says."""
 SIZE_STEP = 8
 """Pixels that height and width must be a multiple of, as in every Stable Diffusion pipeline."""
+MAX_SIDE = 16384
+"""Pixels of height and width."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,27 +76,25 @@ def check_request(
         PhraseError: phrases cannot be found.
     """
     if not isinstance(prompt, str) or not prompt.strip():
-        raise RequestError(f"the prompt is empty ({prompt!r}): say what the picture shows, naming each subject")
-    whole_number(num_images, "num_images", 1)
-    if steps is not None:
-        whole_number(steps, "steps", 1)
+        raise RequestError(f"the prompt is empty ({shown(prompt)}): say what the picture shows, naming each subject")
+    num_images = whole_number(num_images, "num_images", 1)
     if seed is not None:
-        whole_number(seed, "seed", 0)
+        seed = whole_number(seed, "seed", 0, MAX_SEED)
         if seed + num_images > MAX_SEED:
-            raise RequestError(f"seed + num_images must be at most {MAX_SEED}, got {seed} + {num_images}")
-    for name, value in (("guidance_scale", guidance_scale), ("scale", scale)):
-        if value is not None:
-            number_between(value, name, 0.0, math.inf)
-    for name, size in (("height", height), ("width", width)):
-        if size is not None:
-            whole_number(size, name, SIZE_STEP)
-            if size % SIZE_STEP:
-                near = max(SIZE_STEP, round(size / SIZE_STEP) * SIZE_STEP)
-                raise RequestError(f"{name} is {size}, but must be a multiple of {SIZE_STEP}: for example {near}")
+            raise RequestError(f"seed + num_images must be at most {MAX_SEED}, got {seed} + {shown(num_images)}")
+    settings = check_settings(
+        {
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "scale": scale,
+            "height": height,
+            "width": width,
+            "negative_prompt": negative_prompt,
+        }
+    )
+    steps = settings["steps"]
     if output_type not in OUTPUT_TYPES:
-        raise RequestError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-    if negative_prompt is not None and not isinstance(negative_prompt, str):
-        raise RequestError(f"negative_prompt must be text, got {negative_prompt!r}")
+        raise RequestError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {shown(output_type)}")
     if latents is not None and (getattr(latents, "ndim", None) != 4 or latents.shape[0] != num_images):
         shape = tuple(latents.shape) if hasattr(latents, "shape") else type(latents).__name__
         raise RequestError(
@@ -112,29 +112,63 @@ def check_request(
         auto_layout_threshold=auto_layout_threshold,
         auto_layout_start=auto_layout_start,
     )
-    first = min(
-        (s for s, auto in zip(subjects.auto_layout_starts, subjects.auto_layout, strict=True) if auto), default=1
-    )
-    if steps is not None and first > steps:
-        if None in subjects.boxes:
-            raise RequestError(
-                f"a subject without a box needs auto layout, which starts at step {first}, but there are {steps} steps"
-            )
-        warnings.warn(
-            f"auto_layout has no effect: it starts at step {first}, but there are {steps} steps", stacklevel=3
-        )
     return GenerationRequest(
         subjects=subjects,
         prompt=prompt,
-        negative_prompt=negative_prompt,
         num_images=num_images,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        scale=scale,
-        height=height,
-        width=width,
         seed=seed,
         output_type=output_type,
         latents=latents,
         pipeline_options=pipeline_options,
+        **settings,
     )
+
+
+def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that an adapter's config may give defaults for, as plain numbers and text; None stays None.
+
+    Args:
+        settings: any of steps, guidance_scale, scale, height, width, negative_prompt.
+
+    Raises:
+        RequestError: one cannot be that.
+    """
+    found = dict(settings)
+    for name, value in settings.items():
+        if value is None:
+            continue
+        if name == "steps":
+            found[name] = whole_number(value, name, 1, MAX_STEPS)
+        elif name in ("height", "width"):
+            size = found[name] = whole_number(value, name, SIZE_STEP, MAX_SIDE)
+            if size % SIZE_STEP:
+                near = max(SIZE_STEP, round(size / SIZE_STEP) * SIZE_STEP)
+                raise RequestError(f"{name} is {size}, but must be a multiple of {SIZE_STEP}: for example {near}")
+        elif name == "negative_prompt":
+            check_text(value, name)
+        else:
+            found[name] = number_between(value, name, 0.0, math.inf)
+    return found
+
+
+def check_auto_layout_start(subjects: Subjects, steps: int) -> None:
+    """Say where auto layout would start too late to do anything.
+
+    Args:
+        subjects: checked.
+        steps: calls of the UNet in a run, with the adapter's default where the request names none.
+
+    Raises:
+        RequestError: a subject without a box would never get a place.
+    """
+    starts = zip(subjects.auto_layout_starts, subjects.auto_layout, subjects.boxes, strict=True)
+    late = [(start, box is None) for start, automatic, box in starts if automatic and start > steps]
+    for start, free in late:
+        if free:
+            raise RequestError(
+                f"a subject without a box needs auto layout, which starts at step {start}, but there are {steps} steps"
+            )
+    if late:
+        warnings.warn(
+            f"auto_layout has no effect: it starts at step {late[0][0]}, but there are {steps} steps", stacklevel=6
+        )

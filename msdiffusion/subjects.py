@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,13 +14,18 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from msdiffusion.errors import LayoutError, PhraseError, RequestError
-from msdiffusion.layout import Box, check_box
+from msdiffusion.errors import LayoutError, PhraseError, RequestError, shown
+from msdiffusion.layout import Box, as_number, check_box, is_truth
 from msdiffusion.phrases import find_in_prompt, find_phrases
 
 AUTO_LAYOUT_START, FREE_LAYOUT_START = 5, 2
 """First step, counted from 1, that follows the text's attention: for subjects with a box (official), and without."""
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+MAX_SUBJECTS = 256
+"""Of one picture, all views counted."""
+MAX_STEPS = 10_000
+MAX_TEXT = 10_000
+"""Characters of a prompt or a phrase; the text encoders read some 75 words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +86,13 @@ def check_subjects(
     count = len(images)
     if count == 0:
         raise RequestError("no images: give at least one reference image per subject")
+    pictures = sum(len(image) if isinstance(image, (list, tuple)) else 1 for image in images)
+    if max(count, pictures) > MAX_SUBJECTS:
+        raise RequestError(f"{max(count, pictures)} references: a picture can have {MAX_SUBJECTS} at most")
+    if prompt is not None:
+        check_text(prompt, "the prompt")
     layout: tuple[Any, ...] = (None,) * count if boxes is None else _boxes(boxes)
-    named = None if phrases is None else _sequence(phrases, "phrases")
+    named = None if phrases is None else _sequence(phrases, "phrases", 1)
     _check_counts(count, None if boxes is None else len(layout), None if named is None else len(named))
     views = [_views(image, f"images[{index}]") for index, image in enumerate(images)]
     regions = _check_masks(masks, count)
@@ -95,7 +106,7 @@ def check_subjects(
     windows = _check_windows(subject_windows, count)
     number_between(auto_layout_threshold, "auto_layout_threshold", 0.0, 1.0)
     if auto_layout_start is not None:
-        whole_number(auto_layout_start, "auto_layout_start", 1)
+        auto_layout_start = whole_number(auto_layout_start, "auto_layout_start", 1, MAX_STEPS)
     texts = _check_phrases(named, prompt, count)
     occurrences = _occurrences(texts, layout)
     free = [box is None for box in layout]
@@ -137,14 +148,18 @@ def open_reference(image: Image.Image | str | Path, name: str = "image") -> Imag
     """
     if isinstance(image, (str, Path)):
         path = Path(image)
-        if not path.is_file():
-            raise RequestError(f"{name}: no such file: {path}")
         try:
+            if not path.is_file():
+                raise RequestError(f"{name}: no such file: {path}")
             with Image.open(path) as file:
                 file.load()
                 image = ImageOps.exif_transpose(file)
-        except (UnidentifiedImageError, OSError) as error:
-            raise RequestError(f"{name}: {path} is not a picture that can be read: {error}") from None
+        except RequestError:
+            raise
+        except (UnidentifiedImageError, OSError, ValueError) as error:  # also of names that no file can have
+            raise RequestError(
+                f"{name}: {shown(str(path), 300)} is not a picture that can be read: {shown(str(error), 300)}"
+            ) from None
     if not isinstance(image, Image.Image):
         raise RequestError(f"{name} must be a PIL image or the path of one, got {type(image).__name__}")
     if 0 in image.size:
@@ -153,7 +168,10 @@ def open_reference(image: Image.Image | str | Path, name: str = "image") -> Imag
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
-def _sequence(values: Any, name: str) -> tuple[Any, ...]:
+def _sequence(values: Any, name: str, axes: int | None = None) -> tuple[Any, ...]:
+    """The values as a tuple; an array or a tensor counts if it has so many axes."""
+    if axes is not None and getattr(values, "ndim", None) == axes:
+        values = values.tolist()
     if isinstance(values, (str, bytes, Path, Image.Image)) or not isinstance(values, Sequence):
         raise RequestError(f"{name} must be a list with one item per subject, got {type(values).__name__}")
     return tuple(values)
@@ -186,7 +204,7 @@ def _views(image: Any, name: str) -> tuple[Image.Image, ...]:
 def _check_masks(masks: Any, count: int) -> tuple[np.ndarray | None, ...]:
     if masks is None:
         return (None,) * count
-    masks = _sequence(masks, "masks")
+    masks = _sequence(masks, "masks", 3)
     if len(masks) != count:
         raise LayoutError(f"masks must hold one mask, or None, per subject ({count}), got {len(masks)}")
     return tuple(None if mask is None else _check_mask(mask, f"masks[{index}]") for index, mask in enumerate(masks))
@@ -226,7 +244,7 @@ def _mask_box(mask: np.ndarray) -> Box:
 def _check_scales(subject_scales: Sequence[float] | None, count: int) -> tuple[float, ...]:
     if subject_scales is None:
         return (1.0,) * count
-    scales = _sequence(subject_scales, "subject_scales")
+    scales = _sequence(subject_scales, "subject_scales", 1)
     if len(scales) != count:
         raise RequestError(f"subject_scales must hold one number per subject ({count}), got {len(scales)}")
     return tuple(number_between(value, f"subject_scales[{index}]", 0.0, math.inf) for index, value in enumerate(scales))
@@ -235,7 +253,7 @@ def _check_scales(subject_scales: Sequence[float] | None, count: int) -> tuple[f
 def _check_windows(windows: Any, count: int) -> tuple[tuple[float, float], ...]:
     if windows is None:
         return ((0.0, 1.0),) * count
-    windows = _sequence(windows, "subject_windows")
+    windows = _sequence(windows, "subject_windows", 2)
     if len(windows) != count:
         raise RequestError(
             f"subject_windows must hold one (start, end), or None, per subject ({count}), got {len(windows)}"
@@ -248,8 +266,10 @@ def _check_windows(windows: Any, count: int) -> tuple[tuple[float, float], ...]:
 
 def _check_window(window: Any, name: str) -> tuple[float, float]:
     need = "must be (start, end) with 0 <= start < end <= 1"
+    if getattr(window, "ndim", None) == 1:
+        window = window.tolist()
     if isinstance(window, (str, bytes)) or not isinstance(window, Sequence) or len(window) != 2:
-        raise RequestError(f"{name} {need}, got {window!r}")
+        raise RequestError(f"{name} {need}, got {shown(window)}")
     start, end = (number_between(value, name, 0.0, 1.0) for value in window)
     if start >= end:
         raise RequestError(f"{name} {need}, got {window!r}")
@@ -263,7 +283,11 @@ def _check_phrases(phrases: tuple[Any, ...] | None, prompt: str | None, count: i
         return tuple(find_phrases(prompt, count))
     for index, phrase in enumerate(phrases):
         if not isinstance(phrase, str) or not phrase.strip():
-            raise PhraseError(f"phrases[{index}] is {phrase!r}: name each subject, for example 'dog'")
+            raise PhraseError(f"phrases[{index}] is {shown(phrase)}: name each subject, for example 'dog'")
+        try:
+            check_text(phrase, f"phrases[{index}]")
+        except RequestError as error:
+            raise PhraseError(str(error)) from None
     return phrases
 
 
@@ -281,19 +305,38 @@ def _occurrences(phrases: Sequence[str], boxes: Sequence[Box | None]) -> tuple[i
     return tuple(found)
 
 
-def whole_number(value: Any, name: str, least: int) -> int:
-    """The value, if it is a whole number of at least ``least``; else RequestError."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise RequestError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return value
+def check_text(text: Any, name: str) -> str:
+    """The text, if it is one that tokenizers can read; else RequestError."""
+    if not isinstance(text, str):
+        raise RequestError(f"{name} must be text, got {shown(text)}")
+    if len(text) > MAX_TEXT:
+        raise RequestError(f"{name} has {len(text)} characters; {MAX_TEXT} are read at most")
+    half = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+    if half is not None:
+        raise RequestError(f"{name} holds {half!r}, half of a character (a lone surrogate): {shown(text)}")
+    return text
+
+
+def whole_number(value: Any, name: str, least: int, most: int | None = None) -> int:
+    """The value as an int, if it is a whole number in [least, most], of any library; else RequestError."""
+    try:
+        number = None if is_truth(value) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise RequestError(f"{name} must be a whole number of at least {least}, got {shown(value)}")
+    if most is not None and number > most:
+        raise RequestError(f"{name} must be at most {most}, got {shown(value)}")
+    return number
 
 
 def number_between(value: Any, name: str, least: float, most: float) -> float:
     """The value as a float, if it is a finite number in [least, most]; else RequestError."""
     span = f"in [{least:g}, {most:g}]" if math.isfinite(most) else f"of at least {least:g}"
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        raise RequestError(f"{name} must be a number {span}, got {value!r}")
-    number = float(value)
+    try:
+        number = as_number(value)
+    except ValueError:
+        number = math.nan
     if not math.isfinite(number) or not least <= number <= most:
-        raise RequestError(f"{name} must be a number {span}, got {value!r}")
+        raise RequestError(f"{name} must be a number {span}, got {shown(value)}")
     return number

@@ -1,12 +1,13 @@
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from msdiffusion.errors import LayoutError, PhraseError, RequestError
-from msdiffusion.request import check_request
+from msdiffusion.request import check_auto_layout_start, check_request
 from msdiffusion.subjects import WHOLE, check_subjects, open_reference
 
 PROMPT = "a dog and a teapot on the beach"
@@ -70,7 +71,6 @@ ONES = np.ones((3, 4), dtype=bool)
         ({"subject_windows": [None, 0.5]}, RequestError, r"subject_windows\[1\] must be \(start, end\)"),
         # without a layout
         ({"boxes": None, "phrases": ["dog", "cat"]}, PhraseError, "'cat' is needed in the prompt"),
-        ({"boxes": [LEFT, None], "steps": 1}, RequestError, "without a box needs auto layout, which starts at step 2"),
         ({"latents": np.zeros((2, 4, 8, 8))}, RequestError, r"latents must be \(1, channels, rows, columns\)"),
         # text
         ({"prompt": ""}, RequestError, "prompt is empty"),
@@ -99,6 +99,35 @@ ONES = np.ones((3, 4), dtype=bool)
         ({"subject_scales": [1, -1]}, RequestError, r"subject_scales\[1\]"),
         ({"auto_layout_threshold": 1.5}, RequestError, r"auto_layout_threshold must be a number in \[0, 1\]"),
         ({"auto_layout_start": 0}, RequestError, "auto_layout_start"),
+        # numbers that no float, and no Python text, can hold
+        ({"scale": 10**400}, RequestError, "scale must be a number of at least 0"),
+        ({"scale": 10**5000}, RequestError, "scale must be.*got int of more digits"),
+        ({"steps": 10**5000}, RequestError, "steps must be at most 10000, got int of more digits"),
+        ({"seed": 10**5000}, RequestError, "seed must be at most"),
+        ({"boxes": [LEFT, (0, 0, 10**400, 1)]}, LayoutError, r"boxes\[1\].*four numbers"),
+        ({"subject_windows": [None, (0, 10**400)]}, RequestError, r"subject_windows\[1\] must be a number"),
+        ({"auto_layout_start": 10**9}, RequestError, "auto_layout_start must be at most 10000"),
+        # no numbers
+        ({"boxes": [LEFT, ("0", "0", "1", "1")]}, LayoutError, r"boxes\[1\].*four numbers"),
+        ({"boxes": [LEFT, (False, 0, 1, 1)]}, LayoutError, r"boxes\[1\].*four numbers"),
+        ({"boxes": [LEFT, np.array([0, 0, 1, 1], dtype=bool)]}, LayoutError, r"boxes\[1\].*four numbers"),
+        ({"scale": np.True_}, RequestError, "scale must be a number"),
+        ({"subject_scales": np.ones(2, dtype=bool)}, RequestError, r"subject_scales\[0\] must be a number"),
+        ({"num_images": np.True_}, RequestError, "num_images must be a whole number"),
+        ({"num_images": np.float64(2)}, RequestError, "num_images must be a whole number"),
+        # more than there can be
+        ({"height": 80_000_000}, RequestError, "height must be at most 16384, got 80000000"),
+        ({"width": 16392}, RequestError, "width must be at most 16384"),
+        ({"images": [DOG] * 257, "boxes": None, "phrases": None}, RequestError, "257 references.*256 at most"),
+        ({"images": [DOG, [TEAPOT] * 256]}, RequestError, "257 references.*256 at most"),
+        # text that no tokenizer reads
+        ({"prompt": PROMPT + "x" * 10_000}, RequestError, "the prompt has 10031 characters; 10000 are read"),
+        ({"prompt": PROMPT + "\ud800"}, RequestError, r"the prompt holds '\\ud800', half of a character"),
+        ({"negative_prompt": "\udfff"}, RequestError, "negative_prompt holds"),
+        ({"phrases": ["dog", "\ud83d"]}, PhraseError, r"phrases\[1\] holds"),
+        ({"phrases": ["dog", "x" * 10_001]}, PhraseError, r"phrases\[1\] has 10001 characters"),
+        ({"images": [DOG, "x" * 5000]}, RequestError, r"images\[1\]: 'x+\.\.\. is not a picture"),
+        ({"images": [DOG, "a\0b"]}, RequestError, r"images\[1\]"),
         ({"output_type": "jpeg"}, RequestError, "output_type must be one of pil, np, pt, latent"),
         # references
         ({"images": [DOG, "nowhere.png"]}, RequestError, r"images\[1\]: no such file: nowhere.png"),
@@ -109,6 +138,26 @@ ONES = np.ones((3, 4), dtype=bool)
 def test_bad_requests(changes, error, message):
     with pytest.raises(error, match=message):
         check_request(**{**GOOD, **changes})
+
+
+def test_numbers_of_any_library_are_numbers():
+    import torch
+
+    arguments = {
+        **GOOD, "num_images": np.int64(3), "steps": torch.tensor(7), "height": np.int32(64), "seed": np.uint8(5),
+        "scale": np.float32(0.5), "subject_scales": np.array([1.0, 0.5]),
+        "boxes": torch.tensor([LEFT, RIGHT]), "subject_windows": [np.array([0, 0.5]), None],
+        "masks": np.stack([ONES, ONES]),
+    }  # fmt: skip
+    request = check_request(**arguments)
+    numbers = (request.num_images, request.steps, request.height, request.seed)
+    assert numbers == (3, 7, 64, 5)
+    assert {type(number) for number in numbers} == {int}
+    subjects = request.subjects
+    assert (subjects.scales, subjects.boxes, subjects.windows) == ((1.0, 0.5), (LEFT, RIGHT), ((0, 0.5), (0, 1)))
+    assert all(np.array_equal(mask, ONES) for mask in subjects.masks)
+    both = check_request(**{**arguments, "subject_windows": np.array([[0, 0.5], [0.5, 1]])})
+    assert both.subjects.windows == ((0, 0.5), (0.5, 1))
 
 
 def test_a_file_that_is_no_picture(tmp_path):
@@ -155,8 +204,17 @@ def test_repeated_phrases_mean_later_occurrences_unless_the_box_is_the_same():
 
 
 def test_auto_layout_that_starts_too_late_is_said():
+    automatic = check_request(**GOOD, auto_layout=True).subjects
     with pytest.warns(UserWarning, match="no effect.*step 5, but there are 3"):
-        check_request(**GOOD, auto_layout=True, steps=3)
+        check_auto_layout_start(automatic, 3)
+    free = check_request(**{**GOOD, "boxes": [LEFT, None]}).subjects
+    with pytest.raises(RequestError, match="without a box needs auto layout, which starts at step 2, but there are 1"):
+        check_auto_layout_start(free, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_auto_layout_start(automatic, 5)
+        check_auto_layout_start(free, 2)
+        check_auto_layout_start(check_request(**GOOD).subjects, 1)
 
 
 def test_checking_loads_no_torch():
