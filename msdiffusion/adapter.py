@@ -28,8 +28,9 @@ from msdiffusion.attention import (
     TransparentAttnProcessor,
 )
 from msdiffusion.condition import AutoLayout, SubjectCondition
-from msdiffusion.errors import LayoutError, RequestError, WeightsError
+from msdiffusion.errors import LayoutError, RequestError, WeightsError, shown
 from msdiffusion.official import from_record, read_record, to_record, write_record
+from msdiffusion.request import check_settings
 from msdiffusion.resampler import GlobalProjector, GroundingResampler, ResamplerParams
 
 SCHEMA = "msdiffusion.adapter/1"
@@ -73,10 +74,20 @@ class AdapterConfig:
             raise WeightsError(f'projector must be "resampler" or "global", got {self.projector!r}')
         if self.regions not in ("boxes", "everywhere"):
             raise WeightsError(f'regions must be "boxes" or "everywhere", got {self.regions!r}')
+        for name in ("base_model", "image_encoder", "base_config"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name != "base_config" or value is not None):
+                raise WeightsError(f"{name} in an adapter's config must be text, got {shown(value)}")
+        if not isinstance(self.defaults, Mapping):
+            raise WeightsError(f"defaults in an adapter's config must be a mapping, got {shown(self.defaults)}")
         known = {"scale", "steps", "guidance_scale", "negative_prompt", "height", "width"}
         unknown = set(self.defaults) - known
         if unknown:
             raise WeightsError(f"unknown defaults {sorted(unknown)} in an adapter's config; known: {sorted(known)}")
+        try:
+            check_settings(self.defaults)
+        except RequestError as error:
+            raise WeightsError(f"defaults in an adapter's config: {error}") from None
 
     @property
     def reference_features(self) -> str:
@@ -89,6 +100,20 @@ class AdapterConfig:
         return json.dumps({"schema": SCHEMA, **record}, indent=2) + "\n"
 
     @classmethod
+    def read(cls, path: str | Path, source: str | None = None) -> AdapterConfig:
+        """Read config.json from a file; ``source`` is what messages call it.
+
+        Raises:
+            WeightsError: as from_json, or the file cannot be read.
+        """
+        source = str(path) if source is None else source
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise WeightsError(f"{source} cannot be read as text in UTF-8: {error}") from None
+        return cls.from_json(text, source)
+
+    @classmethod
     def from_json(cls, text: str, source: str = CONFIG_NAME) -> AdapterConfig:
         """Read config.json.
 
@@ -97,7 +122,7 @@ class AdapterConfig:
         """
         try:
             record = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
             raise WeightsError(f"{source} is not JSON: {error}") from None
         schema = record.pop("schema", None) if isinstance(record, dict) else None
         if schema != SCHEMA:
@@ -364,9 +389,7 @@ class MSAdapter(nn.Module):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (directory / name).is_file():
                 raise WeightsError(f"{directory} holds no {name}: an adapter is {CONFIG_NAME} and {WEIGHTS_NAME}")
-        config = AdapterConfig.from_json(
-            (directory / CONFIG_NAME).read_text(encoding="utf-8"), f"{directory / CONFIG_NAME}"
-        )
+        config = AdapterConfig.read(directory / CONFIG_NAME)
         try:
             weights = load_file(directory / WEIGHTS_NAME)
         except SafetensorError as error:

@@ -8,33 +8,42 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import secrets
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msdiffusion import __version__
 from msdiffusion.errors import RequestError
 from msdiffusion.provenance import SCHEMA, read_record, request_record, same_request, save_at_once, save_png
-from msdiffusion.request import FALLBACKS, check_request
+from msdiffusion.request import FALLBACKS, check_auto_layout_start, check_request
 from msdiffusion.request_file import ARGUMENTS, Embedded, Entry, open_request, picture_names
 from msdiffusion.safety import FLAGGED
 
 if TYPE_CHECKING:
     from msdiffusion.generate import MSDiffusion
+    from msdiffusion.loading import Sources
 
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16
+_NOT_IDENTITY = ("base_model", "image_encoder", "base_config", "defaults")
+"""What an adapter's config says of places, which are told by their content, and of arguments, which records have."""
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".txt")
+"""Weights, configs and vocabularies."""
 
 
 @dataclass(frozen=True)
 class Identity:
     """Which model draws, told without loading it."""
 
-    model: Mapping[str, str]
+    model: Mapping[str, str | None]
     """As records have it."""
     defaults: Mapping[str, Any]
     """Of the adapter."""
+    sources: Sources
+    """Where the frozen models are."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,9 @@ class Picture:
     """False: it is drawn for its neighbours' sake, but not written."""
 
 
-def identify(model: str, base_model: str | None, image_encoder: str | None, dtype: str) -> Identity:
+def identify(
+    model: str, base_model: str | None, image_encoder: str | None, dtype: str, base_config: str | None = None
+) -> Identity:
     """Find the adapter and say what it is.
 
     Args:
@@ -58,34 +69,55 @@ def identify(model: str, base_model: str | None, image_encoder: str | None, dtyp
         base_model: the same.
         image_encoder: the same.
         dtype: name of the weights' dtype.
+        base_config: as for MSDiffusion.from_pretrained.
 
     Raises:
-        WeightsError: there is no such adapter.
+        WeightsError: there is no such adapter, or its config is broken.
     """
     from msdiffusion.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig
     from msdiffusion.errors import WeightsError
-    from msdiffusion.loading import find_adapter
+    from msdiffusion.loading import find_adapter, model_sources
     from msdiffusion.provenance import file_sha256
     from msdiffusion.resampler import ResamplerParams
 
     place = find_adapter(model)
     if place.is_file():  # the official file says nothing but weights
-        weights, folder = place, place.parent / "no folder of ours"
+        weights = place
         config = AdapterConfig(resampler=ResamplerParams(image_width=1, phrase_width=1, output_width=1))
+        sources = model_sources(place, None, base_model, image_encoder, base_config)
     else:
-        weights, folder = place / WEIGHTS_NAME, place
+        weights = place / WEIGHTS_NAME
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (place / name).is_file():
                 raise WeightsError(f"{place} holds no {name}: an adapter is {CONFIG_NAME} and {WEIGHTS_NAME}")
-        config = AdapterConfig.from_json((place / CONFIG_NAME).read_text(encoding="utf-8"), f"{place / CONFIG_NAME}")
+        config = AdapterConfig.read(place / CONFIG_NAME)
+        sources = model_sources(place, config, base_model, image_encoder, base_config)
+    settings = {name: value for name, value in asdict(config).items() if name not in _NOT_IDENTITY}
     names = {
         "adapter": Path(model).resolve().name if Path(model).exists() else model,
         "adapter_sha256": file_sha256(weights),
-        "base_model": _frozen_name(base_model, config.base_model, folder),
-        "image_encoder": _frozen_name(image_encoder, config.image_encoder, folder),
+        "adapter_config": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16],
+        "base_model": frozen_name(sources.base_model),
+        "base_config": None if sources.base_config is None else frozen_name(sources.base_config),
+        "image_encoder": frozen_name(sources.image_encoder),
         "dtype": dtype,
     }
-    return Identity(names, config.defaults)
+    return Identity(names, config.defaults, sources)
+
+
+def frozen_name(source: str) -> str:
+    """A frozen model as records call it: a hub name, or a local place's last part with a fingerprint of its content.
+
+    Args:
+        source: folder, file, hub name or ``open_clip:...``.
+    """
+    from msdiffusion.open_clip_encoder import OpenClipName, names_open_clip
+    from msdiffusion.pretrained import is_local
+
+    if names_open_clip(source):
+        name = OpenClipName.parse(source)
+        return source if name.file is None else str(replace(name, file=Path(_fingerprinted(name.file))))
+    return _fingerprinted(Path(source)) if is_local(source) else source
 
 
 def plan(
@@ -108,12 +140,17 @@ def plan(
         embed: put references into the files.
 
     Raises:
-        RequestError: a reference cannot be read or embedded.
+        RequestError: a reference cannot be read or embedded, or a subject without a box would not find its place in
+            so few steps.
     """
     pictures = []
     for entry in entries:
         arguments = _resolved(entry.arguments, identity.defaults)
         try:
+            if _follows_text(arguments):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # drawing says it
+                    check_auto_layout_start(open_request(entry.arguments).subjects, arguments["steps"])
             request = request_record(arguments, folder, embed=embed)
         except RequestError as error:
             raise RequestError(f"{entry.where}: {error}") from None
@@ -130,6 +167,29 @@ def plan(
             own = {**arguments, "num_images": 1, "seed": first + number}
             pictures.append(Picture(folder / f"{name}{suffix}", own, record))
     return pictures
+
+
+def check_sizes(pictures: Sequence[Picture], hooks: Sequence[Any], side: int | None) -> None:
+    """Ask the hooks that have a ``check_size(width, height)`` whether they can take the pictures.
+
+    Args:
+        pictures: what is planned.
+        hooks: see ``MSDiffusion.picture_hooks``.
+        side: height and width where a picture's are left out; None: not known.
+
+    Raises:
+        RequestError: a hook refuses a size; the message names the picture.
+    """
+    for hook in hooks:
+        check = getattr(hook, "check_size", None)
+        for picture in pictures if check is not None else ():
+            width, height = (picture.arguments[name] or side for name in ("width", "height"))
+            if width is None or height is None:
+                continue
+            try:
+                check(width, height)
+            except RequestError as error:
+                raise RequestError(f"{picture.path.name}: {error}") from None
 
 
 def without_finished(pictures: Sequence[Picture], *, overwrite: bool = False) -> list[Picture]:
@@ -287,24 +347,22 @@ def _kind(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     At least as fine as what MSDiffusion.generate_batch would put together.
     """
     settings = tuple(arguments[name] for name in ("height", "width", "steps", "guidance_scale"))
-    masks, boxes = arguments["masks"] or (), arguments["boxes"]
-    automatic = arguments["auto_layout"] or boxes is None or None in boxes
-    masked = any(mask is not None for mask in masks)
+    masked = any(mask is not None for mask in arguments["masks"] or ())
     views = sum(1 for _ in _flat(arguments["images"]))
-    return (*settings, views, masked, arguments["auto_layout_threshold"] if automatic else None)
+    return (*settings, views, masked, arguments["auto_layout_threshold"] if _follows_text(arguments) else None)
 
 
-def _frozen_name(given: str | None, named: str, folder: Path) -> str:
-    """A frozen model as records call it: a hub name, or a local place's last part with a fingerprint of its weights."""
-    inside = folder / named
-    place = Path(given) if given is not None else inside if inside.exists() else Path(named)
-    if not place.exists():
-        return given if given is not None else named
-    files = [place] if place.is_file() else sorted([*place.rglob("*.safetensors"), *place.rglob("*.bin")])
+def _follows_text(arguments: Mapping[str, Any]) -> bool:
+    """Whether the text's attention may place a subject."""
+    return arguments["auto_layout"] or arguments["boxes"] is None or None in arguments["boxes"]
+
+
+def _fingerprinted(place: Path) -> str:
+    inside = [place] if place.is_file() else [file for file in place.rglob("*") if file.suffix in _MODEL_FILES]
     digest = hashlib.sha256()
-    for file in files:
+    for file in sorted(path for path in inside if path.is_file()):
         size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
+        digest.update(f"{file.relative_to(place) if place.is_dir() else ''} {size}\n".encode())
         with file.open("rb") as content:  # samples will do: reading ten gigabytes would take longer than drawing
             for number in range(_SAMPLES):
                 content.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))

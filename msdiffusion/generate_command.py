@@ -101,14 +101,19 @@ def run(options: argparse.Namespace) -> None:
     entries, record = _entries(options)
     many = options.request is not None
     _check_out(options, many)
-    watermark = _watermark(options, record, entries)
+    watermark = _watermark(options, record)
 
     from msdiffusion import batch
 
     device = _device(options.device)
     dtype = options.dtype or (record["model"]["dtype"] if record else "float32")
-    identity = batch.identify(options.model, options.base_model, options.image_encoder, dtype)
-    hooks = {"safety_checker": options.safety_checker, "watermark": watermark.text if watermark else None}
+    identity = batch.identify(
+        options.model, options.base_model, options.image_encoder, dtype, base_config=options.base_config
+    )
+    hooks = {
+        "safety_checker": None if options.safety_checker is None else batch.frozen_name(options.safety_checker),
+        "watermark": watermark.text if watermark else None,
+    }
     if record is not None:
         _check_model(record, identity, hooks)
         _tell_versions(record["made_with"], batch.made_with(device))
@@ -122,6 +127,7 @@ def run(options: argparse.Namespace) -> None:
             print(f"{finished} of {len(pictures)} pictures are there already", file=sys.stderr)
         if finished == len(pictures):
             return
+    _check_pictures([picture for picture in pictures if picture.wanted], identity, watermark)
     batches = batch.in_batches(pictures, BATCH_SIZE if options.batch_size is None else options.batch_size)
     if record is not None and options.batch_size is None:
         batches = [batch.repeated(pictures[0], **record["batch"])]
@@ -218,13 +224,17 @@ def _entry_of_flags(options: argparse.Namespace) -> Entry:
 
 def _check_out(options: argparse.Namespace, many: bool) -> None:
     out = options.out
-    if many and out.exists() and not out.is_dir():
+    try:
+        there, is_folder = out.exists(), out.is_dir()
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise RequestError(f"--out can't be a place here: {getattr(error, 'strerror', None) or error}") from None
+    if many and there and not is_folder:
         raise RequestError(f"--out must be a folder for --request, but {out} is a file")
     if many:
         return
     if out.suffix.lower() not in PICTURE_TYPES:
         raise RequestError(f"--out must end in one of {', '.join(PICTURE_TYPES)}, got {out}")
-    if out.is_dir():
+    if is_folder:
         raise RequestError(f"--out is the folder {out}: give the name of a file")
     if out.suffix.lower() != ".png":
         if options.embed_references:
@@ -232,10 +242,8 @@ def _check_out(options: argparse.Namespace, many: bool) -> None:
         print(f"{out.suffix} keeps no metadata: only a .png can be drawn again with --from-png", file=sys.stderr)
 
 
-def _watermark(
-    options: argparse.Namespace, record: dict[str, Any] | None, entries: Sequence[Entry]
-) -> Watermark | None:
-    """The watermark asked for, or that of the PNG; refused where a size that is asked for can't carry one."""
+def _watermark(options: argparse.Namespace, record: dict[str, Any] | None) -> Watermark | None:
+    """The watermark asked for, or that of the PNG."""
     text = options.watermark
     if text is None and record is not None:
         text = record["hooks"]["watermark"]
@@ -243,15 +251,19 @@ def _watermark(
         return None
     from msdiffusion.safety import Watermark
 
-    watermark = Watermark(text)
-    for entry in entries:
-        width, height = (entry.arguments.get(side) for side in ("width", "height"))
-        if width is not None and height is not None:
-            try:
-                watermark.check_size(width, height)
-            except RequestError as error:
-                raise RequestError(f"{entry.where}: {error}") from None
-    return watermark
+    return Watermark(text)
+
+
+def _check_pictures(pictures: Sequence[Picture], identity: Identity, watermark: Watermark | None) -> None:
+    """Refuse what would only fail after drawing: pictures that cannot be written, or cannot carry the watermark."""
+    from msdiffusion import batch
+    from msdiffusion.pretrained import native_side
+    from msdiffusion.provenance import check_writable
+
+    if watermark is not None:
+        side = native_side(identity.sources.base_model, identity.sources.base_config)
+        batch.check_sizes(pictures, [watermark], side)
+    check_writable(max((picture.path for picture in pictures), key=lambda path: len(path.name.encode())))
 
 
 def _safety_checker(options: argparse.Namespace, device: Any) -> SafetyChecker | None:
@@ -264,7 +276,10 @@ def _safety_checker(options: argparse.Namespace, device: Any) -> SafetyChecker |
 
 def _check_model(record: dict[str, Any], identity: Identity, hooks: dict[str, str | None]) -> None:
     """Refuse to draw a PNG again with other means than it was drawn with."""
-    flags = {"adapter_sha256": "model", "base_model": "base-model", "image_encoder": "image-encoder", "dtype": "dtype"}
+    flags = {
+        "adapter_sha256": "model", "adapter_config": "model", "base_model": "base-model",
+        "base_config": "base-config", "image_encoder": "image-encoder", "dtype": "dtype",
+    }  # fmt: skip
     for name, flag in flags.items():
         drawn, here = record["model"][name], identity.model[name]
         if drawn != here:

@@ -78,16 +78,12 @@ def load_adapter(
     """
     place = find_adapter(model)
     if place.is_file():
-        named = AdapterConfig.base_model  # the release doesn't say what it was trained on; everybody knows
-        base = str(named if base_model is None else base_model)
-        encoder = str(AdapterConfig.image_encoder if image_encoder is None else image_encoder)
-        configs = base_config if base_config is not None else named if names_single_file(base) else None
-        sources = Sources(base, encoder, None if configs is None else str(configs))
+        sources = model_sources(place, None, base_model, image_encoder, base_config)
         unet = skeleton_unet(sources.base_model, sources.base_config)
         adapter = MSAdapter.from_official(place, unet, **{**vars(sources), **config})
     else:
         adapter = MSAdapter.from_pretrained(place)
-        sources = _sources(adapter.config, place, base_model, image_encoder, base_config)
+        sources = model_sources(place, adapter.config, base_model, image_encoder, base_config)
         unet = skeleton_unet(sources.base_model, sources.base_config)
         check_base(adapter, unet, sources.base_model, _place(place, adapter.config.base_model))
     widths = encoder_widths(sources.base_model, sources.image_encoder, adapter.config.reference_features)
@@ -176,7 +172,7 @@ def _download(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=[CONFIG_NAME]))
         if not _is_ours(folder):
             return Path(snapshot_download(name, allow_patterns=[OFFICIAL_NAME]))
-        config = AdapterConfig.from_json((folder / CONFIG_NAME).read_text(encoding="utf-8"), f"{name}/{CONFIG_NAME}")
+        config = AdapterConfig.read(folder / CONFIG_NAME, f"{name}/{CONFIG_NAME}")
         # Models may lie in the repository; a hub name matches no file in it.
         models = [place for place in (config.base_model, config.image_encoder, config.base_config) if place is not None]
         patterns = [CONFIG_NAME, WEIGHTS_NAME, *models, *(f"{place}/**" for place in models)]
@@ -196,19 +192,33 @@ def _is_ours(folder: Path) -> bool:
         return False
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         return not (folder / OFFICIAL_NAME).is_file()
     return isinstance(record, dict) and str(record.get("schema", "")).startswith(SCHEMA.partition("/")[0])
 
 
-def _sources(
-    config: AdapterConfig,
+def model_sources(
     folder: Path,
-    base_model: str | Path | None,
-    image_encoder: str | Path | None,
-    base_config: str | Path | None,
+    config: AdapterConfig | None,
+    base_model: str | Path | None = None,
+    image_encoder: str | Path | None = None,
+    base_config: str | Path | None = None,
 ) -> Sources:
-    """The places named in a config or given instead of them."""
+    """The places of the frozen models: named in an adapter's config, or given instead.
+
+    Args:
+        folder: the adapter's.
+        config: what it says; None: of the official file, which says nothing.
+        base_model: see ``load_adapter``.
+        image_encoder: see ``load_adapter``.
+        base_config: see ``load_adapter``.
+    """
+    if config is None:
+        named = AdapterConfig.base_model  # the release doesn't say what it was trained on; everybody knows
+        base = str(named if base_model is None else base_model)
+        encoder = str(AdapterConfig.image_encoder if image_encoder is None else image_encoder)
+        configs = base_config if base_config is not None else named if names_single_file(base) else None
+        return Sources(base, encoder, None if configs is None else str(configs))
     base = _place(folder, config.base_model) if base_model is None else str(base_model)
     encoder = _place(folder, config.image_encoder) if image_encoder is None else str(image_encoder)
     if not names_single_file(base):

@@ -111,7 +111,7 @@ def write_card(directory: str | Path, adapter: MSAdapter, name: str | None = Non
     path = directory / CARD_NAME
     if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
         return False
-    config = AdapterConfig.from_json((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = AdapterConfig.read(directory / CONFIG_NAME)
     name = directory.resolve().name if name is None else name
     path.write_text(model_card(adapter, name, config=config), encoding="utf-8")
     return True

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -102,6 +103,29 @@ def skeleton_unet(base_model: str | Path, base_config: str | Path | None = None)
     unet = _meta_unet(source, _configs_of(file))
     check_unet_shapes(file, unet, source)
     return unet
+
+
+def native_side(base_model: str | Path, base_config: str | Path | None = None) -> int | None:
+    """Pixels of height and width that a base model draws where nobody says otherwise, from its configs alone.
+
+    Args:
+        base_model: see ``load_pipeline``.
+        base_config: see ``load_pipeline``.
+
+    Returns:
+        None where the configs don't tell, or aren't there.
+    """
+    source = base_config if names_single_file(base_model) else base_model
+    if source is None:
+        return None
+    try:
+        sample_size = UNet2DConditionModel.load_config(str(source), subfolder="unet").get("sample_size")
+        stages = AutoencoderKL.load_config(str(source), subfolder="vae").get("block_out_channels")
+    except _LOADING_ERRORS:
+        return None
+    if not isinstance(sample_size, int) or not isinstance(stages, list):
+        return None
+    return sample_size * 2 ** (len(stages) - 1)
 
 
 def encoder_widths(

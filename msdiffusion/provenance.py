@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from msdiffusion.errors import MSDiffusionError, RequestError
+from msdiffusion.errors import MSDiffusionError, RequestError, shown
 from msdiffusion.request_file import (
     ARGUMENTS,
     Embedded,
@@ -33,7 +33,7 @@ from msdiffusion.request_file import (
 
 KEY = "msdiffusion"
 """Keyword of the text chunk."""
-SCHEMA = "msdiffusion.picture/1"
+SCHEMA = "msdiffusion.picture/2"
 MAX_EMBEDDED_BYTES = 16 * 2**20
 """Of all embedded references of a picture together. Pillow reads at most 64 MiB of text."""
 MAX_RECORD_CHARACTERS = MAX_EMBEDDED_BYTES * 4 // 3 + 2**20
@@ -41,7 +41,11 @@ MAX_BATCH = 1024
 MAX_PNG_BYTES = 512 * 2**20
 REQUEST_KEYS = tuple(name for name in ARGUMENTS if name != "num_images")  # a file holds one picture
 _SHAPE: Mapping[str, Mapping[str, tuple[type, ...]]] = {
-    "model": dict.fromkeys(("adapter", "adapter_sha256", "base_model", "image_encoder", "dtype"), (str,)),
+    "model": {
+        **dict.fromkeys(("adapter", "adapter_sha256", "adapter_config", "base_model", "image_encoder"), (str,)),
+        "base_config": (str, type(None)),
+        "dtype": (str,),
+    },
     "hooks": {"safety_checker": (str, type(None)), "watermark": (str, type(None))},
     "batch": {"size": (int,), "position": (int,)},
     "made_with": dict.fromkeys(("msdiffusion", "torch", "diffusers", "device"), (str,)),
@@ -120,14 +124,33 @@ def save_at_once(picture: Image.Image, path: Path, **options: Any) -> None:
     Raises:
         RequestError: it cannot be written.
     """
-    # The same name every time: what a killed run left is replaced by the next.
-    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
+    unfinished = _unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(unfinished, **options)
         unfinished.replace(path)
     except OSError as error:
         raise RequestError(f"{path} cannot be written: {error}") from None
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a picture that will be written, and try whether a file can be made there.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    unfinished = _unfinished(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
+        unfinished.unlink()
+    except OSError as error:
+        raise RequestError(f"{shown(str(path), 300)} cannot be written: {error.strerror}") from None
+
+
+def _unfinished(path: Path) -> Path:
+    """What a picture is called while it is written; always the same: a rerun replaces what a killed run left."""
+    return path.with_name(f".{path.stem}.unfinished{path.suffix}")
 
 
 def read_record(source: str | Path | Image.Image) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from msdiffusion.adapter import AdapterConfig, MSAdapter, cross_attentions
 from msdiffusion.attention import MultiSubjectAttnProcessor, TransparentAttnProcessor
+from msdiffusion.batch import identify
 from msdiffusion.condition import AutoLayout
 from msdiffusion.errors import LayoutError, RequestError, WeightsError
 from msdiffusion.resampler import ResamplerParams
@@ -313,6 +314,15 @@ def rewrite(directory, **changes):
         ({"reference_fit": "stretch"}, "reference_fit"),
         ({"reference_background": [0, 0, 300]}, "reference_background"),
         ({"defaults": {"stepz": 3}}, "stepz"),
+        ({"defaults": 3}, "defaults in an adapter's config must be a mapping, got 3"),
+        ({"defaults": {"scale": "lots"}}, "defaults in an adapter's config: scale must be a number of at least 0"),
+        ({"defaults": {"guidance_scale": True}}, "guidance_scale must be a number"),
+        ({"defaults": {"steps": 2.5}}, "steps must be a whole number"),
+        ({"defaults": {"height": 100}}, "height is 100, but must be a multiple of 8"),
+        ({"defaults": {"width": 80_000}}, "width must be at most 16384"),
+        ({"defaults": {"negative_prompt": 3}}, "negative_prompt must be text"),
+        ({"base_model": 3}, "base_model in an adapter's config must be text, got 3"),
+        ({"base_config": []}, r"base_config in an adapter's config must be text, got \[\]"),
     ],
 )
 def test_bad_configs_are_refused(adapter, tmp_path, changes, message):
@@ -340,9 +350,17 @@ def test_missing_and_broken_adapter_files(adapter, tmp_path):
     (tmp_path / "adapter.safetensors").write_bytes(b"nonsense")
     with pytest.raises(WeightsError, match="not a safetensors file"):
         MSAdapter.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match="not JSON"):
-        MSAdapter.from_pretrained(tmp_path)
+    for content, message in (
+        (b"{", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"1" * 5000, "not JSON"),
+        (b"\xff\xfe", r"config\.json cannot be read as text in UTF-8"),
+    ):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(WeightsError, match=message):
+            MSAdapter.from_pretrained(tmp_path)
+        with pytest.raises(WeightsError, match=message):
+            identify(str(tmp_path), None, None, "float32")
 
 
 def test_released_config_has_the_official_defaults():

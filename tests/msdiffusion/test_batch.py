@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -76,7 +77,7 @@ def test_the_plan(folder, identity):
     assert all(picture.arguments["num_images"] == 1 for picture in pictures)
     request = pictures[0].record["request"]
     assert (request["steps"], request["scale"], request["guidance_scale"]) == (3, 0.8, 3.0), "the adapter's own"
-    assert (request["negative_prompt"], request["auto_layout"], request["height"]) == ("", False, None)
+    assert (request["negative_prompt"], request["auto_layout"], request["height"]) == (None, False, None)
     assert pictures[0].record["left_out"] == ["height", "width"]
     assert pictures[4].record["left_out"] == []
 
@@ -275,6 +276,64 @@ def test_other_weights_under_the_same_name_are_another_base(tiny_model_dir, tmp_
     content[-1] ^= 1
     weights.write_bytes(content)
     assert batch.identify(str(tmp_path / "copy"), None, None, "float32").model["base_model"] != ours["base_model"]
+
+
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [
+        ("config.json", "adapter_config"),
+        ("base/scheduler/scheduler_config.json", "base_model"),
+        ("base/model_index.json", "base_model"),
+        ("base/unet/config.json", "base_model"),
+        ("base/vae/config.json", "base_model"),
+        ("base/text_encoder_2/config.json", "base_model"),
+        ("base/tokenizer/tokenizer_config.json", "base_model"),
+        ("image_encoder/preprocessor_config.json", "image_encoder"),
+        ("image_encoder/config.json", "image_encoder"),
+    ],
+)
+def test_other_settings_are_another_model(tiny_model_dir, tmp_path, file, part):
+    shutil.copytree(tiny_model_dir, tmp_path / "copy")
+    ours = batch.identify(str(tmp_path / "copy"), None, None, "float32").model
+    content = json.loads((tmp_path / "copy" / file).read_text())
+    content.update({"regions": "everywhere"} if file == "config.json" else {"prediction_type": "other"})
+    (tmp_path / "copy" / file).write_text(json.dumps(content))
+    changed = batch.identify(str(tmp_path / "copy"), None, None, "float32").model
+    assert [name for name in ours if ours[name] != changed[name]] == [part]
+
+
+def test_places_and_defaults_of_the_config_are_no_part_of_the_model(tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir, tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    changes = {"base_model": str(tmp_path / "copy" / "base"), "defaults": {"scale": 0.1}}
+    ours = batch.identify(str(tmp_path / "copy"), None, None, "float32").model
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    assert batch.identify(str(tmp_path / "copy"), None, None, "float32").model == ours
+
+
+def test_no_place_of_this_machine_is_told(tiny_model_dir, single_file, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vision.safetensors").write_bytes(name.encode())
+    encoders = [f"open_clip:ViT-B-32@{tmp_path / name / 'vision.safetensors'}" for name in ("a", "b")]
+    models = [
+        batch.identify(str(tiny_model_dir), str(single_file), encoder, "float32", base_config=config).model
+        for encoder, config in zip(encoders, (None, "owner/base"), strict=True)
+    ]
+    assert models[0]["image_encoder"].startswith("open_clip:ViT-B-32@vision.safetensors#")
+    assert models[0]["image_encoder"] != models[1]["image_encoder"], "the same name, other weights"
+    assert models[0]["base_model"].startswith("fine_tune.safetensors#")
+    assert models[0]["base_config"].startswith("base#")
+    assert models[1]["base_config"] == "owner/base"
+    assert "/" not in "".join(models[0].values())
+    assert batch.frozen_name("open_clip:ViT-B-32/openai") == "open_clip:ViT-B-32/openai"
+
+
+def test_a_subject_that_would_never_find_its_place(folder, identity):
+    late = entry(folder, "late", boxes=None, auto_layout_start=4)
+    with pytest.raises(RequestError, match="late: a subject without a box .* starts at step 4, but there are 3 steps"):
+        planned(folder, identity, chosen=[late])
+    planned(folder, identity, chosen=[entry(folder, "in_time", boxes=None, auto_layout_start=4, steps=4)])
 
 
 @pytest.mark.slow

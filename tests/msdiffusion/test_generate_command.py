@@ -325,6 +325,8 @@ def edited(path, change):
     [
         (lambda r: r["model"].update(adapter_sha256="0"), "drawn with adapter_sha256 '0', not '"),
         (lambda r: r["model"].update(adapter_sha256="0", adapter="x"), "(its adapter was called 'x'): --model sets it"),
+        (lambda r: r["model"].update(adapter_config="0"), "drawn with adapter_config '0', not '"),
+        (lambda r: r["model"].update(base_config="a/b"), "drawn with base_config 'a/b', not None: --base-config sets"),
         (lambda r: r["model"].update(base_model="a/b"), "drawn with base_model 'a/b', not 'base#"),
         (lambda r: r["model"].update(image_encoder="a/b"), "--image-encoder sets it"),
         (lambda r: r["hooks"].update(safety_checker="a/b"), "drawn with --safety-checker 'a/b', not None"),
@@ -364,9 +366,38 @@ def test_a_watermark(draw, two, tmp_path, capsys):
     assert read_watermark(tmp_path / "x.png") == "ours"
     assert draw("--from-png", tmp_path / "x.png", "--quiet", "--out", "y.png") == 0
     assert np.array_equal(pixels(tmp_path / "x.png"), pixels(tmp_path / "y.png"))
-    assert draw(*two, "--steps", "1", "--watermark", "ours", "--out", "z.png") == 2
-    assert "64 x 64 pixels is too small for a watermark" in capsys.readouterr().err
-    assert not (tmp_path / "z.png").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--height", "192"], ["--width", "64", "--height", "64"]])
+def test_a_watermark_on_too_small_a_picture_is_refused_before_loading(
+    draw, two, single_file, monkeypatch, capsys, more
+):
+    """The base's own size is known from its configs, also of a base in one file."""
+    monkeypatch.setattr(msdiffusion.generate.MSDiffusion, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    for base in ([], ["--base-model", single_file]):
+        assert draw(*two, *more, *base, "--watermark", "ours", "--out", "z.png") == 2
+        error = capsys.readouterr().err
+        assert f"z.png: a picture of 64 x {192 if '192' in more else 64} pixels is too small for a watermark" in error
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_loading(draw, two, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(msdiffusion.generate.MSDiffusion, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    for out in ("dog.png/x.png", f"{'x' * 250}.png"):
+        assert draw(*two, "--out", out) == 2
+        assert "cannot be written: " in capsys.readouterr().err
+    assert draw(*two, "--out", "x" * 5000 + ".png") == 2
+    assert "--out can't be a place here: " in capsys.readouterr().err
+    assert draw("--request", request_file(tmp_path, {}), "--out", "dog.png/pictures") == 2
+    assert "0000.png' cannot be written: Not a directory" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert draw(*two, "--steps", "1", "--out", "new/x.png") == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.png"], "nothing of the probe is left"
+
+
+def test_a_subject_that_would_never_find_its_place_is_refused_before_loading(draw, two, monkeypatch, capsys):
+    monkeypatch.setattr(msdiffusion.generate.MSDiffusion, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert draw(*without(two, "--box"), "--auto-layout-start", "4", "--out", "x.png") == 2
+    assert "which starts at step 4, but there are 3 steps" in capsys.readouterr().err
 
 
 class Suspicious:
@@ -393,6 +424,19 @@ def test_a_safety_checker(draw, two, tmp_path, monkeypatch, capsys):
     assert pixels(tmp_path / "x.png").max() < 12
     assert read_watermark(tmp_path / "x.png") == "ours", "the mark is written last"
     assert draw("--from-png", tmp_path / "x.png", "--safety-checker", "checker", "--quiet", "--out", "y.png") == 0
+
+
+def test_a_local_safety_checker_is_told_by_its_content(draw, two, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Suspicious, "from_pretrained", classmethod(lambda cls, place, device: cls()))
+    monkeypatch.setattr("msdiffusion.safety.SafetyChecker", Suspicious)
+    (tmp_path / "checker").mkdir()
+    (tmp_path / "checker" / "model.safetensors").write_bytes(b"one")
+    flags = ["--safety-checker", tmp_path / "checker"]
+    assert draw(*two, "--steps", "1", *flags, "--out", "x.png") == 0
+    assert read_record(tmp_path / "x.png")["hooks"]["safety_checker"].startswith("checker#")
+    (tmp_path / "checker" / "model.safetensors").write_bytes(b"two")
+    assert draw("--from-png", tmp_path / "x.png", *flags, "--out", "y.png") == 2
+    assert "the PNG was drawn with --safety-checker 'checker#" in capsys.readouterr().err
 
 
 def test_a_safety_checker_that_is_not_there(draw, two, capsys, monkeypatch):

@@ -32,7 +32,9 @@ def record_of(folder, embed=False, **changes):
         "schema": SCHEMA,
         "request": request_record(entry.arguments, folder / "out", embed=embed),
         "left_out": ["width"],
-        "model": dict.fromkeys(("adapter", "adapter_sha256", "base_model", "image_encoder", "dtype"), "x"),
+        "model": dict.fromkeys(
+            ("adapter", "adapter_sha256", "adapter_config", "base_model", "base_config", "image_encoder", "dtype"), "x"
+        ),
         "hooks": {"safety_checker": None, "watermark": "mark"},
         "flagged": False,
         "batch": {"size": 4, "position": 3},
