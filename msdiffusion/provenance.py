@@ -27,6 +27,7 @@ from msdiffusion.request_file import (
     Entry,
     check_entry,
     for_each_reference,
+    is_file,
     parse_json,
     with_embedded_opened,
 )
@@ -61,7 +62,7 @@ def file_sha256(path: str | Path) -> str:
     try:
         state = Path(path).stat()
         return _sha256(str(path), state.st_mtime_ns, state.st_size)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise RequestError(f"{path} cannot be read: {error}") from None
 
 
@@ -170,7 +171,7 @@ def read_record(source: str | Path | Image.Image) -> dict[str, Any]:
     record = parse_json(text, f"{name}: its metadata")
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema != SCHEMA:
-        raise RequestError(f"{name}: its metadata has schema {_quoted(schema)}; this version reads {SCHEMA!r}")
+        raise RequestError(f"{name}: its metadata has schema {shown(schema)}; this version reads {SCHEMA!r}")
     wrong = _wrong_part(record)
     if wrong is not None:
         raise RequestError(f"{name}: its metadata is broken: {wrong}")
@@ -237,7 +238,7 @@ def _essence(record: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str,
 
 
 def _text_of(path: Path) -> Any:
-    if not path.is_file():
+    if not is_file(path):
         raise RequestError(f"no such file: {path}")
     if path.stat().st_size > MAX_PNG_BYTES:
         raise RequestError(f"{path} has more than {MAX_PNG_BYTES // 2**20} MiB, which is no picture of ours")
@@ -259,15 +260,15 @@ def _wrong_part(record: Mapping[str, Any]) -> str | None:
             return f"{part} must have the keys {', '.join(sorted(shape))}"
         for name, types in shape.items():
             if not isinstance(value[name], types) or isinstance(value[name], bool):
-                return f"{part}.{name} is {_quoted(value[name])}"
+                return f"{part}.{name} is {shown(value[name])}"
     if not 0 <= record["batch"]["position"] < record["batch"]["size"]:
-        return f"batch is {_quoted(record['batch'])}"
+        return f"batch is {shown(record['batch'])}"
     if record["batch"]["size"] > MAX_BATCH:
         return f"batch.size is {record['batch']['size']}, more than {MAX_BATCH}"
     if record["left_out"] not in ([], ["height"], ["width"], ["height", "width"]):
-        return f"left_out is {_quoted(record['left_out'])}"
+        return f"left_out is {shown(record['left_out'])}"
     if not isinstance(record["flagged"], bool):
-        return f"flagged is {_quoted(record['flagged'])}"
+        return f"flagged is {shown(record['flagged'])}"
     request = record["request"]
     if not isinstance(request, dict) or set(request) != set(REQUEST_KEYS):
         return f"request must have the keys {', '.join(REQUEST_KEYS)}"
@@ -280,7 +281,7 @@ def _wrong_part(record: Mapping[str, Any]) -> str | None:
     if not all(_is_reference(item) for item in references):
         return "a reference must have path and sha256, and may have content"
     if type(request["seed"]) is not int:
-        return f"request.seed is {_quoted(request['seed'])}"
+        return f"request.seed is {shown(request['seed'])}"
     return None
 
 
@@ -294,20 +295,20 @@ def _is_reference(item: Any) -> bool:
 
 def _found(item: Mapping[str, str], folder: Path) -> Path | Embedded:
     """The reference that a record speaks of, if it still is what it was."""
-    shown = _quoted(item["path"])
+    name = shown(item["path"])
     if "content" in item:
         try:
             content = base64.b64decode(item["content"], validate=True)
         except (binascii.Error, ValueError) as error:
-            raise RequestError(f"the embedded reference {shown} is broken: {error}") from None
+            raise RequestError(f"the embedded reference {name} is broken: {error}") from None
         if hashlib.sha256(content).hexdigest() != item["sha256"]:
-            raise RequestError(f"the embedded reference {shown} is broken: its sha256 is another")
+            raise RequestError(f"the embedded reference {name} is broken: its sha256 is another")
         return Embedded(content, item["path"])
     if "\0" in item["path"]:
-        raise RequestError(f"a reference cannot be called {shown}")
+        raise RequestError(f"a reference cannot be called {name}")
     path = folder / item["path"]
-    if not path.is_file():
-        raise RequestError(f"the reference {shown} is missing: no such file {path}")
+    if not is_file(path):
+        raise RequestError(f"the reference {name} is missing: no such file {shown(str(path), 300)}")
     if file_sha256(path) != item["sha256"]:
         raise RequestError(
             f"the reference {path} has other content than when the picture was drawn (its sha256 differs)"
@@ -339,8 +340,3 @@ def _relative(path: Path, folder: Path) -> str:
         return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
     except ValueError:
         return path.resolve().as_posix()
-
-
-def _quoted(value: Any, limit: int = 100) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

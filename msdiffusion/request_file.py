@@ -24,7 +24,7 @@ from typing import Any
 
 from PIL import Image
 
-from msdiffusion.errors import MSDiffusionError, RequestError
+from msdiffusion.errors import MSDiffusionError, RequestError, shown
 from msdiffusion.request import GenerationRequest, check_request
 
 ARGUMENTS = (
@@ -34,10 +34,11 @@ ARGUMENTS = (
 )  # fmt: skip
 """Arguments of MSDiffusion.generate that say what is drawn; the others say how it is handed over."""
 MAX_FILE_BYTES = 16 * 2**20
-MAX_NAME = 100
+MAX_NAME, MAX_NAME_BYTES = 100, 200
+"""Letters of a name, and bytes in UTF-8; file systems take 255, with number, suffix and the mark of unfinished files."""
 MAX_PICTURES = 100_000
 """Of one request: names for all of them are made before the first is drawn."""
-_SHOWN = 60
+_DEVICES = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9¹²³]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -85,21 +86,21 @@ def read_request_file(path: str | Path) -> list[Entry]:
     path = Path(path)
     content = _parse(path)
     if not isinstance(content, Mapping):
-        raise RequestError(f"{path} must be a mapping with the key pictures, got {_shown(content)}")
+        raise RequestError(f"{path} must be a mapping with the key pictures, got {shown(content)}")
     _check_keys(content, ("defaults", "pictures"), str(path))
     defaults, pictures = content.get("defaults"), content.get("pictures")
     defaults = {} if defaults is None else defaults
     if not isinstance(defaults, Mapping):
-        raise RequestError(f"{path}: defaults must be a mapping of arguments, got {_shown(defaults)}")
+        raise RequestError(f"{path}: defaults must be a mapping of arguments, got {shown(defaults)}")
     _check_keys(defaults, ARGUMENTS, f"{path}: defaults")
     if not isinstance(pictures, list) or not pictures:
-        raise RequestError(f"{path}: pictures must be a list with an entry per request, got {_shown(pictures)}")
+        raise RequestError(f"{path}: pictures must be a list with an entry per request, got {shown(pictures)}")
     entries, errors, taken = [], [], {}
     for index, picture in enumerate(pictures):
         where = f"pictures[{index}]"
         try:
             if not isinstance(picture, Mapping):
-                raise RequestError(f"must be a mapping of arguments, got {_shown(picture)}")
+                raise RequestError(f"must be a mapping of arguments, got {shown(picture)}")
             _check_keys(picture, ("name", *ARGUMENTS), "")
             name = _check_name(picture.get("name"), index)
             where += f" ({name})" if "name" in picture else ""
@@ -136,9 +137,9 @@ def check_entry(arguments: Mapping[str, Any], folder: Path, where: str, name: st
         if key not in given:
             raise RequestError(f"{key} is missing")
     if not isinstance(given["prompt"], str):
-        raise RequestError(f"prompt must be text, got {_shown(given['prompt'])}: quote it")
+        raise RequestError(f"prompt must be text, got {shown(given['prompt'])}: quote it")
     if not isinstance(given.get("auto_layout", False), bool):
-        raise RequestError(f"auto_layout must be true or false, got {_shown(given['auto_layout'])}")
+        raise RequestError(f"auto_layout must be true or false, got {shown(given['auto_layout'])}")
     for key in ("images", "masks"):
         if key in given:
             given[key] = _references(given[key], folder, key)
@@ -189,8 +190,16 @@ def for_each_reference(references: Sequence[Any], function: Callable[[Any], Any]
     ]
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there; False, and no error, also of names that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _parse(path: Path) -> Any:
-    if not path.is_file():
+    if not is_file(path):
         raise RequestError(f"no such file: {path}")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise RequestError(f"{path} has more than {MAX_FILE_BYTES // 2**20} MiB, which is no request file")
@@ -213,7 +222,7 @@ def parse_json(text: str, source: str) -> Any:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise RequestError(f"{source}: the key {_shown(key)} is given twice")
+                raise RequestError(f"{source}: the key {shown(key)} is given twice")
             found[key] = value
         return found
 
@@ -248,7 +257,7 @@ def _parse_yaml(text: str, path: Path) -> Any:
                 name = str(key.value)  # of a mapping or list as key, which is refused anyway, something long
                 if name in seen:
                     line = key.start_mark.line + 1
-                    raise RequestError(f"{path}, line {line}: the key {_shown(name)} is given twice")
+                    raise RequestError(f"{path}, line {line}: the key {shown(name)} is given twice")
                 seen.add(name)
             return super().construct_mapping(node, deep)
 
@@ -258,8 +267,10 @@ def _parse_yaml(text: str, path: Path) -> Any:
         raise RequestError(f"{path} is nested too deeply") from None
     except RequestError:
         raise
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.YAMLError as error:
         raise RequestError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # of values that aren't what their tag says (!!bool x), PyYAML raises many things
+        raise RequestError(f"{path} is not YAML: {' '.join(f'{type(error).__name__}: {error}'.split())}") from None
 
 
 def _check_keys(given: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
@@ -267,20 +278,24 @@ def _check_keys(given: Mapping[Any, Any], known: Sequence[str], where: str) -> N
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; is {near[0]} meant?" if near else f"; known: {', '.join(known)}"
-            raise RequestError(f"{where + ': ' if where else ''}unknown key {_shown(key)}{hint}")
+            raise RequestError(f"{where + ': ' if where else ''}unknown key {shown(key)}{hint}")
 
 
 def _check_name(name: Any, index: int) -> str:
     if name is None:
         return f"{index:04d}"
     if not isinstance(name, str):
-        raise RequestError(f"name must be text, got {_shown(name)}: quote it")
+        raise RequestError(f"name must be text, got {shown(name)}: quote it")
     # One file in one folder on every system: no separators, no hidden files, nothing that Windows would cut off.
     if len(name) > MAX_NAME or not re.fullmatch(r"\w(?:[\w .+-]*[\w+-])?", name):
         raise RequestError(
             f"name must be at most {MAX_NAME} letters, digits, spaces, or any of . _ + -, and begin and end with a "
-            f"letter or digit, got {_shown(name)}"
+            f"letter or digit, got {shown(name)}"
         )
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise RequestError(f"name must be at most {MAX_NAME_BYTES} bytes in UTF-8, got {shown(name)}")
+    if _DEVICES.fullmatch(name.partition(".")[0].strip()):
+        raise RequestError(f"name {shown(name)} is a device on Windows: give another")
     return name
 
 
@@ -299,7 +314,7 @@ def _claim_names(entry: Entry, taken: dict[str, str]) -> None:
 
 def _references(values: Any, folder: Path, key: str) -> list[Any]:
     if not isinstance(values, list):
-        raise RequestError(f"{key} must be a list with one item per subject, got {_shown(values)}")
+        raise RequestError(f"{key} must be a list with one item per subject, got {shown(values)}")
     found = []
     for index, value in enumerate(values):
         name = f"{key}[{index}]"
@@ -316,7 +331,7 @@ def _reference(value: Any, folder: Path, name: str) -> Path | Embedded:
     if isinstance(value, Embedded):
         return value
     if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
-        raise RequestError(f"{name} must be the path of a picture, got {_shown(value)}")
+        raise RequestError(f"{name} must be the path of a picture, got {shown(value)}")
     return folder / value
 
 
@@ -327,8 +342,3 @@ def _per_subject(values: Sequence[Any], images: Sequence[Any]) -> list[Any]:
         found.append(values[position])
         position += len(image) if isinstance(image, list) else 1
     return found
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from msdiffusion import provenance
-from msdiffusion.errors import LayoutError, RequestError
+from msdiffusion.errors import LayoutError, PhraseError, RequestError
 from msdiffusion.provenance import KEY, SCHEMA, read_record, read_request, request_record, same_request, save_png
 from msdiffusion.request_file import check_entry
 
@@ -122,8 +122,9 @@ def test_pictures_without_a_record(folder):
         read_record(folder / "dog.png")
     with pytest.raises(RequestError, match="the picture has no metadata"):
         read_record(Image.new("RGB", (8, 8)))
-    with pytest.raises(RequestError, match="no such file"):
-        read_record(folder / "nothing.png")
+    for name in ("nothing.png", "x" * 5000, "a\0b"):
+        with pytest.raises(RequestError, match="no such file"):
+            read_record(folder / name)
     with pytest.raises(RequestError, match=r"view.jpg is not a PNG"):
         read_record(folder / "view.jpg")
     path = save(folder, record_of(folder))
@@ -190,6 +191,10 @@ def test_broken_records(folder, path, value, message):
         (("request", "steps"), 10.5, RequestError, "steps"),
         (("request", "images", 0, 0, "path"), "a\0b", RequestError, "a reference cannot be called"),
         (("request", "images", 0, 0, "path"), "/dev/zero", RequestError, "is missing"),
+        (("request", "images", 0, 0, "path"), "x" * 5000, RequestError, "is missing"),
+        (("request", "images", 0, 0, "path"), "\ud800", RequestError, "is missing"),
+        (("request", "prompt"), "a d\ud800g", RequestError, "picture.png: the prompt holds"),
+        (("request", "phrases"), ["x" * 10_001], PhraseError, r"phrases\[0\] has 10001 characters"),
         (("request", "images", 0, 0, "content"), "???", RequestError, "embedded reference '../dog.png' is broken"),
         (("request", "images", 0, 0, "content"), "AAAA", RequestError, "is broken: its sha256 is another"),
     ],

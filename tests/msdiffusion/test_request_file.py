@@ -121,7 +121,16 @@ def one(**changes):
         (one(num_images=10**9), "num_images must be at most 100000"),
         (one(seed=0.5), "seed must be a whole number"),
         (one(subject_windows=[[1, 0]]), "subject_windows[0]"),
+        ("pictures: !!bool x", "is not YAML: KeyError"),
+        ("pictures: !!int ''", "is not YAML: IndexError"),
+        ("pictures: !!timestamp x", "is not YAML: AttributeError"),
+        ("pictures: !!float x", "is not YAML: ValueError"),
+        (one(prompt="x" * 2_000_000), "the prompt has 2000000 characters; 10000 are read at most"),
+        (one(images=["x" * 5000]), "is not a picture that can be read"),
+        (one(height=80_000_000), "height must be at most 16384"),
         # names
+        *((one(name=name), "is a device on Windows") for name in ("CON", "nul", "Com1", "aux.x", "LPT9", "com¹")),
+        (one(name="ä" * 99 + "語"), "name must be at most 200 bytes in UTF-8"),
         (one(name=3), "name must be text, got 3: quote it"),
         *((one(name=name), "name must be at most 100 letters") for name in ("", "../a", "a/b", ".a", "a.", "x" * 101)),
     ],
@@ -139,6 +148,8 @@ def test_bad_files(folder, content, message):
     [
         ('{"pictures": [', "is not JSON"),
         ('{"pictures": 1, "pictures": 2}', "the key 'pictures' is given twice"),
+        ('{"pictures": [{"images": ["dog.png"], "prompt": "a \\ud800"}]}', "half of a character"),
+        ('{"pictures": [{"images": ["dog.png\\ud800"], "prompt": "a dog"}]}', "no such file"),
         ('{"pictures": NaN}', "NaN is no number of JSON"),
         ("[" * 100_000, "nested too deeply"),
         ('{"pictures": ' + "1" * 5000 + "}", "is not JSON"),
@@ -175,9 +186,19 @@ def test_two_pictures_of_one_name(folder, names):
         read_request_file(written(folder, {"pictures": [{**good, **name} for name in names]}))
 
 
+def test_the_longest_name_can_be_written(folder):
+    from msdiffusion.provenance import save_png
+
+    [entry] = read_request_file(written(folder, one(name="語" * 66, num_images=3)))
+    assert len(entry.name.encode()) == 198
+    save_png(Image.new("RGB", (2, 2)), folder / f"{entry.name}_99999.jpeg.png", {})
+    assert read_request_file(written(folder, one(name="console")))[0].name == "console"
+
+
 def test_files_that_cannot_be_read(folder):
-    with pytest.raises(RequestError, match="no such file"):
-        read_request_file(folder / "nothing.yaml")
+    for name in ("nothing.yaml", "x" * 5000, "a\0b"):
+        with pytest.raises(RequestError, match="no such file"):
+            read_request_file(folder / name)
     (folder / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(RequestError, match="cannot be read as text in UTF-8"):
         read_request_file(folder / "bytes.yaml")
