@@ -478,12 +478,15 @@ class MSAdapter(nn.Module):
     def _from_weights(cls, config: AdapterConfig, weights: Mapping[str, Tensor], source: str) -> MSAdapter:
         """Strict loading on the meta device's shapes, so that no random weights are drawn first."""
         layers = {
-            name.removeprefix("layers.").rsplit(".", 2)[0]: tensor.shape[0]
+            name.removeprefix("layers.").rsplit(".", 2)[0]: tensor.shape[0] if tensor.ndim else 0
             for name, tensor in weights.items()
             if name.startswith("layers.")
         }
-        with torch.device("meta"):
-            adapter = cls(config, layers)
+        try:
+            with torch.device("meta"):
+                adapter = cls(config, layers)
+        except KeyError as error:  # of a module's name
+            raise WeightsError(f"{source}: no layer can be called so: {error.args[0]}") from None
         expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
         missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
         if missing or unexpected:

@@ -63,7 +63,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     add.add_argument("--base-model", help="the SDXL pipeline it was trained on; only configs are read")
     add.add_argument("--base-config", help="configs for a base model in one .safetensors file")
     add.add_argument("--image-encoder", help="the image encoder it was trained on; only configs are read")
-    add.add_argument("--head-width", type=int, default=64, help="of the resampler; the file does not tell (default 64)")
+    add.add_argument("--head-width", type=int, help="of the official file's resampler, which it doesn't tell: 64")
+    add.add_argument("--license", metavar="NAME", help="of the weights, for the model card; default: not told")
     add.set_defaults(run=_convert)
 
 
@@ -73,17 +74,18 @@ def _convert(options: argparse.Namespace) -> None:
 
     if options.to == "official" and (options.out.suffix != ".bin" or options.out.is_dir()):
         raise RequestError(f"--to official writes one file: --out must end in .bin, got {options.out}")
+    if options.to == "official" and options.license is not None:
+        raise RequestError("--license is for the model card, which --to official does not write")
     if options.to == "folder" and options.out.is_file():
         raise RequestError(f"--out must be a folder, but {options.out} is a file (--to official writes files)")
-    found = load_adapter(
-        options.model, options.base_model, options.image_encoder, options.base_config, head_width=options.head_width
-    )
+    sizes = {} if options.head_width is None else {"head_width": options.head_width}
+    found = load_adapter(options.model, options.base_model, options.image_encoder, options.base_config, **sizes)
     if options.to == "official":
         found.adapter.to_official(options.out, found.unet)
         _tell_what_is_lost(found.adapter.config)
     else:
         found.adapter.save_pretrained(options.out, **vars(found.sources.absolute()))
-        write_card(options.out, found.adapter)
+        write_card(options.out, found.adapter, license=options.license)
     print(options.out)
 
 

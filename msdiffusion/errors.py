@@ -10,6 +10,21 @@
 Catch ``MSDiffusionError`` to catch them all; those that blame a value are also a ``ValueError``.
 """
 
+import pickle
+import re
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what another library says, without escape codes.
+
+    Of a pickle that is not opened, our own words: torch's and diffusers' go on to say how to run it all the same.
+    """
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError) or re.search("weights[_ ]only", text, re.IGNORECASE):
+        return "it is a pickle of more than tensors, which could run code when it is read"
+    lines = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
 
 def shown(value: object, limit: int = 80) -> str:
     """How a message quotes a value that somebody gave: on one line, and cut off after ``limit`` characters."""

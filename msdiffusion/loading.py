@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from msdiffusion.adapter import CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig, MSAdapter, cross_attentions
-from msdiffusion.errors import WeightsError
+from msdiffusion.errors import RequestError, WeightsError, reason
 from msdiffusion.official import OFFICIAL_NAME
 from msdiffusion.pretrained import absolute, encoder_widths, is_local, skeleton_unet
 from msdiffusion.single_file import names_single_file
@@ -75,6 +75,7 @@ def load_adapter(
 
     Raises:
         WeightsError: something is missing, or the parts do not fit; the message names both shapes.
+        RequestError: ``config`` is given for an adapter that has a config of its own.
     """
     place = find_adapter(model)
     if place.is_file():
@@ -82,6 +83,10 @@ def load_adapter(
         unet = skeleton_unet(sources.base_model, sources.base_config)
         adapter = MSAdapter.from_official(place, unet, **{**vars(sources), **config})
     else:
+        if config:
+            raise RequestError(
+                f"{', '.join(config)} is for the official ms_adapter.bin; {model} says so itself, in its {CONFIG_NAME}"
+            )
         adapter = MSAdapter.from_pretrained(place)
         sources = model_sources(place, adapter.config, base_model, image_encoder, base_config)
         unet = skeleton_unet(sources.base_model, sources.base_config)
@@ -178,10 +183,8 @@ def _download(name: str) -> Path:
         patterns = [CONFIG_NAME, WEIGHTS_NAME, *models, *(f"{place}/**" for place in models)]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()
         raise WeightsError(
-            f"no such folder: {name}; as a hub repository it cannot be had either: "
-            f"{reason[0] if reason else type(error).__name__}"
+            f"no such folder: {name}; as a hub repository it cannot be had either: {reason(error)}"
         ) from error
 
 

@@ -21,7 +21,7 @@ _LIMITATIONS = """\
 
 
 def model_card(
-    adapter: MSAdapter, name: str, *, config: AdapterConfig | None = None, license: str = "apache-2.0"
+    adapter: MSAdapter, name: str, *, config: AdapterConfig | None = None, license: str | None = None
 ) -> str:
     """The text of README.md, with a YAML header as model hubs read it.
 
@@ -29,14 +29,14 @@ def model_card(
         adapter: the trained part.
         name: what ``MSDiffusion.from_pretrained`` gets in the example: a folder or a hub name.
         config: as it stands in config.json; None: the adapter's own.
-        license: of the adapter's weights, as hubs spell it.
+        license: of the adapter's weights, as hubs spell it; None: not told, as only who trained them can say.
     """
     config = adapter.config if config is None else config
     sizes = config.resampler
     parameters = sum(weight.numel() for weight in adapter.parameters())
     header = [
         "---",
-        f"license: {license}",
+        *([] if license is None else [f"license: {license}"]),
         "library_name: msdiffusion",
         "pipeline_tag: text-to-image",
         "tags: [msdiffusion, subject-driven, layout-to-image, personalization, diffusers, safetensors]",
@@ -96,13 +96,16 @@ def model_card(
     return text + _MARK.format(digest=_digest(text))
 
 
-def write_card(directory: str | Path, adapter: MSAdapter, name: str | None = None) -> bool:
+def write_card(
+    directory: str | Path, adapter: MSAdapter, name: str | None = None, *, license: str | None = None
+) -> bool:
     """Write README.md where there is none, or one that was generated and not changed since.
 
     Args:
         directory: where the adapter was saved; its name stands in the example unless ``name`` is given.
         adapter: see ``model_card``.
         name: see ``model_card``.
+        license: see ``model_card``.
 
     Returns:
         Whether it was written.
@@ -113,7 +116,7 @@ def write_card(directory: str | Path, adapter: MSAdapter, name: str | None = Non
         return False
     config = AdapterConfig.read(directory / CONFIG_NAME)
     name = directory.resolve().name if name is None else name
-    path.write_text(model_card(adapter, name, config=config), encoding="utf-8")
+    path.write_text(model_card(adapter, name, config=config, license=license), encoding="utf-8")
     return True
 
 

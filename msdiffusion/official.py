@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdiffusion.errors import WeightsError
+from msdiffusion.errors import WeightsError, reason
 from msdiffusion.resampler import ResamplerParams
+from msdiffusion.subjects import whole_number
 
 OFFICIAL_NAME = "ms_adapter.bin"
 DUMMY_TOKENS = 4
@@ -77,11 +79,13 @@ def read_record(path: str | Path) -> dict[str, Any]:
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} is not a file of tensors only, so it is not opened: {reason}") from None
+        raise WeightsError(f"{path} is not a file of tensors only, so it is not opened: {reason(error)}") from None
     if not isinstance(record, dict) or not {"image_proj", "ms_adapter"} <= record.keys():
-        found = sorted(record) if isinstance(record, dict) else type(record).__name__
+        found = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
         raise WeightsError(f"{path} is no official ms_adapter.bin: needs image_proj and ms_adapter, found {found}")
+    more = sorted(map(str, record.keys() - {"image_proj", "ms_adapter", "dummy_image_tokens"}))
+    if more:
+        warnings.warn(f"{path} also holds {more}, which an adapter has no place for: left out", stacklevel=2)
     return record
 
 
@@ -98,7 +102,12 @@ def from_record(
 
     Raises:
         WeightsError: something is missing, or it was made for a UNet with other layers.
+        RequestError: the head width is no width.
     """
+    for part in ("image_proj", "ms_adapter"):
+        weights = record[part]
+        if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+            raise WeightsError(f"{source}: {part} must hold tensors by name")
     resampler = rename_resampler(record["image_proj"])
     params = infer_params(resampler, head_width, source)
     layers, names = _layers(record["ms_adapter"], processor_names, source)
@@ -179,8 +188,10 @@ def infer_params(resampler: dict[str, Tensor], head_width: int, source: str = "w
     """The sizes of a resampler, read from the shapes of its weights (this project's names).
 
     Raises:
-        WeightsError: a weight is missing, or the head width does not divide the attention's width.
+        WeightsError: a weight is missing or has other axes, or the head width does not divide the attention's width.
+        RequestError: the head width is no width.
     """
+    head_width = whole_number(head_width, "head_width", 1)
     try:
         tokens, width = resampler["null_queries"].shape[1:]
         inner = resampler["blocks.0.attention.to_q.weight"].shape[0]
@@ -202,6 +213,8 @@ def infer_params(resampler: dict[str, Tensor], head_width: int, source: str = "w
         }
     except KeyError as error:
         raise WeightsError(f"{source} has no {error.args[0]}: not the official grounding resampler") from None
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise WeightsError(f"{source}: a weight has other axes than in the official grounding resampler") from None
     if inner % head_width:
         raise WeightsError(f"{source}: the resampler's attention is {inner} wide, which {head_width} does not divide")
     return ResamplerParams(**sizes)

@@ -26,7 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from msdiffusion.errors import WeightsError
+from msdiffusion.errors import WeightsError, reason
 from msdiffusion.open_clip_encoder import OpenClipName, OpenClipVisionEncoder, names_open_clip, vision_config
 
 # diffusers loads a component of a pipeline only from a module that is already imported: the embedded base has this one
@@ -337,5 +337,4 @@ def _split_hub_folder(name: str | Path) -> tuple[str, dict[str, str]]:
 def _not_loaded(what: str, name: str | Path, error: Exception) -> WeightsError:
     if isinstance(error, WeightsError):
         return error
-    lines = str(error).strip().splitlines()
-    return WeightsError(f"cannot load the {what} from {str(name)!r}: {lines[0] if lines else type(error).__name__}")
+    return WeightsError(f"cannot load the {what} from {str(name)!r}: {reason(error)}")

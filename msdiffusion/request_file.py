@@ -35,7 +35,7 @@ ARGUMENTS = (
 """Arguments of MSDiffusion.generate that say what is drawn; the others say how it is handed over."""
 MAX_FILE_BYTES = 16 * 2**20
 MAX_NAME, MAX_NAME_BYTES = 100, 200
-"""Letters of a name, and bytes in UTF-8; file systems take 255, with number, suffix and the mark of unfinished files."""
+"""Letters of a name, and bytes in UTF-8; file systems take 255, with number, suffix and mark of unfinished files."""
 MAX_PICTURES = 100_000
 """Of one request: names for all of them are made before the first is drawn."""
 _DEVICES = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9¹²³]", re.IGNORECASE)

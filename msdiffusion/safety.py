@@ -10,6 +10,7 @@ colour by more than a few steps.)
 from __future__ import annotations
 
 import binascii
+import pickle
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError
 
-from msdiffusion.errors import RequestError, WeightsError
+from msdiffusion.errors import RequestError, WeightsError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -66,9 +67,8 @@ class SafetyChecker:
                 folder / "safety_checker" if whole else place, output_loading_info=True
             )
             processor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor" if whole else place)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise WeightsError(f"no safety checker can be read from {place}: {reason}") from error
+        except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+            raise WeightsError(f"no safety checker can be read from {place}: {reason(error)}") from error
         lacking = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
         if lacking:
             raise WeightsError(

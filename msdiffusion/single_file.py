@@ -75,6 +75,12 @@ def read_single_file(path: str | Path) -> SingleFile:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise WeightsError(f"the base model {path} is not a safetensors file: {error}") from None
+    matrices = (
+        name for name in shapes if name.endswith("attn2.to_k.weight") or name in sum(_TEXT_ENCODERS.values(), ())
+    )
+    for name in matrices:
+        if len(shapes[name]) != 2:
+            raise WeightsError(f"the base model {path} is broken: {name} is no matrix, its shape is {shapes[name]}")
     for kind, names in _TEXT_ENCODERS.items():
         for name in names:
             if name in shapes and any(key.startswith(UNET_PREFIX) for key in shapes):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import save_file
 
 from msdiffusion.adapter import AdapterConfig, MSAdapter, cross_attentions
 from msdiffusion.attention import MultiSubjectAttnProcessor, TransparentAttnProcessor
@@ -349,6 +350,13 @@ def test_missing_and_broken_adapter_files(adapter, tmp_path):
     adapter.save_pretrained(tmp_path)
     (tmp_path / "adapter.safetensors").write_bytes(b"nonsense")
     with pytest.raises(WeightsError, match="not a safetensors file"):
+        MSAdapter.from_pretrained(tmp_path)
+    for name in ("layers.a.b.to_k.weight", "layers..to_k.weight"):
+        save_file({name: torch.zeros(2, 2)}, tmp_path / "adapter.safetensors")
+        with pytest.raises(WeightsError, match=r"adapter\.safetensors: no layer can be called so"):
+            MSAdapter.from_pretrained(tmp_path)
+    save_file({"layers.a.to_k.weight": torch.tensor(1.0)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(WeightsError, match="missing"):
         MSAdapter.from_pretrained(tmp_path)
     for content, message in (
         (b"{", "not JSON"),

@@ -81,7 +81,9 @@ def test_convert_goes_both_ways(tiny_model_dir, tmp_path, capsys):
     after = load_file(tmp_path / "again" / "adapter.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    assert (tmp_path / "again" / "README.md").is_file()
+    assert "license:" not in (tmp_path / "again" / "README.md").read_text(), "whose weights they are, we don't know"
+    assert main([*call, "--license", "openrail++"]) == 0
+    assert "license: openrail++\n" in (tmp_path / "again" / "README.md").read_text()
     # A folder copied by convert still finds its models.
     assert main(["convert", str(tiny_model_dir), "--out", str(tmp_path / "copy")]) == 0
     assert MSAdapter.from_pretrained(tmp_path / "copy").config.base_model == str(tiny_model_dir / "base")
@@ -97,6 +99,14 @@ def test_convert_refuses_places_and_ablations(tiny_model_dir, tmp_path, capsys):
     for arguments, message in (
         ([str(tiny_model_dir), "--to", "official", "--out", str(tmp_path / "folder")], "--out must end in .bin"),
         ([str(tiny_model_dir), "--out", str(tmp_path / "file")], "is a file (--to official writes files)"),
+        (
+            [str(tiny_model_dir), "--head-width", "16", "--out", str(tmp_path / "folder")],
+            "head_width is for the official ms_adapter.bin",
+        ),
+        (
+            [str(tiny_model_dir), "--to", "official", "--license", "mit", "--out", str(tmp_path / "ms_adapter.bin")],
+            "--license is for the model card",
+        ),
         (
             [str(tmp_path / "ablation"), "--to", "official", "--out", str(tmp_path / "ms_adapter.bin")],
             'regions "everywhere" is an ablation that the official code cannot run',

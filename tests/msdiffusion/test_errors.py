@@ -18,6 +18,16 @@ def test_errors_that_blame_a_value_are_value_errors(name):
     assert issubclass(getattr(msdiffusion, name), ValueError)
 
 
+def test_nobody_is_told_to_run_a_pickle():
+    import pickle
+
+    advice = "Weights only load failed ... `weights_only` to `False` will likely succeed, \x1b[1mdo those steps\x1b[0m"
+    for error in (pickle.UnpicklingError(advice), RuntimeError(advice), OSError(f"x\n{advice}")):
+        assert errors.reason(error) == "it is a pickle of more than tensors, which could run code when it is read"
+    assert errors.reason(OSError("\x1b[31mno such file\x1b[0m\nmore")) == "no such file"
+    assert errors.reason(KeyError()) == "KeyError"
+
+
 def test_public_names():
     assert dir(msdiffusion) == sorted(msdiffusion.__all__)
     assert msdiffusion.MSDiffusion.__module__ == "msdiffusion.generate"

@@ -35,6 +35,7 @@ def test_the_header_is_what_hubs_read(adapter):
             AdapterConfig(resampler=ResamplerParams(image_width=1664, phrase_width=768, output_width=2048)), {"a": 640}
         )
     card = model_card(released, "owner/name")
+    assert "license" not in header(card), "nobody said so"
     assert header(card)["base_model"] == "stabilityai/stable-diffusion-xl-base-1.0"
     for fact in ("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "1664 wide", "512 px", "scale 0.6", "squash", "2048 wide"):
         assert fact in card

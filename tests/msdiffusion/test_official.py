@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from msdiffusion.adapter import AdapterConfig, MSAdapter
-from msdiffusion.errors import WeightsError
+from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.official import from_record, read_record, write_record
 from msdiffusion.resampler import ResamplerParams
 
@@ -127,6 +127,38 @@ def test_any_other_layout_is_refused(sdxl_unet, part, key, shape, message):
         MSAdapter.from_official_record(on_meta(shapes), sdxl_unet)
 
 
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda r: r.update(image_proj=[1]), "image_proj must hold tensors by name"),
+        (lambda r: r.update(ms_adapter=torch.zeros(2)), "ms_adapter must hold tensors by name"),
+        (lambda r: r["image_proj"].update(proj_out=3), "image_proj must hold tensors by name"),
+        (lambda r: r["image_proj"].update(grounding_latents=torch.zeros(16)), "a weight has other axes than"),
+        (lambda r: r["image_proj"].update(grounding_latents=torch.zeros(1, 16, 0)), "a weight has other axes than"),
+        (lambda r: r["image_proj"].update({"proj_in.weight": torch.zeros(8)}), "a weight has other axes than"),
+        (lambda r: r["image_proj"].update({"layers.x.0.to_q.weight": torch.zeros(8)}), "unexpected|other axes"),
+        (lambda r: r["ms_adapter"].update({"1.to_k_ip.weight": torch.tensor(1.0)}), r"has shape \(\), but|has shape"),
+    ],
+)
+def test_broken_contents_are_refused(sdxl_unet, edit, message):
+    record = on_meta(released_shapes())
+    edit(record)
+    with pytest.raises(WeightsError, match=message):
+        MSAdapter.from_official_record(record, sdxl_unet)
+
+
+@pytest.mark.parametrize("width", [0, -1, 2.5])
+def test_a_head_width_that_is_none(sdxl_unet, width):
+    with pytest.raises(RequestError, match="head_width must be a whole number of at least 1"):
+        from_record(on_meta(released_shapes()), list(sdxl_unet.attn_processors), head_width=width)
+
+
+def test_what_an_adapter_has_no_place_for_is_told(tmp_path):
+    torch.save({"image_proj": {}, "ms_adapter": {}, "ip_adapter": {}, 3: 4}, tmp_path / "ms_adapter.bin")
+    with pytest.warns(UserWarning, match=r"also holds \['3', 'ip_adapter'\], which an adapter has no place for"):
+        read_record(tmp_path / "ms_adapter.bin")
+
+
 def test_a_head_width_that_does_not_divide(sdxl_unet):
     with pytest.raises(WeightsError, match="1280 wide, which 60 does not divide"):
         from_record(on_meta(released_shapes()), list(sdxl_unet.attn_processors), head_width=60)
@@ -202,8 +234,9 @@ class Malice:
 def test_a_pickle_is_refused_and_never_runs(tmp_path):
     trace = tmp_path / "it_ran"
     torch.save({"image_proj": {}, "ms_adapter": {}, "dummy_image_tokens": Malice(trace)}, tmp_path / "ms_adapter.bin")
-    with pytest.raises(WeightsError, match="not a file of tensors only, so it is not opened"):
+    with pytest.raises(WeightsError, match="not a file of tensors only, so it is not opened: it is a pickle") as caught:
         read_record(tmp_path / "ms_adapter.bin")
+    assert "weights_only" not in str(caught.value), "nobody is told how to run it"
     assert not trace.exists()
 
 

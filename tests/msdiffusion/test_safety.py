@@ -105,6 +105,16 @@ def test_the_layout_of_the_released_file_is_read(checker_dir, tmp_path):
     SafetyChecker.from_pretrained(tmp_path)
 
 
+class Malice:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
 def test_checkers_that_cannot_be_relied_on(checker_dir, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -118,6 +128,11 @@ def test_checkers_that_cannot_be_relied_on(checker_dir, tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightsError, match="is incomplete.*1 weights are missing.*concept_embeds"):
         SafetyChecker.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"weight": Malice(tmp_path / "it_ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="it is a pickle of more than tensors, which could run code"):
+        SafetyChecker.from_pretrained(tmp_path)
+    assert not (tmp_path / "it_ran").exists()
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(WeightsError, match="no safety checker can be read from"):
         SafetyChecker.from_pretrained(tmp_path)

@@ -61,6 +61,16 @@ def test_missing_and_foreign_files(tmp_path, single_file):
             read_single_file(path)
 
 
+@pytest.mark.parametrize("shape", [(), (16,), (1, 16, 16)])
+@pytest.mark.parametrize("name", ["position_embedding.weight", "attn2.to_k.weight"])
+def test_weights_that_are_no_matrices(single_file, tmp_path, name, shape):
+    weights = load_file(single_file)
+    key = next(key for key in weights if key.endswith(name))
+    save_file({**weights, key: torch.zeros(shape)}, tmp_path / "broken.safetensors")
+    with pytest.raises(WeightsError, match=rf"is broken: {key} is no matrix"):
+        read_single_file(tmp_path / "broken.safetensors")
+
+
 def test_a_unet_of_another_architecture_than_the_config(single_file, sd1_single_file, tiny_model_dir, tmp_path):
     unet = skeleton_unet(tiny_model_dir / "base")
     check_unet_shapes(read_single_file(single_file), unet, "here")
