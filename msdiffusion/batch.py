@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from msdiffusion import __version__
 from msdiffusion.errors import RequestError
+from msdiffusion.layout_drawing import draw_layout
 from msdiffusion.provenance import SCHEMA, read_record, request_record, same_request, save_at_once, save_png
 from msdiffusion.request import FALLBACKS, check_auto_layout_start, check_request
 from msdiffusion.request_file import ARGUMENTS, Embedded, Entry, open_request, picture_names
@@ -26,6 +27,8 @@ from msdiffusion.safety import FLAGGED
 if TYPE_CHECKING:
     from msdiffusion.generate import MSDiffusion
     from msdiffusion.loading import Sources
+    from msdiffusion.request import GenerationRequest
+    from msdiffusion.subjects import Subjects
 
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16
 _NOT_IDENTITY = ("base_model", "image_encoder", "base_config", "defaults")
@@ -236,6 +239,7 @@ def draw(
     on_picture: Callable[[Picture], None],
     *,
     progress: bool = False,
+    layouts: bool = False,
 ) -> list[Path]:
     """Draw all batches in which something is wanted; each wanted picture is written as soon as it is there.
 
@@ -244,6 +248,7 @@ def draw(
         batches: see ``in_batches``.
         on_picture: called after each picture, also the unwanted ones of a batch that is drawn.
         progress: show a bar of the denoising steps.
+        layouts: write beside each picture one of its boxes, phrases and attention maps, see ``layout_path``.
 
     Returns:
         The pictures that the safety checker flagged.
@@ -259,8 +264,15 @@ def draw(
         for picture in batch:
             _check_unchanged(picture)
 
-        def finish(index: int, result: Any, batch: Sequence[Picture] = batch) -> None:
+        def finish(
+            index: int,
+            result: Any,
+            batch: Sequence[Picture] = batch,
+            requests: Sequence[GenerationRequest] = requests,
+        ) -> None:
             if batch[index].wanted:
+                if layouts:
+                    _write_layout(batch[index], result, requests[index].subjects)
                 _write(batch[index], result, model, {"size": len(batch), "position": index})
                 if FLAGGED in result.pictures[0].info:
                     flagged.append(batch[index].path)
@@ -268,6 +280,22 @@ def draw(
 
         model.generate_batch(requests, progress=progress, batch_size=len(batch), on_result=finish)
     return flagged
+
+
+def layout_path(path: Path) -> Path:
+    """Where the drawing of a picture's layout is written."""
+    return path.with_name(f"{path.stem}_layout.png")
+
+
+def check_layout_paths(pictures: Sequence[Picture]) -> None:
+    """Raise RequestError if the drawing of a layout would be written over a picture."""
+    taken = {str(picture.path).casefold() for picture in pictures}
+    for picture in pictures:
+        if str(layout_path(picture.path)).casefold() in taken:
+            raise RequestError(
+                f"{picture.path.name}: its layout would be drawn into {layout_path(picture.path).name}, which is "
+                "another picture of the run: give other names, or leave out --layout"
+            )
 
 
 def made_with(device: str) -> dict[str, str]:
@@ -293,6 +321,17 @@ def _write(picture: Picture, result: Any, model: MSDiffusion, place: Mapping[str
         "made_with": made_with(str(model.backbone.device)),
     }
     save_png(drawn, picture.path, record)
+
+
+def _write_layout(picture: Picture, result: Any, subjects: Subjects) -> None:
+    first = [subjects.numbers.index(number) for number in range(max(subjects.numbers) + 1)]  # view of each subject
+    drawing = draw_layout(
+        result.pictures[0],
+        boxes=[subjects.boxes[view] for view in first],
+        phrases=[subjects.phrases[view] for view in first],
+        maps=None if result.layout_maps is None else result.layout_maps[0],
+    )
+    save_at_once(drawing, layout_path(picture.path))
 
 
 def _finished(picture: Picture) -> tuple[bool, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -89,7 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file (several pictures get numbers: FILE_0, ...); with --request a folder")  # fmt: skip
     add("--overwrite", action="store_true", help="with --request: replace pictures of other requests")
     add("--embed-references", action="store_true", help="put the references into the PNG, to draw it again anywhere")
-    add("--quiet", action="store_true", help="no progress bar")
+    add("--layout", action="store_true",
+        help="beside each picture NAME that is drawn NAME_layout.png: boxes, phrases, auto layout's maps")  # fmt: skip
+    add("--quiet", action="store_true", help="no progress bar and no notes")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -124,10 +127,12 @@ def run(options: argparse.Namespace) -> None:
         pictures = batch.without_finished(pictures, overwrite=options.overwrite)
         finished = sum(not picture.wanted for picture in pictures)
         if finished:
-            print(f"{finished} of {len(pictures)} pictures are there already", file=sys.stderr)
+            _note(options, f"{finished} of {len(pictures)} pictures are there already")
         if finished == len(pictures):
             return
-    _check_pictures([picture for picture in pictures if picture.wanted], identity, watermark)
+    if options.layout:
+        batch.check_layout_paths(pictures)
+    _check_pictures([picture for picture in pictures if picture.wanted], identity, watermark, options.layout)
     batches = batch.in_batches(pictures, BATCH_SIZE if options.batch_size is None else options.batch_size)
     if record is not None and options.batch_size is None:
         batches = [batch.repeated(pictures[0], **record["batch"])]
@@ -167,7 +172,7 @@ def _draw(
                 with tqdm.external_write_mode():
                     print(picture.path, flush=True)
 
-        flagged = batch.draw(model, batches, tell, progress=not options.quiet and not many)
+        flagged = batch.draw(model, batches, tell, progress=not options.quiet and not many, layouts=options.layout)
     if flagged:
         print(f"flagged by the safety checker, so black: {', '.join(map(str, flagged))}", file=sys.stderr)
 
@@ -215,10 +220,10 @@ def _entry_of_flags(options: argparse.Namespace) -> Entry:
         drawn = ", ".join(
             f"{views[0]} = {phrase}" for views, phrase in zip(options.image, entry.arguments["phrases"], strict=True)
         )
-        print(f"phrases from the prompt: {drawn}; --phrase sets them", file=sys.stderr)
+        _note(options, f"phrases from the prompt: {drawn}; --phrase sets them")
     if boxes is None and masks is None:
         where = "every subject finds its place by the text's attention to its phrase"
-        print(f"no --box and no --mask: {where}", file=sys.stderr)
+        _note(options, f"no --box and no --mask: {where}")
     return entry
 
 
@@ -239,7 +244,13 @@ def _check_out(options: argparse.Namespace, many: bool) -> None:
     if out.suffix.lower() != ".png":
         if options.embed_references:
             raise RequestError(f"--embed-references needs a PNG; --out is {out}")
-        print(f"{out.suffix} keeps no metadata: only a .png can be drawn again with --from-png", file=sys.stderr)
+        _note(options, f"{out.suffix} keeps no metadata: only a .png can be drawn again with --from-png")
+
+
+def _note(options: argparse.Namespace, text: str) -> None:
+    """Tell what is good to know and nothing to worry about."""
+    if not options.quiet:
+        print(text, file=sys.stderr)
 
 
 def _watermark(options: argparse.Namespace, record: dict[str, Any] | None) -> Watermark | None:
@@ -254,7 +265,9 @@ def _watermark(options: argparse.Namespace, record: dict[str, Any] | None) -> Wa
     return Watermark(text)
 
 
-def _check_pictures(pictures: Sequence[Picture], identity: Identity, watermark: Watermark | None) -> None:
+def _check_pictures(
+    pictures: Sequence[Picture], identity: Identity, watermark: Watermark | None, layouts: bool
+) -> None:
     """Refuse what would only fail after drawing: pictures that cannot be written, or cannot carry the watermark."""
     from msdiffusion import batch
     from msdiffusion.pretrained import native_side
@@ -263,7 +276,10 @@ def _check_pictures(pictures: Sequence[Picture], identity: Identity, watermark: 
     if watermark is not None:
         side = native_side(identity.sources.base_model, identity.sources.base_config)
         batch.check_sizes(pictures, [watermark], side)
-    check_writable(max((picture.path for picture in pictures), key=lambda path: len(path.name.encode())))
+    longest = max((picture.path for picture in pictures), key=lambda path: len(os.fsencode(path.name)))
+    check_writable(longest)
+    if layouts:
+        check_writable(batch.layout_path(longest))
 
 
 def _safety_checker(options: argparse.Namespace, device: Any) -> SafetyChecker | None:

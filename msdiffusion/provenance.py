@@ -146,7 +146,7 @@ def check_writable(path: Path) -> None:
         unfinished.touch()
         unfinished.unlink()
     except OSError as error:
-        raise RequestError(f"{shown(str(path), 300)} cannot be written: {error.strerror}") from None
+        raise RequestError(f"{shown(str(path), 600)} cannot be written: {error.strerror}") from None
 
 
 def _unfinished(path: Path) -> Path:

@@ -8,6 +8,7 @@ from PIL import Image
 
 import msdiffusion.generate
 from msdiffusion.cli import main
+from msdiffusion.layout_drawing import draw_layout
 from msdiffusion.provenance import read_record
 from msdiffusion.safety import read_watermark
 
@@ -128,7 +129,7 @@ def test_phrases_taken_from_the_prompt_are_shown(tiny_model_dir, tmp_path, capsy
     picture = tmp_path / "dog.png"
     Image.new("RGB", (8, 8)).save(picture)
     request = ["--image", str(picture), "--box", "0,0,1,1", "--prompt", "a red car", "--out", str(tmp_path / "out.png")]
-    assert main(["generate", *request, "--model", str(tiny_model_dir), "--steps", "1", "--quiet"]) == 0
+    assert main(["generate", *request, "--model", str(tiny_model_dir), "--steps", "1"]) == 0
     assert f"phrases from the prompt: {picture} = red car" in capsys.readouterr().err
 
 
@@ -194,6 +195,9 @@ def test_subject_windows_that_are_none_say_so(text, capsys):
 def test_no_layout_is_told(two, draw, tmp_path, capsys):
     """Nobody should get another method than they think because a flag was forgotten."""
     assert draw(*without(two, "--box"), "--steps", "2", "--out", "x.png") == 0
+    assert capsys.readouterr().err == "", "--quiet is among the arguments"
+    two.remove("--quiet")
+    assert draw(*without(two, "--box"), "--steps", "2", "--out", "x.png") == 0
     assert "no --box and no --mask: every subject finds its place by the text's attention" in capsys.readouterr().err
     assert read_record(tmp_path / "x.png")["request"]["boxes"] is None
     assert draw(*without(two, "--box"), "--box", "0,0,.5,1", "--box", "-", "--steps", "2", "--out", "y.png") == 0
@@ -202,6 +206,9 @@ def test_no_layout_is_told(two, draw, tmp_path, capsys):
 
 
 def test_formats_without_metadata_are_told(two, draw, tmp_path, capsys):
+    assert draw(*two, "--steps", "1", "--out", "x.jpg") == 0
+    assert capsys.readouterr().err == "", "--quiet is among the arguments"
+    two.remove("--quiet")
     assert draw(*two, "--steps", "1", "--out", "x.jpg") == 0
     assert ".jpg keeps no metadata: only a .png can be drawn again with --from-png" in capsys.readouterr().err
     assert draw("--from-png", tmp_path / "x.jpg", "--out", "y.png") == 2
@@ -212,6 +219,38 @@ def test_out_may_not_be_a_folder(two, draw, tmp_path, capsys):
     (tmp_path / "folder.png").mkdir()
     assert draw(*two, "--out", "folder.png") == 2
     assert "is the folder" in capsys.readouterr().err
+
+
+def test_layouts_are_drawn_beside_the_pictures(draw, two, tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def remembered(picture, **options):
+        seen.append(options)
+        return draw_layout(picture, **options)
+
+    monkeypatch.setattr("msdiffusion.batch.draw_layout", remembered)
+    views = ["--view", tmp_path / "dog.png"]
+    assert draw(*two, *views, "--steps", "1", "--num-images", "2", "--layout", "--out", "l/x.png") == 0
+    names = ["x_0.png", "x_0_layout.png", "x_1.png", "x_1_layout.png"]
+    assert sorted(path.name for path in (tmp_path / "l").iterdir()) == names
+    assert capsys.readouterr().out.split() == [str(tmp_path / "l" / name) for name in names[::2]]
+    boxes = [(0, 0.25, 0.5, 0.75), (0.5, 0.25, 1, 0.75)]
+    assert seen == [{"boxes": boxes, "phrases": ["dog", "teapot"], "maps": None}] * 2, "one of each subject"
+    expected = draw_layout(Image.open(tmp_path / "l" / "x_0.png"), boxes=boxes, phrases=["dog", "teapot"])
+    assert np.array_equal(pixels(tmp_path / "l" / "x_0_layout.png"), expected)
+    free = [*without(two, "--box"), "--steps", "2", "--layout"]
+    assert draw(*free, "--out", "y.jpg") == 0
+    assert (seen[-1]["boxes"], seen[-1]["maps"].shape[0]) == ([None, None], 2)
+    assert (tmp_path / "y_layout.png").is_file()
+
+
+def test_a_layout_never_takes_the_place_of_a_picture(draw, two, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(msdiffusion.generate.MSDiffusion, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    path = request_file(tmp_path, {"name": "a"}, {"name": "A_layout"})
+    assert draw("--request", path, "--layout", "--out", "pictures") == 2
+    assert "a.png: its layout would be drawn into a_layout.png, which is another picture" in capsys.readouterr().err
+    assert draw(*two, "--layout", "--out", f"{'x' * 235}.png") == 2
+    assert "_layout.png' cannot be written" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------- a file
@@ -230,7 +269,7 @@ def test_a_request_file(draw, two, tmp_path, capsys):
     names[1].unlink()
     assert draw("--request", path, "--quiet", "--out", "pictures") == 0
     captured = capsys.readouterr()
-    assert (captured.out.split(), captured.err) == ([str(names[1])], "3 of 4 pictures are there already\n")
+    assert (captured.out.split(), captured.err) == ([str(names[1])], ""), "quiet"
     assert [name.read_bytes() for name in names] == before
 
 
