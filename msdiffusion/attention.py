@@ -64,6 +64,11 @@ class AttentionCall:
         return self._processor.backend
 
     @property
+    def owned(self) -> bool:
+        """Whether what was read so far is the processor's own fresh tensor, which a control may change in place."""
+        return isinstance(self._processor, MultiSubjectAttnProcessor) and self._processor.base is None
+
+    @property
     def text_key(self) -> Tensor:
         """(B, H, L, D)."""
         return self._text_key if isinstance(self._text_key, Tensor) else self._text_key()
@@ -100,33 +105,53 @@ def attention_probabilities(query: Tensor, key: Tensor, mask: Tensor | None) -> 
 class TextCache:
     """Keys and values of the text, which do not change over the steps of a run, computed once.
 
-    The cache holds for one text tensor, unchanged in place, and for the weights of that moment: after changing weights
-    between two calls of the UNet with the very same tensor, make a new condition. Layers that something has been put
-    around, whose strength may change at any step (LoRA), are not cached.
+    They hold for one UNet, one text tensor, one precision of autocast, and weights that have not been changed since, in
+    place or otherwise. Layers that something has been put around, whose strength may change at any step (LoRA), are
+    not cached; nor are those that another processor reads (IP-Adapter, attention slicing, ...).
     """
 
     def __init__(self) -> None:
-        self._text: Tensor | None = None
-        self._version: int | None = None
-        self._states: dict[str, tuple[Tensor, Tensor]] = {}
+        self._made_for: tuple[Any, ...] = ()
+        self._states: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]] = {}
+        self.is_new = True
+        """Whether the last call of ``begin`` found another text than the one before."""
 
-    def begin(self, text: Tensor) -> TextCache | None:
-        """The cache, emptied unless it was made for ``text``; None where gradients are recorded or code is traced."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    def begin(self, text: Tensor, unet: Any = None) -> TextCache | None:
+        """The cache, emptied unless it was made for these; None where nothing must be kept.
+
+        That is where gradients are recorded, where code is traced, and for tensors of ``inference_mode``, whose
+        changes nobody counts.
+        """
+        self.is_new = True
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or text.is_inference():
             return None
-        version = None if text.is_inference() else text._version
-        if text is not self._text or version != self._version:
+        device = text.device.type
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        made_for = (text, text._version, unet, precision)
+        self.is_new = not _same_things(made_for, self._made_for)
+        if self.is_new:
             self._states.clear()
-            self._text, self._version = text, version
+            self._made_for = made_for
         return self
 
     def states(self, layer: str, attn: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value of one layer, each (B, H, L, D)."""
         if not (isinstance(attn.to_k, nn.Linear) and isinstance(attn.to_v, nn.Linear)):
             return _text_states(attn, text)
-        if layer not in self._states:
-            self._states[layer] = _text_states(attn, text)
-        return self._states[layer]
+        weights = (attn.to_k.weight, attn.to_v.weight)
+        if any(weight.is_inference() for weight in weights):
+            return _text_states(attn, text)
+        weighed = (*weights, *(weight._version for weight in weights))
+        if layer not in self._states or not _same_things(weighed, self._states[layer][0]):
+            self._states[layer] = (weighed, *_text_states(attn, text))
+        return self._states[layer][1:]
+
+
+def _same_things(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> bool:
+    """Whether objects are the same and numbers equal (tensors must not be compared by value)."""
+    return len(ours) == len(theirs) and all(
+        a is b or (isinstance(a, int) and isinstance(b, int) and a == b) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def _text_states(attn: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -351,5 +376,7 @@ class SubjectBinder:
         if shared:
             for layer in self.layers:
                 layer.processor.number = layer.processor.number.to(sample.device)
-        bound, cache = subjects.bind(sample, timestep, shared), subjects.text_cache.begin(text)
+        bound, cache = subjects.bind(sample, timestep, shared), subjects.text_cache.begin(text, unet)
+        if bound is not None and cache is not None and cache.is_new:  # once per run
+            subjects.check_halves(sample)
         return args, {**kwargs, "cross_attention_kwargs": {**given, "subjects": bound, "text_cache": cache}}

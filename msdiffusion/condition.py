@@ -9,8 +9,9 @@ width, C = H * D layer width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from msdiffusion.attention import (
 from msdiffusion.errors import LayoutError, RequestError
 from msdiffusion.layout import grid_of, patch_masks, pool_masks
 
+Masks = Sequence[Sequence[Tensor | None]]
 NULL_TOKENS = 8
 """Tokens with value zero that patches outside every region attend to, so that they read exactly zero. Eight keep the
 number of tokens a multiple of eight, as fused kernels like it."""
@@ -35,15 +37,15 @@ number of tokens a multiple of eight, as fused kernels like it."""
 class AutoLayout:
     """Let the text's own attention maps replace the regions after some steps (the official "pseudo mask").
 
-    From the ``start_step``-th step on, a layer's region of a subject is where the attention to its phrase, averaged
-    over the phrase's tokens, the heads and all steps so far, and scaled to [0, 1], exceeds ``threshold``.
+    From the ``start_step``-th call of the UNet on, a layer's region of a subject is where the attention to its phrase,
+    averaged over the phrase's tokens, the heads and all calls so far, and scaled to [0, 1], exceeds ``threshold``.
     """
 
     spans: Tensor
     """(B, S, 2) integer [start, end) of each subject's phrase among the text tokens; start = end: no region."""
     threshold: float = 0.5
     start_step: int | Tensor = 5
-    """Counted from 1; a number, or (B, S) integers."""
+    """Counted from 1; a number, or (B, S) integers. Samplers of second order (Heun, ...) call the UNet twice a step."""
     subjects: Tensor | None = None
     """(B, S) bool: whose regions are replaced; None: all."""
 
@@ -69,7 +71,7 @@ class SubjectCondition:
         values: Mapping[str, Tensor],
         boxes: Tensor,
         *,
-        masks: Tensor | None = None,
+        masks: Tensor | Masks | None = None,
         present: Tensor | None = None,
         windows: Tensor | None = None,
         train_timesteps: int = 1000,
@@ -85,7 +87,8 @@ class SubjectCondition:
             values: per layer (B, N, C), scales multiplied in.
             boxes: (B, S, 4) normalised xyxy; an empty box removes its subject.
             masks: (B, S, H, W) bool regions of the subjects, any resolution, which replace the boxes; where one is
-                empty, the box counts.
+                empty, the box counts. Or, for masks of different resolutions, per picture a list of (H, W) bool
+                tensors and None, at most S long.
             present: (B, S) bool; False removes a subject.
             windows: (B, S, 2) in [0, 1]: the part [start, end) of the way from noise to picture in which a subject is
                 there. A call with timestep t is 1 - t / ``train_timesteps`` of the way, as for diffusers'
@@ -101,8 +104,13 @@ class SubjectCondition:
             LayoutError: shapes of boxes, masks, spans and keys do not go together.
         """
         B, S = boxes.shape[:2]
-        if masks is not None and (masks.ndim != 4 or masks.shape[:2] != boxes.shape[:2]):
-            raise LayoutError(f"masks must be ({B}, {S}, height, width) for these boxes, got {tuple(masks.shape)}")
+        if isinstance(masks, Tensor):
+            fitting = masks.ndim == 4 and masks.shape[:2] == boxes.shape[:2]
+        else:
+            fitting = masks is None or (len(masks) == B and all(len(row) <= S for row in masks))
+        if not fitting:
+            shape = tuple(masks.shape) if isinstance(masks, Tensor) else [len(row) for row in masks]
+            raise LayoutError(f"masks must be ({B}, {S}, height, width) for these boxes, got {shape}")
         if windows is not None and windows.shape != (B, S, 2):
             raise LayoutError(f"windows must be ({B}, {S}, 2) for these boxes, got {tuple(windows.shape)}")
         if auto_layout is not None and auto_layout.spans.shape[:2] != boxes.shape[:2]:
@@ -117,11 +125,16 @@ class SubjectCondition:
         self.keys = {layer: functional.pad(key, (0, 0, 0, NULL_TOKENS)) for layer, key in keys.items()}
         self.values = {layer: functional.pad(value, (0, 0, 0, NULL_TOKENS)) for layer, value in values.items()}
         self.boxes, self.masks, self.windows = boxes, masks, windows
-        self.present = torch.ones(B, S, dtype=torch.bool, device=boxes.device) if present is None else present
+        # An empty box stays empty when auto layout comes: it means "not there".
+        there = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1) | self._has_mask()
+        self.present = there if present is None else there & present
         self.inert = inert
+        self.check_batch = True
+        """Whether ``check_halves`` looks; whoever knows the batch may say no."""
         self.train_timesteps, self.guidance, self.auto_layout = train_timesteps, guidance, auto_layout
         self.text_cache = TextCache()
         self._attention_masks: dict[tuple[int, int, int], Tensor] = {}
+        self._regions: dict[tuple[int, int, int], Tensor] = {}
         self._stacks: dict[int, tuple[Tensor, Tensor]] = {}
         self._maps = None if auto_layout is None else TextMaps(boxes.device)
 
@@ -130,12 +143,47 @@ class SubjectCondition:
         self.keys = {layer: key.to(device, dtype) for layer, key in self.keys.items()}
         self.values = {layer: value.to(device, dtype) for layer, value in self.values.items()}
         self.boxes, self.present = self.boxes.to(device), self.present.to(device)
-        self.masks = None if self.masks is None else self.masks.to(device)
+        if isinstance(self.masks, Tensor):
+            self.masks = self.masks.to(device)
+        elif self.masks is not None:
+            self.masks = [[None if mask is None else mask.to(device) for mask in row] for row in self.masks]
         self.windows = None if self.windows is None else self.windows.to(device)
         self._attention_masks.clear()
+        self._regions.clear()
         self._stacks.clear()
-        self._maps = None if self.auto_layout is None else TextMaps(device)
+        self.reset()
         return self
+
+    def reset(self) -> None:
+        """Forget what the text's attention saw.
+
+        Needed only where a run with auto layout was broken off, and the next one with this condition begins at a lower
+        timestep: a run that begins at the top is told from the last one by itself.
+        """
+        self._maps = None if self.auto_layout is None else TextMaps(self.boxes.device)
+
+    def _has_mask(self) -> Tensor:
+        """(B, S) or (B, 1) bool."""
+        if isinstance(self.masks, Tensor):
+            return self.masks.flatten(2).any(dim=-1)
+        flags = torch.zeros(self.boxes.shape[:2], dtype=torch.bool)
+        for picture, row in enumerate(self.masks or ()):
+            for subject, mask in enumerate(row):
+                flags[picture, subject] = mask is not None
+        return flags.to(self.boxes.device)
+
+    def regions(self, rows: int, columns: int) -> Tensor:
+        """(B, S, rows * columns) bool: what boxes and masks cover of a grid of patches."""
+        boxed = patch_masks(self.boxes, rows, columns)
+        if self.masks is None:
+            return boxed
+        if isinstance(self.masks, Tensor):
+            return torch.where(self._has_mask().unsqueeze(-1), pool_masks(self.masks, rows, columns), boxed)
+        pooled = [
+            [region if mask is None else pool_masks(mask[None, None], rows, columns)[0, 0] for mask, region in pairs]
+            for pairs in (zip_longest(row, regions) for row, regions in zip(self.masks, boxed, strict=True))
+        ]
+        return torch.stack([torch.stack(row) for row in pooled])
 
     def bind(self, sample: Tensor, timestep: Tensor | float, shared: bool = False) -> BoundCondition | None:
         """The condition for one call of the UNet, None if it is inert; a hook of the UNet does this.
@@ -154,6 +202,8 @@ class SubjectCondition:
             return None
         if self.boxes.device != sample.device:
             self.to(sample.device, sample.dtype)
+        if self._maps is not None and not torch.compiler.is_compiling() and self._maps.is_stale():
+            self.reset()
         if shared and self.auto_layout is not None:
             raise RequestError(
                 "auto layout and subjects without a box do not go together with compile_repeated_blocks(): compile the "
@@ -182,13 +232,38 @@ class SubjectCondition:
                 return samples // 2
             raise RequestError(
                 f"the condition is for {self.num_images} pictures, so the UNet's batch should be {self.num_images}, or "
-                f"{2 * self.num_images} with guidance, but it is {samples}: make the condition with num_images=..."
+                f"{2 * self.num_images} with guidance, but it is {samples}: make the condition with num_images=... "
+                "(batches of other parts, as of PAG or InstructPix2Pix, are not known here)"
             )
         count = samples // 2 if self.guidance else samples
         if B not in (1, count) or (self.guidance and samples % 2):
             half = " with guidance" if self.guidance else ""
             raise RequestError(f"the condition is for {B} pictures, but the UNet's batch{half} is {samples}")
         return count if self.guidance else 0
+
+    def check_halves(self, sample: Tensor) -> None:
+        """Look once per run whether the batch is what its size says: it waits for the device.
+
+        A pipeline with guidance gives the UNet every latent twice. Without ``guidance=...`` that is told from
+        the size of the batch, which is wrong if ``num_images`` was.
+
+        Args:
+            sample: the UNet's input (batch, channels, rows, columns).
+
+        Raises:
+            RequestError: the two halves are equal although there should be no guidance, or the other way round.
+        """
+        samples = sample.shape[0]
+        if not self.check_batch or self.guidance is not None or samples % 2:
+            return
+        twice = torch.equal(sample[: samples // 2], sample[samples // 2 :])
+        if twice == (samples == 2 * self.num_images):
+            return
+        seen = "every latent twice, as with guidance" if twice else "different latents, as without guidance"
+        raise RequestError(
+            f"the condition is for {self.num_images} pictures, but the UNet's batch holds {samples} samples, {seen}: "
+            "make the condition with the right num_images=..., or say guidance=True or False"
+        )
 
     @torch.no_grad()
     def layout_maps(self, rows: int = 32, columns: int = 32) -> Tensor:
@@ -224,8 +299,13 @@ class TextMaps:
         self.kept = torch.zeros((), device=device)
         """1 where the run goes on, 0 in its first step."""
 
+    def is_stale(self) -> bool:
+        """Whether these sums were made under ``inference_mode``, and so cannot be changed outside of it."""
+        made = (self.steps, *self.totals.values())
+        return not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in made)
+
     def begin(self, timestep: Tensor) -> None:
-        """Count a step; ``timestep`` is one number."""
+        """Count a call of the UNet; ``timestep`` is one number."""
         # Within a run samplers of second order repeat a timestep, or round it up by a hair, but never the first one.
         self.kept.copy_((timestep < self.first_timestep) & (timestep <= self.last_timestep + 0.5))
         self.first_timestep.copy_(torch.where(self.kept > 0, self.first_timestep, timestep))
@@ -234,7 +314,7 @@ class TextMaps:
 
     def add(self, layer: str, maps: Tensor, grid: tuple[int, int]) -> Tensor:
         """Add the maps (B, S, Q) of one step; returns their mean over the steps so far."""
-        if layer not in self.totals or self.totals[layer].shape != maps.shape:
+        if layer not in self.totals or self.totals[layer].shape != maps.shape or self.grids[layer] != grid:
             self.totals[layer] = torch.zeros_like(maps)
             self.grids[layer] = grid
         # where, not a product: what an earlier run left may be infinite
@@ -272,9 +352,10 @@ class BoundCondition:
         self.rows, self.columns = sample.shape[-2:]
         self.present = condition.present
         # Traced code (torch.compile) must leave nothing behind in objects that outlive the call.
-        changing = condition.windows is not None or torch.compiler.is_compiling()
+        traced = torch.compiler.is_compiling()
+        changing = condition.windows is not None or traced
         self._attention_masks: dict[tuple[int, int, int], Tensor] = {} if changing else condition._attention_masks
-        self._regions: dict[int, Tensor] = {}
+        self._regions: dict[tuple[int, int, int], Tensor] = {} if traced else condition._regions
         self._phrase_weights: dict[int, Tensor] = {}
         if condition.windows is not None:
             start, end = condition.windows.unbind(-1)  # (B, S)
@@ -306,9 +387,9 @@ class BoundCondition:
         read = dot_product_attention(query, key, value, allowed, call.backend)
         if first == 0:
             return hidden + read
-        if hidden.requires_grad or read.requires_grad:
+        if not call.owned or hidden.requires_grad or read.requires_grad:
             return torch.cat([hidden[:first], hidden[first:] + read])
-        hidden[first:] += read  # the layer's own fresh result
+        hidden[first:] += read
         return hidden
 
     def _states(self, call: AttentionCall, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,17 +413,13 @@ class BoundCondition:
 
     def _given_regions(self, patches: int) -> Tensor:
         """(B, S, Q) of boxes or masks."""
-        if patches not in self._regions:
-            self._regions[patches] = self._new_regions(patches)
-        return self._regions[patches]
+        level = (self.rows, self.columns, patches)
+        if level not in self._regions:
+            self._regions[level] = self._new_regions(patches)
+        return self._regions[level]
 
     def _new_regions(self, patches: int) -> Tensor:
-        rows, columns = grid_of(patches, self.rows, self.columns)
-        regions, masks = patch_masks(self.condition.boxes, rows, columns), self.condition.masks
-        if masks is None:
-            return regions
-        has_mask = masks.flatten(2).any(dim=-1, keepdim=True)
-        return torch.where(has_mask, pool_masks(masks, rows, columns), regions)
+        return self.condition.regions(*grid_of(patches, self.rows, self.columns))
 
     @torch.no_grad()
     def _text_regions(self, call: AttentionCall, query: Tensor, layout: AutoLayout) -> Tensor:

@@ -1,37 +1,28 @@
-"""Drawing many requests at once: who shares a batch of the denoiser, and one condition for all of its pictures.
+"""Drawing many requests at once: who shares a batch of the denoiser, and what comes of it.
 
-Shapes: P pictures of a batch, S subjects (of the picture with the most; the others are padded with empty boxes), T
-tokens per subject, C cross-attention width.
+Shapes: P pictures of a batch, S subjects.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 import secrets
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 
-from msdiffusion.condition import AutoLayout, SubjectCondition
 from msdiffusion.errors import RequestError
-from msdiffusion.phrases import beyond_limit, token_span
-from msdiffusion.request import FALLBACKS, GenerationRequest
-from msdiffusion.subjects import WHOLE, Subjects
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from msdiffusion.adapter import MSAdapter
-    from msdiffusion.backbone import Backbone
+from msdiffusion.phrases import beyond_limit
+from msdiffusion.request import FALLBACKS, GenerationRequest, check_auto_layout_start
+from msdiffusion.subject_batch import Model as EncodingModel
+from msdiffusion.subject_batch import SubjectBatch, check_windows, written_out
 
 PictureHook = Callable[[list[Image.Image]], list[Image.Image]]
 
@@ -42,25 +33,10 @@ _SET_BY_REQUEST = {
 }
 
 
-class Model(Protocol):
+class Model(EncodingModel, Protocol):
     """What drawing needs of MSDiffusion."""
 
-    backbone: Backbone
-    adapter: MSAdapter
     picture_hooks: list[PictureHook]
-
-    @property
-    def pipeline(self) -> Any:
-        """The diffusers pipeline."""
-        ...
-
-    def install(self) -> None:
-        """Put the attention processors in place."""
-        ...
-
-    def at_work(self) -> AbstractContextManager[torch.device]:
-        """The device to compute on, with image encoder and adapter there for a while."""
-        ...
 
     def scale_of(self, scale: float | None) -> float:
         """The weight of all subjects, the adapter's own for None."""
@@ -82,130 +58,6 @@ class GenerationResult:
     layout_maps: Tensor | None
     """(pictures, subjects, rows, columns) float32 in [0, 1] on the CPU: where the text's attention saw each phrase.
     None without auto layout."""
-
-
-class SubjectBatch:
-    """The subjects of several pictures, encoded once, and conditions for any choice of them."""
-
-    @torch.no_grad()
-    def __init__(self, model: Model, layouts: Sequence[Subjects], prompts: Sequence[str | None]) -> None:
-        """Encode references, phrases and boxes of all pictures together.
-
-        Args:
-            model: whose encoders, resampler and projections these are.
-            layouts: checked subjects per picture.
-            prompts: per picture; needed where a layout has auto layout.
-
-        Raises:
-            PhraseError: a phrase cannot be found among the prompt's tokens.
-        """
-        if not model.adapter.is_installed(model.backbone.unet):
-            model.install()
-        self.model, self.layouts = model, layouts
-        tokenizer, written = model.backbone.tokenizer, functools.partial(_written_out, model.pipeline)
-        self._spans = [
-            [
-                token_span(tokenizer, written(prompt or ""), written(phrase), occurrence) if automatic else (0, 0)
-                for phrase, occurrence, automatic in zip(
-                    layout.phrases, layout.occurrences, layout.auto_layout, strict=True
-                )
-            ]
-            for layout, prompt in zip(layouts, prompts, strict=True)
-        ]
-        counts = [len(layout.images) for layout in layouts]
-        boxes = [WHOLE if box is None else box for layout in layouts for box in layout.boxes]
-        with model.at_work() as device:
-            all_boxes = torch.tensor([boxes], dtype=torch.float32, device=device)
-            tokens = self._tokens(all_boxes, device)  # (1, all subjects, T, C)
-        self._tokens_of = tokens[0].split(counts)
-        self._boxes_of = all_boxes[0].split(counts)
-
-    def _tokens(self, boxes: Tensor, device: torch.device) -> Tensor:
-        backbone, adapter = self.model.backbone, self.model.adapter
-        config, dtype = adapter.config, adapter.dtype
-        images = [image for layout in self.layouts for image in layout.images]
-        phrases = [_written_out(self.model.pipeline, phrase) for layout in self.layouts for phrase in layout.phrases]
-        free = torch.tensor([[box is None for layout in self.layouts for box in layout.boxes]], device=device)
-        pixels = backbone.prepare_references(images, config.reference_background, config.reference_fit)
-        image_tokens = backbone.encode_references(pixels, config.reference_features).unsqueeze(0).to(device, dtype)
-        phrase_embeddings = backbone.encode_phrases(phrases).unsqueeze(0).to(device, dtype)
-        return adapter.resampler(image_tokens, phrase_embeddings, boxes, free)
-
-    @torch.no_grad()
-    def condition(
-        self, pictures: Sequence[int], scales: Sequence[float], *, guidance: bool | None = None
-    ) -> SubjectCondition:
-        """One condition for a batch of pictures.
-
-        Args:
-            pictures: per picture of the batch the index of its layout.
-            scales: per layout the weight of all its subjects.
-            guidance: see SubjectCondition.
-        """
-        different = sorted(set(pictures))
-        rows = different if len(different) == 1 else list(pictures)  # one layout serves any number of pictures
-        layouts = [self.layouts[row] for row in rows]
-        S = max(len(layout.images) for layout in layouts)
-        device = self._boxes_of[0].device
-
-        def padded(values: Sequence[Tensor]) -> Tensor:
-            """Stack tensors whose first axis is the subjects; missing ones are zero."""
-            return torch.stack(
-                [functional.pad(value, (0, 0) * (value.ndim - 1) + (0, S - len(value))) for value in values]
-            )
-
-        def table(name: str, dtype: torch.dtype) -> Tensor:
-            return padded([torch.tensor(getattr(layout, name), dtype=dtype) for layout in layouts]).to(device)
-
-        automatic = table("auto_layout", torch.bool)
-        auto_layout = None
-        if any(flag for layout in layouts for flag in layout.auto_layout):
-            thresholds = {layout.auto_layout_threshold for layout in layouts if any(layout.auto_layout)}
-            auto_layout = AutoLayout(
-                padded([torch.tensor(self._spans[row]) for row in rows]).to(device),
-                thresholds.pop(),
-                table("auto_layout_starts", torch.long),
-                automatic,
-            )
-        windows = None
-        if any(window != (0.0, 1.0) for layout in layouts for window in layout.windows):
-            windows = table("windows", torch.float32)
-        adapter = self.model.adapter
-        chosen = [float(scales[row]) for row in rows]
-        with self.model.at_work():
-            return adapter.condition(
-                padded([self._tokens_of[row] for row in rows]),
-                padded([self._boxes_of[row] for row in rows]),
-                scale=chosen[0] if len(chosen) == 1 else chosen,
-                subject_scales=table("scales", torch.float32),
-                masks=_stack_masks(layouts, S, device),
-                windows=windows,
-                train_timesteps=self.model.pipeline.scheduler.config.num_train_timesteps,
-                auto_layout=auto_layout,
-                num_images=len(pictures),
-                guidance=guidance,
-            )
-
-
-def _written_out(pipeline: Any, text: str) -> str:
-    """The text as the pipeline tokenizes it: a textual inversion of several vectors is as many words."""
-    convert = getattr(pipeline, "maybe_convert_prompt", None)
-    return text if convert is None else convert(text, pipeline.tokenizer)
-
-
-def _stack_masks(layouts: Sequence[Subjects], S: int, device: torch.device) -> Tensor | None:
-    """(P, S, rows, columns) bool regions if any subject has a mask; empty for those that have a box."""
-    masks = [mask for layout in layouts for mask in layout.masks if mask is not None]
-    if not masks:
-        return None
-    rows, columns = (max(mask.shape[axis] for mask in masks) for axis in (0, 1))  # as fine as the finest
-    stacked = torch.zeros(len(layouts), S, rows, columns, dtype=torch.bool)
-    for picture, layout in enumerate(layouts):
-        for subject, mask in enumerate(layout.masks):
-            if mask is not None:
-                whole = torch.from_numpy(mask)[None, None].float()
-                stacked[picture, subject] = functional.interpolate(whole, (rows, columns), mode="nearest-exact") > 0
-    return stacked.to(device)
 
 
 @dataclass(frozen=True)
@@ -252,16 +104,30 @@ class BatchDrawing:
             raise RequestError(
                 f'picture_hooks take PIL pictures, but output_type is {request.output_type!r}: use "pil", or no hooks'
             )
+        for name, value in request.pipeline_options.items():
+            embeddings = name.endswith("prompt_embeds") and value is not None
+            if embeddings and not (isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == 1):
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise RequestError(f"{name} must be of one prompt, with 1 as first size, got {shape}")
+        height, width = self._size(request)
+        for hook in self.model.picture_hooks:
+            if hasattr(hook, "check_size"):
+                hook.check_size(width, height)
         if request.latents is not None:
-            height, width = self._size(request)
             factor = self.model.backbone.latent_factor
-            channels = self.model.backbone.unet.config.in_channels
+            # An inpainting UNet takes more channels than there are latents.
+            channels = self.model.backbone.vae.config.latent_channels
             needed = (request.num_images, channels, height // factor, width // factor)
-            if tuple(request.latents.shape) != needed:
-                raise RequestError(f"latents must be {needed} for these pictures, got {tuple(request.latents.shape)}")
+            if not isinstance(request.latents, Tensor) or tuple(request.latents.shape) != needed:
+                kind, shape = type(request.latents).__name__, tuple(request.latents.shape)
+                raise RequestError(f"latents must be a tensor of {needed} for these pictures, got {kind} of {shape}")
+        if any(window != (0.0, 1.0) for window in request.subjects.windows):
+            check_windows(pipeline.scheduler)
+        calls = self._settings(request)["num_inference_steps"] * getattr(pipeline.scheduler, "order", 1)
+        check_auto_layout_start(request.subjects, calls)
         for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
             tokenizer = self.model.backbone.tokenizer
-            rest = beyond_limit(tokenizer, _written_out(pipeline, text))
+            rest = beyond_limit(tokenizer, written_out(pipeline, text))
             if rest:
                 warnings.warn(
                     f"the {name} is longer than the {tokenizer.model_max_length} tokens that the text encoder reads; "
@@ -298,7 +164,13 @@ class BatchDrawing:
         alone = index if request.pipeline_options else None
         # A batch with auto layout gathers maps for all of its pictures, which costs time: not together with others.
         layout = request.subjects.auto_layout_threshold if automatic else None
-        return (*self._settings(request).values(), request.latents is None, layout, alone)
+        plain = self._negative_prompt(request) is None  # the pipeline takes None for all or for nobody
+        return (*self._settings(request).values(), request.latents is None, plain, layout, alone)
+
+    def _negative_prompt(self, request: GenerationRequest) -> str | None:
+        """None where nobody gave one: then the pipeline does what its base model was made for."""
+        default = self.model.adapter.config.defaults.get("negative_prompt")
+        return default if request.negative_prompt is None else request.negative_prompt
 
     def batches(self) -> list[list[_Picture]]:
         """All pictures, those that may share a batch together, at most ``batch_size`` at once."""
@@ -333,7 +205,9 @@ class BatchDrawing:
         request = self.requests[batch[0].request]
         scales = [self.model.scale_of(each.scale) for each in self.requests]
         condition = encoded.condition([picture.request for picture in batch], scales)
+        condition.check_batch = False  # known here; and pictures of one seed have equal latents
         pipeline = self.model.pipeline
+        before = dict(getattr(pipeline, "_progress_bar_config", {}))
         pipeline.set_progress_bar_config(
             disable=not self.progress, desc=f"pictures {done + 1}-{done + len(batch)} of {len(self.pictures)}"
         )
@@ -350,6 +224,7 @@ class BatchDrawing:
             )
         finally:
             pipeline._cross_attention_kwargs = None  # the pipeline would keep the condition alive
+            pipeline.set_progress_bar_config(**before)
         drawn = output.images
         for hook in self.model.picture_hooks:
             drawn = hook(drawn)
@@ -364,13 +239,11 @@ class BatchDrawing:
 
     def _texts(self, batch: Sequence[_Picture]) -> dict[str, Any]:
         """Prompts as the pipeline takes them: one for all pictures of a request, else one per picture."""
-        default = self.model.adapter.config.defaults.get("negative_prompt")
         requests = [self.requests[picture.request] for picture in batch]
-        negatives = [
-            first_given(request.negative_prompt, default, FALLBACKS["negative_prompt"]) for request in requests
-        ]
+        negatives = [self._negative_prompt(request) for request in requests]
         if len({picture.request for picture in batch}) > 1:
-            return {"prompt": [request.prompt for request in requests], "negative_prompt": negatives}
+            negative = None if negatives[0] is None else negatives
+            return {"prompt": [request.prompt for request in requests], "negative_prompt": negative}
         given = requests[0].pipeline_options
         return {
             "prompt": None if "prompt_embeds" in given else requests[0].prompt,

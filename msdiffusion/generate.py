@@ -18,11 +18,12 @@ from torch import Tensor
 from msdiffusion.adapter import MSAdapter
 from msdiffusion.backbone import Backbone, default_device
 from msdiffusion.condition import SubjectCondition
-from msdiffusion.drawing import BatchDrawing, GenerationResult, PictureHook, SubjectBatch, first_given
-from msdiffusion.errors import WeightsError
+from msdiffusion.drawing import BatchDrawing, GenerationResult, PictureHook, first_given
+from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.loading import Sources, check_encoders, load_adapter
 from msdiffusion.model_card import CARD_NAME, is_generated, write_card
 from msdiffusion.request import FALLBACKS, GenerationRequest, OutputType, check_request
+from msdiffusion.subject_batch import SubjectBatch
 from msdiffusion.subjects import check_subjects, number_between, whole_number
 
 Reference = Image.Image | str | Path
@@ -252,7 +253,8 @@ class MSDiffusion:
             masks: one per subject, or None: a bool array (rows, columns) of any size over the whole picture, a picture
                 in black and white, or the path of one. It replaces the box as region; the box, if there is none, is
                 the one round the mask.
-            negative_prompt: what to stay away from.
+            negative_prompt: what to stay away from. None, and no default of the adapter: the pipeline's own choice,
+                which for SDXL are zeros in place of an empty text.
             num_images: how many pictures. Picture k is the one that ``seed=seed + k`` gives alone.
             steps: denoising steps.
             guidance_scale: weight of the prompt and the subjects against the negative prompt; 1 or less: no guidance.
@@ -266,7 +268,7 @@ class MSDiffusion:
                 the boxes. Every phrase must be in the prompt.
             auto_layout_threshold: how much of its highest attention a patch needs to belong to a subject, in [0, 1].
             auto_layout_start: the first step, counted from 1, with these regions; None: 5, and 2 for subjects without
-                a box.
+                a box. Samplers of second order (Heun, ...) count twice a step.
             seed: of the noise, which is drawn on the CPU so that every device gives the same. None: a new one.
             output_type: "pil" a list of pictures, "np" (n, height, width, 3) in [0, 1], "pt" (n, 3, height, width) in
                 [0, 1], "latent" (n, channels, rows, columns).
@@ -279,6 +281,7 @@ class MSDiffusion:
         Raises:
             RequestError, LayoutError, PhraseError: an argument cannot be honoured.
         """
+        whole_number(batch_size, "batch_size", 1)
         request = check_request(
             images,
             boxes,
@@ -299,7 +302,6 @@ class MSDiffusion:
             auto_layout_start=auto_layout_start,
             seed=seed,
             output_type=output_type,
-            batch_size=batch_size,
             latents=latents,
             **pipeline_options,
         )
@@ -332,7 +334,8 @@ class MSDiffusion:
             RequestError, LayoutError, PhraseError: a request cannot be honoured; before anything is drawn.
         """
         checked = [
-            request if isinstance(request, GenerationRequest) else check_request(**request) for request in requests
+            request if isinstance(request, GenerationRequest) else _checked(request, index)
+            for index, request in enumerate(requests)
         ]
         return BatchDrawing(self, checked, whole_number(batch_size, "batch_size", 1), progress).draw(on_result)
 
@@ -385,3 +388,14 @@ class MSDiffusion:
                     (Path(folder) / CARD_NAME).unlink()
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         return str(url)
+
+
+def _checked(arguments: Mapping[str, Any], index: int) -> GenerationRequest:
+    """A request of generate_batch from a mapping; ``boxes`` may be left out."""
+    wrong = sorted({"progress", "batch_size"} & arguments.keys())
+    if wrong:
+        raise RequestError(f"requests[{index}]: {' and '.join(wrong)} are of the whole call, not of one request")
+    missing = sorted({"images", "prompt"} - arguments.keys())
+    if missing:
+        raise RequestError(f"requests[{index}] has no {' and no '.join(missing)}")
+    return check_request(**{"boxes": None, **arguments})

@@ -41,6 +41,7 @@ RANKS = {
     "model_card": 5,
     "backbone": 5,
     "loading": 6,
+    "subject_batch": 6,
     "drawing": 7,
     "generate": 8,
     "training": 8,

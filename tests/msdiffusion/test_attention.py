@@ -174,6 +174,29 @@ def test_text_keys_are_computed_once_per_text(layer, golden):
         layer.to_k = whole
 
 
+def test_text_keys_are_kept_for_one_unet_precision_and_state_of_the_weights(layer, golden):
+    text, cache = golden[0]["encoder_hidden_states"][:, :TEXT].clone(), TextCache()
+    ours, theirs = object(), object()
+    with torch.no_grad():
+        assert cache.begin(text, ours).is_new
+        key = cache.states(LAYER, layer, text)[0]
+        assert not cache.begin(text, ours).is_new
+        assert cache.states(LAYER, layer, text)[0] is key
+        assert cache.begin(text, theirs).is_new
+        with torch.autocast("cpu", torch.bfloat16):
+            assert cache.begin(text, theirs).is_new
+            assert cache.states(LAYER, layer, text)[0].dtype == torch.bfloat16
+        cache.begin(text, ours)
+        key = cache.states(LAYER, layer, text)[0]
+        layer.to_k.weight.mul_(2)
+        try:
+            torch.testing.assert_close(cache.states(LAYER, layer, text)[0], 2 * key)
+        finally:
+            layer.to_k.weight.div_(2)
+        with torch.inference_mode():
+            assert cache.begin(text.clone(), ours) is None  # nobody counts its changes
+
+
 def test_the_binder_sees_a_replaced_processor_and_leaves_other_calls_alone(layer, golden):
     binder = SubjectBinder([layer])
     assert binder(None, (), {}) is None

@@ -88,7 +88,7 @@ def ours(model, scale=0.8, **changes):
 
 
 def theirs(pipeline, *, steps=3, seed=0, num_images=1, **changes):
-    options = {"negative_prompt": "", "guidance_scale": 3.0, "output_type": "pt", "num_images_per_prompt": num_images}
+    options = {"guidance_scale": 3.0, "output_type": "pt", "num_images_per_prompt": num_images}
     generators = [torch.Generator().manual_seed(seed + number) for number in range(num_images)]
     texts = {} if "prompt_embeds" in changes else {"prompt": PROMPT}
     return pipeline(**{**texts, **options, "num_inference_steps": steps, "generator": generators, **changes}).images

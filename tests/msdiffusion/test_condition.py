@@ -342,3 +342,91 @@ def test_moving_takes_everything_along(layer, golden):
     assert {part.device.type for part in parts} == {"meta"}
     assert condition.keys[LAYER].dtype == torch.bfloat16
     assert not condition._attention_masks
+
+
+def test_masks_of_different_resolutions(layer, golden):
+    """A list of masks is as a tensor of them; a missing one leaves the box."""
+    torch.manual_seed(0)
+    masks = torch.rand(2, 3, 7, 9) > 0.8
+    as_lists = [[*masks[0]], [masks[1, 0], None]]
+    boxes = golden[0]["boxes"]
+    listed = make_condition(golden, masks=as_lists).regions(12, 12)
+    stacked = make_condition(golden, masks=masks).regions(12, 12)
+    assert torch.equal(listed[0], stacked[0])
+    assert torch.equal(listed[1, 0], stacked[1, 0])
+    assert torch.equal(listed[1, 1:], make_condition(golden).regions(12, 12)[1, 1:])
+    finer = [[mask.repeat_interleave(5, 0).repeat_interleave(3, 1) for mask in row] for row in masks]
+    assert torch.equal(make_condition(golden, masks=finer).regions(7, 9), masks.flatten(2))
+    with pytest.raises(LayoutError, match=r"masks must be \(2, 3, height, width\).*got \[4, 0\]"):
+        make_condition(golden, masks=[[None] * 4, []], boxes=boxes)
+    condition = make_condition(golden, masks=as_lists)
+    condition.to("meta", torch.float32)
+    assert {mask.device.type for row in condition.masks for mask in row if mask is not None} == {"meta"}
+
+
+def test_the_halves_of_a_batch_are_looked_at(layer, golden):
+    noise = torch.randn(4, 4, 2, 2)
+    two = make_condition(golden)
+    two.check_halves(noise[:2])
+    two.check_halves(torch.cat([noise[:2], noise[:2]]))
+    with pytest.raises(RequestError, match="2 pictures.*4 samples, different latents, as without guidance"):
+        two.check_halves(noise)
+    with pytest.raises(RequestError, match="2 samples, every latent twice, as with guidance"):
+        two.check_halves(torch.cat([noise[:1], noise[:1]]))
+    for certain in (make_condition(golden, guidance=False), make_condition(golden, guidance=True)):
+        certain.check_halves(noise)
+    two.check_batch = False
+    two.check_halves(noise)
+
+
+def test_a_broken_off_run_is_forgotten_on_demand_and_grids_are_kept_apart(layer, golden):
+    spans = golden[0]["phrase_token_spans"]
+    fresh = make_condition(golden, auto_layout=AutoLayout(spans, start_step=2))
+    expected = run(layer, golden, fresh, timestep=300)
+    used = make_condition(golden, auto_layout=AutoLayout(spans, start_step=2))
+    steps(layer, golden, used, (900, 600))
+    used.reset()
+    assert torch.equal(run(layer, golden, used, timestep=300), expected)
+    run(layer, golden, used, timestep=900, size=(8, 18))
+    wide = make_condition(golden, auto_layout=AutoLayout(spans, start_step=2))
+    run(layer, golden, wide, timestep=900, size=(8, 18))
+    assert torch.equal(used.layout_maps(8, 18), wide.layout_maps(8, 18))
+
+
+def test_auto_layout_goes_on_after_inference_mode(layer, golden):
+    spans = golden[0]["phrase_token_spans"]
+    expected = steps(layer, golden, make_condition(golden, auto_layout=AutoLayout(spans, start_step=2)))
+    with torch.inference_mode():
+        condition = make_condition(golden, auto_layout=AutoLayout(spans, start_step=2))
+        assert torch.equal(steps(layer, golden, condition), expected)
+    with torch.no_grad():
+        assert torch.equal(steps(layer, golden, condition), expected)
+
+
+def test_what_another_processor_returned_is_not_changed(layer, golden):
+    kept = []
+
+    class Keeping(AttnProcessor2_0):
+        def __call__(self, *args, **kwargs):
+            kept.append(super().__call__(*args, **kwargs))
+            return kept[-1]
+
+    tensors, _ = golden
+    condition = make_condition(golden, guidance=True)
+    layer.set_processor(MultiSubjectAttnProcessor(LAYER, base=Keeping()))
+    hidden, text = (tensors[name].repeat(2, 1, 1) for name in ("hidden_states", "encoder_hidden_states"))
+    bound = condition.bind(torch.zeros(4, 4, 12, 12), 500)
+    layer(hidden, encoder_hidden_states=text[:, :TEXT], subjects=bound)
+    torch.testing.assert_close(kept[0][:2], kept[0][2:])
+
+
+def test_regions_are_worked_out_once_per_size(layer, golden, monkeypatch):
+    calls = []
+    regions = SubjectCondition.regions
+    monkeypatch.setattr(SubjectCondition, "regions", lambda self, *grid: calls.append(grid) or regions(self, *grid))
+    windows = torch.tensor([[[0.0, 0.5]] * 3] * 2)
+    layouts = ({}, {"windows": windows}, {"auto_layout": AutoLayout(golden[0]["phrase_token_spans"])})
+    for options in layouts:
+        calls.clear()
+        steps(layer, golden, make_condition(golden, **options))
+        assert calls == [(12, 12)]

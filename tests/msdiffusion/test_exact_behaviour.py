@@ -57,7 +57,7 @@ def condition_of(model, **changes):
 def run(pipeline, condition=None, *, steps=3, seed=0, **options):
     """A call of a pipeline."""
     subjects = {} if condition is None else {"cross_attention_kwargs": {"subjects": condition}}
-    settings = {"prompt": PROMPT, "negative_prompt": "", "guidance_scale": 3.0, "output_type": "pt", **subjects}
+    settings = {"prompt": PROMPT, "guidance_scale": 3.0, "output_type": "pt", **subjects}
     generator = torch.Generator().manual_seed(seed)
     return pipeline(**{**settings, "num_inference_steps": steps, "generator": generator, **options}).images
 
@@ -235,7 +235,8 @@ def test_a_batch_of_different_layouts_equals_single_calls(model, options):
         {**MASKS, "seed": 7, "subject_scales": [0.3, 1]},
         {**ONE, "seed": 8, "num_images": 2, "images": [[CLOCK, DOG]]},
     ]
-    requests = [{**options, **request} for request in requests]
+    # Requests with a negative prompt don't share a batch with those without.
+    requests = [{"negative_prompt": "", **options, **request} for request in requests]
     calls = []
     counting = model.backbone.unet.register_forward_hook(lambda *_: calls.append(1))
     together = batch(model, *requests)
@@ -460,3 +461,31 @@ def test_windows_are_each_subjects_own(model):
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[3]))
     fresh_process_results(*sys.argv[1:3])
+
+
+def test_requests_without_a_negative_prompt_get_the_pipelines_own(model):
+    """Zeros in place of an empty text, where the base model says so; never mixed up in a batch."""
+    requests = [{}, {"negative_prompt": ""}, {"seed": 1}, {"seed": 1, "negative_prompt": "a red clock"}]
+    together = [result.pictures for result in batch(model, *requests)]
+    for request, pictures in zip(requests, together, strict=True):
+        close(pictures, draw(model, **request))
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+def test_a_mask_does_not_depend_on_the_masks_beside_it(model):
+    """Masks of other resolutions, in the same request and in the same batch."""
+    rows, columns = np.mgrid[0:3, 0:3]
+    coarse, fine = rows + columns < 3, np.random.default_rng(0).random((16, 17)) < 0.3
+    first = {"boxes": None, "masks": [coarse, None], "subject_scales": [1, 0], "auto_layout_start": 3}
+    alone = draw(model, **first)
+    close(draw(model, **{**first, "masks": [coarse, fine]}), alone)
+    other = {"boxes": None, "masks": [fine, fine[:7]], "auto_layout_start": 3}
+    close(batch(model, first, other)[0].pictures, alone)
+
+
+def test_a_subject_that_is_left_out_stays_out_when_auto_layout_comes(model):
+    alone = draw(model, images=[DOG], boxes=[LEFT], phrases=["dog"], auto_layout=True, auto_layout_start=1)
+    with pytest.warns(UserWarning, match="no area"):
+        empty = draw(model, boxes=[LEFT, [0.5, 0.5, 0.5, 0.9]], auto_layout=True, auto_layout_start=1)
+    close(empty, alone)
+    close(draw(model, subject_scales=[1, 0], auto_layout=True, auto_layout_start=1), alone)

@@ -5,7 +5,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
 from PIL import Image
 
 import msdiffusion.generate
@@ -64,7 +69,7 @@ def test_references_phrases_boxes_and_prompt_all_matter(model):
 def test_scale_zero_is_the_bare_pipeline_bit_for_bit(model, bare, changes, guidance_scale):
     ours = draw(model, num_images=2, guidance_scale=guidance_scale, height=48, width=80, **changes)
     theirs = bare(
-        PROMPT, negative_prompt="", num_inference_steps=3, guidance_scale=guidance_scale, height=48, width=80,
+        PROMPT, num_inference_steps=3, guidance_scale=guidance_scale, height=48, width=80,
         num_images_per_prompt=2, generator=[torch.Generator().manual_seed(k) for k in range(2)], output_type="pt",
     ).images  # fmt: skip
     assert torch.equal(ours, theirs)
@@ -209,6 +214,134 @@ def test_another_pipeline_on_the_same_unet_takes_the_condition(model):
 
     assert torch.equal(redraw(0.0), redraw(None))
     assert not torch.equal(redraw(1.0), redraw(None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"subject_scale": 1}, "takes no 'subject_scale'.*did you mean subject_scales"),
+        ({"num_inference_steps": 3}, "takes no 'num_inference_steps'"),
+        ({"prompt_embeds": torch.zeros(2, 4, 48)}, r"prompt_embeds must be of one prompt.*got \(2, 4, 48\)"),
+        ({"negative_prompt_embeds": [1]}, "negative_prompt_embeds must be of one prompt.*got list"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents must be a tensor of \(1, 4, 32, 32\)"),
+        ({"latents": np.zeros((1, 4, 32, 32))}, "got ndarray"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"boxes": None, "auto_layout_start": 4}, "starts at step 4, but there are 3 steps"),
+        ({"boxes": None, "auto_layout_start": 4, "steps": None}, "starts at step 4, but there are 3 steps"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_before_anything_runs(model, changes, message, monkeypatch):
+    monkeypatch.setattr(Backbone, "encode_references", lambda *_: pytest.fail("computed before the checks"))
+    with pytest.raises(RequestError, match=message):
+        draw(model, **changes)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"images": [DOG]}, r"requests\[1\] has no prompt"),
+        ({}, r"requests\[1\] has no images and no prompt"),
+        ({**TWO, "progress": False}, "progress are of the whole call"),
+        ({**TWO, "batch_size": 1}, "batch_size are of the whole call"),
+    ],
+)
+def test_incomplete_requests_of_a_batch_are_named(model, request_, message):
+    with pytest.raises(RequestError, match=message):
+        model.generate_batch([TWO, request_], progress=False)
+    with pytest.raises(RequestError, match="no requests"):
+        model.generate_batch([])
+
+
+def test_a_request_of_a_batch_may_leave_its_boxes_out(model):
+    free = {"images": [DOG], "prompt": "a dog on the beach", "phrases": ["dog"], "seed": 0, "output_type": "pt"}
+    result = model.generate_batch([free], progress=False)[0]
+    assert torch.equal(result.pictures, model.generate(**free, boxes=None, progress=False))
+    assert result.seeds == (0,)
+
+
+def test_windows_need_timesteps_that_say_how_far_a_run_is(model):
+    own = model.pipeline.scheduler
+    options = {"subject_windows": [None, (0, 0.5)]}
+    try:
+        model.pipeline.scheduler = EulerDiscreteScheduler.from_config(own.config, timestep_type="continuous")
+        with pytest.raises(RequestError, match="EulerDiscreteScheduler counts in logarithms"):
+            draw(model, **options)
+        with pytest.raises(RequestError, match="counts in logarithms"):
+            model.condition([DOG, TEAPOT], [LEFT, RIGHT], ["dog", "teapot"], **options)
+    finally:
+        model.pipeline.scheduler = own
+
+
+def test_samplers_of_second_order_have_more_calls_than_steps(model):
+    own = model.pipeline.scheduler
+    try:
+        model.pipeline.scheduler = HeunDiscreteScheduler.from_config(own.config)
+        automatic = draw(model, auto_layout=True)  # starts at the fifth call, in the third step: no warning
+        assert not torch.equal(automatic, draw(model))
+    finally:
+        model.pipeline.scheduler = own
+
+
+def test_hooks_see_every_picture_in_order_and_may_refuse_a_size(model):
+    seen = []
+
+    class Hook:
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, pictures):
+            seen.append((self.name, len(pictures)))
+            return [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in pictures]
+
+        def check_size(self, width, height):
+            if width < 64:
+                raise RequestError("too small")
+
+    plain = draw(model, output_type="pil")[0]
+    model.picture_hooks = [Hook("first")]
+    try:
+        assert draw(model, output_type="pil")[0].tobytes() == plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()
+        model.picture_hooks.append(Hook("second"))
+        assert draw(model, output_type="pil")[0].tobytes() == plain.tobytes()
+        assert seen == [("first", 1), ("first", 1), ("second", 1)]
+        with pytest.raises(RequestError, match="picture_hooks take PIL pictures"):
+            draw(model)
+        with pytest.raises(RequestError, match="too small"):
+            draw(model, output_type="pil", width=56)
+        model.picture_hooks = [lambda pictures: []]
+        with pytest.raises(RequestError, match="returned 0 pictures for 1"):
+            draw(model, output_type="pil")
+    finally:
+        model.picture_hooks = []
+
+
+def test_the_pipelines_own_bar_is_left_as_it_was(model):
+    model.pipeline.set_progress_bar_config(desc="mine", disable=True)
+    draw(model)
+    assert model.pipeline._progress_bar_config == {"desc": "mine", "disable": True}
+
+
+def test_many_references_are_encoded_in_parts(model, monkeypatch):
+    sizes = []
+    encode = Backbone.encode_references
+    monkeypatch.setattr(
+        Backbone, "encode_references", lambda self, pixels, *a: sizes.append(len(pixels)) or encode(self, pixels, *a)
+    )
+    model.condition([DOG] * 20, [LEFT] * 20, ["dog"] * 20)
+    assert sizes == [16, 4]
+
+
+def test_a_batch_that_is_not_what_it_seems_is_refused(model):
+    """Two pictures without guidance for a condition of one: half of them would lose their subjects."""
+    condition = model.condition([DOG], [LEFT], ["dog"])
+    options = {"num_inference_steps": 1, "output_type": "latent", "cross_attention_kwargs": {"subjects": condition}}
+    model.pipeline.set_progress_bar_config(disable=True)
+    with pytest.raises(RequestError, match="2 samples, different latents, as without guidance"):
+        model.pipeline(PROMPT, num_images_per_prompt=2, guidance_scale=1.0, **options)
+    model.pipeline(PROMPT, guidance_scale=3.0, **options)
+    model.pipeline._cross_attention_kwargs = None
+    same = {"images": [DOG], "boxes": [LEFT], "prompt": PROMPT, "phrases": ["dog"], "seed": 0, "guidance_scale": 1.0}
+    model.generate_batch([same, same], progress=False)  # equal latents, and rightly so
 
 
 # Loading and saving
