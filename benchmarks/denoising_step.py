@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from msdiffusion.adapter import MSAdapter, cross_attentions
-from msdiffusion.condition import AutoLayout
+from msdiffusion.auto_layout import AutoLayout
 from msdiffusion.loading import load_adapter
 from msdiffusion.places import DEFAULT_MODEL
 from msdiffusion.resampler import ResamplerParams
@@ -156,7 +156,7 @@ def inputs_of(unet: UNet2DConditionModel, options: argparse.Namespace) -> tuple[
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
     torch.manual_seed(0)
     inputs = {
-        "sample": torch.randn(2 * B, unet.config.in_channels, side, side, **like),
+        "sample": torch.randn(B, unet.config.in_channels, side, side, **like).repeat(2, 1, 1, 1),  # as guidance does
         "timestep": torch.tensor(500, device=options.device),
         "encoder_hidden_states": torch.randn(2 * B, options.text_tokens, unet.config.cross_attention_dim, **like),
         "added_cond_kwargs": {

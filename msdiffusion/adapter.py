@@ -27,7 +27,8 @@ from msdiffusion.attention import (
     SubjectBinder,
     TransparentAttnProcessor,
 )
-from msdiffusion.condition import AutoLayout, SubjectCondition
+from msdiffusion.auto_layout import AutoLayout
+from msdiffusion.condition import SubjectCondition
 from msdiffusion.errors import LayoutError, RequestError, WeightsError, shown
 from msdiffusion.official import from_record, read_record, to_record, write_record
 from msdiffusion.request import check_settings

@@ -10,7 +10,6 @@ width, C = H * D layer width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
@@ -24,6 +23,7 @@ from msdiffusion.attention import (
     dot_product_attention,
     split_heads,
 )
+from msdiffusion.auto_layout import AutoLayout, TextMaps, to_unit_range
 from msdiffusion.errors import LayoutError, RequestError
 from msdiffusion.layout import grid_of, patch_masks, pool_masks
 
@@ -31,31 +31,6 @@ Masks = Sequence[Sequence[Tensor | None]]
 NULL_TOKENS = 8
 """Tokens with value zero that patches outside every region attend to, so that they read exactly zero. Eight keep the
 number of tokens a multiple of eight, as fused kernels like it."""
-
-
-@dataclass(frozen=True)
-class AutoLayout:
-    """Let the text's own attention maps replace the regions after some steps (the official "pseudo mask").
-
-    From the ``start_step``-th call of the UNet on, a layer's region of a subject is where the attention to its phrase,
-    averaged over the phrase's tokens, the heads and all calls so far, and scaled to [0, 1], exceeds ``threshold``.
-    """
-
-    spans: Tensor
-    """(B, S, 2) integer [start, end) of each subject's phrase among the text tokens; start = end: no region."""
-    threshold: float = 0.5
-    start_step: int | Tensor = 5
-    """Counted from 1; a number, or (B, S) integers. Samplers of second order (Heun, ...) call the UNet twice a step."""
-    subjects: Tensor | None = None
-    """(B, S) bool: whose regions are replaced; None: all."""
-
-    def __post_init__(self) -> None:
-        if self.spans.ndim != 3 or self.spans.shape[-1] != 2:
-            raise RequestError(f"spans must be (batch, subjects, 2), got {tuple(self.spans.shape)}")
-        if not 0.0 <= self.threshold <= 1.0:
-            raise RequestError(f"auto layout threshold must be in [0, 1], got {self.threshold}")
-        if isinstance(self.start_step, int) and self.start_step < 1:
-            raise RequestError(f"auto layout start_step counts from 1, got {self.start_step}")
 
 
 class SubjectCondition:
@@ -284,61 +259,6 @@ class SubjectCondition:
         return self._maps.mean(rows, columns)
 
 
-class TextMaps:
-    """Sums over the steps of one run of the text's attention to each phrase, per layer.
-
-    All arithmetic stays on the device: counting, and starting again where the timestep rises, cost no waiting.
-    """
-
-    def __init__(self, device: torch.device | str) -> None:
-        self.totals: dict[str, Tensor] = {}
-        """(B, S, Q) float32 per layer."""
-        self.grids: dict[str, tuple[int, int]] = {}
-        self.steps = torch.zeros((), device=device)
-        self.first_timestep, self.last_timestep = torch.full((2,), -torch.inf, device=device).unbind()
-        self.kept = torch.zeros((), device=device)
-        """1 where the run goes on, 0 in its first step."""
-
-    def is_stale(self) -> bool:
-        """Whether these sums were made under ``inference_mode``, and so cannot be changed outside of it."""
-        made = (self.steps, *self.totals.values())
-        return not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in made)
-
-    def begin(self, timestep: Tensor) -> None:
-        """Count a call of the UNet; ``timestep`` is one number."""
-        # Within a run samplers of second order repeat a timestep, or round it up by a hair, but never the first one.
-        self.kept.copy_((timestep < self.first_timestep) & (timestep <= self.last_timestep + 0.5))
-        self.first_timestep.copy_(torch.where(self.kept > 0, self.first_timestep, timestep))
-        self.steps.mul_(self.kept).add_(1)
-        self.last_timestep.copy_(timestep)
-
-    def add(self, layer: str, maps: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Add the maps (B, S, Q) of one step; returns their mean over the steps so far."""
-        if layer not in self.totals or self.totals[layer].shape != maps.shape or self.grids[layer] != grid:
-            self.totals[layer] = torch.zeros_like(maps)
-            self.grids[layer] = grid
-        # where, not a product: what an earlier run left may be infinite
-        total = self.totals[layer]
-        total.copy_(torch.where(self.kept > 0, total, 0.0) + maps)
-        return total / self.steps
-
-    def mean(self, rows: int, columns: int) -> Tensor:
-        """(B, S, rows, columns) in [0, 1]."""
-        resized = [
-            functional.interpolate(
-                _to_unit_range(total).unflatten(-1, self.grids[layer]), (rows, columns), mode="bilinear"
-            )
-            for layer, total in self.totals.items()
-        ]
-        return _to_unit_range(torch.stack(resized).mean(dim=0).flatten(2)).unflatten(-1, (rows, columns))
-
-
-def _to_unit_range(maps: Tensor) -> Tensor:
-    """Scaled to [0, 1] along the last axis; the official 1e-5 keeps the map of an empty phrase at 0."""
-    low, high = maps.amin(dim=-1, keepdim=True), maps.amax(dim=-1, keepdim=True)
-    return (maps - low) / (high - low + 1e-5)
-
-
 class BoundCondition:
     """A condition for one call of the UNet: AttentionControl."""
 
@@ -436,7 +356,7 @@ class BoundCondition:
         chosen = maps.steps >= torch.as_tensor(layout.start_step, device=query.device).unsqueeze(-1)
         if layout.subjects is not None:
             chosen = chosen & layout.subjects.to(query.device).unsqueeze(-1)
-        return torch.where(chosen, _to_unit_range(mean) > layout.threshold, self._given_regions(patches))
+        return torch.where(chosen, to_unit_range(mean) > layout.threshold, self._given_regions(patches))
 
     def _weights(self, layout: AutoLayout, probabilities: Tensor) -> Tensor:
         """(B or 1, 1, L, S): 1 / length on the tokens of each phrase."""

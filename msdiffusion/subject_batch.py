@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msdiffusion.condition import AutoLayout, SubjectCondition
+from msdiffusion.auto_layout import AutoLayout
+from msdiffusion.condition import SubjectCondition
 from msdiffusion.errors import RequestError
 from msdiffusion.phrases import token_span
 from msdiffusion.subjects import WHOLE, Subjects

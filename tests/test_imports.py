@@ -35,6 +35,7 @@ RANKS = {
     "provenance": 5,
     "resampler": 2,
     "attention": 2,
+    "auto_layout": 2,
     "condition": 3,
     "official": 3,
     "adapter": 4,

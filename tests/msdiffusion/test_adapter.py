@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from msdiffusion.adapter import AdapterConfig, MSAdapter, cross_attentions
 from msdiffusion.attention import MultiSubjectAttnProcessor, TransparentAttnProcessor
+from msdiffusion.auto_layout import AutoLayout
 from msdiffusion.batch import identify
-from msdiffusion.condition import AutoLayout
 from msdiffusion.errors import LayoutError, RequestError, WeightsError
 from msdiffusion.resampler import ResamplerParams
 

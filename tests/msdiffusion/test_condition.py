@@ -5,7 +5,8 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from msdiffusion.attention import MultiSubjectAttnProcessor
-from msdiffusion.condition import AutoLayout, SubjectCondition
+from msdiffusion.auto_layout import AutoLayout
+from msdiffusion.condition import SubjectCondition
 from msdiffusion.errors import LayoutError, RequestError
 
 LAYER = "layer"
