@@ -151,9 +151,7 @@ def plan(
         arguments = _resolved(entry.arguments, identity.defaults)
         try:
             if _follows_text(arguments):
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # drawing says it
-                    check_auto_layout_start(open_request(entry.arguments).subjects, arguments["steps"])
+                _check_auto_layout(open_request(entry.arguments).subjects, arguments["steps"], identity.sources)
             request = request_record(arguments, folder, embed=embed)
         except RequestError as error:
             raise RequestError(f"{entry.where}: {error}") from None
@@ -321,6 +319,18 @@ def _write(picture: Picture, result: Any, model: MSDiffusion, place: Mapping[str
         "made_with": made_with(str(model.backbone.device)),
     }
     save_png(drawn, picture.path, record)
+
+
+def _check_auto_layout(subjects: Subjects, steps: int, sources: Sources) -> None:
+    """Raise RequestError if a subject without a box would not find its place."""
+    from msdiffusion.pretrained import calls_per_step
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # drawing says it
+        try:
+            check_auto_layout_start(subjects, steps)
+        except RequestError:  # unless the base's sampler calls the UNet more than once in a step
+            check_auto_layout_start(subjects, steps * calls_per_step(sources.base_model, sources.base_config))
 
 
 def _write_layout(picture: Picture, result: Any, subjects: Subjects) -> None:

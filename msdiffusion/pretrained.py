@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
-    AutoencoderKL,
+    DDIMScheduler,
     DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -116,16 +117,35 @@ def native_side(base_model: str | Path, base_config: str | Path | None = None) -
         None where the configs don't tell, or aren't there.
     """
     source = base_config if names_single_file(base_model) else base_model
-    if source is None:
-        return None
-    try:
-        sample_size = UNet2DConditionModel.load_config(str(source), subfolder="unet").get("sample_size")
-        stages = AutoencoderKL.load_config(str(source), subfolder="vae").get("block_out_channels")
-    except _LOADING_ERRORS:
-        return None
+    sample_size = _config_of(source, "unet").get("sample_size")
+    stages = _config_of(source, "vae").get("block_out_channels")
     if not isinstance(sample_size, int) or not isinstance(stages, list):
         return None
     return sample_size * 2 ** (len(stages) - 1)
+
+
+def calls_per_step(base_model: str | Path, base_config: str | Path | None = None) -> int:
+    """How often a base model's own sampler calls the UNet in a step, from its configs alone; 1 where they don't tell.
+
+    Args:
+        base_model: see ``load_pipeline``.
+        base_config: see ``load_pipeline``.
+    """
+    source = base_config if names_single_file(base_model) else base_model
+    name = _config_of(source, "scheduler").get("_class_name")
+    order = getattr(getattr(diffusers, str(name), None), "order", 1)
+    return order if isinstance(order, int) else 1
+
+
+def _config_of(source: str | Path | None, part: str) -> Mapping[str, Any]:
+    """The config of a pipeline's part, empty where there is none."""
+    if source is None:
+        return {}
+    reader = DDIMScheduler if part == "scheduler" else UNet2DConditionModel  # which know the names of the files
+    try:
+        return reader.load_config(str(source), subfolder=part)
+    except _LOADING_ERRORS:
+        return {}
 
 
 def encoder_widths(

@@ -336,6 +336,16 @@ def test_a_subject_that_would_never_find_its_place(folder, identity):
     planned(folder, identity, chosen=[entry(folder, "in_time", boxes=None, auto_layout_start=4, steps=4)])
 
 
+def test_a_sampler_of_two_calls_per_step_gives_a_subject_more_time(folder, tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    path = tmp_path / "model" / "base" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "HeunDiscreteScheduler"}))
+    heun = batch.identify(str(tmp_path / "model"), None, None, "float32")
+    planned(folder, heun, chosen=[entry(folder, "x", boxes=None, auto_layout_start=4)])
+    with pytest.raises(RequestError, match="starts at step 7, but there are 6"):
+        planned(folder, heun, chosen=[entry(folder, "x", boxes=None, auto_layout_start=7)])
+
+
 @pytest.mark.slow
 def test_a_real_kill(folder, tiny_model_dir):
     """SIGKILL in the middle, then the same command again: the same files as of a run that nobody disturbed."""

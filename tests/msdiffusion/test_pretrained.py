@@ -15,13 +15,26 @@ from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
 from msdiffusion.pretrained import (
     _split_hub_folder,
     absolute,
+    calls_per_step,
     encoder_widths,
     is_local,
     kind_of_class,
     load_image_encoder,
     load_pipeline,
+    native_side,
     skeleton_unet,
 )
+
+
+def test_what_configs_alone_tell(tiny_model_dir, single_file, tmp_path):
+    assert (native_side(tiny_model_dir / "base"), calls_per_step(tiny_model_dir / "base")) == (64, 1)
+    assert native_side(single_file, tiny_model_dir / "base") == 64
+    for unknown in ((single_file, None), (tmp_path, None)):
+        assert (native_side(*unknown), calls_per_step(*unknown)) == (None, 1)
+    (tmp_path / "scheduler").mkdir()
+    for name, calls in (("HeunDiscreteScheduler", 2), ("Nothing", 1), ("utils", 1)):
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": name}))
+        assert calls_per_step(tmp_path) == calls
 
 
 def predictions(pipeline):
