@@ -6,10 +6,9 @@ width.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from msdiffusion.adapter_config import CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig
 from msdiffusion.attention import (
     Backend,
     MultiSubjectAttnProcessor,
@@ -29,112 +29,9 @@ from msdiffusion.attention import (
 )
 from msdiffusion.auto_layout import AutoLayout
 from msdiffusion.condition import SubjectCondition
-from msdiffusion.errors import LayoutError, RequestError, WeightsError, shown
+from msdiffusion.errors import LayoutError, RequestError, WeightsError
 from msdiffusion.official import from_record, read_record, to_record, write_record
-from msdiffusion.request import check_settings
 from msdiffusion.resampler import GlobalProjector, GroundingResampler, ResamplerParams
-
-SCHEMA = "msdiffusion.adapter/1"
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "adapter.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """What config.json beside the weights says; the defaults are those of the official release."""
-
-    resampler: ResamplerParams
-    base_model: str = "stabilityai/stable-diffusion-xl-base-1.0"
-    """Path relative to the adapter's directory, other path, or hub name of the diffusers pipeline."""
-    image_encoder: str = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
-    """The same of a CLIPVisionModelWithProjection."""
-    base_config: str | None = None
-    """The same of the pipeline that configs and tokenizers come from, where ``base_model`` is one file of weights."""
-    training_resolution: int = 512
-    """Side of the training pictures in pixels."""
-    reference_background: tuple[int, int, int] = (0, 0, 0)
-    """RGB, 0-255, behind a cut-out reference."""
-    reference_fit: str = "squash"
-    """How a reference becomes square: "squash" changes its aspect, "pad" adds background."""
-    projector: str = "resampler"
-    """What makes tokens of a reference: "resampler" (MS-Diffusion), or "global", one linear layer on the embedding of
-    the whole reference (IP-Adapter); a rival for comparisons."""
-    regions: str = "boxes"
-    """Where a subject is seen: "boxes", or "everywhere" (an ablation: no masks)."""
-    defaults: Mapping[str, Any] = field(default_factory=lambda: {"scale": 0.6, "steps": 30, "guidance_scale": 7.5})
-    """Defaults of MSDiffusion.generate: scale, steps, guidance_scale, negative_prompt, height, width."""
-
-    def __post_init__(self) -> None:
-        background = tuple(self.reference_background)
-        if len(background) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in background):
-            raise WeightsError(f"reference_background must be three whole numbers in 0-255, got {background}")
-        object.__setattr__(self, "reference_background", background)
-        if self.reference_fit not in ("squash", "pad"):
-            raise WeightsError(f'reference_fit must be "squash" or "pad", got {self.reference_fit!r}')
-        if self.projector not in ("resampler", "global"):
-            raise WeightsError(f'projector must be "resampler" or "global", got {self.projector!r}')
-        if self.regions not in ("boxes", "everywhere"):
-            raise WeightsError(f'regions must be "boxes" or "everywhere", got {self.regions!r}')
-        for name in ("base_model", "image_encoder", "base_config"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and (name != "base_config" or value is not None):
-                raise WeightsError(f"{name} in an adapter's config must be text, got {shown(value)}")
-        if not isinstance(self.defaults, Mapping):
-            raise WeightsError(f"defaults in an adapter's config must be a mapping, got {shown(self.defaults)}")
-        known = {"scale", "steps", "guidance_scale", "negative_prompt", "height", "width"}
-        unknown = set(self.defaults) - known
-        if unknown:
-            raise WeightsError(f"unknown defaults {sorted(unknown)} in an adapter's config; known: {sorted(known)}")
-        try:
-            check_settings(self.defaults)
-        except RequestError as error:
-            raise WeightsError(f"defaults in an adapter's config: {error}") from None
-
-    @property
-    def reference_features(self) -> str:
-        """What the image encoder must give, see ``Backbone.encode_references``."""
-        return "global" if self.projector == "global" else "tokens"
-
-    def to_json(self) -> str:
-        """The text of config.json."""
-        record = {name: value for name, value in asdict(self).items() if value is not None}
-        return json.dumps({"schema": SCHEMA, **record}, indent=2) + "\n"
-
-    @classmethod
-    def read(cls, path: str | Path, source: str | None = None) -> AdapterConfig:
-        """Read config.json from a file; ``source`` is what messages call it.
-
-        Raises:
-            WeightsError: as from_json, or the file cannot be read.
-        """
-        source = str(path) if source is None else source
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise WeightsError(f"{source} cannot be read as text in UTF-8: {error}") from None
-        return cls.from_json(text, source)
-
-    @classmethod
-    def from_json(cls, text: str, source: str = CONFIG_NAME) -> AdapterConfig:
-        """Read config.json.
-
-        Raises:
-            WeightsError: not JSON, another schema, or keys that are missing or unknown.
-        """
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-            raise WeightsError(f"{source} is not JSON: {error}") from None
-        schema = record.pop("schema", None) if isinstance(record, dict) else None
-        if schema != SCHEMA:
-            raise WeightsError(f"{source} has schema {schema!r}; this version reads {SCHEMA!r}")
-        unknown = set(record) - {item.name for item in fields(cls)}
-        if unknown:
-            raise WeightsError(f"{source} has unknown keys {sorted(unknown)}")
-        try:
-            return cls(**{**record, "resampler": ResamplerParams(**record["resampler"])})
-        except (KeyError, TypeError) as error:
-            raise WeightsError(f"{source} is incomplete or of another version: {error}") from None
 
 
 class SubjectProjection(nn.Module):

@@ -77,7 +77,7 @@ def identify(
     Raises:
         WeightsError: there is no such adapter, or its config is broken.
     """
-    from msdiffusion.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig
+    from msdiffusion.adapter_config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig
     from msdiffusion.errors import WeightsError
     from msdiffusion.loading import find_adapter, model_sources
     from msdiffusion.provenance import file_sha256

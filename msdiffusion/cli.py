@@ -16,7 +16,7 @@ from msdiffusion.errors import MSDiffusionError, RequestError
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from msdiffusion.adapter import AdapterConfig
+    from msdiffusion.adapter_config import AdapterConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +91,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _tell_what_is_lost(config: AdapterConfig) -> None:
     """The official file holds weights only: its reader must be told what differs from the release."""
-    from msdiffusion.adapter import AdapterConfig
+    from msdiffusion.adapter_config import AdapterConfig
 
     told = ("base_model", "image_encoder", "reference_background", "reference_fit", "defaults")
     release = AdapterConfig(resampler=config.resampler)

@@ -14,7 +14,8 @@ from diffusers import UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from msdiffusion.adapter import CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig, MSAdapter, cross_attentions
+from msdiffusion.adapter import MSAdapter, cross_attentions
+from msdiffusion.adapter_config import CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig
 from msdiffusion.errors import RequestError, WeightsError, reason
 from msdiffusion.official import OFFICIAL_NAME
 from msdiffusion.pretrained import absolute, encoder_widths, is_local, skeleton_unet

@@ -7,7 +7,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import save_file
 
-from msdiffusion.adapter import AdapterConfig, MSAdapter, cross_attentions
+from msdiffusion.adapter import MSAdapter, cross_attentions
+from msdiffusion.adapter_config import AdapterConfig
 from msdiffusion.attention import MultiSubjectAttnProcessor, TransparentAttnProcessor
 from msdiffusion.auto_layout import AutoLayout
 from msdiffusion.batch import identify

@@ -10,7 +10,8 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
 import msdiffusion.loading
-from msdiffusion.adapter import AdapterConfig, MSAdapter
+from msdiffusion.adapter import MSAdapter
+from msdiffusion.adapter_config import AdapterConfig
 from msdiffusion.backbone import Backbone
 from msdiffusion.errors import WeightsError
 from msdiffusion.generate import MSDiffusion

@@ -7,7 +7,8 @@ import torch
 import yaml
 from PIL import Image
 
-from msdiffusion.adapter import AdapterConfig, MSAdapter
+from msdiffusion.adapter import MSAdapter
+from msdiffusion.adapter_config import AdapterConfig
 from msdiffusion.generate import MSDiffusion
 from msdiffusion.model_card import is_generated, model_card, write_card
 from msdiffusion.resampler import ResamplerParams

@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from msdiffusion.adapter import AdapterConfig, MSAdapter
+from msdiffusion.adapter import MSAdapter
+from msdiffusion.adapter_config import AdapterConfig
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.official import from_record, read_record, write_record
 from msdiffusion.resampler import ResamplerParams
