@@ -11,6 +11,9 @@ count, and their ratio. On a CPU that others use too, the ratio of CPU time is s
 ``naive`` is the straightforward way to do the same: masks rebuilt and keys projected in every layer at every step, an
 explicit softmax, the unconditional half not left out. Its prediction is compared with ours.
 
+A second table is of the cross-attention layers alone, on what they were given in that step: it says what the care is
+worth where the rest of the UNet does not drown it.
+
 ``--memory`` measures the peak of a process of its own for the bare UNet and for the UNet with subjects instead.
 """
 
@@ -84,9 +87,14 @@ def main() -> None:
         f"load {os.getloadavg()[0]:.1f}, torch {torch.__version__}\n",
         flush=True,
     )
-    times = measure(unet, adapter, options)
+    for title, times in measure(unet, adapter, options).items():
+        print_table(title, times)
+
+
+def print_table(title: str, times: dict[str, list[tuple[float, float]]]) -> None:
+    """One row per variant, compared with the bare UNet."""
     columns = ("median ms", "fastest ms", "ratio of medians", "ratio of fastest", "ratio of CPU time")
-    print(f"| variant | {' | '.join(columns)} |\n|---|---|---|---|---|---|")
+    print(f"{title}:\n\n| variant | {' | '.join(columns)} |\n|---|---|---|---|---|---|")
     bare_wall, bare_cpu = zip(*times["bare"], strict=True)
     for name, values in times.items():
         wall, cpu = zip(*values, strict=True)
@@ -96,6 +104,7 @@ def main() -> None:
             f"{median / statistics.median(bare_wall):.3f} | {min(wall) / min(bare_wall):.3f} | "
             f"{statistics.median(cpu) / statistics.median(bare_cpu):.3f} |"
         )
+    print(flush=True)
 
 
 VARIANTS = {
@@ -173,8 +182,8 @@ def inputs_of(unet: UNet2DConditionModel, options: argparse.Namespace) -> tuple[
 @torch.no_grad()
 def measure(
     unet: UNet2DConditionModel, adapter: MSAdapter, options: argparse.Namespace
-) -> dict[str, list[tuple[float, float]]]:
-    """Wall and CPU seconds of every round by variant."""
+) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Wall and CPU seconds of every round by variant, of the step and of the cross-attention layers alone."""
     own = unet.attn_processors
     naive = naive_processors(unet, adapter)
     adapter.install(unet)
@@ -182,8 +191,10 @@ def measure(
     inputs, tokens, boxes = inputs_of(unet, options)
     B, S = options.pictures, options.subjects
     spans = torch.stack([torch.arange(S) + 1, torch.arange(S) + 2], dim=-1)[None].to(options.device)
-    condition = adapter.condition(tokens, boxes, scale=0.6, num_images=B)
-    automatic = adapter.condition(tokens, boxes, num_images=B, auto_layout=AutoLayout(spans, start_step=1))
+    conditions = {
+        "subjects": adapter.condition(tokens, boxes, scale=0.6, num_images=B),
+        "auto": adapter.condition(tokens, boxes, num_images=B, auto_layout=AutoLayout(spans, start_step=1)),
+    }
     text = inputs["encoder_hidden_states"]
     subject_text = tokens.flatten(1, 2).expand(2 * B, -1, -1)
     joined = {**inputs, "encoder_hidden_states": torch.cat([text, subject_text], dim=1)}
@@ -191,8 +202,8 @@ def measure(
     variants: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]] = {
         "bare": (own, inputs, None),
         "installed": (installed, inputs, None),
-        "subjects": (installed, inputs, {"subjects": condition}),
-        "auto": (installed, inputs, {"subjects": automatic}),
+        "subjects": (installed, inputs, {"subjects": conditions["subjects"]}),
+        "auto": (installed, inputs, {"subjects": conditions["auto"]}),
         "naive": (naive, joined, {"naive": naive_kwargs}),
     }
     variants = {name: variants[name] for name in variants if name in {"bare", *options.variants}}
@@ -206,14 +217,55 @@ def measure(
         ours, theirs, bare = (step(name).float() for name in ("subjects", "naive", "bare"))
         difference, effect = (ours - theirs).abs().max().item(), (ours - bare).abs().max().item()
         print(f"largest difference between ours and the naive way: {difference:.2g}; subjects change {effect:.2g}\n")
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    warm_up, names = 1, list(variants)
-    for turn in range(options.rounds + warm_up):
+    layers = list(cross_attentions(unet).values())
+    seen = watch(layers, lambda: step("bare"))
+    bound = {name: condition.bind(inputs["sample"], 500) for name, condition in conditions.items()}
+
+    def attend(name: str) -> Tensor:
+        processors, arguments, kwargs = variants[name]
+        extra = dict(kwargs or {})
+        if name in bound:
+            extra = {"subjects": bound[name], "text_cache": conditions[name].text_cache.begin(text, unet)}
+        for layer, processor, hidden in zip(layers, layer_processors(processors), seen, strict=True):
+            layer.processor = processor
+            result = layer(hidden, encoder_hidden_states=arguments["encoder_hidden_states"], **extra)
+        return result
+
+    return {
+        "One step": in_turns(list(variants), step, options, options.rounds),
+        "Its cross-attention layers alone": in_turns(list(variants), attend, options, 3 * options.rounds),
+    }
+
+
+def in_turns(
+    names: list[str], work: Callable[[str], Tensor], options: argparse.Namespace, rounds: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Wall and CPU seconds of each, round by round, in an order that turns; a first round is not counted."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for turn in range(rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            elapsed = timed(lambda name=name: step(name), options.device)
-            if turn >= warm_up:
+            elapsed = timed(lambda name=name: work(name), options.device)
+            if turn:
                 times[name].append(elapsed)
     return times
+
+
+def watch(layers: list[Attention], work: Callable[[], Tensor]) -> list[Tensor]:
+    """What each layer is given as hidden states while ``work`` runs."""
+    seen: dict[int, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, index=index: seen.__setitem__(index, args[0]))
+        for index, layer in enumerate(layers)
+    ]
+    work()
+    for hook in hooks:
+        hook.remove()
+    return [seen[index] for index in range(len(layers))]
+
+
+def layer_processors(processors: dict[str, Any]) -> list[Any]:
+    """Those of the cross-attention layers, in order."""
+    return [processor for name, processor in processors.items() if name.endswith("attn2.processor")]
 
 
 class NaiveAttnProcessor:
