@@ -356,10 +356,14 @@ class SubjectBinder:
         """Replace the condition by its form for this call.
 
         Raises:
-            RequestError: the processors were replaced after the adapter was installed, so subjects would be ignored.
+            RequestError: the processors were replaced after the adapter was installed, or the condition has another
+                name than "subjects": it would be ignored.
         """
         given = kwargs.get("cross_attention_kwargs")
         subjects = given.get("subjects") if given else None
+        for name, value in (given or {}).items():
+            if name != "subjects" and hasattr(value, "bind") and hasattr(value, "text_cache"):
+                raise RequestError(f'cross_attention_kwargs has a condition as {name!r}: its name must be "subjects"')
         if not hasattr(subjects, "bind"):
             return None
         if not self.in_place():

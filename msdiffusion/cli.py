@@ -69,8 +69,9 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from msdiffusion.loading import load_adapter
+    from msdiffusion.loading import find_adapter, load_adapter
     from msdiffusion.model_card import write_card
+    from msdiffusion.resampler import ResamplerParams
 
     if options.to == "official" and (options.out.suffix != ".bin" or options.out.is_dir()):
         raise RequestError(f"--to official writes one file: --out must end in .bin, got {options.out}")
@@ -86,6 +87,13 @@ def _convert(options: argparse.Namespace) -> None:
     else:
         found.adapter.save_pretrained(options.out, **vars(found.sources.absolute()))
         write_card(options.out, found.adapter, license=options.license)
+        released = found.adapter.config.resampler.width == ResamplerParams.width
+        if options.head_width is None and not released and find_adapter(options.model).is_file():
+            print(
+                "the official file does not tell the width of the resampler's heads. 64 was taken, as in the release, "
+                "but this adapter is of another size: where that is wrong, so are its pictures; --head-width says it",
+                file=sys.stderr,
+            )
     print(options.out)
 
 

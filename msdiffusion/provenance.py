@@ -204,7 +204,7 @@ def entry_of(source: str | Path | Image.Image, record: Mapping[str, Any]) -> Ent
     """
     file = getattr(source, "filename", "") if isinstance(source, Image.Image) else source
     name = str(file) or "the picture"
-    folder = Path(file).parent
+    folder = Path(file).parent.absolute()  # a relative one would be put before the references a second time
     try:
         arguments = dict(record["request"])
         for key in ("images", "masks"):

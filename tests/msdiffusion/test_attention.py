@@ -202,6 +202,9 @@ def test_the_binder_sees_a_replaced_processor_and_leaves_other_calls_alone(layer
     assert binder(None, (), {}) is None
     assert binder(None, (), {"cross_attention_kwargs": {"scale": 0.5}}) is None
     assert binder(None, (), {"cross_attention_kwargs": {"subjects": shifted}}) is None  # needs no binding
+    condition = type("Condition", (), {"bind": None, "text_cache": None})()
+    with pytest.raises(RequestError, match="as 'subject': its name must be \"subjects\""):
+        binder(None, (), {"cross_attention_kwargs": {"subject": condition}})
     given = {"cross_attention_kwargs": {"subjects": type("Condition", (), {"bind": None})()}}
     for processor in (AttnProcessor2_0(), MultiSubjectAttnProcessor()):
         layer.set_processor(processor)

@@ -55,6 +55,9 @@ def test_convert_reads_the_official_file(golden_tensors, official_adapter_file, 
     adapter = MSAdapter.from_pretrained(tmp_path / "ours")
     assert adapter.config.base_model == str(tmp_path / "base")
     assert len(adapter.layers) == 11
+    silent = [argument for argument in call if argument not in ("--head-width", "16")]
+    assert main(silent) == 0
+    assert "64 was taken, as in the release, but this adapter is of another size" in capsys.readouterr().err
     assert main([*call[:-3], str(tiny_model_dir / "base"), *call[-2:]]) == 2
     assert "use the base model that it was trained on" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "nothing.bin"), *call[2:]]) == 2
@@ -82,6 +85,7 @@ def test_convert_goes_both_ways(tiny_model_dir, tmp_path, capsys):
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert "license:" not in (tmp_path / "again" / "README.md").read_text(), "whose weights they are, we don't know"
+    assert "heads" not in capsys.readouterr().err
     assert main([*call, "--license", "openrail++"]) == 0
     assert "license: openrail++\n" in (tmp_path / "again" / "README.md").read_text()
     # A folder copied by convert still finds its models.

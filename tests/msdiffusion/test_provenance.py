@@ -3,6 +3,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -73,6 +74,16 @@ def test_the_request_of_a_picture(folder, opened):
     }  # fmt: skip
     free = read_request(save(folder, record_of(folder, boxes=None, masks=None, prompt="a dog", phrases=["dog"])))
     assert free["boxes"] is None, "generate must be given it"
+
+
+def test_the_request_of_a_picture_named_by_a_relative_path(folder, monkeypatch):
+    path = save(folder, record_of(folder))
+    expected = read_request(path)
+    for here in (folder, folder.parent):
+        monkeypatch.chdir(here)
+        found = read_request(path.relative_to(here))
+        for given, wanted in zip(found["images"][0], expected["images"][0], strict=True):
+            assert Path(given).resolve() == Path(wanted).resolve()
 
 
 def test_embedded_references_need_no_file(folder):
