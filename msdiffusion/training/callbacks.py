@@ -214,8 +214,7 @@ def draw_batch(
     backbone.pipeline.set_progress_bar_config(disable=True)
     latents = backbone.pipeline(
         prompt=batch.captions,
-        # as generation does; SDXL's pipeline takes zeros where none is given, which training has never shown
-        negative_prompt=[""] * len(batch),
+        # no negative prompt, as generation without one: the pipeline decides what stands in for it
         height=R,
         width=R,
         num_inference_steps=num_steps,
