@@ -183,7 +183,8 @@ def batch(model: MSDiffusion) -> Row:
         {"images": [DOG], "boxes": None, "prompt": "a dog in the jungle", "phrases": ["dog"]},
     ]
     results = model.generate_batch([{**request, "seed": 5} for request in requests], progress=False)
-    return [(request["prompt"][:20], result.pictures[0]) for request, result in zip(requests, results, strict=True)]
+    labels = ("dog, snow", "teapot, grass", "both, beach", "dog, jungle, no box")
+    return [(label, result.pictures[0]) for label, result in zip(labels, results, strict=True)]
 
 
 def image_to_image(model: MSDiffusion) -> Row:

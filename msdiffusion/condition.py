@@ -101,7 +101,9 @@ class SubjectCondition:
         self.values = {layer: functional.pad(value, (0, 0, 0, NULL_TOKENS)) for layer, value in values.items()}
         self.boxes, self.masks, self.windows = boxes, masks, windows
         # An empty box stays empty when auto layout comes: it means "not there".
-        there = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1) | self._has_mask()
+        there = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+        if masks is not None:
+            there = there | self._has_mask()
         self.present = there if present is None else there & present
         self.inert = inert
         self.check_batch = True
@@ -138,11 +140,11 @@ class SubjectCondition:
         self._maps = None if self.auto_layout is None else TextMaps(self.boxes.device)
 
     def _has_mask(self) -> Tensor:
-        """(B, S) or (B, 1) bool."""
+        """(B, S) bool; there are masks."""
         if isinstance(self.masks, Tensor):
             return self.masks.flatten(2).any(dim=-1)
         flags = torch.zeros(self.boxes.shape[:2], dtype=torch.bool)
-        for picture, row in enumerate(self.masks or ()):
+        for picture, row in enumerate(self.masks):
             for subject, mask in enumerate(row):
                 flags[picture, subject] = mask is not None
         return flags.to(self.boxes.device)
