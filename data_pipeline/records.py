@@ -245,6 +245,8 @@ class FramePair:
     shot: Shot
     reference: Frame
     target: Frame
+    number: int = 0
+    """Which pair of its clip: 0 for the best one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +261,8 @@ class Entity:
     """The words of the caption: "a white soccer ball"."""
     position: int
     """Where the mention starts in the caption, in characters."""
+    kind: str = "thing"
+    """"person" or "thing"; an animal is a thing."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from data_pipeline.records import Rejected
+from data_pipeline.records import ClipError, Rejected
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -39,6 +40,19 @@ class Step(Generic[In, Out]):
         ``Rejected``.
         """
         raise NotImplementedError
+
+    def process_many(self, records: Sequence[In]) -> list[Out | Rejected]:
+        """``process`` for several records, in their order; one that cannot be used never fails the others.
+
+        Steps whose models take batches override this, and their ``process`` is a batch of one.
+        """
+        results: list[Out | Rejected] = []
+        for record in records:
+            try:
+                results.append(self.process(record))
+            except ClipError as error:
+                results.append(Rejected(error.reason, error.evidence))
+        return results
 
     def settings(self) -> dict[str, Any]:
         """The settings that shape the dataset, as JSON values."""

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from data_pipeline.records import Detection, Entity, Frame, Video
 
 
-class Detector(Protocol):
-    """Finds entities in one frame; several instances of one entity are several detections."""
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What a detector is asked: where in this frame are these entities?"""
 
-    def detect(self, video: Video, frame: Frame, entities: tuple[Entity, ...]) -> tuple[Detection, ...]:
-        """Detections in the frame, without masks."""
+    video: Video
+    frame: Frame
+    entities: tuple[Entity, ...]
+
+
+class Detector(Protocol):
+    """Finds entities in frames; several instances of one entity are several detections."""
+
+    def detect(self, questions: Sequence[Question]) -> list[tuple[Detection, ...]]:
+        """Detections without masks, one tuple per question, in their order."""
         ...
 
 
 class AnnotationDetector:
     """Takes the annotated objects whose names the caption mentions. Score 1: somebody vouches for them."""
 
-    def detect(self, video: Video, frame: Frame, entities: tuple[Entity, ...]) -> tuple[Detection, ...]:
+    def detect(self, questions: Sequence[Question]) -> list[tuple[Detection, ...]]:
         """Detections in the order of the annotations. An object goes to the entity with the longest phrase that it
         fits.
         """
-        objects = video.annotations.frames.get(frame.index, ()) if video.annotations else ()
+        return [self._one(question) for question in questions]
+
+    def _one(self, question: Question) -> tuple[Detection, ...]:
+        annotations = question.video.annotations
         found = []
-        for annotated in objects:
-            fitting = [entity for entity in entities if same_thing(entity.phrase, annotated.name)]
+        for annotated in annotations.frames.get(question.frame.index, ()) if annotations else ():
+            fitting = [entity for entity in question.entities if same_thing(entity.phrase, annotated.name)]
             if fitting:
                 found.append(
                     Detection(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from data_pipeline.records import ClipError, Detection, Frame
 class Segmenter(Protocol):
     """Gives every detection of a frame its mask."""
 
-    def segment(self, frame: Frame, detections: tuple[Detection, ...]) -> tuple[Detection, ...]:
+    def segment(self, requests: Sequence[tuple[Frame, tuple[Detection, ...]]]) -> list[tuple[Detection, ...]]:
         """The same detections in the same order, with masks; a mask may be empty."""
         ...
 
@@ -20,8 +21,11 @@ class Segmenter(Protocol):
 class AnnotationSegmenter:
     """Reads the masks that belong to annotated boxes."""
 
-    def segment(self, frame: Frame, detections: tuple[Detection, ...]) -> tuple[Detection, ...]:
+    def segment(self, requests: Sequence[tuple[Frame, tuple[Detection, ...]]]) -> list[tuple[Detection, ...]]:
         """ClipError if an annotated object has a box only."""
+        return [self._one(frame, detections) for frame, detections in requests]
+
+    def _one(self, frame: Frame, detections: tuple[Detection, ...]) -> tuple[Detection, ...]:
         height, width = frame.image.shape[:2]
         found = []
         for detection in detections:
