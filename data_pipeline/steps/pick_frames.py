@@ -10,19 +10,20 @@ from data_pipeline.step import Step
 
 
 @dataclass(kw_only=True)
-class PickFrames(Step[VideoShots, FramePair]):
+class PickFrames(Step[VideoShots, tuple[FramePair, ...]]):
     """Takes the frames at two fixed places of the shot that has them farthest apart in time.
 
     reference_place, target_place: where in the shot, 0 its first and 1 its last frame; a quarter and three quarters
     keep away from the fades and the half-entered subjects at its ends. min_gap: seconds between the two frames;
     nearer ones show the same moment. annotated_only: take the annotated frames nearest to these places, for a
-    detector that reads annotations.
+    detector that reads annotations. pairs_per_clip: pairs that one clip gives at most.
     """
 
     reference_place: float = 0.25
     target_place: float = 0.75
     min_gap: float = 0.25
     annotated_only: bool = True
+    pairs_per_clip: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.reference_place < self.target_place <= 1:
@@ -30,6 +31,8 @@ class PickFrames(Step[VideoShots, FramePair]):
             raise SettingsError(f"need 0 <= reference_place < target_place <= 1, got {places}")
         if self.min_gap < 0:
             raise SettingsError(f"min_gap must not be negative, got {self.min_gap}")
+        if self.pairs_per_clip < 1:
+            raise SettingsError(f"pairs_per_clip must be at least 1, got {self.pairs_per_clip}")
 
     def setup(self) -> None:
         """Loads the readers."""
@@ -37,8 +40,8 @@ class PickFrames(Step[VideoShots, FramePair]):
 
         self._open = open_reader
 
-    def process(self, record: VideoShots) -> FramePair | Rejected:
-        """The two decoded frames."""
+    def process(self, record: VideoShots) -> tuple[FramePair, ...] | Rejected:
+        """1 to pairs_per_clip pairs of decoded frames, the best one first."""
         video = record.video
         times = video.facts.times
         frames = self._usable_frames(record)
@@ -58,7 +61,7 @@ class PickFrames(Step[VideoShots, FramePair]):
         reference, target = (
             Frame(index=index, time=times[index], image=picture) for index, picture in zip(pair, pictures, strict=True)
         )
-        return FramePair(video=video, shot=shot, reference=reference, target=target)
+        return (FramePair(video=video, shot=shot, reference=reference, target=target),)
 
     def _usable_frames(self, record: VideoShots) -> tuple[int, ...]:
         if not self.annotated_only:

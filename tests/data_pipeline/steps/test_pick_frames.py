@@ -26,7 +26,12 @@ def pick(video, *shots, annotated=None, **settings):
     if annotated is not None:
         frames = {index: video.annotations.frames[index] for index in annotated}
         video = replace(video, annotations=Annotations(frames=frames))
-    return step.process(VideoShots(video=video, shots=shots))
+    outcome = step.process(VideoShots(video=video, shots=shots))
+    if isinstance(outcome, Rejected):
+        return outcome
+    [pair] = outcome
+    assert pair.number == 0
+    return pair
 
 
 def test_a_quarter_and_three_quarters(video):
@@ -94,6 +99,7 @@ def test_nearest():
         ({"reference_place": 0.8}, "need 0 <= reference_place < target_place <= 1, got 0.8 and 0.75"),
         ({"target_place": 1.1}, "got 0.25 and 1.1"),
         ({"min_gap": -1}, "min_gap must not be negative, got -1"),
+        ({"pairs_per_clip": 0}, "pairs_per_clip must be at least 1, got 0"),
     ],
 )
 def test_wrong_settings(settings, message):
