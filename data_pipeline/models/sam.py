@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from segment_anything import SamPredictor
+from safetensors.torch import load_file
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.utils.transforms import ResizeLongestSide
 
 from data_pipeline.records import Detection, Frame, InputError, SettingsError
 
@@ -92,47 +94,107 @@ def read_params(model: str) -> SamParams:
         raise InputError(f"cannot read the sizes of a SAM from {model}: {type(error).__name__}: {error}") from error
 
 
-def load_sam(model: str, checkpoint: Path, device: str) -> Sam:
-    """The SAM of ``read_params(model)`` with the weights of a checkpoint, of which only tensors are read. InputError
-    if they don't fit.
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file, or of a PyTorch file of which nothing but tensors is unpickled. InputError
+    for any other content.
     """
-    sam = build_sam(read_params(model))
     try:
+        if checkpoint.suffix == ".safetensors":
+            return load_file(checkpoint)
         weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and runtime errors, according to what the file is
-        raise InputError(f"cannot read SAM weights from {checkpoint}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # pickle, zip, header and runtime errors, according to what the file is
+        problem = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"cannot read SAM weights from {checkpoint}: {problem}") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise InputError(f"cannot read SAM weights from {checkpoint}: needed is a dictionary of tensors by name")
+    return weights
+
+
+def put_weights(sam: Sam, weights: Mapping[str, torch.Tensor], checkpoint: Path, model: str) -> None:
+    """Loads the weights, all of them and no others; InputError if they don't fit."""
     try:
         sam.load_state_dict(weights)
     except RuntimeError as error:  # names missing and unexpected tensors, and both shapes
         raise InputError(f"the weights in {checkpoint} are not those of {model}: {error}") from error
+
+
+def load_sam(model: str, checkpoint: Path, device: str) -> Sam:
+    """The SAM of ``read_params(model)`` with the weights of a checkpoint (``read_weights``). InputError if they don't
+    fit.
+    """
+    sam = build_sam(read_params(model))
+    put_weights(sam, read_weights(checkpoint), checkpoint, model)
     return sam.to(device)
 
 
 class SamSegmenter:
     """A segmenter (see data_pipeline.models.segmenter.Segmenter): one mask per box, with SAM's own estimate of its
     quality.
+
+    sam: a SAM of the package's class, whatever its encoder. frames_per_batch: how many frames are encoded at once; it
+    costs memory and changes nothing else.
     """
 
-    def __init__(self, sam: Sam) -> None:
-        self._predictor = SamPredictor(sam)
+    def __init__(self, sam: Sam, frames_per_batch: int = 4) -> None:
+        if frames_per_batch < 1:
+            raise SettingsError(f"frames_per_batch must be at least 1, got {frames_per_batch}")
+        self._sam = sam
+        self._frames_per_batch = frames_per_batch
+        self._resize = ResizeLongestSide(sam.image_encoder.img_size)
 
     @torch.inference_mode()
-    def segment(self, frame: Frame, detections: tuple[Detection, ...]) -> tuple[Detection, ...]:
-        """The detections with masks. A frame is encoded once for all its boxes."""
-        if not detections:  # SAM cannot reshape zero boxes
-            return ()
-        height, width = frame.image.shape[:2]
-        self._predictor.set_image(frame.image)
+    def segment(self, requests: Sequence[tuple[Frame, tuple[Detection, ...]]]) -> list[tuple[Detection, ...]]:
+        """The detections with masks. A frame is encoded once, however many boxes and requests it has, and not at all
+        if it has no box.
+        """
+        asked: dict[int, list[int]] = {}  # a frame's identity -> its requests
+        for number, (frame, detections) in enumerate(requests):
+            if detections:
+                asked.setdefault(id(frame.image), []).append(number)
+        found: list[tuple[Detection, ...]] = [()] * len(requests)
+        numbers = list(asked.values())
+        for start in range(0, len(numbers), self._frames_per_batch):
+            batch = numbers[start : start + self._frames_per_batch]
+            pictures = [requests[same[0]][0].image for same in batch]
+            for embedding, same in zip(self._encode(pictures), batch, strict=True):
+                for number in same:
+                    frame, detections = requests[number]
+                    found[number] = self._decode(embedding, frame.image.shape[:2], detections)
+        return found
+
+    def _encode(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+        """Embeddings (N, channels, grid, grid); frames of different sizes share a batch, as all are padded to
+        squares.
+        """
+        ready = []
+        for picture in pictures:
+            resized = torch.from_numpy(self._resize.apply_image(picture)).to(self._sam.device)
+            ready.append(self._sam.preprocess(resized.permute(2, 0, 1).contiguous()))
+        return self._sam.image_encoder(torch.stack(ready))
+
+    def _decode(
+        self, embedding: torch.Tensor, size: tuple[int, int], detections: tuple[Detection, ...]
+    ) -> tuple[Detection, ...]:
+        """Masks of one frame's boxes, prompted all at once. size: height, width of the frame."""
+        height, width = size
         pixels = np.array([detection.box for detection in detections]) * [width, height, width, height]
-        boxes = torch.as_tensor(pixels, dtype=torch.float32, device=self._predictor.device)
-        masks, quality, _ = self._predictor.predict_torch(
-            point_coords=None,
-            point_labels=None,
-            boxes=self._predictor.transform.apply_boxes_torch(boxes, (height, width)),
+        boxes = torch.as_tensor(pixels, dtype=torch.float32, device=embedding.device)
+        sparse, dense = self._sam.prompt_encoder(
+            points=None, boxes=self._resize.apply_boxes_torch(boxes, size), masks=None
+        )
+        logits, quality = self._sam.mask_decoder(
+            image_embeddings=embedding[None],
+            image_pe=self._sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
             multimask_output=False,
         )
-        self._predictor.reset_image()
-        found = zip(detections, masks[:, 0].cpu().numpy(), quality[:, 0].float().cpu().tolist(), strict=True)
-        return tuple(
-            replace(detection, mask=mask, mask_score=min(1.0, max(0.0, score))) for detection, mask, score in found
-        )
+        resized = self._resize.get_preprocess_shape(height, width, self._sam.image_encoder.img_size)
+        scores = quality[:, 0].float().clamp(0, 1).tolist()
+        filled = []
+        # One by one: the full-size logits of many boxes in a large frame would take gigabytes.
+        for detection, low, score in zip(detections, logits, scores, strict=True):
+            full = self._sam.postprocess_masks(low[None], input_size=resized, original_size=size)
+            mask = (full[0, 0] > self._sam.mask_threshold).cpu().numpy()
+            filled.append(replace(detection, mask=mask, mask_score=score))
+        return tuple(filled)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.records import (
+    ClipError,
     DetectedPair,
     Detection,
     Frame,
@@ -17,6 +19,7 @@ from data_pipeline.records import (
 from data_pipeline.step import Step
 
 SEGMENTERS = ("annotations", "sam")
+Request = tuple[Frame, tuple[Detection, ...]]
 
 
 @dataclass(kw_only=True)
@@ -59,20 +62,46 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
 
     def process(self, record: DetectedPair) -> DetectedPair | Rejected:
         """The pair with its masks; rejected if one of the frames is left without any."""
-        reference, target = (
-            self._segment(frame, detections)
+        return self.process_many([record])[0]
+
+    def process_many(self, records: Sequence[DetectedPair]) -> list[DetectedPair | Rejected]:
+        """The pairs with their masks, both frames of all of them in one request to the segmenter."""
+        requests = [
+            (frame, detections)
+            for record in records
             for frame, detections in (
                 (record.frames.reference, record.reference),
                 (record.frames.target, record.target),
             )
-        )
+        ]
+        found = self._segment(requests)
+        return [self._pair(record, found[2 * number], found[2 * number + 1]) for number, record in enumerate(records)]
+
+    def _segment(self, requests: Sequence[Request]) -> list[tuple[Detection, ...] | ClipError]:
+        try:
+            return list(self._segmenter.segment(requests))
+        except ClipError:
+            # One annotation is broken: asking one by one tells whose.
+            return [self._segment_one(request) for request in requests]
+
+    def _segment_one(self, request: Request) -> tuple[Detection, ...] | ClipError:
+        try:
+            return self._segmenter.segment([request])[0]
+        except ClipError as error:
+            return error
+
+    @staticmethod
+    def _pair(
+        record: DetectedPair, reference: tuple[Detection, ...] | ClipError, target: tuple[Detection, ...] | ClipError
+    ) -> DetectedPair | Rejected:
+        for failure in (reference, target):
+            if isinstance(failure, ClipError):
+                return Rejected(failure.reason, failure.evidence)
+        reference, target = (tuple(one for one in found if shows(one)) for found in (reference, target))
         if not reference or not target:
             evidence = {"reference": len(reference), "target": len(target)}
             return Rejected("all masks are empty in one of the frames", evidence)
         return DetectedPair(frames=record.frames, entities=record.entities, reference=reference, target=target)
-
-    def _segment(self, frame: Frame, detections: tuple[Detection, ...]) -> tuple[Detection, ...]:
-        return tuple(found for found in self._segmenter.segment(frame, detections) if shows(found))
 
 
 def shows(found: Detection) -> bool:

@@ -5,7 +5,6 @@ import pytest
 
 from data_pipeline.records import (
     AnnotatedObject,
-    ClipError,
     DetectedPair,
     InputError,
     Rejected,
@@ -30,9 +29,13 @@ def segment(make_pair, make_detection):
     def run(reference, target):
         step = SegmentMasks()
         step.setup()
-        first, second = (tuple(detections(masks)) for masks in (reference, target))
-        return step.process(DetectedPair(frames=make_pair(BLACK, BLACK), entities=(), reference=first, target=second))
+        return step.process(pair(reference, target))
 
+    def pair(reference, target):
+        first, second = (tuple(detections(masks)) for masks in (reference, target))
+        return DetectedPair(frames=make_pair(BLACK, BLACK), entities=(), reference=first, target=second)
+
+    run.pair = pair
     return run
 
 
@@ -62,8 +65,34 @@ def test_all_masks_empty(segment):
 
 
 def test_a_box_without_a_mask(segment):
-    with pytest.raises(ClipError, match="annotation without a mask"):
-        segment([MASK], [None])
+    rejected = segment([MASK], [None])
+    assert rejected == Rejected("annotation without a mask", {"phrase": "dog", "frame": 8})
+
+
+def test_a_broken_pair_does_not_fail_its_neighbours(segment):
+    pairs = [segment.pair([MASK], [MASK]), segment.pair([None], [MASK]), segment.pair([MASK, MASK], [MASK])]
+    step = SegmentMasks()
+    step.setup()
+    first, broken, last = step.process_many(pairs)
+    assert [len(first.reference), len(last.reference)] == [1, 2]
+    assert broken == Rejected("annotation without a mask", {"phrase": "dog", "frame": 3})
+    assert step.process_many([]) == []
+
+
+def test_all_frames_of_a_batch_are_one_request(segment):
+    class Whole:
+        def __init__(self):
+            self.asked = []
+
+        def segment(self, requests):
+            self.asked.append([len(found) for _, found in requests])
+            return [tuple(replace(one, mask=MASK) for one in found) for _, found in requests]
+
+    step = SegmentMasks()
+    step._segmenter = Whole()
+    pairs = step.process_many([segment.pair([None], [None, None]), segment.pair([None] * 3, [None] * 4)])
+    assert step._segmenter.asked == [[1, 2, 3, 4]]
+    assert [(len(pair.reference), len(pair.target)) for pair in pairs] == [(1, 2), (3, 4)]
 
 
 def test_wrong_settings(tmp_path):
