@@ -6,12 +6,13 @@ import hashlib
 import json
 import platform
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from data_pipeline.journal import Journal, fingerprint, write_atomically
+from data_pipeline.journal import Journal, atomic_file, fingerprint
 from data_pipeline.records import VideoFile
 
 SCHEMA = "data_pipeline.build/1"
@@ -31,70 +32,108 @@ PACKAGES = [
     "groundingdino-py",
     "segment-anything",
     "pyarrow",
+    "scenedetect",
+    "opencv-python-headless",
+    "pycocotools",
 ]
 
 
-class ShardWriter:
-    """Writes tar files pairs-000000.tar, ... of samples that come as tar blocks; the same blocks always give the same
-    bytes.
-    """
+@dataclass(frozen=True)
+class ShardPlan:
+    """One tar file to write: the clips whose samples go into it, in order."""
 
-    def __init__(self, out: Path, per_shard: int) -> None:
-        self.out, self.per_shard = out, per_shard
-        self.shards: list[dict[str, Any]] = []
-        self._parts: list[bytes] = []
+    name: str
+    keys: tuple[str, ...]
+    samples: int
+
+
+class ShardPlanner:
+    """Deals clips out to shards in their order, the samples of one clip together."""
+
+    def __init__(self, per_shard: int) -> None:
+        self.per_shard = per_shard
+        self.plans: list[ShardPlan] = []
+        self._keys: list[str] = []
         self._samples = 0
 
     @property
     def name(self) -> str:
         """Name of the shard that the next sample goes to."""
-        return f"pairs-{len(self.shards):06d}.tar"
+        return f"pairs-{len(self.plans):06d}.tar"
 
-    def add(self, blocks: bytes, samples: int) -> str:
-        """Appends the samples of one clip, which stay together; returns the name of their shard."""
+    def add(self, key: str, samples: int) -> str:
+        """Appends the samples of one clip; returns the name of their shard."""
         if self._samples and self._samples + samples > self.per_shard:
             self.flush()
-        self._parts.append(blocks)
+        self._keys.append(key)
         self._samples += samples
         return self.name
 
     def flush(self) -> None:
-        """Writes the shard in hand, if there is anything in it."""
-        if not self._samples:
-            return
-        content = b"".join(self._parts)
-        content += bytes(2 * tarfile.BLOCKSIZE)  # the end mark
-        content += bytes(-len(content) % tarfile.RECORDSIZE)
-        write_atomically(self.out / self.name, content)
-        digest = hashlib.sha256(content).hexdigest()
-        self.shards.append({"name": self.name, "samples": self._samples, "bytes": len(content), "sha256": digest})
-        self._parts, self._samples = [], 0
+        """Closes the shard in hand, if there is anything in it."""
+        if self._samples:
+            self.plans.append(ShardPlan(self.name, tuple(self._keys), self._samples))
+            self._keys, self._samples = [], 0
 
 
-def assemble(journal: Journal, files: Sequence[VideoFile], per_shard: int) -> dict[str, Any]:
-    """Writes shards, index.parquet and rejected.jsonl; returns {"shards", "counts"} for build.json."""
+def write_shard(journal: Journal, plan: ShardPlan) -> dict[str, Any]:
+    """Writes one tar file from the journal, clip by clip; the same clips always give the same bytes. Returns its entry
+    in build.json.
+    """
+    digest, size = hashlib.sha256(), 0
+    with atomic_file(journal.out / plan.name) as file:
+
+        def put(content: bytes) -> None:
+            nonlocal size
+            file.write(content)
+            digest.update(content)
+            size += len(content)
+
+        for key in plan.keys:
+            put(journal.blocks(key))
+        put(bytes(2 * tarfile.BLOCKSIZE))  # the end mark
+        put(bytes(-size % tarfile.RECORDSIZE))
+    return {"name": plan.name, "samples": plan.samples, "bytes": size, "sha256": digest.hexdigest()}
+
+
+Write = Callable[[Journal, Sequence[ShardPlan]], Iterable[dict[str, Any]]]
+
+
+def write_here(journal: Journal, plans: Sequence[ShardPlan]) -> Iterator[dict[str, Any]]:
+    """Writes the shards in this process, one after the other."""
+    return (write_shard(journal, plan) for plan in plans)
+
+
+def assemble(journal: Journal, files: Sequence[VideoFile], per_shard: int, write: Write = write_here) -> dict[str, Any]:
+    """Writes shards, index.parquet and rejected.jsonl; returns {"shards", "counts"} for build.json.
+
+    write: writes the planned shards somewhere (``write_here``, or the workers of a cluster) and gives their entries in
+    the order of the plans. Nothing is held in memory that grows with the samples but the names of the clips.
+    """
     for leftover in (*journal.out.glob("pairs-*.tar"), *journal.out.glob(".*.tmp")):  # of an interrupted assembly
         leftover.unlink()
-    writer = ShardWriter(journal.out, per_shard)
-    rows: list[dict[str, Any]] = []
-    rejected: list[str] = []
-    for marker in journal.markers(list(files)):
-        if marker["kept"]:
-            shard = writer.add(journal.blocks(marker["key"]), len(marker["samples"]))
-            rows += [index_row(sample, shard) for sample in marker["samples"]]
-        else:
-            entry = {name: marker[name] for name in ("video", "key", "stage", "reason", "evidence")}
-            rejected.append(json.dumps(entry, ensure_ascii=False))
-    writer.flush()
-    write_atomically(journal.out / "rejected.jsonl", "".join(f"{line}\n" for line in rejected).encode())
-    write_index(journal.out / "index.parquet", rows)
-    counts = {
-        "videos": len(files),
-        "rejected": len(rejected),
-        "samples": len(rows),
-        "subjects": sum(row["num_subjects"] for row in rows),
-    }
-    return {"shards": writer.shards, "counts": counts}
+    planner = ShardPlanner(per_shard)
+    counts = dict.fromkeys(("videos", "rejected", "samples", "subjects"), 0)
+    with (
+        atomic_file(journal.out / "rejected.jsonl") as rejected,
+        atomic_file(journal.out / "index.parquet") as index_file,
+        IndexWriter(index_file) as index,
+    ):
+        for marker in journal.markers(files):
+            counts["videos"] += 1
+            if not marker["kept"]:
+                counts["rejected"] += 1
+                entry = {name: marker[name] for name in ("video", "key", "stage", "reason", "evidence")}
+                # Half a surrogate (a file name that is no UTF-8) becomes an escape that json reads back as it was.
+                rejected.write(f"{json.dumps(entry, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
+                continue
+            shard = planner.add(marker["key"], len(marker["samples"]))
+            rows = [index_row(sample, shard) for sample in marker["samples"]]
+            counts["samples"] += len(rows)
+            counts["subjects"] += sum(row["num_subjects"] for row in rows)
+            index.add(rows)
+    planner.flush()
+    return {"shards": list(write(journal, planner.plans)), "counts": counts}
 
 
 def index_row(sample: Mapping[str, Any], shard: str) -> dict[str, Any]:
@@ -116,32 +155,44 @@ def index_row(sample: Mapping[str, Any], shard: str) -> dict[str, Any]:
     }
 
 
-def write_index(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One row per sample, in the order of the shards. The columns are those of ``index_row``, also if there is no
-    row.
+class IndexWriter:
+    """index.parquet: one row per sample, in the order of the shards. The columns are those of ``index_row``, also if
+    there is no row.
     """
-    import io
 
-    import pyarrow
-    import pyarrow.parquet
+    rows_per_group = 10_000
 
-    text, whole, number = pyarrow.string(), pyarrow.int32(), pyarrow.float64()
-    schema = pyarrow.schema(
-        {
-            "key": text,
-            "shard": text,
-            "video": text,
-            "caption": text,
-            "width": whole,
-            "height": whole,
-            "num_subjects": whole,
-        }
-        | {"phrases": pyarrow.list_(text), "areas": pyarrow.list_(number)}
-        | {"min_detection_score": number, "min_match_similarity": number, "frame_gap_seconds": number}
-    )
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), buffer)
-    write_atomically(path, buffer.getvalue())
+    def __init__(self, file: BinaryIO) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        text, whole, number = pyarrow.string(), pyarrow.int32(), pyarrow.float64()
+        columns = dict.fromkeys(("key", "shard", "video", "caption"), text)
+        columns |= dict.fromkeys(("width", "height", "num_subjects"), whole)
+        columns |= {"phrases": pyarrow.list_(text), "areas": pyarrow.list_(number)}
+        columns |= dict.fromkeys(("min_detection_score", "min_match_similarity", "frame_gap_seconds"), number)
+        self._schema = pyarrow.schema(columns)
+        self._table = pyarrow.Table.from_pylist
+        self._writer = pyarrow.parquet.ParquetWriter(file, self._schema)
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends rows."""
+        self._rows += rows
+        if len(self._rows) >= self.rows_per_group:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.write_table(self._table(self._rows, schema=self._schema))
+        self._rows = []
+
+    def __enter__(self) -> IndexWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
 
 
 def settings_hash(settings: Mapping[str, Mapping[str, Any]], version: str) -> str:

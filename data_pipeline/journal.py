@@ -8,23 +8,46 @@ appears and the folder goes.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from data_pipeline.records import InputError, VideoFile
+from data_pipeline.records import InputError, OutputError, VideoFile
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to under a temporary name in the same folder, renamed at the end: a reader sees the whole file
+    or none.
+
+    OutputError if it cannot be written. Nothing is left behind then, nor after an error inside the block.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}. What is finished is kept: free some space, or give "
+            "permission, and run the same command again"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes under a temporary name in the same folder, then renames: a reader sees the whole file or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    """Writes a file whole or not at all; OutputError, see ``atomic_file``."""
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 def fingerprint(file: VideoFile) -> str:
@@ -57,6 +80,20 @@ class Journal:
         """True if a run has finished here."""
         return (self.out / "build.json").is_file()
 
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other runs out of the folder while this one works in it; InputError if another one is at work.
+
+        The lock is the kernel's, on an open file: it goes with the process, however that ends.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another run is at work in {self.out}: wait for it, or choose a new --out") from None
+            yield
+
     def start(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
         """Creates the folder, or compares the settings with those it was started with; InputError that names what
         differs.
@@ -70,7 +107,10 @@ class Journal:
             raise InputError(f"--out needs a folder, but {self.out} is a file")
         if self.out.is_dir() and any(self.out.iterdir()) and not self.folder.is_dir():
             raise InputError(f"{self.out} is not empty and no earlier run of this program is in it: choose a new --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the folder {self.out}: {error.strerror or error}") from error
         write_atomically(self.folder / "settings.json", json.dumps({"settings": settings}, indent=1).encode())
 
     def compare(self, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
@@ -90,9 +130,14 @@ class Journal:
         return self.folder / f"{zlib.crc32(key.encode()) % 256:02x}" / f"{key}{suffix}"
 
     def read(self, file: VideoFile) -> dict[str, Any] | None:
-        """The marker of a finished clip; None if it is not finished or has changed since."""
+        """The marker of a finished clip; None if it is not finished, has changed since, or its samples are not all
+        there (a machine that lost its power may keep a file's name and not its content).
+        """
+        path = self._path(file.key, ".json")
         try:
-            marker = json.loads(self._path(file.key, ".json").read_text(encoding="utf-8"))
+            marker = json.loads(path.read_text(encoding="utf-8"))
+            if marker["kept"] and path.with_suffix(".tar").stat().st_size != marker["bytes"]:
+                return None
         except (OSError, ValueError):
             return None
         return marker if marker["fingerprint"] == fingerprint(file) else None
@@ -100,15 +145,24 @@ class Journal:
     def commit(self, file: VideoFile, marker: Mapping[str, Any], blocks: bytes = b"", preview: bytes = b"") -> None:
         """Leaves a clip's results on disk, its marker last."""
         path = self._path(file.key, ".json")
-        path.parent.mkdir(exist_ok=True)
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the folder {path.parent}: {error.strerror or error}") from error
         if blocks:
             write_atomically(path.with_suffix(".tar"), blocks)
         if preview:
             write_atomically(path.with_suffix(".jpg"), preview)
-        content = {**marker, "video": file.name, "key": file.key, "fingerprint": fingerprint(file)}
+        content = {
+            **marker,
+            "video": file.name,
+            "key": file.key,
+            "fingerprint": fingerprint(file),
+            "bytes": len(blocks),
+        }
         write_atomically(path, json.dumps(content, separators=(",", ":")).encode())
 
-    def markers(self, files: list[VideoFile]) -> Iterator[dict[str, Any]]:
+    def markers(self, files: Iterable[VideoFile]) -> Iterator[dict[str, Any]]:
         """Markers of all clips, in the order of the files; InputError if one is missing."""
         for file in files:
             marker = self.read(file)

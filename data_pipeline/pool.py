@@ -4,6 +4,7 @@ the others.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 import time
@@ -55,9 +56,19 @@ def _serve(make: Callable[[], Callable[[Any, Place], Any]], connection: Connecti
         connection.send(("failed", MiningError(f"a worker could not start:\n{traceback.format_exc()}")))
         return
     connection.send(("ready", None))
-    while (task := connection.recv()) is not None:
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:  # the parent has been killed
+            return
         place.value = 0
-        connection.send(("done", work(task, place)))
+        try:
+            result = work(task, place)
+        except MiningError as error:  # nothing about this task: the disk is full, say
+            connection.send(("failed", error))
+            return
+        with contextlib.suppress(OSError):  # the parent has been killed; the next recv says so
+            connection.send(("done", result))
 
 
 def run_pool(
@@ -72,7 +83,7 @@ def run_pool(
 
     make: called once in every worker, gives the function that does the work; both must pickle. timeout: seconds per
     task, after which its worker is replaced. preload: modules that are imported once for all workers, where the
-    platform can. What ``make`` raises is raised here.
+    platform can. What ``make`` raises is raised here, and so is a MiningError that the work raises.
     """
     waiting = deque(tasks)
     context = _context(preload)
@@ -103,6 +114,42 @@ def run_pool(
     finally:
         for worker in pool:
             _stop(worker)
+
+
+class Guard(Generic[Task]):
+    """One worker that is asked one task at a time, by a caller that waits: a pool for someone who has a thread of his
+    own, such as an actor on a cluster.
+    """
+
+    def __init__(self, make: Callable[[], Callable[[Task, Place], Any]], preload: tuple[str, ...] = ()) -> None:
+        self._make, self._preload = make, preload
+        self._worker: _Worker[Task] | None = None
+
+    def work(self, task: Task, timeout: float) -> Any:
+        """The result, or a ``Failure`` if the task hung or killed its worker, which is then replaced. MiningErrors of
+        ``make`` and of the work are raised here.
+        """
+        if self._worker is None:
+            self._worker = _start(_context(self._preload), self._make)
+        worker = self._worker
+        while not worker.ready:
+            _listen(worker)
+        worker.started = time.monotonic()
+        with contextlib.suppress(OSError):  # it has died while it was idle: noticed below
+            worker.connection.send(task)
+        if worker.connection.poll(timeout):
+            outcome = _listen(worker)
+        else:
+            outcome = Failure("timeout", worker.place.value, f"stopped after {timeout:g} seconds")
+        if isinstance(outcome, Failure):
+            self.close()
+        return outcome
+
+    def close(self) -> None:
+        """Ends the worker; the next task starts another."""
+        if self._worker is not None:
+            _stop(self._worker)
+            self._worker = None
 
 
 def _context(preload: tuple[str, ...]) -> Any:

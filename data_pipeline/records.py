@@ -8,7 +8,7 @@ Frames of reference, for the whole package:
   the name says pixels;
 - times are seconds after the first frame of the video; frame numbers count in order of presentation, from 0.
 
-Errors: MiningError <- SettingsError(ValueError), InputError(ValueError), ClipError.
+Errors: MiningError <- SettingsError(ValueError), InputError(ValueError), OutputError, ClipError.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ class SettingsError(MiningError, ValueError):
 
 class InputError(MiningError, ValueError):
     """The run cannot start: a folder, a table or a checkpoint is missing or unreadable."""
+
+
+class OutputError(MiningError):
+    """The results cannot be written (a full disk, a folder without permission): the run stops, and can go on later."""
 
 
 class ClipError(MiningError):

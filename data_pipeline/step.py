@@ -32,6 +32,13 @@ class Step(Generic[In, Out]):
         """``CutShots`` -> ``cut_shots``: the name of the file, of the stage in reports, and of the settings."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
+    @property
+    def model_device(self) -> str:
+        """The device that the step's model runs on ("cpu", "cuda:0"), "" for a step without a model. On a cluster a
+        step with a model has workers of its own; the others share one with their neighbours.
+        """
+        return ""
+
     def setup(self) -> None:
         """Once per worker: heavy imports and weights. SettingsError or InputError if something is missing."""
 

@@ -34,19 +34,17 @@ class WriteShards(Step[TrainingPair, EncodedPair]):
     """Encodes target pictures (JPEG, 4:4:4), reference cut-outs (PNG with alpha) and metadata (json), as
     docs/data_format.md specifies.
 
-    pairs_per_clip: 1 takes the earlier frame as the reference, 2 adds the swapped direction as a sample of its own.
-    pairs_per_shard: samples in one tar file. pipeline: version and settings hash, copied into every sample. The same
-    pair always gives the same bytes.
+    both_directions: False takes the earlier frame as the reference, True adds the swapped direction as a sample of its
+    own. pairs_per_shard: samples in one tar file. pipeline: version and settings hash, copied into every sample. The
+    same pair always gives the same bytes.
     """
 
-    pairs_per_clip: int = 1
+    both_directions: bool = False
     pairs_per_shard: int = 1000
     jpeg_quality: int = 95
     pipeline: Mapping[str, str] = field(default_factory=dict, metadata={"hashed": False})
 
     def __post_init__(self) -> None:
-        if self.pairs_per_clip not in (1, 2):
-            raise SettingsError(f"pairs_per_clip is 1, or 2 for both directions, got {self.pairs_per_clip}")
         if self.pairs_per_shard < 1:
             raise SettingsError(f"pairs_per_shard must be at least 1, got {self.pairs_per_shard}")
         if not 1 <= self.jpeg_quality <= 100:
@@ -55,9 +53,9 @@ class WriteShards(Step[TrainingPair, EncodedPair]):
     def process(self, pair: TrainingPair) -> EncodedPair | Rejected:
         """One or two samples."""
         frames = pair.frames
-        key = frames.video.file.key
+        key = sample_key(frames.video.file.key, frames.number)
         directions = [(key, frames.reference, frames.target, pair.matches)]
-        if self.pairs_per_clip == 2:
+        if self.both_directions:
             swapped = tuple(
                 Match(reference=match.target, target=match.reference, similarity=match.similarity)
                 for match in pair.matches
@@ -92,6 +90,7 @@ class WriteShards(Step[TrainingPair, EncodedPair]):
             "source": {
                 "video": video.file.name,
                 "sha256": video.sha256,
+                "pair": pair.frames.number,
                 "frame_reference": reference.index,
                 "frame_target": target.index,
                 "t_reference": round(reference.time, 6),
@@ -102,12 +101,18 @@ class WriteShards(Step[TrainingPair, EncodedPair]):
         }
 
 
+def sample_key(key: str, number: int) -> str:
+    """The key of a clip's pair: that of the clip for its best pair, ``KEY-pair1`` and so on for the others."""
+    return key if number == 0 else f"{key}-pair{number}"
+
+
 def describe(match: Match) -> dict[str, Any]:
     """The entry of one subject in the json of a sample."""
     reference, target = match.reference, match.target
     return {
         "phrase": target.entity.phrase,
         "mention": target.entity.mention,
+        "kind": target.entity.kind,
         "target_box": [round(float(value), 6) for value in target.box],
         "reference_box": [round(float(value), 6) for value in reference.box],
         "target_mask_rle": encode_mask(target.mask),

@@ -5,7 +5,7 @@ import tarfile
 import pyarrow.parquet
 import pytest
 
-from data_pipeline.assemble import ShardWriter, assemble, file_hashes, installed_versions, settings_hash
+from data_pipeline.assemble import ShardPlanner, assemble, file_hashes, installed_versions, settings_hash, write_shard
 from data_pipeline.journal import Journal
 from data_pipeline.records import VideoFile
 from data_pipeline.steps.write_shards import tar_member
@@ -94,10 +94,38 @@ def test_a_second_assembly_leaves_the_same_files(mined):
     assert not list(journal.out.glob(".*.tmp"))
 
 
-def test_samples_of_one_clip_stay_together(tmp_path):
-    writer = ShardWriter(tmp_path, per_shard=3)
-    assert [writer.add(b"x" * 512, 2) for _ in range(3)] == [f"pairs-{i:06d}.tar" for i in range(3)]
-    assert writer.add(b"x" * 512, 1) == "pairs-000002.tar"
+def test_samples_of_one_clip_stay_together():
+    planner = ShardPlanner(per_shard=3)
+    assert [planner.add(f"clip_{i}", 2) for i in range(3)] == [f"pairs-{i:06d}.tar" for i in range(3)]
+    assert planner.add("clip_3", 1) == "pairs-000002.tar"
+    planner.flush()
+    assert [plan.keys for plan in planner.plans] == [("clip_0",), ("clip_1",), ("clip_2", "clip_3")]
+    assert [plan.samples for plan in planner.plans] == [2, 2, 3]
+
+
+def test_shards_may_be_written_elsewhere_in_any_order(mined):
+    journal, files = mined
+    first = assemble(journal, files, per_shard=2)
+    content = {path.name: path.read_bytes() for path in journal.out.glob("pairs-*")}
+
+    def backwards(journal, plans):
+        return reversed([write_shard(journal, plan) for plan in reversed(plans)])
+
+    assert assemble(journal, files, per_shard=2, write=backwards) == first
+    assert {path.name: path.read_bytes() for path in journal.out.glob("pairs-*")} == content
+
+
+def test_a_name_that_is_no_utf8_does_not_stop_the_assembly(tmp_path):
+    journal = Journal(tmp_path / "out")
+    journal.start({})
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"x")
+    file = VideoFile(name="clip.mp4", key="clip", path=path, caption="a dog")
+    evidence = {"error": "cannot open \udcff.mp4"}
+    journal.commit(file, {"kept": False, "stage": "s", "reason": "r", "evidence": evidence})
+    assemble(journal, [file], per_shard=4)
+    [line] = (journal.out / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["evidence"] == evidence
 
 
 def test_nothing_kept_leaves_an_empty_index(mined):

@@ -161,22 +161,22 @@ def test_workers_give_the_same_bytes(mined, folder, tmp_path):
 
 
 def test_a_run_that_was_stopped_goes_on_and_ends_the_same(mined, folder, tmp_path, monkeypatch, capsys):
-    original = run.mine_clip
+    original = run.travel
     done = []
 
-    def stop_after_five(steps, file, place=None):
+    def stop_after_five(steps, journey, at):
         if len(done) == 5:
             raise KeyboardInterrupt
-        done.append(file.name)
-        return original(steps, file, place)
+        done.append(journey.file.name)
+        return original(steps, journey, at)
 
-    monkeypatch.setattr(run, "mine_clip", stop_after_five)
+    monkeypatch.setattr(run, "travel", stop_after_five)
     assert mine(folder, tmp_path / "out") == 130
     assert "the same command goes on from here" in capsys.readouterr().err
     assert not (tmp_path / "out" / "build.json").exists()
     later = []
     monkeypatch.setattr(
-        run, "mine_clip", lambda steps, file, place=None: later.append(file.name) or original(steps, file)
+        run, "travel", lambda steps, journey, at: later.append(journey.file.name) or original(steps, journey, at)
     )
     assert mine(folder, tmp_path / "out") == 0
     assert len(later) == 5
@@ -226,7 +226,7 @@ def test_another_annotations_file_of_the_same_name(folder, tmp_path, capsys):
 
 
 def test_both_directions(folder, tmp_path):
-    assert mine(folder, tmp_path / "out", "--pairs-per-clip", 2, "--pairs-per-shard", 4) == 0
+    assert mine(folder, tmp_path / "out", "--both-directions", "--pairs-per-shard", 4) == 0
     shards = [list(read_shard(path)) for path in sorted((tmp_path / "out").glob("*.tar"))]
     assert shards[0] == ["clip_0", "clip_0-swapped", "clip_2", "clip_2-swapped"]
     assert [len(shard) for shard in shards] == [4, 4, 4]

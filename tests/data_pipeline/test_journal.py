@@ -1,9 +1,12 @@
+import errno
+import io
 import json
+from pathlib import Path
 
 import pytest
 
-from data_pipeline.journal import Journal, write_atomically
-from data_pipeline.records import InputError, VideoFile
+from data_pipeline.journal import Journal, atomic_file, write_atomically
+from data_pipeline.records import InputError, OutputError, VideoFile
 
 SETTINGS = {"filter_pairs": {"min_area": 0.01, "words": ("a",)}, "cut_shots": {"max_frames": 10}}
 
@@ -89,3 +92,45 @@ def test_a_torn_marker_is_not_finished(journal, file):
 
 def test_no_preview_is_none(journal):
     assert journal.preview("clip") is None
+
+
+def test_a_marker_whose_samples_are_not_all_there_does_not_count(tmp_path, file):
+    journal = Journal(tmp_path / "out")
+    journal.start({})
+    journal.commit(file, {"kept": True, "samples": []}, blocks=b"abc")
+    assert journal.read(file)["kept"]
+    next(journal.folder.rglob("*.tar")).write_bytes(b"ab")  # the power went
+    assert journal.read(file) is None
+    next(journal.folder.rglob("*.tar")).unlink()
+    assert journal.read(file) is None
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    journal = Journal(tmp_path / "out")
+    journal.start({})
+    with journal.lock():
+        with pytest.raises(InputError, match="another run is at work in"), Journal(tmp_path / "out").lock():
+            pass
+    with journal.lock():  # the first one has ended
+        pass
+
+
+def test_a_disk_that_is_full_is_one_clear_error_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Full(io.BytesIO):
+        write = full
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Full())
+    with pytest.raises(OutputError, match="cannot write .*a.json: No space left on device.*run the same command again"):
+        write_atomically(tmp_path / "a.json", b"content")
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_inside_the_block_leaves_no_file(tmp_path):
+    with pytest.raises(KeyError), atomic_file(tmp_path / "a") as file:
+        file.write(b"half")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,7 @@ import pytest
 
 from data_pipeline.journal import Journal
 from data_pipeline.records import ClipError, EncodedPair, Rejected, VideoFile
-from data_pipeline.run import mine_clip, run
+from data_pipeline.run import run
 from data_pipeline.step import Step
 
 
@@ -43,31 +43,6 @@ def journal(tmp_path):
     journal = Journal(tmp_path / "out")
     journal.start({})
     return journal
-
-
-def test_a_kept_clip(files):
-    marker, outcome, before = mine_clip([Pass(), Judge()], files[0])
-    assert marker["kept"]
-    assert marker["samples"] == [{"key": "a"}]
-    assert list(marker["seconds"]) == ["pass", "judge"]
-    assert isinstance(outcome, EncodedPair)
-    assert before is files[0]
-
-
-@pytest.mark.parametrize(
-    ("number", "reason", "evidence"), [(1, "bad clip", {"value": 3}), (3, "not wanted", {"value": 4})]
-)
-def test_a_rejected_clip(files, number, reason, evidence):
-    marker, _, _ = mine_clip([Pass(), Judge()], files[number])
-    del marker["seconds"]
-    assert marker == {"kept": False, "stage": "judge", "reason": reason, "evidence": evidence}
-
-
-def test_an_error_that_nobody_foresaw_is_kept_with_its_traceback(files):
-    marker, _, _ = mine_clip([Judge(), Pass()], files[2])
-    assert marker["reason"] == "unexpected error"
-    assert "KeyError: 'oops'" in marker["evidence"]["traceback"]
-    assert list(marker["seconds"]) == ["judge"]
 
 
 def test_a_run_leaves_a_marker_for_every_clip_and_says_what_was_unexpected(files, journal, capsys):

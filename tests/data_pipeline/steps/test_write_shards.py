@@ -1,6 +1,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,12 +68,19 @@ def test_metadata(pair):
 
 
 def test_both_directions(pair):
-    encoded = WriteShards(pairs_per_clip=2).process(pair)
+    encoded = WriteShards(both_directions=True).process(pair)
     first, second = encoded.samples
     assert (first["key"], second["key"]) == ("clip", "clip-swapped")
     assert first["subjects"][0]["target_box"] == second["subjects"][0]["reference_box"]
     assert (second["source"]["frame_reference"], second["source"]["frame_target"]) == (8, 3)
     assert [name.split(".")[0] for name in members(encoded)] == ["clip"] * 3 + ["clip-swapped"] * 3
+
+
+def test_a_further_pair_of_a_clip_has_a_key_of_its_own(pair):
+    further = replace(pair, frames=replace(pair.frames, number=2))
+    first, second = WriteShards(both_directions=True).process(further).samples
+    assert (first["key"], second["key"]) == ("clip-pair2", "clip-pair2-swapped")
+    assert first["source"]["pair"] == 2
 
 
 def test_the_same_pair_gives_the_same_bytes(pair):
@@ -84,7 +92,6 @@ def test_the_same_pair_gives_the_same_bytes(pair):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pairs_per_clip": 3}, "pairs_per_clip is 1, or 2 for both directions, got 3"),
         ({"pairs_per_shard": 0}, "pairs_per_shard must be at least 1, got 0"),
         ({"jpeg_quality": 101}, r"jpeg_quality must lie in 1..100, got 101"),
     ],

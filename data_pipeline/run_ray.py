@@ -1,0 +1,232 @@
+"""Runs the list of steps on Ray Data: the same steps, the same journal, the same dataset as on one machine.
+
+Neighbouring steps without a model share CPU actors, in which each clip is worked on by a guarded child process (a
+decoder that hangs or dies takes one clip along). Every step with a model has a pool of actors of its own, with a share
+of a GPU if it runs on one, and takes several clips in a batch. The last actors write to the journal, so ``OUT`` must
+lie on a file system that all machines see. Shards, too, are written by the workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from data_pipeline.assemble import ShardPlan, write_shard
+from data_pipeline.journal import Journal
+from data_pipeline.journey import Finished, Journey, advance, commit, travel
+from data_pipeline.pool import Failure, Guard, Place
+from data_pipeline.records import InputError, MiningError, Rejected, SettingsError, VideoFile
+from data_pipeline.run import show_progress, split_finished
+from data_pipeline.step import Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayOptions:
+    """Where and how wide to run.
+
+    address: "local" starts Ray on this machine, anything else is the address of a running cluster ("auto", "ray://...").
+    workers: actors of every group of steps without a model. model_workers: actors of every step with a model.
+    gpu_share: of one GPU, for each of these. batch_clips: clips in one batch of a model; 1 gives the bytes of a local
+    run, more may change the last bit of a score. timeout: seconds per clip in a group without a model.
+    """
+
+    address: str
+    workers: int = 2
+    model_workers: int = 1
+    gpu_share: float = 1.0
+    batch_clips: int = 1
+    timeout: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "model_workers", "batch_clips"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"on Ray {name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.gpu_share <= 1:
+            raise SettingsError(f"gpu_share must lie in (0, 1], got {self.gpu_share}")
+
+
+def group_steps(steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps in their order: neighbours without a model together, every step with a model alone."""
+    groups: list[list[Step]] = []
+    for step in steps:
+        if step.model_device or not groups or groups[-1][-1].model_device:
+            groups.append([])
+        groups[-1].append(step)
+    return groups
+
+
+# ------------------------------------------------------------------------------------------------------ in the workers
+
+
+def make_travel(steps: Sequence[Step]) -> Callable[[Journey, Place], Journey]:
+    """Sets the steps up and returns the function that takes a clip through them: what a guarded child does."""
+    from data_pipeline.models.threads import use_one_thread
+
+    use_one_thread()
+    for step in steps:
+        step.setup()
+
+    def work(journey: Journey, place: Place) -> Journey:
+        def at(number: int) -> None:
+            place.value = number
+
+        return travel(steps, journey, at)
+
+    return work
+
+
+class GuardedSteps:
+    """An actor for steps without a model. Rows in: {"journey": Journey}."""
+
+    def __init__(self, steps: Sequence[Step], timeout: float) -> None:
+        preload = tuple(module for step in steps for module in step.preload)
+        self._steps, self._timeout = steps, timeout
+        self._guard: Guard[Journey] = Guard(partial(make_travel, steps), preload)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The same rows, one group of steps later."""
+        return {"journey": _column([self._one(journey) for journey in batch["journey"]])}
+
+    def _one(self, journey: Journey) -> Journey:
+        if not journey.alive:
+            return journey
+        result = self._guard.work(journey, self._timeout)
+        if isinstance(result, Failure):
+            reason = "took too long" if result.kind == "timeout" else "the worker died"
+            journey.reject(Rejected(reason, {"detail": result.detail}, self._steps[result.stage].name))
+            return journey
+        return result
+
+
+class ModelStep:
+    """An actor for one step with a model, which takes all clips of a batch at once."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        from data_pipeline.models.threads import use_one_thread
+
+        [self._step] = steps
+        if self._step.model_device == "cpu":
+            use_one_thread()
+        self._step.setup()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The same rows, one step later."""
+        journeys = list(batch["journey"])
+        advance(self._step, journeys)
+        return {"journey": _column(journeys)}
+
+
+def _column(journeys: list[Journey]) -> Any:
+    import numpy as np
+
+    column = np.empty(len(journeys), dtype=object)
+    column[:] = journeys
+    return column
+
+
+def commit_rows(batch: dict[str, Any], journal: Journal) -> dict[str, Any]:
+    """Leaves the outcomes in the journal; only names and verdicts go back to the driver."""
+    finished = [commit(journey, journal) for journey in batch["journey"]]
+    return {
+        "name": [journey.file.name for journey in batch["journey"]],
+        "kept": [one.kept for one in finished],
+        "unexpected": [one.unexpected for one in finished],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- in the driver
+
+
+def check_ray(options: RayOptions) -> None:
+    """InputError if Ray is not installed; before anything heavy is done."""
+    from importlib.util import find_spec
+
+    if find_spec("ray") is None:
+        raise InputError(f"--ray {options.address} needs Ray, which is not installed: pip install 'msdiffusion[ray]'")
+
+
+@contextlib.contextmanager
+def ray_session(options: RayOptions, num_groups: int) -> Iterator[None]:
+    """A running Ray, stopped at the end if we started it. InputError if there is no cluster at the address."""
+    import ray
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    ours = not ray.is_initialized()
+    if ours and options.address == "local":
+        # Actors wait for each other's rows: each must have its (nominal) processor, whatever the machine has.
+        processors = num_groups * max(options.workers, options.model_workers) + 2
+        ray.init(address="local", num_cpus=processors, **quiet)
+    elif ours:
+        try:
+            ray.init(address=options.address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(f"cannot reach a Ray cluster at {options.address!r}: {error}") from error
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def run_on_ray(
+    steps: Sequence[Step], files: Sequence[VideoFile], journal: Journal, options: RayOptions, *, quiet: bool = False
+) -> None:
+    """Mines the clips that the journal has not finished yet. Needs a ``ray_session``."""
+    import ray
+
+    finished, waiting = split_finished(files, journal)
+    if not waiting:
+        return
+    # Small blocks: rows go on to the next actors as soon as their block is through.
+    blocks = min(len(waiting), max(4 * options.workers, len(waiting) // 32))
+    rows = ray.data.from_items([{"journey": Journey(file)} for file in waiting], override_num_blocks=blocks)
+    for group in group_steps(steps):
+        device = group[0].model_device
+        actors = options.model_workers if device else options.workers
+        arguments = {"steps": group} if device else {"steps": group, "timeout": options.timeout}
+        rows = rows.map_batches(
+            ModelStep if device else GuardedSteps,
+            fn_constructor_kwargs=arguments,
+            batch_size=options.batch_clips if device else 1,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=1,
+            num_gpus=options.gpu_share if device.startswith("cuda") else 0,
+        )
+    rows = rows.map_batches(commit_rows, fn_kwargs={"journal": journal}, batch_size=1, num_cpus=0.5)
+    with ours_raised(ray):
+        show_progress(
+            ((row["name"], Finished(kept=bool(row["kept"]), unexpected=row["unexpected"])) for row in rows.iter_rows()),
+            finished,
+            len(files),
+            quiet,
+        )
+
+
+def write_on_ray(journal: Journal, plans: Sequence[ShardPlan]) -> Iterator[dict[str, Any]]:
+    """Writes the shards by the workers of the cluster, several at a time; their entries in the order of the plans."""
+    import ray
+
+    write = ray.remote(write_shard)
+    with ours_raised(ray):
+        for reference in [write.remote(journal, plan) for plan in plans]:
+            yield ray.get(reference)
+
+
+@contextlib.contextmanager
+def ours_raised(ray: Any) -> Iterator[None]:
+    """Raises a MiningError of a worker as itself, not as Ray's wrapping of it."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        inner: BaseException | None = error
+        while inner is not None:
+            if isinstance(inner, MiningError):
+                raise type(inner)(str(getattr(inner, "cause", inner))) from None
+            inner = getattr(inner, "cause", None) or inner.__cause__
+        raise

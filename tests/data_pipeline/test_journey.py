@@ -1,0 +1,168 @@
+"""A clip on its way: batches, pairs that part, errors that stay with the pair that set them off."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from data_pipeline.journal import Journal
+from data_pipeline.journey import Branch, Journey, advance, commit, outcome, travel
+from data_pipeline.records import ClipError, Dropped, EncodedPair, Rejected, VideoFile
+from data_pipeline.step import Step
+
+
+@dataclass(kw_only=True)
+class Split(Step):
+    """One record per letter of the clip's key."""
+
+    def process(self, record):
+        return tuple(record.key)
+
+
+@dataclass(kw_only=True)
+class Judge(Step):
+    def process(self, record):
+        if record == "b":
+            raise ClipError("bad", value=3)
+        if record == "n":
+            return Rejected("not wanted", {"value": 4})
+        if record == "x":
+            raise KeyError("oops")
+        return record
+
+
+@dataclass(kw_only=True)
+class Encode(Step):
+    def process(self, record):
+        if record == "z":
+            return Rejected("late", {})
+        lost = Dropped(phrase="dog", stage="judge", reason="small", evidence={})
+        return EncodedPair(samples=({"key": record},), blocks=record.encode(), dropped=(lost,))
+
+
+STEPS = [Split(), Judge(), Encode()]
+
+
+@pytest.fixture
+def make_journey(tmp_path):
+    def make(key):
+        path = tmp_path / f"{key}.mp4"
+        path.write_bytes(b"x")
+        return Journey(VideoFile(name=path.name, key=key, path=path, caption="a dog"))
+
+    return make
+
+
+@pytest.fixture
+def journal(tmp_path):
+    journal = Journal(tmp_path / "out")
+    journal.start({})
+    return journal
+
+
+def test_a_clip_with_one_pair(make_journey):
+    journey = travel(STEPS, make_journey("a"))
+    assert outcome(journey).samples == ({"key": "a"},)
+    assert list(journey.seconds) == ["split", "judge", "encode"]
+
+
+def test_pairs_part_and_their_samples_come_together_in_order(make_journey, journal):
+    journey = travel(STEPS, make_journey("acd"))
+    result = outcome(journey)
+    assert [sample["key"] for sample in result.samples] == ["a", "c", "d"]
+    assert result.blocks == b"acd"
+    assert len(result.dropped) == 3
+    assert commit(journey, journal).kept
+    assert journal.blocks("acd") == b"acd"
+    assert journal.read(journey.file)["lost_pairs"] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "kept", "lost"),
+    [
+        ("ab", ["a"], [{"number": 1, "stage": "judge", "reason": "bad", "evidence": {"value": 3}}]),
+        ("na", ["a"], [{"number": 0, "stage": "judge", "reason": "not wanted", "evidence": {"value": 4}}]),
+        ("az", ["a"], [{"number": 1, "stage": "encode", "reason": "late", "evidence": {}}]),
+    ],
+)
+def test_a_pair_that_falls_out_leaves_the_others(make_journey, journal, key, kept, lost):
+    journey = travel(STEPS, make_journey(key))
+    assert commit(journey, journal).kept
+    marker = journal.read(journey.file)
+    assert [sample["key"] for sample in marker["samples"]] == kept
+    assert marker["lost_pairs"] == lost
+
+
+def test_a_rejected_clip_gives_the_reason_of_the_pair_that_came_farthest(make_journey, journal):
+    journey = travel(STEPS, make_journey("bzn"))
+    assert not commit(journey, journal).kept
+    marker = journal.read(journey.file)
+    assert (marker["stage"], marker["reason"]) == ("encode", "late")
+    assert [(lost["number"], lost["reason"]) for lost in marker["lost_pairs"]] == [(0, "bad"), (2, "not wanted")]
+
+
+def test_of_pairs_that_came_equally_far_the_best_one_speaks(make_journey):
+    assert outcome(travel(STEPS, make_journey("nb"))).reason == "not wanted"
+
+
+def test_an_error_that_nobody_foresaw_keeps_its_traceback_and_hits_no_other_pair(make_journey, journal):
+    journey = travel(STEPS, make_journey("axc"))
+    finished = commit(journey, journal)
+    assert finished.kept
+    assert "KeyError: 'oops'" in finished.unexpected
+    assert [sample["key"] for sample in journal.read(journey.file)["samples"]] == ["a", "c"]
+
+
+@dataclass(kw_only=True)
+class Batched(Step):
+    """Notes the batches that it is given; one bad record breaks the whole batch, as a model would."""
+
+    seen: list
+
+    def process_many(self, records):
+        self.seen.append(list(records))
+        if "x" in records:
+            raise RuntimeError("the batch is broken")
+        return [record.upper() for record in records]
+
+
+def test_a_batch_holds_the_living_pairs_of_all_clips(make_journey):
+    journeys = [make_journey("ab"), make_journey("n"), make_journey("c")]
+    for step in (Split(), Judge()):
+        advance(step, journeys)
+    seen = []
+    advance(Batched(seen=seen), journeys)
+    assert seen == [["a", "c"]]
+    assert [[branch.record for branch in journey.branches if branch.alive] for journey in journeys] == [
+        ["A"],
+        [],
+        ["C"],
+    ]
+
+
+def test_a_broken_batch_is_taken_again_one_by_one(make_journey):
+    seen = []
+    journeys = [Journey(make_journey(key).file, [Branch(key)]) for key in "axc"]
+    advance(Batched(seen=seen), journeys)
+    assert seen == [["a", "x", "c"], ["a"], ["x"], ["c"]]
+    assert [journey.alive for journey in journeys] == [True, False, True]
+    assert journeys[1].branches[0].record.reason == "unexpected error"
+
+
+@dataclass(kw_only=True)
+class Forgetful(Step):
+    def process_many(self, records):
+        return []
+
+
+def test_a_step_that_loses_a_record_is_found_out(make_journey):
+    journey = Journey(make_journey("a").file)
+    advance(Forgetful(), [journey])
+    assert "gave 0 results for 1 records" in outcome(journey).evidence["traceback"]
+
+
+def test_a_finished_clip_is_not_touched_again(make_journey):
+    journey = make_journey("n")
+    travel(STEPS, journey)
+    seen = []
+    advance(Batched(seen=seen), [journey])
+    assert seen == []
