@@ -1,30 +1,33 @@
-"""Grounding DINO through the package groundingdino-py 0.4, on current transformers, one frame at a time.
+"""Grounding DINO through the package groundingdino-py 0.4, on current transformers, in batches.
 
-The package wraps BERT in a way that transformers 5 no longer allows. Instead of its wrapper, BERT itself is used
-here, with a hook that turns the package's three-dimensional boolean attention mask into the additive float mask that
-BERT takes (a boolean one would be right with one attention implementation and wrong with another). Outputs are
-bit-equal to the package on transformers 4.57, and the names of the weights are unchanged. No installed file is
-edited: the wrapper is exchanged only while a model is being built.
+Two things are mended, without touching an installed file and without leaving anything changed in the package:
 
-Batches of different captions are wrong in the package (it repeats masks in the wrong order), so frames go one by one.
+- The package wraps BERT in a way that transformers 5 no longer allows. While a model is being built, BERT itself
+  stands in for the wrapper, with a hook that turns the package's three-dimensional boolean attention mask into the
+  additive float mask that BERT takes (a boolean one would be right with one attention implementation and wrong with
+  another). Outputs are bit-equal to the package on transformers 4.57, and the names of the weights are unchanged.
+- The text layers repeat their masks in the wrong order, so that in a batch of different captions a caption gets the
+  mask of another. A hook on each of these layers hands in masks that are repeated in the right order.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from data_pipeline.records import Box, Detection, Entity, Frame, InputError, Video, box_area, box_iou
+from data_pipeline.models.grounding import GroundingDetector, Preprocessing
+from data_pipeline.records import InputError
 
-MAX_TOKENS = 256
+# Tensors that the network works out for itself, or has no use for: a checkpoint may lack them.
+DISPENSABLE = ("relative_position_index", "bert.pooler.", "bert.embeddings.position_ids")
 
 
 def _bert_with_float_masks(bert_model: Any) -> Any:
@@ -41,135 +44,172 @@ def _bert_with_float_masks(bert_model: Any) -> Any:
     return bert_model
 
 
+def _untrained_language_model(name: str) -> Any:
+    """Stands in for the package's loader of BERT weights: those of the detector's checkpoint replace them anyway."""
+    from transformers import AutoConfig, AutoModel
+
+    return AutoModel.from_config(AutoConfig.from_pretrained(name))
+
+
 @contextlib.contextmanager
-def _replaced_bert_wrapper() -> Iterator[None]:
+def _replaced_bert() -> Iterator[None]:
     from groundingdino.models.GroundingDINO import groundingdino as package
+    from groundingdino.util import get_tokenlizer
     from transformers import BertModel
 
-    original = package.BertModelWarper
+    originals = package.BertModelWarper, get_tokenlizer.get_pretrained_language_model
+    get_tokenlizer.get_pretrained_language_model = _untrained_language_model
     # transformers 4 still has what the package's wrapper needs, and refuses a four-dimensional mask.
     if not hasattr(BertModel, "get_head_mask"):
         package.BertModelWarper = _bert_with_float_masks
     try:
         yield
     finally:
-        package.BertModelWarper = original
+        package.BertModelWarper, get_tokenlizer.get_pretrained_language_model = originals
 
 
-def load_grounding_dino(config: Path, checkpoint: Path, text_encoder: str, device: str) -> torch.nn.Module:
-    """The model of a configuration file of the package (Python code: only run one that you trust) with the weights of
-    a checkpoint.
+def mend_text_masks(model: torch.nn.Module) -> None:
+    """Gives every text layer of this model masks in the order in which its attention reads them: all heads of the
+    first caption, then all heads of the second.
+    """
+    from groundingdino.models.GroundingDINO.transformer_vanilla import TransformerEncoderLayer
 
-    text_encoder: directory or name of the BERT, "" for the one in the configuration; its own weights are overwritten
-    by those of the checkpoint. Only tensors are read from the checkpoint. InputError if anything is missing or does
-    not fit.
+    def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        mask = kwargs.get("src_mask")
+        # The layer repeats a mask only if it has one row per caption, so this one passes as it is.
+        if mask is not None and mask.dim() == 3:
+            kwargs["src_mask"] = mask.repeat_interleave(module.nhead, dim=0)
+        return args, kwargs
+
+    for layer in model.modules():
+        if isinstance(layer, TransformerEncoderLayer):
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def read_package_config(path: Path) -> dict[str, Any]:
+    """The settings in a configuration file of the package: Python assignments of plain values.
+
+    They are read, not run: such a file may come from a stranger. InputError if it holds anything else.
+    """
+    try:
+        lines = ast.parse(path.read_text(encoding="utf-8")).body
+        settings = {}
+        for line in lines:
+            if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
+                continue  # a docstring
+            [target] = line.targets
+            settings[target.id] = ast.literal_eval(line.value)
+    except (OSError, SyntaxError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"cannot read the Grounding DINO configuration {path}: it must hold plain assignments, as "
+            f"GroundingDINO_SwinT_OGC.py does ({error})"
+        ) from error
+    return settings
+
+
+def build_from_config(settings: Mapping[str, Any], text_encoder: str, device: str = "cpu") -> torch.nn.Module:
+    """The package's network with random weights, mended. text_encoder: directory or hub id of a BERT's configuration
+    and tokenizer. InputError if something is missing.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations and syntax warnings inside the package
         from groundingdino.models import build_model
-        from groundingdino.util.misc import clean_state_dict
-        from groundingdino.util.slconfig import SLConfig
 
+    # The last two save memory in training only.
+    fixed = {
+        "device": device,
+        "text_encoder_type": text_encoder,
+        "use_checkpoint": False,
+        "use_transformer_ckpt": False,
+    }
     try:
-        settings = SLConfig.fromfile(str(config))
-    except Exception as error:  # the file is a program: anything may come out of it
-        raise InputError(f"cannot read the Grounding DINO configuration {config}: {error}") from error
-    weights = _read_weights(checkpoint)
-    settings.device = device
-    settings.text_encoder_type = text_encoder or settings.text_encoder_type
-    # Both save memory in training only.
-    settings.use_checkpoint = settings.use_transformer_ckpt = False
-    try:
-        with _replaced_bert_wrapper(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with _replaced_bert(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = build_model(settings)
+            model = build_model(SimpleNamespace(**{**settings, **fixed}))
     except (OSError, ValueError) as error:
-        problem = f"cannot build Grounding DINO with the text encoder {settings.text_encoder_type!r}: {error}"
+        problem = f"cannot build Grounding DINO with the text encoder {text_encoder!r}: {error}"
         raise InputError(
-            f"{problem}\n  give a directory with a BERT and its tokenizer: --detector-text-encoder DIR"
+            f"{problem}\n  give a directory with a BERT's config.json and tokenizer: --detector-text-encoder DIR"
         ) from error
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"the configuration does not describe a Grounding DINO: {error}") from error
+    mend_text_masks(model)
+    return model
+
+
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by the package's names: safetensors, or a .pth of which only tensors are read.
+
+    InputError if the file is something else.
+    """
     try:
-        report = model.load_state_dict(clean_state_dict(weights), strict=False)
+        if checkpoint.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(checkpoint)
+        else:
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            content = content.get("model", content)
+        return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    except Exception as error:  # pickle, zip and runtime errors, according to what the file is
+        raise InputError(
+            f"cannot read Grounding DINO weights from {checkpoint}: {(str(error).splitlines() or [''])[0]}"
+        ) from error
+
+
+def load_grounding_dino(config: Path, checkpoint: Path, text_encoder: str, device: str) -> torch.nn.Module:
+    """The model of a configuration file of the package with the weights of a checkpoint.
+
+    text_encoder: directory or name of a BERT's configuration and tokenizer; "" for the folder "text_encoder" beside
+    the configuration if there is one, else for the one that the configuration names. InputError if anything is
+    missing or does not fit.
+    """
+    settings = read_package_config(config)
+    beside = config.parent / "text_encoder"
+    named = str(beside) if beside.is_dir() else str(settings.get("text_encoder_type", "bert-base-uncased"))
+    weights = read_weights(checkpoint)
+    model = build_from_config(settings, text_encoder or named, device)
+    try:
+        report = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # names the tensors and both shapes
         raise InputError(f"the weights in {checkpoint} do not fit {config}: {error}") from error
     # Extra tensors are harmless (training leftovers, position ids of older transformers); missing ones are not.
-    if report.missing_keys:
-        shown = ", ".join(report.missing_keys[:5])
-        raise InputError(f"{checkpoint} lacks {len(report.missing_keys)} tensors of the model of {config}: {shown} ...")
+    missing = [name for name in report.missing_keys if not any(part in name for part in DISPENSABLE)]
+    if missing:
+        shown = ", ".join(missing[:5])
+        raise InputError(f"{checkpoint} lacks {len(missing)} tensors of the model of {config}: {shown} ...")
     return model.to(device).eval()
 
 
-def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        return content.get("model", content)
-    except Exception as error:  # pickle, zip and runtime errors, according to what the file is
-        raise InputError(
-            f"cannot read Grounding DINO weights from {checkpoint}: {str(error).splitlines()[0]}"
-        ) from error
+class GroundingDino(GroundingDetector):
+    """A detector (see data_pipeline.models.detector.Detector) round a model of the package.
 
-
-class GroundingDino:
-    """A detector (see data_pipeline.models.detector.Detector) for a built model.
-
-    All phrases are asked at once. The score of a phrase is the best sigmoid over its tokens, and a box belongs to its
-    best phrase.
+    image_size: pixels of the short side, None for 800.
     """
 
-    def __init__(self, model: torch.nn.Module, *, box_threshold: float, nms_iou: float, image_size: int) -> None:
-        import groundingdino.datasets.transforms as transforms
-
-        self.model = model
-        self.box_threshold = box_threshold
-        self.nms_iou = nms_iou
-        # The package's preprocessing: short side image_size, long side at most 5/3 of it, ImageNet statistics.
-        longest = round(image_size * 1333 / 800)
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomResize([image_size], max_size=longest),
-                transforms.ToTensor(),
-                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-            ]
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        box_threshold: float,
+        nms_iou: float,
+        image_size: int | None = None,
+        batch_size: int = 2,
+    ) -> None:
+        super().__init__(
+            model.tokenizer,
+            Preprocessing().resized_to(image_size),
+            box_threshold=box_threshold,
+            nms_iou=nms_iou,
+            batch_size=batch_size,
+            max_tokens=model.max_text_len,
         )
+        self.model = model
 
-    def question(self, phrases: list[str]) -> tuple[str, list[range]]:
-        """The caption that asks for the phrases, "dog . red ball .", and the token positions of each. Phrases over
-        256 tokens are cut.
-        """
-        parts, spans, position = [], [], 1  # position 0 is the start token
-        for phrase in phrases:
-            # Full stops and question marks separate phrases.
-            words = phrase.lower().replace(".", " ").replace("?", " ")
-            length = len(self.model.tokenizer(words, add_special_tokens=False)["input_ids"])
-            if position + length + 2 > MAX_TOKENS:
-                break
-            parts.append(f"{words} .")
-            spans.append(range(position, position + length))
-            position += length + 1
-        return " ".join(parts), spans
-
-    @torch.inference_mode()
-    def detect(self, video: Video, frame: Frame, entities: tuple[Entity, ...]) -> tuple[Detection, ...]:
-        """Detections, the best first; each entity's boxes overlap each other by at most nms_iou."""
-        caption, spans = self.question([entity.phrase for entity in entities])
-        pixels, _ = self.transform(Image.fromarray(frame.image), None)
+    def forward(self, pixels: torch.Tensor, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See GroundingDetector."""
         device = next(self.model.parameters()).device
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            output = self.model(pixels[None].to(device), captions=[caption])
-        scores = output["pred_logits"][0].sigmoid().float().cpu().numpy()
-        by_phrase = np.stack([scores[:, span.start : span.stop].max(axis=1) for span in spans], axis=1)
-        centres = output["pred_boxes"][0].float().cpu().numpy()
-        corners = np.concatenate(
-            (centres[:, :2] - centres[:, 2:] / 2, centres[:, :2] + centres[:, 2:] / 2), axis=1
-        ).clip(0, 1)
-        found: list[Detection] = []
-        for row in np.argsort(-by_phrase.max(axis=1), kind="stable"):
-            entity, score = entities[int(by_phrase[row].argmax())], float(by_phrase[row].max())
-            box: Box = tuple(float(value) for value in corners[row])
-            rivals = (other.box for other in found if other.entity == entity)
-            if score < self.box_threshold:
-                break
-            if box_area(box) > 0 and all(box_iou(box, other) <= self.nms_iou for other in rivals):
-                found.append(Detection(entity=entity, box=box, score=score))
-        return tuple(found)
+            output = self.model(pixels.to(device), captions=texts)
+        return output["pred_logits"], output["pred_boxes"]

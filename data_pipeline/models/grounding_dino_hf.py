@@ -1,0 +1,100 @@
+"""Grounding DINO through transformers: a directory written by save_pretrained, or a repository of the hub.
+
+The same network as the package's (data_pipeline.models.grounding_dino), with other names for its weights;
+data_pipeline.models.grounding_dino_weights converts in either direction.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from data_pipeline.models.grounding import GroundingDetector, Preprocessing
+from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, check_model_directory
+from data_pipeline.records import InputError
+
+OPTION = "--detector-model"
+
+
+def load_grounding_dino_hf(name: str, device: str) -> tuple[torch.nn.Module, Any, Preprocessing]:
+    """The model, its tokenizer and its preprocessing, from a directory or by a hub id. Safetensors only.
+
+    device: "cpu", "cuda", "cuda:1". InputError if anything is missing or does not fit.
+    """
+    from transformers import AutoTokenizer, GroundingDinoForObjectDetection, GroundingDinoImageProcessorPil
+
+    check_model_directory(name, OPTION, TEXT_AND_IMAGE_MODEL)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        processor = GroundingDinoImageProcessorPil.from_pretrained(name)
+        # The custom kernel is a download of compiled code; the plain one gives the same on every device.
+        model, report = GroundingDinoForObjectDetection.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, disable_custom_kernels=True, output_loading_info=True
+        )
+    except Exception as error:  # what is broken decides which of many unrelated errors comes out
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{OPTION}: cannot load a Grounding DINO from {name}: {first}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{OPTION}: {name} lacks {len(missing)} tensors of a Grounding DINO: {', '.join(missing[:3])} ...; give a "
+            "model of the type grounding-dino"
+        )
+    use_special_tokens_of(model, tokenizer)
+    side = processor.size
+    preprocessing = Preprocessing(
+        shortest=int(side.shortest_edge),
+        longest=int(side.longest_edge),
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+    )
+    return model.to(device).eval(), tokenizer, preprocessing
+
+
+def use_special_tokens_of(model: torch.nn.Module, tokenizer: Any) -> None:
+    """Tells a GroundingDinoForObjectDetection which tokens separate phrases; the class knows only those of
+    bert-base-uncased by number.
+    """
+    vocabulary = tokenizer.get_vocab()
+    known = [vocabulary[token] for token in ("[CLS]", "[SEP]", ".", "?") if token in vocabulary]
+    buffer = model.model.special_tokens
+    buffer.copy_(torch.tensor((known + known[-1:] * 4)[: len(buffer)], dtype=buffer.dtype))
+
+
+class GroundingDinoHF(GroundingDetector):
+    """A detector (see data_pipeline.models.detector.Detector) round transformers' GroundingDinoForObjectDetection.
+
+    image_size: pixels of the short side, None for the model's own.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        preprocessing: Preprocessing,
+        *,
+        box_threshold: float,
+        nms_iou: float,
+        image_size: int | None = None,
+        batch_size: int = 2,
+    ) -> None:
+        super().__init__(
+            tokenizer,
+            preprocessing.resized_to(image_size),
+            box_threshold=box_threshold,
+            nms_iou=nms_iou,
+            batch_size=batch_size,
+            max_tokens=model.config.max_text_len,
+        )
+        self.model = model
+
+    def forward(self, pixels: torch.Tensor, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See GroundingDetector."""
+        tokens = self.tokenizer(texts, padding="longest", return_tensors="pt")
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        inputs = {name: tokens[name].to(self.model.device) for name in names if name in tokens}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            output = self.model(pixel_values=pixels.to(self.model.device), **inputs)
+        return output.logits, output.pred_boxes
