@@ -1,12 +1,12 @@
-"""The list of steps, and the command: ``python -m data_pipeline.build --videos DIR --out DIR``."""
+"""The command: ``python -m data_pipeline.build --videos DIR``. What it runs is listed in ``data_pipeline.options``."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,173 +19,15 @@ from data_pipeline.assemble import (
     inputs_hash,
     installed_versions,
     settings_hash,
+    write_here,
 )
 from data_pipeline.journal import Journal, write_atomically
+from data_pipeline.options import make_parser, make_steps
 from data_pipeline.records import InputError, MiningError, SettingsError, VideoFile
 from data_pipeline.run import run
+from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_session, run_on_ray, write_on_ray
 from data_pipeline.sources import find_videos
 from data_pipeline.step import Step
-from data_pipeline.steps.cut_shots import CutShots
-from data_pipeline.steps.detect_boxes import DETECTORS, DetectBoxes
-from data_pipeline.steps.filter_pairs import FilterPairs
-from data_pipeline.steps.find_entities import FindEntities
-from data_pipeline.steps.match_subjects import MatchSubjects
-from data_pipeline.steps.pick_frames import PickFrames
-from data_pipeline.steps.read_videos import ReadVideos
-from data_pipeline.steps.segment_masks import SEGMENTERS, SegmentMasks
-from data_pipeline.steps.write_shards import WriteShards
-
-
-def default_workers() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line. Every number has its default and its reason in docs/mining.md."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog="python -m data_pipeline.build",
-        description="From captioned videos to a dataset of multi-subject pairs (docs/mining.md, docs/data_format.md).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--videos", type=Path, required=True, metavar="DIR", help="folder of videos, subfolders included")
-    add("--out", type=Path, required=True, metavar="DIR", help="where the dataset goes; a rerun finishes what is there")
-    add(
-        "--captions",
-        type=Path,
-        metavar="FILE",
-        help="csv, jsonl or parquet table with the columns video and caption; default: sidecars",
-    )
-    add(
-        "--annotations",
-        type=Path,
-        metavar="FILE",
-        help="json with the boxes and masks of many videos; default: sidecars",
-    )
-    add(
-        "--workers",
-        type=int,
-        default=default_workers(),
-        help="processes; 0 works in this one, without a time limit per clip",
-    )
-    add("--clip-timeout", type=float, default=120.0, metavar="SECONDS", help="a clip that takes longer is rejected")
-    add("--quiet", action="store_true", help="no progress bar")
-
-    group = parser.add_argument_group("reading and frames")
-    group.add_argument("--reader", choices=("auto", "decord", "pyav"), default=ReadVideos.reader, help="video decoder")
-    group.add_argument(
-        "--reference-place", type=float, default=PickFrames.reference_place, help="where in the shot, 0 to 1"
-    )
-    group.add_argument("--target-place", type=float, default=PickFrames.target_place, help="where in the shot, 0 to 1")
-    group.add_argument(
-        "--min-gap", type=float, default=PickFrames.min_gap, metavar="SECONDS", help="between the two frames"
-    )
-    group.add_argument(
-        "--max-frames", type=int, default=CutShots.max_frames, help="frames of a video that are looked at"
-    )
-    group.add_argument("--language-model", metavar="NAME", help="spaCy model; default: the usual small ones")
-
-    group = parser.add_argument_group("boxes and masks")
-    group.add_argument("--detector", choices=DETECTORS, default=DetectBoxes.detector, help="where boxes come from")
-    group.add_argument("--detector-config", type=Path, metavar="FILE", help="Grounding DINO configuration (Python)")
-    group.add_argument("--detector-checkpoint", type=Path, metavar="FILE", help="Grounding DINO weights")
-    group.add_argument(
-        "--detector-text-encoder", default="", metavar="DIR", help="its BERT, if not the configuration's"
-    )
-    group.add_argument("--box-threshold", type=float, default=DetectBoxes.box_threshold, help="least score of a box")
-    group.add_argument("--segmenter", choices=SEGMENTERS, default=SegmentMasks.segmenter, help="where masks come from")
-    group.add_argument(
-        "--segmenter-model", default=SegmentMasks.model, metavar="NAME", help="vit_b, vit_l, vit_h or a json file"
-    )
-    group.add_argument("--segmenter-checkpoint", type=Path, metavar="FILE", help="SAM weights")
-    group.add_argument(
-        "--embedder", default=MatchSubjects.embedder, help="histogram, timm:NAME or transformers:NAME_OR_DIR"
-    )
-    group.add_argument("--embedder-checkpoint", type=Path, metavar="FILE", help="weights for timm")
-    group.add_argument(
-        "--min-similarity", type=float, default=MatchSubjects.min_similarity, help="of a match, a cosine"
-    )
-    group.add_argument("--device", default="cpu", help="for detector, segmenter and embedder: cpu, cuda, cuda:1")
-
-    group = parser.add_argument_group("filters")
-    for name, meaning in FILTERS.items():
-        default = getattr(FilterPairs, name)
-        group.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=meaning)
-
-    group = parser.add_argument_group("shards")
-    group.add_argument(
-        "--pairs-per-clip", type=int, choices=(1, 2), default=WriteShards.pairs_per_clip, help="2: also swapped"
-    )
-    group.add_argument(
-        "--pairs-per-shard", type=int, default=WriteShards.pairs_per_shard, help="samples in one tar file"
-    )
-    return parser
-
-
-FILTERS = {
-    "min_score": "least detection score",
-    "min_mask_score": "least mask quality as SAM predicts it",
-    "min_area": "least share of the frame that a box covers",
-    "max_area": "largest share of the frame that a box covers",
-    "max_aspect": "longest side of a box over its other side",
-    "min_pixels": "least pixels of a mask",
-    "min_fill": "least share of its box that a mask covers",
-    "min_mask_agreement": "least overlap (IoU) of a mask's tight box with the detected box",
-    "max_border": "largest share of a side that is cut off by the frame's edge",
-    "max_box_iou": "boxes of two subjects that overlap more are one thing",
-    "max_mask_overlap": "masks of two subjects that overlap more are one thing",
-    "min_change": "least mean difference of the two frames inside the subjects' boxes",
-    "min_subjects": "fewest subjects of a sample",
-    "max_subjects": "most subjects of a sample",
-}
-
-
-def make_steps(arguments: argparse.Namespace) -> list[Step]:
-    """The whole pipeline, in order. SettingsError or InputError if the arguments don't make sense; nothing heavy is
-    loaded.
-    """
-    annotated = "annotations" in (arguments.detector, arguments.segmenter)
-    if arguments.segmenter == "annotations" and arguments.detector != "annotations":
-        raise SettingsError(
-            f"annotated masks belong to annotated boxes: with --detector {arguments.detector} use --segmenter sam "
-            "--segmenter-checkpoint FILE"
-        )
-    models = (arguments.language_model,) if arguments.language_model else ()
-    return [
-        ReadVideos(reader=arguments.reader, annotations=annotated, annotations_file=arguments.annotations),
-        CutShots(max_frames=arguments.max_frames),
-        PickFrames(
-            reference_place=arguments.reference_place,
-            target_place=arguments.target_place,
-            min_gap=arguments.min_gap,
-            annotated_only=arguments.detector == "annotations",
-        ),
-        FindEntities(language_models=models),
-        DetectBoxes(
-            detector=arguments.detector,
-            config=arguments.detector_config,
-            checkpoint=arguments.detector_checkpoint,
-            text_encoder=arguments.detector_text_encoder,
-            box_threshold=arguments.box_threshold,
-            device=arguments.device,
-        ),
-        SegmentMasks(
-            segmenter=arguments.segmenter,
-            model=arguments.segmenter_model,
-            checkpoint=arguments.segmenter_checkpoint,
-            device=arguments.device,
-        ),
-        MatchSubjects(
-            embedder=arguments.embedder,
-            checkpoint=arguments.embedder_checkpoint,
-            min_similarity=arguments.min_similarity,
-            device=arguments.device,
-        ),
-        FilterPairs(**{name: getattr(arguments, name) for name in FILTERS}),
-        WriteShards(pairs_per_clip=arguments.pairs_per_clip, pairs_per_shard=arguments.pairs_per_shard),
-    ]
 
 
 def check_annotations_exist(arguments: argparse.Namespace, files: Sequence[VideoFile]) -> None:
@@ -204,10 +46,7 @@ def check_annotations_exist(arguments: argparse.Namespace, files: Sequence[Video
 
 def build(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the pipeline and writes the dataset; returns the content of build.json."""
-    if arguments.workers < 0:
-        raise SettingsError(f"--workers must be 0 or more, got {arguments.workers}")
-    if arguments.clip_timeout <= 0:
-        raise SettingsError(f"--clip-timeout must be positive, got {arguments.clip_timeout}")
+    cluster = check_machines(arguments)
     files = find_videos(arguments.videos, arguments.captions)
     steps = make_steps(arguments)
     check_annotations_exist(arguments, files)
@@ -218,8 +57,6 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
         return _already_built(journal, files, settings)
     pipeline = {"version": __version__, "settings_hash": settings_hash(settings, __version__)}
     steps[-1] = replace(steps[-1], pipeline=pipeline)
-    run(steps, files, journal, workers=arguments.workers, timeout=arguments.clip_timeout, quiet=arguments.quiet)
-
     content = {
         "schema": SCHEMA,
         **pipeline,
@@ -228,7 +65,17 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
         "inputs_hash": inputs_hash(files),
         "versions": installed_versions(),
     }
-    content |= assemble(journal, files, arguments.pairs_per_shard)
+    with journal.lock(), ray_session(cluster, len(group_steps(steps))) if cluster else nullcontext():
+        if cluster:
+            run_on_ray(steps, files, journal, cluster, quiet=arguments.quiet)
+        else:
+            run(steps, files, journal, workers=arguments.workers, timeout=arguments.clip_timeout, quiet=arguments.quiet)
+        content |= assemble(journal, files, steps[-1].pairs_per_shard, write_on_ray if cluster else write_here)
+        _finish(journal, files, steps, content)
+    return content
+
+
+def _finish(journal: Journal, files: Sequence[VideoFile], steps: Sequence[Step], content: dict[str, Any]) -> None:
     from data_pipeline.report import write_report
 
     tally = write_report(journal, files, [step.name for step in steps], content)
@@ -236,7 +83,37 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
     content["counts"]["reasons"] = {stage: reasons[stage] for stage in tally.stages if stage in reasons}
     write_atomically(journal.out / "build.json", json.dumps(content, indent=1).encode())
     journal.close()
-    return content
+
+
+def default_out(videos: Path) -> Path:
+    """``clips/`` -> ``clips-pairs`` beside it."""
+    folder = videos.resolve()
+    return folder.with_name(f"{folder.name}-pairs")
+
+
+def check_machines(arguments: argparse.Namespace) -> RayOptions | None:
+    """What to run on: None for this machine. SettingsError for a wrong number, InputError for Ray without Ray."""
+    if arguments.workers < 0:
+        raise SettingsError(f"--workers must be 0 or more, got {arguments.workers}")
+    if arguments.clip_timeout <= 0:
+        raise SettingsError(f"--clip-timeout must be positive, got {arguments.clip_timeout}")
+    if arguments.ray is None:
+        for name in ("model_workers", "gpu_share", "batch_clips"):
+            if getattr(arguments, name) != 1:
+                raise SettingsError(
+                    f"--{name.replace('_', '-')} is for a run on Ray: give --ray local or --ray ADDRESS"
+                )
+        return None
+    options = RayOptions(
+        address=arguments.ray,
+        workers=arguments.workers,
+        model_workers=arguments.model_workers,
+        gpu_share=arguments.gpu_share,
+        batch_clips=arguments.batch_clips,
+        timeout=arguments.clip_timeout,
+    )
+    check_ray(options)
+    return options
 
 
 def _already_built(journal: Journal, files: Sequence[VideoFile], settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -259,6 +136,7 @@ def _already_built(journal: Journal, files: Sequence[VideoFile], settings: dict[
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 a dataset was written, 1 no pair was left, 2 wrong input."""
     arguments = make_parser().parse_args(argv)
+    arguments.out = arguments.out or default_out(arguments.videos)
     try:
         content = build(arguments)
     except MiningError as error:

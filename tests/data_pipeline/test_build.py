@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from data_pipeline import build, run
-from data_pipeline.build import FILTERS, main, make_parser, make_steps
+from data_pipeline.build import main
+from data_pipeline.options import STEPS, make_parser, make_steps
 from data_pipeline.records import SettingsError, decode_mask
 from data_pipeline.steps.filter_pairs import FilterPairs
 
@@ -246,7 +247,16 @@ def arguments(*more):
 def test_every_filter_can_be_set_from_the_command_line():
     steps = {step.name: step for step in make_steps(arguments("--max-aspect", 7, "--max-subjects", 3))}
     assert steps["filter_pairs"] == FilterPairs(max_aspect=7.0, max_subjects=3)
-    assert set(FILTERS) == set(FilterPairs().settings())
+
+
+def test_every_setting_of_every_step_is_on_the_command_line():
+    derived = {
+        "read_videos": {"annotations", "annotations_file"},
+        "pick_frames": {"annotated_only"},
+        **dict.fromkeys(("detect_boxes", "segment_masks", "match_subjects"), {"device"}),
+    }
+    for options, step in zip(STEPS, make_steps(arguments()), strict=True):
+        assert set(options.settings) == set(step.settings()) - derived.get(step.name, set()), step.name
 
 
 def test_annotated_masks_belong_to_annotated_boxes():

@@ -1,0 +1,251 @@
+"""The command line of ``data_pipeline.build``: every setting of every step is an option, with its default and a line of
+help. From the parsed options to the list of steps. Why a default is what it is: docs/mining.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.records import SettingsError
+from data_pipeline.step import Step
+from data_pipeline.steps.cut_shots import CutShots
+from data_pipeline.steps.detect_boxes import DETECTORS, DetectBoxes
+from data_pipeline.steps.filter_pairs import FilterPairs
+from data_pipeline.steps.find_entities import FindEntities
+from data_pipeline.steps.match_subjects import MatchSubjects
+from data_pipeline.steps.pick_frames import PickFrames
+from data_pipeline.steps.read_videos import ReadVideos
+from data_pipeline.steps.segment_masks import SEGMENTERS, SegmentMasks
+from data_pipeline.steps.write_shards import WriteShards
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a field of a step appears on the command line. flag: its name there, if not the field's own."""
+
+    help: str
+    flag: str = ""
+    choices: Sequence[str] | None = None
+    metavar: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StepOptions:
+    """The options of one step, under one heading."""
+
+    title: str
+    step: type[Step]
+    settings: Mapping[str, Setting]
+
+    def flag(self, name: str) -> str:
+        """The option of a field, without dashes: "min-area"."""
+        return self.settings[name].flag or name.replace("_", "-")
+
+    def default(self, name: str) -> Any:
+        """The field's default."""
+        field = self._field(name)
+        return field.default if field.default_factory is MISSING else field.default_factory()
+
+    def _field(self, name: str) -> Field:
+        return next(field for field in fields(self.step) if field.name == name)
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Adds the options to a parser."""
+        group = parser.add_argument_group(self.title)
+        for name, setting in self.settings.items():
+            default, flag = self.default(name), f"--{self.flag(name)}"
+            if isinstance(default, bool):
+                group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=setting.help)
+                continue
+            several = isinstance(default, tuple)
+            group.add_argument(
+                flag,
+                type=str if several else Path if "Path" in str(self._field(name).type) else type(default),
+                nargs="*" if several else None,
+                default=default,
+                choices=setting.choices,
+                metavar=setting.metavar,
+                # A list of 70 stop words would bury the rest of the help.
+                help=setting.help + (" (default: docs/mining.md)" if several and len(default) > 5 else ""),
+            )
+
+    def values(self, arguments: argparse.Namespace) -> dict[str, Any]:
+        """Keyword arguments for the step."""
+        found = {name: getattr(arguments, self.flag(name).replace("-", "_")) for name in self.settings}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+READING = StepOptions(
+    "reading",
+    ReadVideos,
+    {"reader": Setting("video decoder", choices=("auto", "decord", "pyav"))},
+)
+SHOTS = StepOptions(
+    "shots",
+    CutShots,
+    {"max_frames": Setting("frames of a video that are looked at")},
+)
+FRAMES = StepOptions(
+    "frames",
+    PickFrames,
+    {
+        "reference_place": Setting("where in the shot, 0 to 1"),
+        "target_place": Setting("where in the shot, 0 to 1"),
+        "min_gap": Setting("between the two frames", metavar="SECONDS"),
+        "pairs_per_clip": Setting("pairs that one clip gives at most"),
+    },
+)
+ENTITIES = StepOptions(
+    "entities",
+    FindEntities,
+    {"language_models": Setting("spaCy models to try, in this order", flag="language-model", metavar="NAME")},
+)
+BOXES = StepOptions(
+    "boxes",
+    DetectBoxes,
+    {
+        "detector": Setting("where boxes come from", choices=DETECTORS),
+        "config": Setting("configuration of groundingdino (Python)", flag="detector-config", metavar="FILE"),
+        "checkpoint": Setting("weights of groundingdino", flag="detector-checkpoint", metavar="FILE"),
+        "text_encoder": Setting(
+            "BERT of groundingdino, if not the configuration's", flag="detector-text-encoder", metavar="DIR"
+        ),
+        "box_threshold": Setting("least score of a box"),
+    },
+)
+MASKS = StepOptions(
+    "masks",
+    SegmentMasks,
+    {
+        "segmenter": Setting("where masks come from", choices=SEGMENTERS),
+        "model": Setting("of sam: vit_b, vit_l, vit_h or a json file", flag="segmenter-model", metavar="NAME"),
+        "checkpoint": Setting("weights of the segmenter", flag="segmenter-checkpoint", metavar="FILE"),
+    },
+)
+MATCHING = StepOptions(
+    "matching",
+    MatchSubjects,
+    {
+        "embedder": Setting("histogram, timm:NAME or transformers:NAME_OR_DIR"),
+        "checkpoint": Setting("weights for timm", flag="embedder-checkpoint", metavar="FILE"),
+        "min_similarity": Setting("of a match, a cosine"),
+    },
+)
+FILTERS = StepOptions(
+    "filters",
+    FilterPairs,
+    {
+        "min_score": Setting("least detection score"),
+        "min_mask_score": Setting("least mask quality as SAM predicts it"),
+        "min_area": Setting("least share of the frame that a box covers"),
+        "max_area": Setting("largest share of the frame that a box covers"),
+        "max_aspect": Setting("longest side of a box over its other side"),
+        "min_pixels": Setting("least pixels of a mask"),
+        "min_fill": Setting("least share of its box that a mask covers"),
+        "min_mask_agreement": Setting("least overlap (IoU) of a mask's tight box with the detected box"),
+        "max_border": Setting("largest share of a side that is cut off by the frame's edge"),
+        "max_box_iou": Setting("boxes of two subjects that overlap more are one thing"),
+        "max_mask_overlap": Setting("masks of two subjects that overlap more are one thing"),
+        "min_change": Setting("least mean difference of the two frames inside the subjects' boxes"),
+        "min_subjects": Setting("fewest subjects of a sample"),
+        "max_subjects": Setting("most subjects of a sample"),
+    },
+)
+SHARDS = StepOptions(
+    "shards",
+    WriteShards,
+    {
+        "both_directions": Setting("a second sample of every pair, reference and target swapped"),
+        "pairs_per_shard": Setting("samples in one tar file"),
+        "jpeg_quality": Setting("of the target pictures, 1 to 100"),
+    },
+)
+STEPS = (READING, SHOTS, FRAMES, ENTITIES, BOXES, MASKS, MATCHING, FILTERS, SHARDS)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        plain = action.default in (None, "", (), False)
+        return action.help if plain else super()._get_help_string(action)
+
+
+def default_workers() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        prog="python -m data_pipeline.build",
+        description="From captioned videos to a dataset of multi-subject pairs (docs/mining.md, docs/data_format.md).",
+        formatter_class=HelpFormatter,
+    )
+    add = parser.add_argument
+    add("--videos", type=Path, required=True, metavar="DIR", help="folder of videos, subfolders included")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the dataset goes; a rerun finishes what is there. Default: DIR-pairs beside the videos",
+    )
+    add(
+        "--captions",
+        type=Path,
+        metavar="FILE",
+        help="csv, jsonl or parquet table with the columns video and caption; default: sidecars",
+    )
+    add(
+        "--annotations",
+        type=Path,
+        metavar="FILE",
+        help="file or folder with the boxes and masks of many videos; default: sidecars",
+    )
+    add("--device", default="cpu", help="of every model: cpu, cuda, cuda:1")
+    add("--quiet", action="store_true", help="no progress bar")
+    machines = parser.add_argument_group("machines")
+    add = machines.add_argument
+    add(
+        "--workers",
+        type=int,
+        default=default_workers(),
+        help="processes; 0 works in this one, without a time limit per clip. On Ray: actors of every group of steps "
+        "without a model",
+    )
+    add("--clip-timeout", type=float, default=120.0, metavar="SECONDS", help="a clip that takes longer is rejected")
+    add("--ray", metavar="ADDRESS", help="run on Ray: local, auto, or the address of a cluster")
+    add("--model-workers", type=int, default=1, help="on Ray: actors of every step with a model")
+    add("--gpu-share", type=float, default=1.0, help="on Ray: share of a GPU that each of these takes")
+    add("--batch-clips", type=int, default=1, help="on Ray: clips in one batch of a model")
+    for options in STEPS:
+        options.add_to(parser)
+    return parser
+
+
+def make_steps(arguments: argparse.Namespace) -> list[Step]:
+    """The whole pipeline, in order. SettingsError or InputError if the options don't make sense; nothing heavy is
+    loaded.
+    """
+    annotated = "annotations" in (arguments.detector, arguments.segmenter)
+    if arguments.segmenter == "annotations" and arguments.detector != "annotations":
+        raise SettingsError(
+            f"annotated masks belong to annotated boxes: with --detector {arguments.detector} use --segmenter sam "
+            "--segmenter-checkpoint FILE"
+        )
+    device = {"device": arguments.device}
+    extra: dict[StepOptions, dict[str, Any]] = {
+        READING: {"annotations": annotated, "annotations_file": arguments.annotations},
+        FRAMES: {"annotated_only": arguments.detector == "annotations"},
+        BOXES: device,
+        MASKS: device,
+        MATCHING: device,
+    }
+    return [options.step(**options.values(arguments), **extra.get(options, {})) for options in STEPS]
