@@ -1,4 +1,4 @@
-"""Weights from one library's spelling to another's: ``python -m data_pipeline.convert groundingdino --to hf IN OUT``."""
+"""Weights in another library's spelling: ``python -m data_pipeline.convert groundingdino --to hf IN OUT``."""
 
 from __future__ import annotations
 

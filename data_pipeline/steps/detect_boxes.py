@@ -2,73 +2,163 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_pipeline.records import DetectedPair, InputError, NamedPair, Rejected, SettingsError
+from data_pipeline.records import (
+    ClipError,
+    DetectedPair,
+    Detection,
+    InputError,
+    NamedPair,
+    Rejected,
+    SettingsError,
+)
 from data_pipeline.step import Step
 
-DETECTORS = ("annotations", "groundingdino")
+if TYPE_CHECKING:
+    from data_pipeline.models.detector import Detector
+
+DETECTORS = ("annotations", "groundingdino", "groundingdino-hf")
 
 
 @dataclass(kw_only=True)
 class DetectBoxes(Step[NamedPair, DetectedPair]):
     """Boxes by the detector of the given name.
 
-    detector: "annotations" or "groundingdino". config, checkpoint: Grounding DINO's configuration and weights;
-    text_encoder: its BERT, a directory or a name that transformers knows, if not the one named in the configuration.
+    detector: "annotations"; "groundingdino" (the package groundingdino-py); "groundingdino-hf" (transformers).
+    model: a directory or a hub id with the detector's files. For groundingdino, config and checkpoint are then the
+    names of two of these files, if it has several; without a model they are paths. text_encoder: the BERT of
+    groundingdino, a directory or a name that transformers knows, if not the one of its configuration.
     box_threshold: least score of a box. nms_iou: of two boxes of one phrase that overlap more, the better stays.
-    device: "cpu", "cuda", "cuda:1".
+    image_size: pixels of a frame's short side; None for what the model says (800 for groundingdino).
+    device: "cpu", "cuda", "cuda:1". frames_per_batch: frames in one forward pass. With 2 they are those of one pair,
+    and clips do not influence each other; more are quicker on a GPU and may change boxes in their last digits.
     """
 
     detector: str = "annotations"
+    model: str = ""
     config: Path | None = None
     checkpoint: Path | None = None
     text_encoder: str = ""
     box_threshold: float = 0.35
     nms_iou: float = 0.7
-    image_size: int = 800
+    image_size: int | None = None
     device: str = "cpu"
+    frames_per_batch: int = 2
 
     def __post_init__(self) -> None:
         if self.detector not in DETECTORS:
             raise SettingsError(f"detector must be one of {', '.join(DETECTORS)}, got {self.detector!r}")
         if not 0 < self.box_threshold < 1 or not 0 < self.nms_iou <= 1:
             raise SettingsError(f"box_threshold and nms_iou are fractions, got {self.box_threshold} and {self.nms_iou}")
-        if self.image_size < 32:
+        if self.image_size is not None and self.image_size < 32:
             raise SettingsError(f"image_size must be at least 32, got {self.image_size}")
+        if self.frames_per_batch < 1:
+            raise SettingsError(f"frames_per_batch must be at least 1, got {self.frames_per_batch}")
         if self.detector == "groundingdino":
-            for option, path in (("--detector-config", self.config), ("--detector-checkpoint", self.checkpoint)):
-                if path is None:
-                    raise SettingsError(f"the detector groundingdino needs {option} FILE")
-                if not path.is_file():
-                    raise InputError(f"{option}: no file at {path}")
+            self._check_package_files()
+        elif self.detector == "groundingdino-hf":
+            self._check_hf_files()
+
+    def _check_package_files(self) -> None:
+        if self.model:
+            from data_pipeline.models.model_files import find_files, is_hub_id
+
+            if not is_hub_id(self.model):
+                find_files(self.model, "--detector-model", self._needed())
+            return
+        for option, path in (("--detector-config", self.config), ("--detector-checkpoint", self.checkpoint)):
+            if path is None:
+                raise SettingsError(
+                    f"the detector groundingdino needs {option} FILE, or --detector-model DIR_OR_HUB_ID with both files"
+                )
+            if not path.is_file():
+                raise InputError(f"{option}: no file at {path}")
+
+    def _check_hf_files(self) -> None:
+        from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, check_model_directory
+
+        if not self.model:
+            raise SettingsError("the detector groundingdino-hf needs --detector-model DIR_OR_HUB_ID")
+        if self.config or self.checkpoint or self.text_encoder:
+            raise SettingsError(
+                "--detector-config, --detector-checkpoint and --detector-text-encoder belong to the detector "
+                "groundingdino; groundingdino-hf finds everything in --detector-model"
+            )
+        check_model_directory(self.model, "--detector-model", TEXT_AND_IMAGE_MODEL)
+
+    def _needed(self) -> dict[str, tuple[str, ...]]:
+        return {
+            "configuration": (str(self.config),) if self.config else ("*.py",),
+            "weights": (str(self.checkpoint),) if self.checkpoint else ("*.safetensors", "*.pth"),
+        }
 
     def setup(self) -> None:
         """Loads the detector."""
+        self._detector = self._load()
+
+    def _load(self) -> Detector:
         if self.detector == "annotations":
             from data_pipeline.models.detector import AnnotationDetector
 
-            self._detector = AnnotationDetector()
-        else:
-            from data_pipeline.models.grounding_dino import GroundingDino, load_grounding_dino
+            return AnnotationDetector()
+        settings = {
+            "box_threshold": self.box_threshold,
+            "nms_iou": self.nms_iou,
+            "image_size": self.image_size,
+            "batch_size": self.frames_per_batch,
+        }
+        if self.detector == "groundingdino-hf":
+            from data_pipeline.models.grounding_dino_hf import GroundingDinoHF, load_grounding_dino_hf
 
-            model = load_grounding_dino(self.config, self.checkpoint, self.text_encoder, self.device)
-            self._detector = GroundingDino(
-                model, box_threshold=self.box_threshold, nms_iou=self.nms_iou, image_size=self.image_size
-            )
+            return GroundingDinoHF(*load_grounding_dino_hf(self.model, self.device), **settings)
+        from data_pipeline.models.grounding_dino import GroundingDino, load_grounding_dino
+
+        config, checkpoint = self.config, self.checkpoint
+        if self.model:
+            from data_pipeline.models.model_files import find_files
+
+            files = find_files(self.model, "--detector-model", self._needed())
+            config, checkpoint = files["configuration"], files["weights"]
+        return GroundingDino(load_grounding_dino(config, checkpoint, self.text_encoder, self.device), **settings)
 
     def process(self, record: NamedPair) -> DetectedPair | Rejected:
         """The pair with its detections; rejected if one of the frames has none."""
-        frames, entities = record.frames, record.entities
-        reference, target = (
-            self._detector.detect(frames.video, frame, entities) for frame in (frames.reference, frames.target)
-        )
+        return self.process_many([record])[0]
+
+    def process_many(self, records: Sequence[NamedPair]) -> list[DetectedPair | Rejected]:
+        """The pairs with their detections; both frames of all pairs are asked about in one call of the detector."""
+        try:
+            return self._detect(records)
+        except ClipError as error:
+            if len(records) == 1:
+                return [Rejected(error.reason, error.evidence)]
+            # One of them cannot be asked about: one by one the others can.
+            return [self.process(record) for record in records]
+
+    def _detect(self, records: Sequence[NamedPair]) -> list[DetectedPair | Rejected]:
+        from data_pipeline.models.detector import Question
+
+        questions = [
+            Question(video=record.frames.video, frame=frame, entities=record.entities)
+            for record in records
+            for frame in (record.frames.reference, record.frames.target)
+        ]
+        found = self._detector.detect(questions)
+        return [self._pair(record, found[2 * number], found[2 * number + 1]) for number, record in enumerate(records)]
+
+    @staticmethod
+    def _pair(
+        record: NamedPair, reference: tuple[Detection, ...], target: tuple[Detection, ...]
+    ) -> DetectedPair | Rejected:
         if not reference or not target:
             evidence = {
-                "phrases": [entity.phrase for entity in entities],
+                "phrases": [entity.phrase for entity in record.entities],
                 "reference": len(reference),
                 "target": len(target),
             }
             return Rejected("no entity detected in one of the frames", evidence)
-        return DetectedPair(frames=frames, entities=entities, reference=reference, target=target)
+        return DetectedPair(frames=record.frames, entities=record.entities, reference=reference, target=target)

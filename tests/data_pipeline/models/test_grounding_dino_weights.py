@@ -45,7 +45,6 @@ def both(dino_files, hf_folder):
 
 def test_both_libraries_answer_alike(both, dino_frames):
     """One network, two programs: different captions, padded to one length, in one batch."""
-    package, other = both
     prepare = Preprocessing().resized_to(96)
     pixels = torch.stack([prepare(frame.image) for frame in dino_frames[:3]])
     texts = ["dog .", "red ball . cat . a dog .", "a cat ."]
