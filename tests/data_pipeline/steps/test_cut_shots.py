@@ -3,58 +3,12 @@ import pytest
 
 from data_pipeline.records import Rejected, SettingsError
 from data_pipeline.sources import find_videos
-from data_pipeline.steps.cut_shots import CutShots, soft_histogram
+from data_pipeline.steps.cut_shots import CutShots
 from data_pipeline.steps.read_videos import ReadVideos
 
 
-def scene(seed, frames, drift=0):
-    """A coarse random picture whose light changes a little and which drifts sideways."""
-    rng = np.random.default_rng(seed)
-    low, high = [(0, 120), (120, 255)][seed % 2]
-    picture = rng.integers(low, high, (8, 8, 3)).repeat(4, 0).repeat(4, 1)
-    moved = [np.roll(picture, drift * i, axis=1) + rng.integers(0, 4) for i in range(frames)]
-    return np.stack(moved).clip(0, 255).astype(np.uint8)
-
-
-def test_a_cut_is_found_at_its_frame():
-    assert CutShots().cuts(np.concatenate((scene(0, 10), scene(1, 7), scene(2, 5)))) == [10, 17]
-
-
-def test_motion_is_no_cut():
-    assert CutShots().cuts(scene(0, 20, drift=4)) == []
-
-
-def test_a_change_of_light_is_no_cut():
-    pictures = scene(0, 12)
-    pictures[6:] = (pictures[6:].astype(int) + 12).clip(0, 255)
-    assert CutShots().cuts(pictures) == []
-
-
-def test_constant_flicker_is_no_cut():
-    pictures = np.stack([scene(i, 1)[0] for i in range(20)])
-    assert CutShots().cuts(pictures) == []
-
-
-def test_each_condition_is_needed():
-    pictures = np.concatenate((scene(0, 10), scene(1, 10)))
-    assert CutShots(min_histogram_change=1.0).cuts(pictures) == []
-    assert CutShots(min_pixel_change=1.0).cuts(pictures) == []
-    assert CutShots().cuts(pictures) == [10]
-
-
-def test_two_frames_and_one():
-    assert CutShots().cuts(np.concatenate((scene(0, 1), scene(1, 1)))) == [1]
-    assert CutShots().cuts(scene(0, 1)) == []
-
-
-def test_histogram_shares_values_between_bins():
-    plain = [soft_histogram(np.full((4, 4, 3), value, dtype=np.uint8)) for value in (100, 103, 255)]
-    assert np.allclose([histogram.sum(axis=1) for histogram in plain], 1)
-    assert 0.5 * np.abs(plain[0] - plain[1]).sum(axis=1).max() < 0.2
-
-
 def process(step, folder):
-    read = ReadVideos()
+    read = ReadVideos(annotations=False)
     for each in (read, step):
         each.setup()
     return step.process(read.process(find_videos(folder)[0]))
@@ -64,6 +18,32 @@ def test_a_video_without_a_cut_is_one_shot(write_clip, tmp_path):
     write_clip(tmp_path)
     [shot] = process(CutShots(), tmp_path).shots
     assert (shot.first, shot.last, shot.start, shot.end) == (0, 11, 0.0, 1.375)
+
+
+@pytest.fixture
+def film(tmp_path, write_clip, draw_clip, write_video):
+    """Two scenes of 12 and 8 frames, and a fade through black of 12 frames to a third one, of 6 before and after."""
+    scenes = [draw_clip((name,), seed=seed, num_frames=12)[0] for seed, name in enumerate(("dog", "teapot", "fish"))]
+    scenes[1] = 255 - scenes[1]
+    away = np.linspace(0, 1, 6)[:, None, None, None]
+    parts = [scenes[0], scenes[1][:8], scenes[1][:6] * (1 - away), scenes[2][:6] * away, scenes[2][6:]]
+    write_video(tmp_path / "film.mp4", np.concatenate(parts).astype(np.uint8))
+    (tmp_path / "film.txt").write_text("a dog on the beach")
+    return tmp_path
+
+
+def test_shots_of_a_film_with_a_cut_and_a_fade(film):
+    shots = process(CutShots(), film).shots
+    assert [(shot.first, shot.last) for shot in shots[:1]] == [(0, 11)]
+    assert len(shots) == 3
+    assert shots[1].first == 12
+    assert 24 <= shots[2].first <= 27
+    assert shots[2].last == 37
+    assert shots[2].start == shots[2].first / 8
+
+
+def test_no_fades_are_looked_for_at_level_0(film):
+    assert [shot.first for shot in process(CutShots(fade_level=0), film).shots] == [0, 12]
 
 
 def test_later_frames_are_not_used(write_clip, tmp_path):
@@ -82,9 +62,9 @@ def test_a_single_frame(write_clip, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_histogram_change": 0}, r"min_histogram_change must lie in \(0, 1\], got 0"),
-        ({"min_pixel_change": 1.5}, "min_pixel_change must lie in"),
-        ({"times_neighbours": 0.5}, "times_neighbours must be at least 1, got 0.5"),
+        ({"cut_ratio": 0.5}, "cut_ratio must be at least 1, got 0.5"),
+        ({"min_content": 0}, r"min_content must lie in \(0, 255\], got 0"),
+        ({"fade_level": 128}, r"fade_level must lie in 0..127, got 128"),
         ({"thumbnail": 4}, "thumbnail must be at least 8"),
         ({"max_frames": 1}, "and max_frames 2, got 32 and 1"),
     ],

@@ -1,0 +1,89 @@
+"""Measures of single pictures: sharpness, brightness, clipping, and the change between two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+# Longer side of the picture that is measured: what CLIP's image encoders see of a reference.
+SIDE = 224
+# Contrasts below this many grey levels count as this much: else the noise of a plain wall would be its sharpness.
+LEAST_CONTRAST = 40.0
+# Side of the picture that change is measured on: camera noise averages out.
+CHANGE_SIDE = 32
+# Grey levels that count as clipped at either end; video codecs shift them by a few.
+CLIPPED_LEVELS = 6
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Looks:
+    """What was measured on one picture."""
+
+    sharpness: float
+    """How abrupt the strongest edges are, from 0 to about 2: see ``sharpness``."""
+    brightness: float
+    """Mean grey level, 0 (black) to 1 (white)."""
+    small: np.ndarray
+    """float32 (CHANGE_SIDE, CHANGE_SIDE, 3) in [0, 1], for ``change``."""
+
+
+def look_at(picture: np.ndarray) -> Looks:
+    """Measures a picture, uint8 RGB (height, width, 3), shrunk to ``SIDE`` pixels first."""
+    image = _at_side(picture)
+    levels = np.asarray(image.convert("L"), dtype=np.float32)
+    small = image.resize((CHANGE_SIDE, CHANGE_SIDE), Image.Resampling.BOX)
+    return Looks(
+        sharpness=_edges(levels),
+        brightness=float(levels.mean() / 255),
+        small=np.asarray(small, dtype=np.float32) / 255,
+    )
+
+
+def sharpness(picture: np.ndarray) -> float:
+    """The 99th percentile of the absolute second difference of the grey levels, over their contrast (99th less 1st
+    percentile); of the two directions, across and down, the lower one, since motion blurs one of them only.
+
+    picture: uint8 RGB (height, width, 3), shrunk to ``SIDE`` pixels on its longer side first and never enlarged; below
+    3 pixels on one side the answer is 0. The measure of an edge falls with the square of the width of its blur,
+    whatever the edge divides, so a plain surface with a clear outline is sharp.
+    """
+    return _edges(np.asarray(_at_side(picture).convert("L"), dtype=np.float32))
+
+
+def _at_side(picture: np.ndarray) -> Image.Image:
+    image = Image.fromarray(picture)
+    scale = SIDE / max(image.size)
+    if scale >= 1:
+        return image
+    return image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.BOX)
+
+
+def _edges(levels: np.ndarray) -> float:
+    if min(levels.shape) < 3:
+        return 0.0
+    low, high = np.percentile(levels, (1, 99))
+    across = np.abs(levels[:, 2:] + levels[:, :-2] - 2 * levels[:, 1:-1])
+    down = np.abs(levels[2:] + levels[:-2] - 2 * levels[1:-1])
+    return float(min(np.percentile(across, 99), np.percentile(down, 99)) / max(high - low, LEAST_CONTRAST))
+
+
+def clipped_share(pixels: np.ndarray) -> float:
+    """Share of pixels whose three channels are all black or all white, within ``CLIPPED_LEVELS``: they show no surface.
+
+    pixels: uint8 RGB (pixels, 3); 0 for none.
+    """
+    if len(pixels) == 0:
+        return 0.0
+    black, white = pixels.max(axis=1) <= CLIPPED_LEVELS, pixels.min(axis=1) >= 255 - CLIPPED_LEVELS
+    return float((black | white).mean())
+
+
+def change(first: np.ndarray, second: np.ndarray) -> float:
+    """Mean absolute difference, 0 to 1, of the ``small`` of two pictures, over the tenth of their pixels that changed
+    most: behind a small subject that moves the picture may stand still.
+    """
+    moved = np.abs(first - second).mean(axis=-1).ravel()
+    most = max(1, moved.size // 10)
+    return float(np.partition(moved, -most)[-most:].mean())

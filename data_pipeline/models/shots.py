@@ -1,0 +1,49 @@
+"""Shot boundaries by PySceneDetect."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+from scenedetect import AdaptiveDetector, FrameTimecode, SceneDetector, ThresholdDetector
+
+# Changes on either side of a frame that its own change is compared with: the library's default.
+WINDOW = 2
+# The detectors count frames; this rate only turns their numbers into the library's time codes.
+RATE = 25.0
+
+
+def find_cuts(pictures: np.ndarray, *, cut_ratio: float, min_content: float, fade_level: int) -> list[int]:
+    """Numbers of the frames that begin a new shot, ascending, each in 1..frames - 1.
+
+    pictures: uint8 RGB (frames, height, width, 3), one small picture per frame. A cut is a frame whose change in hue,
+    saturation and value (mean difference, 0 to 255) is at least ``min_content`` and ``cut_ratio`` times the mean of
+    the two changes on either side (AdaptiveDetector); or the middle of a stretch of frames whose mean is below
+    ``fade_level``, or at least 255 - ``fade_level``, between brighter, or darker, ones (ThresholdDetector; not used at
+    0).
+    """
+    if len(pictures) < 2:
+        return []
+    # It reports every cut to its log.
+    logging.getLogger("pyscenedetect").setLevel(logging.WARNING)
+    # Frames that stand still at both ends let the adaptive detector judge the first and the last two frames too.
+    still = np.concatenate((pictures[:1].repeat(WINDOW, 0), pictures, pictures[-1:].repeat(WINDOW, 0)))
+    found = _detect(
+        AdaptiveDetector(
+            adaptive_threshold=cut_ratio, min_content_val=min_content, window_width=WINDOW, min_scene_len=0
+        ),
+        still,
+    )
+    method = ThresholdDetector.Method
+    sides = ((fade_level, method.FLOOR), (255 - fade_level, method.CEILING)) if fade_level else ()
+    for threshold, side in sides:
+        found |= _detect(ThresholdDetector(threshold=threshold, method=side, min_scene_len=0), still)
+    return sorted(number - WINDOW for number in found if 0 < number - WINDOW < len(pictures))
+
+
+def _detect(detector: SceneDetector, pictures: np.ndarray) -> set[int]:
+    cuts: set[int] = set()
+    for number, picture in enumerate(pictures):
+        bgr = np.ascontiguousarray(picture[..., ::-1])
+        cuts |= {cut.frame_num for cut in detector.process_frame(FrameTimecode(number, RATE), bgr)}
+    return cuts
