@@ -1,9 +1,10 @@
-"""Decoding: facts of a video, thumbnails of all its frames, and single frames, exactly.
+"""Decoding: thumbnails of all frames of a video, and single frames, exactly.
 
-Two readers with the same three calls. decord is quick, and wrong without a word on open groups of pictures and on
-HEVC (frames 2 or 3 off), and it cannot open AV1; PyAV with the re-seek rule below was exact on every mp4, mkv, webm
-and avi that was tried. So ``choose_reader`` with "auto" gives decord only what decord reads right. Both decode on one
-thread: workers are the parallelism.
+Every frame is asked for by its number in the order of presentation, and found by its time stamp: the index
+(``video_index``) knows from which key frame it can be decoded. "auto" reads with PyAV, which with this index was exact
+on every kind of file that was tried, and quicker than decord on all of them (benchmarks/decoding.py). decord is wrong
+without a word on open groups of pictures and on HEVC, and cannot open AV1; it stays for those who ask for it. Both
+decode on one thread: workers are the parallelism.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from data_pipeline.models.video_index import OpenVideo, one_line, open_video, packets_from, probe, rotation_of
 from data_pipeline.records import ClipError, SettingsError, VideoFacts
 
+__all__ = ["READERS", "DecordReader", "PyAVReader", "VideoReader", "choose_reader", "open_reader", "probe"]
+
 READERS = ("auto", "decord", "pyav")
-SAFE_CODECS = frozenset({"h264", "mpeg4", "vp8", "vp9"})
 # Decoded pixels of a clip that are kept at most: 48 MB, or five seconds of 320 x 240.
 SHORT_CLIP_PIXELS = 16_000_000
-SAFE_CONTAINERS = frozenset({"mov", "mp4", "matroska", "webm", "avi"})
+# Their decoders leave out pictures that no other picture is drawn from, and the rest stays the same, bit for bit.
+CAN_LEAVE_OUT = frozenset({"h264", "hevc"})
 
 
 class VideoReader(Protocol):
@@ -35,61 +39,8 @@ class VideoReader(Protocol):
         ...
 
     def frames(self, indices: tuple[int, ...]) -> list[np.ndarray]:
-        """Frames by number, ascending: uint8 (height, width, 3) each."""
+        """Frames by number, upright: uint8 (height, width, 3) each, in the order of ``indices``."""
         ...
-
-
-def _open(path: Path) -> Any:
-    """An open container whose video, if it has one, is decoded on one thread."""
-    try:
-        container = av.open(str(path))
-    except (av.FFmpegError, OSError) as error:
-        raise ClipError("unreadable video", error=_one_line(error)) from error
-    for stream in container.streams.video:
-        stream.thread_type = "NONE"
-    return container
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def probe(path: Path) -> VideoFacts:
-    """Facts of a video: all packets are listed, one frame is decoded. ClipError if there is no video in it."""
-    with _open(path) as container:
-        if not container.streams.video:
-            raise ClipError("no video stream")
-        stream = container.streams.video[0]
-        stamps, open_groups, key_stamp, first = [], False, None, None
-        try:
-            for packet in container.demux(stream):
-                if packet.pts is None or packet.is_discard:
-                    continue
-                stamps.append(packet.pts)
-                if packet.is_keyframe:
-                    key_stamp = packet.pts
-                elif key_stamp is not None and packet.pts < key_stamp:
-                    open_groups = True
-            container.seek(0, stream=stream)
-            first = next(container.decode(stream), None)
-        except (av.FFmpegError, OSError) as error:
-            raise ClipError("undecodable video", error=_one_line(error)) from error
-        if first is None or not stamps:
-            raise ClipError("video without frames")
-        if len(set(stamps)) != len(stamps):
-            raise ClipError("two frames with the same time stamp")
-        rotation = round(first.rotation / 90) * 90 % 360
-        width, height = (first.height, first.width) if rotation % 180 else (first.width, first.height)
-        return VideoFacts(
-            codec=stream.codec_context.name,
-            container=container.format.name,
-            width=width,
-            height=height,
-            rotation=rotation,
-            time_base=float(stream.time_base),
-            stamps=tuple(sorted(stamps)),
-            open_groups=open_groups,
-        )
 
 
 def fits_in_memory(facts: VideoFacts) -> bool:
@@ -100,8 +51,9 @@ def fits_in_memory(facts: VideoFacts) -> bool:
 class PyAVReader:
     """Exact reading with PyAV.
 
-    The re-seek rule: after a seek the first decoded frame may already lie behind the wanted one; then seek again 1, 2,
-    4, ... seconds earlier, and decode forward to the wanted time stamp.
+    A wanted frame is decoded from the last key frame that it can be decoded from, several ones from the same key frame
+    together. On the way pictures that no other one needs are left out. Where that does not give the frame (a decoder
+    may need some time after a key frame that is not a whole picture), reading starts earlier, at last at the beginning.
     """
 
     def __init__(self, path: Path, facts: VideoFacts) -> None:
@@ -113,62 +65,88 @@ class PyAVReader:
 
     def thumbnails(self, size: int, limit: int) -> np.ndarray:
         """See VideoReader."""
+        video, keep = open_video(self.path, self.facts), fits_in_memory(self.facts)
         wanted = self.facts.stamps[:limit]
-        pictures = {}
-        for stamp, frame in self._up_to(wanted[-1]):
+        pictures = []
+        for stamp, frame in self._decode(video, 0, wanted, leave_out=False):
+            if keep:
+                self._kept[stamp] = frame
             small = self._converter.reformat(frame, width=size, height=size, format="rgb24")
-            pictures[stamp] = self._upright(small.to_ndarray())
-        missing = [stamp for stamp in wanted if stamp not in pictures]
-        if missing:
-            raise ClipError("frames are missing", decoded=len(wanted) - len(missing), expected=len(wanted))
-        return np.stack([pictures[stamp] for stamp in wanted])
+            pictures.append(self._upright(small.to_ndarray()))
+        if len(pictures) < len(wanted):
+            raise ClipError("frames are missing", decoded=len(pictures), expected=len(wanted))
+        return np.stack(pictures)
 
     def frames(self, indices: tuple[int, ...]) -> list[np.ndarray]:
         """See VideoReader."""
         stamps = [self.facts.stamps[index] for index in indices]
-        if all(stamp in self._kept for stamp in stamps):
-            return [self._picture(self._kept[stamp]) for stamp in stamps]
-        with _open(self.path) as container:
-            return [self._picture(self._frame_at(container, stamp)) for stamp in stamps]
+        found = {stamp: self._picture(self._kept[stamp]) for stamp in stamps if stamp in self._kept}
+        if waiting := set(stamps) - found.keys():
+            video = open_video(self.path, self.facts)
+            groups: dict[int, set[int]] = {}
+            for stamp in waiting:
+                if stamp not in video.positions:
+                    raise ClipError("frames are missing", wanted_time=self._seconds(stamp))
+                groups.setdefault(video.key_of(stamp), set()).add(stamp)
+            for number, group in sorted(groups.items()):
+                found |= self._read(video, number, group)
+        return [found[stamp] for stamp in stamps]
 
-    def _up_to(self, last: int) -> Iterator[tuple[int, Any]]:
-        keep = fits_in_memory(self.facts)
-        with _open(self.path) as container:
-            for frame in self._decode(container):
-                if frame.pts is None or frame.pts > last:
-                    break
-                if keep:
-                    self._kept[frame.pts] = frame
-                yield frame.pts, frame
-
-    def _decode(self, container: Any) -> Iterator[Any]:
-        try:
-            yield from container.decode(container.streams.video[0])
-        except (av.FFmpegError, OSError) as error:
-            raise ClipError("undecodable video", error=_one_line(error)) from error
-
-    def _frame_at(self, container: Any, stamp: int) -> Any:
-        stream = container.streams.video[0]
-        first_stamp = self.facts.stamps[0]
-        earlier = 0.0
+    def _read(self, video: OpenVideo, number: int, stamps: set[int]) -> dict[int, np.ndarray]:
+        """Upright pictures of the frames at these time stamps, from key frame ``number`` or from an earlier one."""
+        found: dict[int, np.ndarray] = {}
+        leave_out, back = video.facts.codec in CAN_LEAVE_OUT and not video.counted, 1
         while True:
-            start = max(first_stamp, stamp - round(earlier / self.facts.time_base))
-            container.seek(start, stream=stream, backward=True)
-            overshot = False
-            for count, frame in enumerate(self._decode(container)):
-                if frame.pts is None or frame.pts < stamp:
-                    continue
-                if frame.pts == stamp:
-                    return frame
-                overshot = count == 0
-                break
-            if not overshot or start == first_stamp:
-                seconds = round((stamp - first_stamp) * self.facts.time_base, 3)
-                raise ClipError("frames are missing", wanted_time=seconds)
-            earlier = max(1.0, 2 * earlier)
+            for stamp, frame in self._decode(video, number, sorted(stamps - found.keys()), leave_out):
+                found[stamp] = self._picture(frame)
+            missing = stamps - found.keys()
+            if not missing:
+                return found
+            if leave_out:
+                leave_out = False
+            elif number:
+                number, back = max(0, number - back), 2 * back
+            else:
+                raise ClipError("frames are missing", wanted_time=self._seconds(min(missing)))
+
+    def _decode(
+        self, video: OpenVideo, number: int, wanted: Sequence[int], leave_out: bool
+    ) -> Iterator[tuple[int, Any]]:
+        """Decodes from key frame ``number`` on and yields the frames of these ascending time stamps; ends early when
+        one has not come in its turn.
+        """
+        own, place, counter = set(wanted), 0, iter(video.facts.stamps)
+        try:
+            for packet in packets_from(video, number):
+                if leave_out:
+                    needed = packet.pts is None or packet.pts in own
+                    packet.stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
+                for frame in packet.decode():
+                    stamp = next(counter, None) if video.counted else frame.pts
+                    if stamp is None or stamp < wanted[place]:
+                        continue
+                    if stamp > wanted[place] or frame.is_corrupt:
+                        return
+                    yield stamp, frame
+                    place += 1
+                    if place == len(wanted):
+                        return
+        except (av.FFmpegError, OSError) as error:
+            raise ClipError("undecodable video", error=one_line(error)) from error
+        finally:
+            video.stream.codec_context.skip_frame = "DEFAULT"
+
+    def _seconds(self, stamp: int) -> float:
+        return round((stamp - self.facts.stamps[0]) * self.facts.time_base, 3)
 
     def _picture(self, frame: Any) -> np.ndarray:
-        return self._upright(self._converter.reformat(frame, format="rgb24").to_ndarray())
+        if rotation_of(frame) != self.facts.rotation:
+            raise ClipError("pictures that turn", rotation=rotation_of(frame), at_first=self.facts.rotation)
+        picture = self._upright(self._converter.reformat(frame, format="rgb24").to_ndarray())
+        if picture.shape[:2] != (self.facts.height, self.facts.width):
+            size = [self.facts.width, self.facts.height]
+            raise ClipError("pictures of different sizes", first=size, later=list(picture.shape[1::-1]))
+        return picture
 
     def _upright(self, picture: np.ndarray) -> np.ndarray:
         # PyAV hands out pictures as stored; rotation counts degrees anticlockwise, as np.rot90 does.
@@ -195,7 +173,7 @@ class DecordReader:
         try:
             video = self._decord.VideoReader(str(self.path), num_threads=1, **size)
         except Exception as error:
-            raise ClipError("unreadable video", error=_one_line(error), reader="decord") from error
+            raise ClipError("unreadable video", error=one_line(error), reader="decord") from error
         # A damaged file opens with fewer frames and no error: the "75 %" frame would be another one.
         if len(video) != len(self.facts.stamps):
             raise ClipError("frames are missing", decoded=len(video), expected=len(self.facts.stamps), reader="decord")
@@ -212,7 +190,7 @@ class DecordReader:
         try:
             return video.get_batch(list(indices)).asnumpy()
         except Exception as error:
-            raise ClipError("undecodable video", error=_one_line(error), reader="decord") from error
+            raise ClipError("undecodable video", error=one_line(error), reader="decord") from error
 
     def _all(self) -> np.ndarray:
         if self._kept is None:
@@ -235,38 +213,9 @@ class DecordReader:
         return list(self._batch(self.video, indices))
 
 
-def is_safe_for_decord(facts: VideoFacts) -> bool:
-    """True for the kinds of files on which decord gave every frame right: closed groups, common codecs and
-    containers.
-    """
-    containers = set(facts.container.split(","))
-    return (
-        facts.codec in SAFE_CODECS
-        and bool(containers & SAFE_CONTAINERS)
-        and not facts.open_groups
-        and not facts.rotation
-    )
-
-
-def decord_agrees(path: Path, facts: VideoFacts) -> bool:
-    """True if decord opens the file, counts as many frames, and shows each within half a frame of its time stamp."""
-    try:
-        video = open_reader("decord", path, facts).video
-        starts = np.asarray(video.get_frame_timestamp(range(len(video))))[:, 0]
-    except (ClipError, SettingsError):
-        return False
-    times = np.asarray(facts.times)
-    gap = float(np.diff(times).min()) if len(times) > 1 else 1.0
-    return bool(np.abs(starts - starts[0] - times).max() < gap / 2)
-
-
 def choose_reader(name: str, path: Path, facts: VideoFacts) -> str:
-    """The reader for one file: "decord" or "pyav". "auto" takes decord where it is safe and agrees with the time
-    stamps.
-    """
-    if name != "auto":
-        return name
-    return "decord" if is_safe_for_decord(facts) and decord_agrees(path, facts) else "pyav"
+    """The reader for one file: "decord" or "pyav". "auto" takes the one that is exact, on whatever file."""
+    return "pyav" if name == "auto" else name
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,197 @@
+"""Video files for tests: frames that carry their number, in many codecs and containers, and files that are damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+BITS = 8
+WIDTH, HEIGHT = 96, 64
+FRAMES = 60
+FPS = 10
+
+
+def numbered(frames: int = FRAMES, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+    """Pictures (frames, height, width, 3) with the frame's own number as eight bars, and below them a red patch on the
+    left and a blue one on the right, which tell which way is up."""
+    pictures = np.empty((frames, height, width, 3), dtype=np.uint8)
+    edges = np.linspace(0, width, BITS + 1).round().astype(int)
+    for number in range(frames):
+        for bit in range(BITS):
+            pictures[number, :, edges[bit] : edges[bit + 1]] = 225 if number >> bit & 1 else 30
+    low = height * 5 // 8
+    pictures[:, low:] = 128
+    pictures[:, low:, : width // 3] = (200, 30, 30)
+    pictures[:, low:, -(width // 3) :] = (30, 30, 200)
+    return pictures
+
+
+def number_of(picture: np.ndarray) -> int:
+    """The number that such a picture shows, whatever its size; -1 if it is not upright."""
+    height, width = picture.shape[:2]
+    low = height * 13 // 16
+    left, right = picture[low, width // 6].astype(int), picture[low, -(width // 6) - 1].astype(int)
+    if not (left[0] > left[2] + 60 and right[2] > right[0] + 60):
+        return -1
+    places = ((np.arange(BITS) + 0.5) * width / BITS).astype(int)
+    return sum(1 << bit for bit, x in enumerate(places) if picture[height // 8 : height // 2, x].mean() > 128)
+
+
+def encode(
+    path: Path,
+    pictures: np.ndarray,
+    codec: str = "libx264",
+    options: dict[str, str] | None = None,
+    *,
+    fps: int = FPS,
+    stamps: Sequence[int] | None = None,
+    pix_fmt: str = "yuv420p",
+    container: str | None = None,
+    rotation: int = 0,
+    container_options: dict[str, str] | None = None,
+) -> Path:
+    """stamps: in units of 1 / fps. rotation: degrees anticlockwise by which players turn the stored pictures, which
+    are turned the other way here, so that they come out upright."""
+    pictures = np.rot90(pictures, -(rotation // 90), axes=(1, 2))
+    with av.open(str(path), "w", format=container, options=container_options or {}) as file:
+        stream = file.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = pictures.shape[2], pictures.shape[1], pix_fmt
+        stream.options = options or {}
+        stream.codec_context.thread_count = 1
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for i, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts, frame.time_base = (i if stamps is None else stamps[i]), Fraction(1, fps)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+def remux(
+    source: Path,
+    path: Path,
+    *,
+    shift: float = 0.0,
+    drop: Iterable[int] = (),
+    stamps: dict[int, int] | None = None,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """The same packets in another file: shifted by seconds, without some (numbers in the order of decoding), or with
+    other presentation time stamps (number -> number of the packet whose stamp it takes)."""
+    drop, stamps = set(drop), stamps or {}
+    with av.open(str(source)) as old, av.open(str(path), "w", options=options or {}) as new:
+        origin = old.streams.video[0]
+        stream = new.add_stream_from_template(origin)
+        packets = [packet for packet in old.demux(origin) if packet.size]
+        times = [(packet.pts, packet.dts) for packet in packets]
+        move = round(shift / origin.time_base)
+        for i, packet in enumerate(packets):
+            if i in drop:
+                continue
+            packet.pts, packet.dts = times[stamps.get(i, i)][0] + move, times[i][1] + move
+            packet.stream = stream
+            new.mux(packet)
+    return path
+
+
+def x264(params: str) -> dict[str, str]:
+    """Options of libx264 for one thread."""
+    return {"x264-params": f"threads=1:scenecut=0:{params}", "preset": "veryfast"}
+
+
+CLOSED = x264("keyint=12:bframes=3:b-adapt=0")
+OPEN = x264("open-gop=1:keyint=12:bframes=3:b-adapt=0")
+LONG = x264("keyint=250:bframes=3")
+X265 = {"x265-params": "keyint=12:bframes=3:pools=none:frame-threads=1:log-level=none", "preset": "ultrafast"}
+VP9 = {"g": "20", "deadline": "realtime", "cpu-used": "8"}
+AV1 = {"g": "12", "preset": "12", "svtav1-params": "lp=1"}
+UNEVEN = np.cumsum([0, *np.random.default_rng(0).integers(1, 5, FRAMES - 1)]).tolist()
+
+
+def noisy(pictures: np.ndarray) -> np.ndarray:
+    """With noise between the patches: encoders then use more of what their format offers."""
+    noise = np.random.default_rng(0).integers(0, 255, pictures.shape, dtype=np.uint8)
+    pictures = pictures.copy()
+    width = pictures.shape[2]
+    middle = slice(width // 3, width - width // 3)
+    low = pictures.shape[1] * 5 // 8
+    pictures[:, low:, middle] = noise[:, low:, middle]
+    return pictures
+
+
+ENCODED: dict[str, dict[str, Any]] = {
+    "closed.mp4": {"options": CLOSED},
+    "open.mp4": {"options": OPEN},
+    "long.mp4": {"options": LONG},
+    "closed.mkv": {"options": CLOSED},
+    "open.mkv": {"options": OPEN},
+    "closed.mov": {"options": CLOSED},
+    "fragments.mp4": {"options": OPEN, "container_options": {"movflags": "frag_keyframe+empty_moov"}},
+    "refresh.mp4": {"options": x264("intra-refresh=1:keyint=12:bframes=0")},
+    "bframes.avi": {"options": CLOSED},
+    "plain.avi": {"options": x264("keyint=12:bframes=0")},
+    "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}},
+    "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    "closed.ts": {"options": CLOSED, "container": "mpegts"},
+    "open.ts": {"options": OPEN, "container": "mpegts"},
+    "closed.flv": {"options": CLOSED},
+    "ten_bits.mp4": {"options": CLOSED, "pix_fmt": "yuv420p10le"},
+    "full_colour.mp4": {"options": CLOSED, "pix_fmt": "yuv444p"},
+    "hevc.mp4": {"codec": "libx265", "options": X265},
+    "hevc.mkv": {"codec": "libx265", "options": X265, "pix_fmt": "yuv420p10le"},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": VP9},
+    "vp9.mp4": {"codec": "libvpx-vp9", "options": VP9},
+    "alpha.webm": {"codec": "libvpx-vp9", "options": {**VP9, "auto-alt-ref": "0"}, "pix_fmt": "yuva420p"},
+    "vp8.webm": {"codec": "libvpx", "options": {"g": "20", "auto-alt-ref": "1", "lag-in-frames": "16"}},
+    "av1.mp4": {"codec": "libsvtav1", "options": AV1},
+    "av1.webm": {"codec": "libsvtav1", "options": AV1},
+    "uneven.mp4": {"options": CLOSED, "stamps": UNEVEN},
+    "uneven.webm": {"codec": "libvpx-vp9", "options": VP9, "stamps": UNEVEN},
+    "turned_90.mp4": {"options": CLOSED, "rotation": 90},
+    "turned_180.mp4": {"options": CLOSED, "rotation": 180},
+    "turned_270.mp4": {"options": CLOSED, "rotation": 270},
+    "turned_90.mkv": {"options": CLOSED, "rotation": 90},
+}
+SHIFTED = {
+    "late.mp4": ("closed.mp4", {"shift": 2.0}),
+    "late.mkv": ("open.mp4", {"shift": 2.0}),
+    "edited.mp4": ("closed.mp4", {"shift": -0.7, "options": {"avoid_negative_ts": "disabled"}}),
+    "headless.mkv": ("closed.mp4", {"drop": range(5)}),
+    "headless.ts": ("open.ts", {"drop": range(5)}),
+}
+
+
+# The frame of the original pictures that is the first to be seen: an edit list cuts some away, and what comes before
+# the first key frame cannot be decoded.
+FIRST = {"edited.mp4": 7, "headless.mkv": 12, "headless.ts": 12}
+
+
+def write_all(folder: Path) -> dict[str, Path]:
+    """Writes every kind of readable file; names -> paths."""
+    pictures = noisy(numbered())
+    paths = {name: encode(folder / name, pictures, **settings) for name, settings in ENCODED.items()}
+    return paths | {name: remux(paths[origin], folder / name, **how) for name, (origin, how) in SHIFTED.items()}
+
+
+@pytest.mark.parametrize(("width", "height"), [(96, 64), (97, 63), (64, 64), (320, 180)])
+def test_a_picture_shows_its_number_and_which_way_is_up(width, height):
+    pictures = numbered(256, width, height)
+    assert [number_of(picture) for picture in pictures] == list(range(256))
+    for turns in (1, 2, 3):
+        assert number_of(np.rot90(pictures[77], turns)) == -1
+    assert number_of(pictures[77, :, ::-1]) == -1
+
+
+def test_packets_in_another_file(tmp_path):
+    path = encode(tmp_path / "a.mp4", numbered(24), options=CLOSED)
+    with av.open(str(remux(path, tmp_path / "b.mkv", shift=1.0, drop=[3]))) as file:
+        packets = [packet for packet in file.demux(video=0) if packet.size]
+    assert len(packets) == 23
+    assert min(packet.pts for packet in packets) == 1000
