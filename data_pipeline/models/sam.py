@@ -51,20 +51,28 @@ RELEASED = {
 
 def build_sam(params: SamParams) -> Sam:
     """A SAM of these sizes with random weights, in the package's classes, so that its checkpoints load."""
+    encoder = ImageEncoderViT(
+        img_size=params.image_size,
+        patch_size=params.patch_size,
+        embed_dim=params.encoder_width,
+        depth=params.encoder_depth,
+        num_heads=params.encoder_heads,
+        out_chans=params.prompt_width,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=params.window_size,
+        global_attn_indexes=params.global_attention,
+    )
+    return build_prompted(encoder, params)
+
+
+def build_prompted(encoder: torch.nn.Module, params: SamParams) -> Sam:
+    """The package's prompt encoder and mask decoder behind an encoder of (N, 3, image_size, image_size) pictures to
+    (N, prompt_width, grid, grid) features, where grid is image_size / patch_size.
+    """
     grid = params.image_size // params.patch_size
     return Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=params.image_size,
-            patch_size=params.patch_size,
-            embed_dim=params.encoder_width,
-            depth=params.encoder_depth,
-            num_heads=params.encoder_heads,
-            out_chans=params.prompt_width,
-            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=params.window_size,
-            global_attn_indexes=params.global_attention,
-        ),
+        image_encoder=encoder,
         prompt_encoder=PromptEncoder(
             embed_dim=params.prompt_width,
             image_embedding_size=(grid, grid),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.records import (
@@ -18,7 +18,8 @@ from data_pipeline.records import (
 )
 from data_pipeline.step import Step
 
-SEGMENTERS = ("annotations", "sam")
+SEGMENTERS = ("annotations", "sam", "mobile-sam")
+MODELS = {"sam": ("vit_b", "vit_l", "vit_h"), "mobile-sam": ("vit_t",)}
 Request = tuple[Frame, tuple[Detection, ...]]
 
 
@@ -26,26 +27,32 @@ Request = tuple[Frame, tuple[Detection, ...]]
 class SegmentMasks(Step[DetectedPair, DetectedPair]):
     """Masks by the segmenter of the given name.
 
-    segmenter: "annotations" or "sam". model: "vit_b", "vit_l", "vit_h", or a json file with the sizes of another SAM;
-    checkpoint: its weights. device: "cpu", "cuda", "cuda:1". Detections whose mask is empty, or has no pixel in their
-    box, are left out here.
+    segmenter: "annotations", "sam" or "mobile-sam". model: for sam "vit_b", "vit_l" or "vit_h", for mobile-sam
+    "vit_t", or a json file with the sizes of another one; empty for the first of these names. checkpoint: its weights,
+    .safetensors or PyTorch's. device: "cpu", "cuda", "cuda:1". frames_per_batch: frames encoded at once; it does not
+    change the dataset. Detections whose mask is empty, or has no pixel in their box, are left out here.
     """
 
     segmenter: str = "annotations"
-    model: str = "vit_b"
+    model: str = ""
     checkpoint: Path | None = None
     device: str = "cpu"
+    frames_per_batch: int = field(default=4, metadata={"hashed": False})
 
     def __post_init__(self) -> None:
         if self.segmenter not in SEGMENTERS:
             raise SettingsError(f"segmenter must be one of {', '.join(SEGMENTERS)}, got {self.segmenter!r}")
-        if self.segmenter == "sam":
-            if self.model not in ("vit_b", "vit_l", "vit_h") and not Path(self.model).is_file():
+        if self.frames_per_batch < 1:
+            raise SettingsError(f"frames_per_batch must be at least 1, got {self.frames_per_batch}")
+        if self.segmenter in MODELS:
+            known = MODELS[self.segmenter]
+            if self.model not in ("", *known) and not Path(self.model).is_file():
                 raise InputError(
-                    f"--segmenter-model is vit_b, vit_l, vit_h or a json file; there is no file {self.model}"
+                    f"--segmenter-model for {self.segmenter} is {', '.join(known)} or a json file; there is no file "
+                    f"{self.model}"
                 )
             if self.checkpoint is None:
-                raise SettingsError("the segmenter sam needs --segmenter-checkpoint FILE")
+                raise SettingsError(f"the segmenter {self.segmenter} needs --segmenter-checkpoint FILE")
             if not self.checkpoint.is_file():
                 raise InputError(f"--segmenter-checkpoint: no file at {self.checkpoint}")
 
@@ -55,10 +62,17 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
             from data_pipeline.models.segmenter import AnnotationSegmenter
 
             self._segmenter = AnnotationSegmenter()
-        else:
-            from data_pipeline.models.sam import SamSegmenter, load_sam
+            return
+        from data_pipeline.models.sam import SamSegmenter, load_sam
 
-            self._segmenter = SamSegmenter(load_sam(self.model, self.checkpoint, self.device))
+        model = self.model or MODELS[self.segmenter][0]
+        if self.segmenter == "sam":
+            sam = load_sam(model, self.checkpoint, self.device)
+        else:
+            from data_pipeline.models.mobile_sam import load_mobile_sam
+
+            sam = load_mobile_sam(model, self.checkpoint, self.device)
+        self._segmenter = SamSegmenter(sam, self.frames_per_batch)
 
     def process(self, record: DetectedPair) -> DetectedPair | Rejected:
         """The pair with its masks; rejected if one of the frames is left without any."""

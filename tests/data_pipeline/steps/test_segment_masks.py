@@ -96,11 +96,20 @@ def test_all_frames_of_a_batch_are_one_request(segment):
 
 
 def test_wrong_settings(tmp_path):
-    with pytest.raises(SettingsError, match="segmenter must be one of annotations, sam, got 'unet'"):
+    with pytest.raises(SettingsError, match="segmenter must be one of annotations, sam, mobile-sam, got 'unet'"):
         SegmentMasks(segmenter="unet")
-    with pytest.raises(InputError, match="is vit_b, vit_l, vit_h or a json file; there is no file vit_x"):
+    with pytest.raises(InputError, match="for sam is vit_b, vit_l, vit_h or a json file; there is no file vit_x"):
         SegmentMasks(segmenter="sam", model="vit_x")
-    with pytest.raises(SettingsError, match="sam needs --segmenter-checkpoint FILE"):
-        SegmentMasks(segmenter="sam")
-    with pytest.raises(InputError, match="--segmenter-checkpoint: no file at"):
-        SegmentMasks(segmenter="sam", checkpoint=tmp_path / "sam.pth")
+    with pytest.raises(InputError, match="for mobile-sam is vit_t or a json file; there is no file vit_b"):
+        SegmentMasks(segmenter="mobile-sam", model="vit_b")
+    for segmenter in ("sam", "mobile-sam"):
+        with pytest.raises(SettingsError, match=f"{segmenter} needs --segmenter-checkpoint FILE"):
+            SegmentMasks(segmenter=segmenter)
+        with pytest.raises(InputError, match="--segmenter-checkpoint: no file at"):
+            SegmentMasks(segmenter=segmenter, checkpoint=tmp_path / "sam.pth")
+    with pytest.raises(SettingsError, match="frames_per_batch must be at least 1, got 0"):
+        SegmentMasks(frames_per_batch=0)
+
+
+def test_the_size_of_batches_does_not_change_the_dataset():
+    assert SegmentMasks(frames_per_batch=1).settings() == SegmentMasks(frames_per_batch=8).settings()
