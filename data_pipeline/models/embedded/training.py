@@ -1,0 +1,199 @@
+"""The training loop that detector and segmenter share: plain, resumable, and the same whatever interrupts it.
+
+What a step learns from depends on the seed and the number of the step only, so a run that is killed and goes on gives
+the weights of a run that was not.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data_pipeline.records import InputError, SettingsError
+
+Losses = dict[str, Tensor]
+"""Named parts of the loss, scalars; their sum is minimised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How to train.
+
+    steps: optimizer steps of the whole run. batch_size: frames of a step. learning_rate: peak, after ``warmup`` steps;
+    then a cosine down to a hundredth. average: decay of the running mean of the weights, which is what is shipped.
+    clip: largest norm of a gradient. save_every, log_every: in steps. seed: of the weights and of every batch.
+    """
+
+    steps: int
+    batch_size: int = 24
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: int = 200
+    clip: float = 1.0
+    average: float = 0.998
+    save_every: int = 500
+    log_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.average < 1:
+            raise SettingsError(f"average is the decay of a running mean, in [0, 1), got {self.average}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, numbered from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        share = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+
+
+def train(
+    model: nn.Module,
+    loss: Callable[[int], Losses],
+    settings: TrainingSettings,
+    folder: Path,
+    *,
+    stop_after: int | None = None,
+    on_save: Callable[[nn.Module, int], str] | None = None,
+) -> nn.Module:
+    """Trains until ``settings.steps``, going on from ``folder``/state.pt if it is there.
+
+    Args:
+        model: its weights are changed in place.
+        loss: from the number of a step to the losses of its batch; it must depend on nothing else that is random.
+        settings: how.
+        folder: for state.pt and log.csv.
+        stop_after: return after this step of the run, as if killed there; for tests.
+        on_save: called with the averaged model and the step whenever the state is saved; what it returns is printed.
+
+    Returns:
+        the averaged model, in evaluation mode.
+
+    Raises:
+        InputError: if the folder holds the state of another run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98))
+    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    step = _resume(folder / "state.pt", model, optimizer, average, settings)
+    model.train()
+    since, seen, sums = time.perf_counter(), 0, dict[str, float]()
+    while step < settings.steps and (stop_after is None or step < stop_after):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate(step)
+        losses = loss(step)
+        total = torch.stack(list(losses.values())).sum()
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        step += 1
+        _blend(average, model, min(settings.average, (1 + step) / (10 + step)))
+        seen += 1
+        for name, value in (*losses.items(), ("loss", total)):
+            sums[name] = sums.get(name, 0.0) + float(value.detach())
+        if step % settings.log_every == 0 or step == settings.steps:
+            speed = seen * settings.batch_size / (time.perf_counter() - since)
+            _log(folder / "log.csv", step, speed, {name: value / seen for name, value in sums.items()})
+            since, seen, sums = time.perf_counter(), 0, {}
+        if step % settings.save_every == 0 or step in (settings.steps, stop_after):
+            _save(folder / "state.pt", model, optimizer, average, settings, step)
+            if on_save is not None:
+                tqdm.write(on_save(_averaged(model, average), step))
+                model.train()
+                since = time.perf_counter()
+    return _averaged(model, average)
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Biases, norms and embeddings do not decay."""
+    decayed = [value for value in model.parameters() if value.requires_grad and value.ndim >= 2]
+    others = [value for value in model.parameters() if value.requires_grad and value.ndim < 2]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def _blend(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    values = model.state_dict()
+    floats = [name for name, value in values.items() if value.is_floating_point()]
+    torch._foreach_lerp_([average[name] for name in floats], [values[name] for name in floats], 1 - decay)
+
+
+def _averaged(model: nn.Module, average: dict[str, Tensor]) -> nn.Module:
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(average)
+    return twin.eval()
+
+
+def _record(settings: TrainingSettings) -> str:
+    kept = {name: value for name, value in vars(settings).items() if name not in ("save_every", "log_every")}
+    return repr(sorted(kept.items()))
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    settings: TrainingSettings,
+    step: int,
+) -> None:
+    partial = path.with_suffix(".tmp")
+    content = {
+        "step": step,
+        "settings": _record(settings),
+        "model": model.state_dict(),
+        "average": average,
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save(content, partial)
+    partial.replace(path)
+
+
+def _resume(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    settings: TrainingSettings,
+) -> int:
+    if not path.is_file():
+        return 0
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if content["settings"] != _record(settings):
+        raise InputError(
+            f"{path} belongs to a run with other settings:\n  there {content['settings']}\n"
+            f"  here  {_record(settings)}\ntake another folder, or delete it to begin anew"
+        )
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        raise InputError(f"{path} belongs to a model of other sizes; delete it to begin anew: {error}") from error
+    optimizer.load_state_dict(content["optimizer"])
+    for name, value in content["average"].items():
+        average[name].copy_(value)
+    return int(content["step"])
+
+
+def _log(path: Path, step: int, speed: float, values: dict[str, float]) -> None:
+    new = not path.is_file()
+    row = {"step": step, "frames_per_second": round(speed, 1), **{name: round(v, 4) for name, v in values.items()}}
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    parts = " ".join(f"{name} {value:.3f}" for name, value in values.items())
+    tqdm.write(f"step {step}: {speed:.0f} frames/s, {parts}")
