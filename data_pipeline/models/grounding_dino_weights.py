@@ -201,6 +201,12 @@ _GRANTED: Mapping[str, Any] = {
     "position_embedding": "sine",
     "return_interm_indices": [1, 2, 3],
 }
+# What of a BERT's configuration shapes the network; the rest tells where it came from.
+_BERT = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size"),
+    *("layer_norm_eps", "pad_token_id"),
+)
 # What only training reads, with the values of the released configurations.
 _TRAINING: Mapping[str, Any] = {
     "batch_size": 1,
@@ -237,7 +243,7 @@ def hf_config(settings: Mapping[str, Any], text_config: Mapping[str, Any]) -> An
     return GroundingDinoConfig(
         **values,
         backbone_config={"model_type": "swin", "out_indices": [2, 3, 4], **BACKBONES[settings["backbone"]]},
-        text_config={**text_config, "model_type": "bert", "_name_or_path": ""},
+        text_config={"model_type": "bert", **{name: text_config[name] for name in _BERT if name in text_config}},
         two_stage=True,
         disable_custom_kernels=True,
     )

@@ -1,83 +1,45 @@
-import json
-
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from data_pipeline.models.detector import Question
+from data_pipeline.models.grounding import Preprocessing
 from data_pipeline.models.grounding_dino import (
-    MAX_TOKENS,
     GroundingDino,
-    _replaced_bert_wrapper,
+    build_from_config,
     load_grounding_dino,
+    read_package_config,
+    read_weights,
 )
-from data_pipeline.records import Frame, InputError, box_iou
+from data_pipeline.records import InputError, box_iou
 from data_pipeline.steps.detect_boxes import DetectBoxes
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
 ]
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", "?", "dog", "cat", "red", "ball", "a", "##s"]
-# The package's own configuration, with two layers of each kind. Swin-T and the width of 256 are wired into it.
-CONFIG = """
-backbone = "swin_T_224_1k"; position_embedding = "sine"; pe_temperatureH = 20; pe_temperatureW = 20
-return_interm_indices = [1, 2, 3]; backbone_freeze_keywords = None
-enc_layers = 2; dec_layers = 2; pre_norm = False; dim_feedforward = 64; hidden_dim = 256; dropout = 0.0; nheads = 4
-num_queries = 30; query_dim = 4; num_patterns = 0; num_feature_levels = 4; enc_n_points = 4; dec_n_points = 4
-two_stage_type = "standard"; two_stage_bbox_embed_share = False; two_stage_class_embed_share = False
-transformer_activation = "relu"; dec_pred_bbox_embed_share = True
-dn_box_noise_scale = 1.0; dn_label_noise_ratio = 0.5; dn_label_coef = 1.0; dn_bbox_coef = 1.0; dn_labelbook_size = 100
-embed_init_tgt = True; max_text_len = 256; text_encoder_type = "bert-base-uncased"
-use_text_enhancer = True; use_fusion_layer = True; use_checkpoint = True; use_transformer_ckpt = True
-use_text_cross_attention = True; text_dropout = 0.0; fusion_dropout = 0.0; fusion_droppath = 0.1
-sub_sentence_present = True; modelname = "groundingdino"; batch_size = 1
-"""
+TEXTS = ["dog .", "red ball . cat . a dog .", "a cat ."]
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Configuration, random weights and BERT folder of a small Grounding DINO."""
-    from groundingdino.models import build_model
-    from groundingdino.util.slconfig import SLConfig
-    from transformers import BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("dino")
-    bert, config, weights = folder / "bert", folder / "config.py", folder / "weights.pth"
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(WORDS), **sizes)).save_pretrained(bert)
-    (bert / "vocab.txt").write_text("\n".join(WORDS))
-    (bert / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}))
-    config.write_text(CONFIG.replace("; ", "\n"))
-    settings = SLConfig.fromfile(str(config))
-    settings.device, settings.text_encoder_type = "cpu", str(bert)
-    with _replaced_bert_wrapper():
-        model = build_model(settings)
-    # Untrained heads answer every query alike: give them something to say.
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and not name.startswith("backbone"):
-            torch.nn.init.normal_(parameter, std=0.05)
-    # "module." as a distributed training writes it, and a tensor that only training needs.
-    state = {f"module.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"model": {**state, "module.label_enc.weight": torch.zeros(2)}}, weights)
-    return config, weights, bert
+def model(dino_files):
+    return load_grounding_dino(dino_files.config, dino_files.weights, str(dino_files.bert), "cpu")
 
 
 @pytest.fixture(scope="module")
-def detector(files):
-    config, weights, bert = files
-    model = load_grounding_dino(config, weights, str(bert), "cpu")
-    return GroundingDino(model, box_threshold=0.05, nms_iou=0.5, image_size=96)
+def detector(model):
+    return GroundingDino(model, box_threshold=0.05, nms_iou=0.5, image_size=96, batch_size=4)
 
 
 @pytest.fixture
-def frame():
-    return Frame(index=0, time=0.0, image=np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+def pixels(detector, dino_frames):
+    return torch.stack([detector.preprocessing(frame.image) for frame in dino_frames[:3]])
 
 
-def test_boxes_of_all_phrases_in_one_question(detector, frame, make_entity):
+def test_boxes_of_all_phrases_in_one_question(detector, dino_frames, make_entity):
     entities = (make_entity("dog"), make_entity("red ball"))
-    found = detector.detect(None, frame, entities)
+    [found] = detector.detect([Question(video=None, frame=dino_frames[0], entities=entities)])
     assert found
     assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
     for one in found:
@@ -90,59 +52,151 @@ def test_boxes_of_all_phrases_in_one_question(detector, frame, make_entity):
         assert all(box_iou(a, b) <= 0.5 for i, a in enumerate(boxes) for b in boxes[:i])
 
 
-def test_a_phrase_is_scored_by_its_own_tokens(detector, frame, make_entity):
-    caption, spans = detector.question(["dog", "red ball", "U.S. cats?"])
-    assert caption == "dog . red ball . u s  cats  ."
-    tokens = detector.model.tokenizer.convert_ids_to_tokens(detector.model.tokenizer(caption)["input_ids"])
-    assert [tokens[span.start : span.stop] for span in spans][:2] == [["dog"], ["red", "ball"]]
-    assert "." not in tokens[spans[2].start : spans[2].stop]
-    assert tokens[spans[2].stop] == "."
+def test_a_batch_of_different_captions_equals_single_ones(detector, pixels):
+    with torch.inference_mode():
+        logits, boxes = detector.forward(pixels, TEXTS)
+        for row, text in enumerate(TEXTS):
+            alone, alone_boxes = detector.forward(pixels[row : row + 1], [text])
+            tokens = torch.isfinite(alone[0, 0])
+            assert (logits[row][:, tokens].sigmoid() - alone[0][:, tokens].sigmoid()).abs().max() < 1e-5
+            assert (boxes[row] - alone_boxes[0]).abs().max() < 1e-5
 
 
-def test_more_phrases_than_tokens_are_cut(detector):
-    caption, spans = detector.question(["dog"] * 300)
-    assert len(spans) == (MAX_TOKENS - 2) // 2
-    assert len(detector.model.tokenizer(caption)["input_ids"]) <= MAX_TOKENS
+def test_without_the_mended_masks_captions_disturb_each_other(model, detector, pixels):
+    """What the package does by itself: this test fails when it no longer needs mending."""
+    from groundingdino.models.GroundingDINO.transformer_vanilla import TransformerEncoderLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, TransformerEncoderLayer)]
+    assert len(layers) == 2
+    hooks = [(layer, dict(layer._forward_pre_hooks)) for layer in layers]
+    with torch.inference_mode():
+        _, right = detector.forward(pixels, TEXTS)
+        for layer in layers:
+            layer._forward_pre_hooks.clear()
+        try:
+            _, wrong = detector.forward(pixels, TEXTS)
+        finally:
+            for layer, kept in hooks:
+                layer._forward_pre_hooks.update(kept)
+    assert (right - wrong).abs().max() > 1e-3
 
 
-def test_the_shim_equals_masked_attention_by_hand(detector):
+def test_the_shim_equals_masked_attention_by_hand(model):
     """A phrase's text features must not depend on the other phrases: the block mask has reached BERT."""
-    model = detector.model
     features = []
     handle = model.feat_map.register_forward_hook(lambda module, args, output: features.append(output))
-    pixels = torch.zeros(1, 3, 64, 64)
+    blank = torch.zeros(1, 3, 64, 64)
     with torch.inference_mode():
-        model(pixels, captions=["dog ."])
-        model(pixels, captions=["dog . red ball ."])
+        model(blank, captions=["dog ."])
+        model(blank, captions=["dog . red ball ."])
     handle.remove()
     torch.testing.assert_close(features[0][0, 1], features[1][0, 1], atol=1e-5, rtol=1e-5)
 
 
-def test_the_step_loads_it_and_leaves_the_package_as_it_was(files):
-    from groundingdino.models.GroundingDINO import bertwarper, groundingdino
+@pytest.mark.parametrize("size", [(90, 60), (60, 90), (96, 96), (640, 360), (1000, 90), (96, 700), (33, 97)])
+def test_preprocessing_is_the_package_s(size):
+    import groundingdino.datasets.transforms as transforms
 
-    config, weights, bert = files
-    step = DetectBoxes(detector="groundingdino", config=config, checkpoint=weights, text_encoder=str(bert))
+    image = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    package = transforms.Compose(
+        [
+            transforms.RandomResize([96], max_size=160),
+            transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+    expected, _ = package(Image.fromarray(image), None)
+    preprocessing = Preprocessing().resized_to(96)
+    assert preprocessing.longest == 160
+    prepared = preprocessing(image)
+    assert prepared.shape == expected.shape == (3, *preprocessing.size(*size)[::-1])
+    assert torch.equal(prepared, expected)
+
+
+def test_the_step_loads_it_and_leaves_the_package_as_it_was(dino_files):
+    from groundingdino.models.GroundingDINO import bertwarper, groundingdino, transformer_vanilla
+    from groundingdino.util import get_tokenlizer
+
+    before = transformer_vanilla.TransformerEncoderLayer.forward, get_tokenlizer.get_pretrained_language_model
+    step = DetectBoxes(
+        detector="groundingdino",
+        config=dino_files.config,
+        checkpoint=dino_files.weights,
+        text_encoder=str(dino_files.bert),
+    )
     step.setup()
     assert isinstance(step._detector, GroundingDino)
     assert groundingdino.BertModelWarper is bertwarper.BertModelWarper
+    after = transformer_vanilla.TransformerEncoderLayer.forward, get_tokenlizer.get_pretrained_language_model
+    assert after == before
 
 
-def test_files_that_do_not_serve(files, tmp_path):
-    config, weights, bert = files
-    broken = tmp_path / "broken.py"
-    broken.write_text("backbone = (")
-    with pytest.raises(InputError, match="cannot read the Grounding DINO configuration"):
-        load_grounding_dino(broken, weights, str(bert), "cpu")
+def test_weights_from_safetensors_and_from_the_hub(dino_files, tmp_path, monkeypatch):
+    """The hub is a folder here: what is asked of huggingface_hub is what matters."""
+    import huggingface_hub
+    from safetensors.torch import save_file
+
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    save_file(
+        {name: tensor.clone() for name, tensor in read_weights(dino_files.weights).items()}, hub / "w.safetensors"
+    )
+    (hub / "model.cfg.py").write_text(dino_files.config.read_text())
+    (hub / "other.cfg.py").write_text("")
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: [path.name for path in hub.iterdir()])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: asked.append(names) or str(hub / names[1]))
+    settings = {"detector": "groundingdino", "model": "owner/dino", "text_encoder": str(dino_files.bert)}
+    with pytest.raises(InputError, match="several files for its configuration: name one of model.cfg.py, other.cfg.py"):
+        DetectBoxes(**settings).setup()
+    step = DetectBoxes(**settings, config="model.cfg.py")
+    step.setup()
+    assert asked == [("owner/dino", "model.cfg.py"), ("owner/dino", "w.safetensors")]
+    original = load_grounding_dino(dino_files.config, dino_files.weights, str(dino_files.bert), "cpu").state_dict()
+    for name, tensor in step._detector.model.state_dict().items():
+        assert torch.equal(tensor, original[name]), name
+
+
+def test_a_configuration_is_read_and_never_run(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(f'"""Sizes."""\nnheads = 8\n__import__("pathlib").Path({str(tmp_path / "ran")!r}).touch()\n')
+    with pytest.raises(InputError, match="it must hold plain assignments, as GroundingDINO_SwinT_OGC.py does"):
+        read_package_config(path)
+    assert not (tmp_path / "ran").exists()
+    path.write_text('"""Sizes."""\nnheads = 8\nindices = [1, 2]\nnothing = None\n')
+    assert read_package_config(path) == {"nheads": 8, "indices": [1, 2], "nothing": None}
+    for broken in ("backbone = (", "a = b = 1", "a, b = 1, 2", "n = dict(a=1)", "import os"):
+        path.write_text(broken)
+        with pytest.raises(InputError, match="cannot read the Grounding DINO configuration"):
+            read_package_config(path)
+
+
+def test_the_released_configurations_can_be_read():
+    from pathlib import Path
+
+    import groundingdino
+
+    for name in ("GroundingDINO_SwinT_OGC.py", "GroundingDINO_SwinB_cfg.py"):
+        settings = read_package_config(Path(groundingdino.__file__).parent / "config" / name)
+        assert settings["hidden_dim"] == 256
+
+
+def test_files_that_do_not_serve(dino_files, tmp_path):
+    config, weights, bert = dino_files.config, dino_files.weights, str(dino_files.bert)
     with pytest.raises(InputError, match=r"text encoder '.*no-bert'[\s\S]*--detector-text-encoder DIR"):
         load_grounding_dino(config, weights, str(tmp_path / "no-bert"), "cpu")
+    with pytest.raises(InputError, match="the configuration does not describe a Grounding DINO"):
+        build_from_config({"modelname": "groundingdino"}, bert)
     bad = tmp_path / "bad.pth"
     bad.write_bytes(b"not weights")
     with pytest.raises(InputError, match="cannot read Grounding DINO weights from"):
-        load_grounding_dino(config, bad, str(bert), "cpu")
+        load_grounding_dino(config, bad, bert, "cpu")
+    (tmp_path / "bad.safetensors").write_bytes(b"not weights either")
+    with pytest.raises(InputError, match="cannot read Grounding DINO weights from"):
+        load_grounding_dino(config, tmp_path / "bad.safetensors", bert, "cpu")
     torch.save({"model": {}}, bad)
     with pytest.raises(InputError, match="lacks .* tensors of the model"):
-        load_grounding_dino(config, bad, str(bert), "cpu")
+        load_grounding_dino(config, bad, bert, "cpu")
     torch.save({"model": {"feat_map.bias": torch.zeros(3)}}, bad)
     with pytest.raises(InputError, match="do not fit"):
-        load_grounding_dino(config, bad, str(bert), "cpu")
+        load_grounding_dino(config, bad, bert, "cpu")

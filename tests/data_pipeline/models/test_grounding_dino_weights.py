@@ -24,7 +24,10 @@ from data_pipeline.models.grounding_dino_weights import (
 )
 from data_pipeline.records import InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")
