@@ -4,9 +4,11 @@ needs it.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,6 +19,7 @@ from data_pipeline.records import InputError, VideoFile
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 MAX_KEY = 60
+MAX_CAPTION_BYTES = 1 << 20
 
 
 def find_videos(folder: Path, captions: Path | None = None) -> list[VideoFile]:
@@ -24,12 +27,15 @@ def find_videos(folder: Path, captions: Path | None = None) -> list[VideoFile]:
 
     Captions come from the table ``captions`` if one is given and has a row for the video, else from ``clip.txt`` or
     ``clip.json`` beside ``clip.mp4``. InputError for a missing or empty folder or an unusable table.
+
+    Whatever has the name of a video is in the list, and so is a folder that cannot be read: what cannot be used is for
+    ``read_videos`` to reject, so that it is counted. Links to folders are not followed.
     """
     if not folder.exists():
         raise InputError(f"no folder of videos at {folder}")
     if not folder.is_dir():
         raise InputError(f"--videos needs a folder, but {folder} is a file")
-    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
+    paths = _list_paths(folder)
     if not paths:
         raise InputError(f"no videos in {folder}: looked for *{', *'.join(SUFFIXES)}, in subfolders too")
     names = sorted(paths)
@@ -42,6 +48,49 @@ def find_videos(folder: Path, captions: Path | None = None) -> list[VideoFile]:
         )
         for name in names
     ]
+
+
+def _list_paths(folder: Path) -> dict[str, Path]:
+    unreadable: list[str] = []
+    found = []
+    for place, folders, files in os.walk(folder, onerror=lambda error: unreadable.append(str(error.filename))):
+        found += [Path(place, name) for name in (*folders, *files) if Path(name).suffix.lower() in SUFFIXES]
+    if str(folder) in unreadable:
+        raise InputError(f"the folder of videos {folder} cannot be read: give permission, or choose another")
+    paths: dict[str, Path] = {}
+    for path in sorted({*found, *map(Path, unreadable)}, key=os.fsencode):
+        name = readable_name(path.relative_to(folder).as_posix())
+        while name in paths:  # another file is called by what this one's odd bytes look like
+            name += "~"
+        paths[name] = path
+    return paths
+
+
+def readable_name(name: str) -> str:
+    """A file's name as text that can be written to any file; bytes that are not UTF-8 become a backslash, an x and two
+    hex digits.
+    """
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
+
+
+def clean_caption(text: str) -> str:
+    """Runs of white space and control characters become one space; half a surrogate pair, which json can hold and no
+    file can, becomes U+FFFD.
+    """
+    text = re.sub(r"[\x00-\x1f\x7f]", " ", text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return " ".join(text.split())
+
+
+def decode_text(content: bytes) -> str:
+    """Text of a file in UTF-8, with or without a mark, in UTF-16 with one, or else in Windows-1252 (Latin-1 and a few
+    quotation marks).
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", errors="replace")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", errors="replace")
 
 
 def make_keys(names: Iterable[str]) -> dict[str, str]:
@@ -62,17 +111,29 @@ def make_keys(names: Iterable[str]) -> dict[str, str]:
 
 def read_sidecar_caption(video: Path) -> str | None:
     """The caption in ``clip.txt`` or under "caption" in ``clip.json``; None if there is neither, or nothing in it."""
-    text, data = video.with_suffix(".txt"), video.with_suffix(".json")
-    if text.is_file():
-        return " ".join(text.read_text(encoding="utf-8", errors="replace").split()) or None
-    if data.is_file():
-        try:
-            content = json.loads(data.read_text(encoding="utf-8"))
-        except ValueError:
+    text = _read_small(video.with_suffix(".txt"))
+    if text is not None:
+        return clean_caption(decode_text(text)) or None
+    data = _read_small(video.with_suffix(".json"))
+    if data is None:
+        return None
+    try:
+        content = json.loads(decode_text(data))
+    except (ValueError, RecursionError):
+        return None
+    caption = content.get("caption") if isinstance(content, dict) else None
+    return clean_caption(caption) or None if isinstance(caption, str) else None
+
+
+def _read_small(path: Path) -> bytes | None:
+    """The beginning of a file; None if there is none that can be read."""
+    try:
+        if not path.is_file():
             return None
-        caption = content.get("caption") if isinstance(content, dict) else None
-        return " ".join(caption.split()) or None if isinstance(caption, str) else None
-    return None
+        with path.open("rb") as file:
+            return file.read(MAX_CAPTION_BYTES)
+    except OSError:  # no permission, or a name that is too long with this suffix
+        return None
 
 
 def read_captions(path: Path) -> dict[str, str]:
@@ -92,7 +153,7 @@ def read_captions(path: Path) -> dict[str, str]:
         if not isinstance(row, Mapping) or not isinstance(row.get("video"), str) or "caption" not in row:
             found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
             raise InputError(f"{path}, row {number}: needs the columns video and caption, found {found}")
-        caption = " ".join(str(row["caption"] or "").split())
+        caption = clean_caption(str(row["caption"] or ""))
         if captions.setdefault(row["video"], caption) != caption:
             raise InputError(f"{path}, row {number}: {row['video']} has two different captions")
     return captions
@@ -104,11 +165,11 @@ def _read_csv(path: Path) -> Iterable[Mapping[str, Any]]:
 
 
 def _read_jsonl(path: Path) -> Iterable[Mapping[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: not json: {error}") from error
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +14,18 @@ from data_pipeline.step import Step
 
 @dataclass(kw_only=True)
 class ReadVideos(Step[VideoFile, Video]):
-    """Rejects a clip without a caption, an empty or unreadable file, and annotations that disagree with their video.
+    """Rejects what is no regular file, a clip without a caption, an empty or unreadable file, and annotations that
+    disagree with their video.
 
     reader: "auto", "decord" or "pyav" (data_pipeline/models/video_reader.py tells them apart). annotations: whether
     to read the boxes and masks that came with the videos; annotations_file: a corpus file, else the sidecars.
+    caption_required: if not, the caption of a clip that has none is "", and a later step has to write one.
     """
 
     reader: str = "auto"
     annotations: bool = True
     annotations_file: Path | None = None
+    caption_required: bool = True
 
     def __post_init__(self) -> None:
         if self.reader not in ("auto", "decord", "pyav"):
@@ -39,11 +44,17 @@ class ReadVideos(Step[VideoFile, Video]):
 
     def process(self, file: VideoFile) -> Video | Rejected:
         """The opened video."""
-        if not file.caption:
-            return Rejected(
-                "no caption", {"needed": f"{Path(file.name).stem}.txt, .json, or a row of the captions table"}
-            )
         try:
+            kind = kind_of(file.path)
+            if kind == "folder" and not os.access(file.path, os.R_OK | os.X_OK):
+                return Rejected("unreadable folder")
+            # A pipe would be waited for; a device may never end.
+            if kind != "file":
+                return Rejected("not a regular file", {"kind": kind})
+            if not file.caption and self.caption_required:
+                return Rejected(
+                    "no caption", {"needed": f"{Path(file.name).stem}.txt, .json, or a row of the captions table"}
+                )
             size, sha256 = hash_file(file.path)
         except OSError as error:
             return Rejected("unreadable video", {"error": f"{type(error).__name__}: {error.strerror}"})
@@ -52,19 +63,31 @@ class ReadVideos(Step[VideoFile, Video]):
         facts = self._probe(file.path)
         annotations = None
         if self._source is not None:
-            annotations = self._source.read(file.path, file.name, facts.width, facts.height, len(facts.stamps))
+            try:
+                annotations = self._source.read(file.path, file.name, facts.width, facts.height, len(facts.stamps))
+            except OSError:  # a name so long that a sidecar beside it cannot exist
+                annotations = None
             if annotations is None:
                 return Rejected(
                     "no annotations", {"needed": f"{Path(file.name).stem}.annotations.json or --annotations FILE"}
                 )
         return Video(
             file=file,
-            caption=file.caption,
+            caption=file.caption or "",
             sha256=sha256,
             facts=facts,
             reader=self._choose(self.reader, file.path, facts),
             annotations=annotations,
         )
+
+
+def kind_of(path: Path) -> str:
+    """What is at the end of a path and its links: "file", "folder", "pipe" or "device"; OSError if nothing
+    is.
+    """
+    mode = path.stat().st_mode
+    kinds = {"file": stat.S_ISREG, "folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO}
+    return next((kind for kind, fits in kinds.items() if fits(mode)), "device")
 
 
 def hash_file(path: Path) -> tuple[int, str]:

@@ -1,12 +1,13 @@
 import csv
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from data_pipeline.records import InputError
-from data_pipeline.sources import find_videos, make_keys, read_captions
+from data_pipeline.sources import clean_caption, decode_text, find_videos, make_keys, read_captions
 
 
 @pytest.fixture
@@ -125,3 +126,81 @@ def test_keys_have_no_dots_and_are_unique():
     assert not keys["y-swapped.mp4"].endswith("-swapped")
     assert len({key.lower() for key in keys.values()}) == len(names)
     assert all("." not in key and len(key) <= 60 for key in keys.values())
+
+
+def test_whatever_has_the_name_of_a_video_is_found(folder, tmp_path):
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "nowhere.mp4").symlink_to(tmp_path / "nowhere")
+    (folder / "itself.mp4").symlink_to(folder / "itself.mp4")
+    (folder / "folder.mp4").mkdir()
+    (folder / "folder.mp4/inside.mp4").write_bytes(b"x")
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    (folder / "linked.mp4").symlink_to(folder / "a.mp4")
+    names = ["a.mp4", "b.mp4", "deep/c.MKV", "folder.mp4", "folder.mp4/inside.mp4", "itself.mp4", "linked.mp4"]
+    assert [file.name for file in find_videos(folder)] == [*names, "nowhere.mp4", "pipe.mp4"]
+
+
+def test_a_folder_that_cannot_be_read_is_in_the_list(folder, monkeypatch):
+    # Root may read everything, so the refusal is played.
+    original = os.scandir
+    (folder / "locked").mkdir()
+
+    def scan(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert [file.name for file in find_videos(folder)] == ["a.mp4", "b.mp4", "deep/c.MKV", "locked"]
+    with pytest.raises(InputError, match="locked cannot be read: give permission"):
+        find_videos(folder / "locked")
+
+
+def test_names_can_always_be_written(folder):
+    odd = [b"\xff.mp4", b"\\xff.mp4", b"caf\xe9.mp4", "new\nline \U0001f388.mp4".encode()]
+    for name in odd:
+        (folder / os.fsdecode(name)).write_bytes(name)
+    files = find_videos(folder)
+    assert len(files) == 3 + len(odd)
+    assert len({file.name for file in files}) == len({file.key for file in files}) == len(files)
+    assert all(file.name.encode("utf-8") and file.path.is_file() for file in files)
+    assert {"caf\\xe9.mp4", "\\xff.mp4", "\\xff.mp4~", "new\nline \U0001f388.mp4"} < {file.name for file in files}
+
+
+@pytest.mark.parametrize(
+    ("content", "caption"),
+    [
+        ("a caf\u00e9".encode(), "a caf\u00e9"),
+        ("a caf\u00e9".encode("latin-1"), "a caf\u00e9"),
+        ("a caf\u00e9".encode("utf-8-sig"), "a caf\u00e9"),
+        ("a caf\u00e9".encode("utf-16"), "a caf\u00e9"),
+        ("a \U0001f415\x00 dog".encode(), "a \U0001f415 dog"),
+        (b"\x00\n", None),
+    ],
+)
+def test_encodings_of_captions(folder, content, caption):
+    (folder / "a.txt").write_bytes(content)
+    assert find_videos(folder)[0].caption == caption
+    assert decode_text(content) is not None
+
+
+def test_half_a_surrogate_pair_becomes_a_character_that_can_be_written(folder):
+    (folder / "a.json").write_text('{"caption": "a \\ud83d dog \\ud83d\\udc15"}')
+    assert find_videos(folder)[0].caption == "a \ufffd dog \U0001f415"
+    assert clean_caption("\udc00").encode("utf-8")
+
+
+def test_caption_files_that_cannot_be_read(folder):
+    (folder / "a.json").write_text("[" * 100_000)
+    (folder / "b.txt").mkdir()
+    (folder / f"{'x' * 251}.mp4").write_bytes(b"x")
+    assert [file.caption for file in find_videos(folder)] == [None] * 4
+
+
+def test_a_table_with_a_byte_order_mark_and_rows_that_occur_twice(folder, tmp_path):
+    table = tmp_path / "captions.csv"
+    table.write_text("video,caption\na.mp4,a dog\na.mp4, a  dog\n", encoding="utf-8-sig")
+    assert find_videos(folder, table)[0].caption == "a dog"
+    lines = tmp_path / "captions.jsonl"
+    lines.write_text('{"video": "a.mp4", "caption": "a dog"}\n' * 2, encoding="utf-8-sig")
+    assert find_videos(folder, lines)[0].caption == "a dog"

@@ -1,4 +1,5 @@
 import hashlib
+import os
 from dataclasses import replace
 
 import pytest
@@ -73,3 +74,48 @@ def test_wrong_settings(tmp_path):
         ReadVideos(reader="cv2")
     with pytest.raises(InputError, match="no annotations file at"):
         ReadVideos(annotations_file=tmp_path / "missing.json")
+
+
+def test_a_caption_that_is_not_required(write_clip, tmp_path):
+    write_clip(tmp_path)
+    [file] = find_videos(tmp_path)
+    step = ReadVideos(caption_required=False)
+    step.setup()
+    assert step.process(replace(file, caption=None)).caption == ""
+    assert step.process(file).caption == "a dog and a teapot on the beach"
+    assert step.settings()["caption_required"] is False
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(os.mkfifo, "pipe"), (os.mkdir, "folder"), (lambda path: path.symlink_to("/dev/null"), "device")],
+)
+def test_what_is_no_file_is_not_opened(step, write_clip, tmp_path, make, kind):
+    path = write_clip(tmp_path)
+    [file] = find_videos(tmp_path)
+    path.unlink()
+    make(path)
+    assert step.process(file) == Rejected("not a regular file", {"kind": kind})
+
+
+def test_a_folder_that_cannot_be_read(step, tmp_path, write_clip, monkeypatch):
+    write_clip(tmp_path)
+    file = replace(find_videos(tmp_path)[0], path=tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may read everything
+    assert step.process(file) == Rejected("unreadable folder")
+
+
+@pytest.mark.parametrize("target", ["nowhere", "clip_000000.mp4"])
+def test_a_link_that_leads_nowhere(step, write_clip, tmp_path, target):
+    path = write_clip(tmp_path)
+    [file] = find_videos(tmp_path)
+    path.unlink()
+    path.symlink_to(tmp_path / target)
+    assert step.process(file).reason == "unreadable video"
+
+
+def test_a_name_too_long_for_a_sidecar(step, write_clip, tmp_path):
+    path = write_clip(tmp_path)
+    path.rename(tmp_path / f"{'x' * 251}.mp4")
+    (tmp_path / f"{'x' * 251}.txt").write_text("a dog")
+    assert step.process(find_videos(tmp_path)[0]).reason == "no annotations"
