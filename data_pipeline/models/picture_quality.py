@@ -9,6 +9,8 @@ from PIL import Image
 
 # Longer side of the picture that is measured: what CLIP's image encoders see of a reference.
 SIDE = 224
+# Distance of the pixels that are compared: of neighbours the rounding and the blocks of a codec would count as edges.
+STEP = 2
 # Contrasts below this many grey levels count as this much: else the noise of a plain wall would be its sharpness.
 LEAST_CONTRAST = 40.0
 # Side of the picture that change is measured on: camera noise averages out.
@@ -42,12 +44,13 @@ def look_at(picture: np.ndarray) -> Looks:
 
 
 def sharpness(picture: np.ndarray) -> float:
-    """The 99th percentile of the absolute second difference of the grey levels, over their contrast (99th less 1st
-    percentile); of the two directions, across and down, the lower one, since motion blurs one of them only.
+    """The 99th percentile of the absolute second difference of the grey levels (of pixels ``STEP`` apart), over their
+    contrast (99th less 1st percentile); of the two directions, across and down, the lower one, since motion blurs one
+    of them only.
 
-    picture: uint8 RGB (height, width, 3), shrunk to ``SIDE`` pixels on its longer side first and never enlarged; below
-    3 pixels on one side the answer is 0. The measure of an edge falls with the square of the width of its blur,
-    whatever the edge divides, so a plain surface with a clear outline is sharp.
+    picture: uint8 RGB (height, width, 3), shrunk to ``SIDE`` pixels on its longer side first and never enlarged; with
+    fewer than 5 pixels on one side the answer is 0. The measure of an edge falls with the square of the width of its
+    blur, whatever the edge divides, so a plain surface with a clear outline is sharp.
     """
     return _edges(np.asarray(_at_side(picture).convert("L"), dtype=np.float32))
 
@@ -61,11 +64,12 @@ def _at_side(picture: np.ndarray) -> Image.Image:
 
 
 def _edges(levels: np.ndarray) -> float:
-    if min(levels.shape) < 3:
+    if min(levels.shape) < 2 * STEP + 1:
         return 0.0
     low, high = np.percentile(levels, (1, 99))
-    across = np.abs(levels[:, 2:] + levels[:, :-2] - 2 * levels[:, 1:-1])
-    down = np.abs(levels[2:] + levels[:-2] - 2 * levels[1:-1])
+    middle = slice(STEP, -STEP)
+    across = np.abs(levels[:, 2 * STEP :] + levels[:, : -2 * STEP] - 2 * levels[:, middle])
+    down = np.abs(levels[2 * STEP :] + levels[: -2 * STEP] - 2 * levels[middle])
     return float(min(np.percentile(across, 99), np.percentile(down, 99)) / max(high - low, LEAST_CONTRAST))
 
 

@@ -83,7 +83,7 @@ class PickFrames(Step[VideoShots, tuple[FramePair, ...]]):
     pairs_per_clip: int = 1
     min_frame_brightness: float = 0.05
     max_frame_brightness: float = 0.97
-    min_frame_sharpness: float = 0.05
+    min_frame_sharpness: float = 0.12
 
     def __post_init__(self) -> None:
         if not 0 <= self.reference_place < self.target_place <= 1:
