@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -31,6 +32,7 @@ FRACTIONS = [
     "min_fill",
     "min_mask_agreement",
     "max_border",
+    "max_clipped",
     "max_box_iou",
     "max_mask_overlap",
     "min_change",
@@ -49,7 +51,9 @@ class FilterPairs(Step[TrainingPair, TrainingPair]):
     - its box is wider than max_aspect times its height, or higher than max_aspect times its width;
     - its mask has fewer than min_pixels pixels, covers less than min_fill of its box, or its tight box and the detected
       box have an intersection over union below min_mask_agreement;
-    - more than max_border of one side of its tight box lies on the frame's edge: it is cut off there.
+    - more than max_border of one side of its tight box lies on the frame's edge: it is cut off there;
+    - more than max_clipped of its pixels are black or white: under- or over-exposed;
+    - the sharpness of the picture in its box is below min_sharpness (both measured by ``models/picture_quality.py``).
 
     Of two subjects that are probably one thing detected twice (boxes with an intersection over union above
     max_box_iou, or masks that share more than max_mask_overlap of the smaller one) the one with the lower score, then
@@ -69,6 +73,8 @@ class FilterPairs(Step[TrainingPair, TrainingPair]):
     min_fill: float = 0.2
     min_mask_agreement: float = 0.7
     max_border: float = 0.3
+    max_clipped: float = 0.6
+    min_sharpness: float = 0.12
     max_box_iou: float = 0.9
     max_mask_overlap: float = 0.8
     min_change: float = 0.02
@@ -86,15 +92,25 @@ class FilterPairs(Step[TrainingPair, TrainingPair]):
         if not 1 <= self.min_subjects <= self.max_subjects:
             counts = f"{self.min_subjects} and {self.max_subjects}"
             raise SettingsError(f"need 1 <= min_subjects <= max_subjects, got {counts}")
+        if self.min_sharpness < 0:
+            raise SettingsError(f"min_sharpness must not be negative, got {self.min_sharpness}")
         if self.min_pixels < 1:
             raise SettingsError(f"min_pixels must be at least 1, got {self.min_pixels}")
 
+    def setup(self) -> None:
+        """Loads the measures."""
+        from data_pipeline.models import picture_quality
+
+        self._quality = picture_quality
+
     def process(self, pair: TrainingPair) -> TrainingPair | Rejected:
         """The pair with the subjects that pass, in their old order."""
+        reference, target = pair.frames.reference.image, pair.frames.target.image
         dropped: list[Dropped] = []
         kept: list[Match] = []
         for match in pair.matches:
-            fault = next((f for f in (*self.faults(match.reference), *self.faults(match.target))), None)
+            faults = chain(self.faults(match.reference, reference), self.faults(match.target, target))
+            fault = next(faults, None)
             if fault is None:
                 kept.append(match)
             else:
@@ -116,8 +132,10 @@ class FilterPairs(Step[TrainingPair, TrainingPair]):
             return Rejected("near-identical frames", {"change": round(change, 4), "min_change": self.min_change})
         return TrainingPair(frames=pair.frames, matches=tuple(kept), dropped=(*pair.dropped, *dropped))
 
-    def faults(self, found: Detection) -> Iterator[tuple[str, dict[str, float]]]:
-        """What speaks against one detection: reasons with what was measured, cheap ones first."""
+    def faults(self, found: Detection, image: np.ndarray) -> Iterator[tuple[str, dict[str, float]]]:
+        """What speaks against one detection: reasons with what was measured, cheap ones first. image: the frame that it
+        was found in, uint8 (height, width, 3).
+        """
         if found.score < self.min_score:
             yield "detection score too low", {"score": round(found.score, 3), "min_score": self.min_score}
         if found.mask_score is not None and found.mask_score < self.min_mask_score:
@@ -147,6 +165,12 @@ class FilterPairs(Step[TrainingPair, TrainingPair]):
         border = border_contact(found.mask, tight)
         if border > self.max_border:
             yield "cut off at the frame's edge", {"contact": round(border, 3), "max_border": self.max_border}
+        clipped = self._quality.clipped_share(image[found.mask])
+        if clipped > self.max_clipped:
+            yield "under- or over-exposed", {"clipped": round(clipped, 3), "max_clipped": self.max_clipped}
+        sharpness = self._quality.sharpness(image[y1:y2, x1:x2])
+        if sharpness < self.min_sharpness:
+            yield "blurred", {"sharpness": round(sharpness, 3), "min_sharpness": self.min_sharpness}
 
     def _drop(self, match: Match, reason: str, evidence: dict[str, float]) -> Dropped:
         return Dropped(phrase=match.target.entity.phrase, stage=self.name, reason=reason, evidence=evidence)

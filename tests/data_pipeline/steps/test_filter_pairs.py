@@ -1,10 +1,19 @@
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
 
-from data_pipeline.records import Rejected, SettingsError, TrainingPair
+from data_pipeline.records import DetectedPair, NamedPair, Rejected, SettingsError, TrainingPair
+from data_pipeline.sources import find_videos
+from data_pipeline.steps.cut_shots import CutShots
+from data_pipeline.steps.detect_boxes import DetectBoxes
 from data_pipeline.steps.filter_pairs import FilterPairs, border_contact, difference
+from data_pipeline.steps.match_subjects import MatchSubjects
+from data_pipeline.steps.pick_frames import PickFrames
+from data_pipeline.steps.read_videos import ReadVideos
+from data_pipeline.steps.segment_masks import SegmentMasks
 
 SIZE = 100
 
@@ -28,7 +37,9 @@ def noise():
 def check(make_pair, noise):
     def run(*matches, frames=None, **settings):
         pair = TrainingPair(frames=make_pair(*(frames or noise)), matches=tuple(matches))
-        return FilterPairs(**settings).process(pair)
+        step = FilterPairs(**settings)
+        step.setup()
+        return step.process(pair)
 
     return run
 
@@ -147,6 +158,160 @@ def test_border_contact_is_a_share_of_a_side():
     assert border_contact(block(0, 40, 1, 6) | block(1, 30, 29, 30), (0.3, 0, 0.6, 0.3)) == pytest.approx(0.2)
 
 
+# ---------------------------------------------------------------------------- every rule, on clips that were decoded
+
+WIDE = 128
+ROWS, COLUMNS = np.mgrid[:WIDE, :WIDE]
+
+
+def ellipse(y, x, high, wide):
+    """A mask with this middle and these whole axes."""
+    return (2 * (ROWS - y) / high) ** 2 + (2 * (COLUMNS - x) / wide) ** 2 < 1
+
+
+def paint(picture, mask, colour):
+    """A surface with a fine pattern, so that it has something to be sharp with."""
+    picture[mask] = colour
+    picture[mask & ((ROWS // 3 + COLUMNS // 3) % 4 == 0)] = np.asarray(colour) * 0.6
+
+
+def render(shapes, *, speed=2, finish=None, colours=((200, 60, 40), (40, 70, 200), (40, 160, 70), (190, 150, 30))):
+    """12 frames of shapes (functions of the shift in pixels, to masks) that move to the right over a coarse ground.
+
+    finish: changes a finished frame, (picture, its masks) -> picture. Returns pictures (12, H, W, 3) and masks
+    (12, shapes, H, W).
+    """
+    ground = np.random.default_rng(1).integers(90, 160, (16, 16, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    pictures, all_masks = [], []
+    for frame in range(12):
+        picture = ground.copy()
+        masks = [shape(speed * (frame - 6)) for shape in shapes]
+        for mask, colour in zip(masks, colours * 2, strict=False):
+            paint(picture, mask, colour)
+        pictures.append(picture if finish is None else finish(picture, masks))
+        all_masks.append(masks)
+    return np.stack(pictures), np.asarray(all_masks)
+
+
+@pytest.fixture
+def mine(tmp_path, write_video, annotate, make_entity):
+    """Writes a clip with its annotations and takes it through the steps; returns what the filters make of it."""
+
+    def run(pictures, masks, *, names=("dog",), alter=None, box=None, **settings):
+        names = names if len(names) == masks.shape[1] else tuple(f"dog{i}" for i in range(masks.shape[1]))
+        write_video(tmp_path / "clip.mp4", pictures, options={"crf": "12"})
+        (tmp_path / "clip.txt").write_text("a dog on the beach")
+        sidecar = annotate(names, masks)
+        for entry in sidecar["frames"]:
+            for found in entry["objects"] if box else ():
+                found["box"] = box(found["box"])
+        (tmp_path / "clip.annotations.json").write_text(json.dumps(sidecar))
+        record = find_videos(tmp_path)[0]
+        for step in (ReadVideos(), CutShots(), PickFrames(candidates=2)):
+            step.setup()
+            record = step.process(record)
+            assert not isinstance(record, Rejected)
+        record = NamedPair(frames=record[0], entities=tuple(make_entity(name) for name in names))
+        for step in (DetectBoxes(), SegmentMasks(), MatchSubjects(), FilterPairs(**settings)):
+            step.setup()
+            if alter is not None and isinstance(record, DetectedPair) and record.target[0].mask is not None:
+                record = replace(record, target=tuple(replace(found, **alter) for found in record.target))
+            record = step.process(record)
+        return record
+
+    return run
+
+
+def one(high, wide, y=64, x=64):
+    """One subject of this size."""
+    return [lambda shift: ellipse(y, x + shift, high, wide)]
+
+
+def ring(thickness):
+    return [lambda shift: ellipse(64, 64 + shift, 60, 60) & ~ellipse(64, 64 + shift, 60 - thickness, 60 - thickness)]
+
+
+def blur_subjects(radius):
+    def finish(picture, masks):
+        smooth = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)))
+        # The outline is blurred as well, so all of the picture round the subject is.
+        near = np.logical_or.reduce([np.roll(masks[0], (dy, dx), (0, 1)) for dy in (-9, 0, 9) for dx in (-9, 0, 9)])
+        picture[near] = smooth[near]
+        return picture
+
+    return finish
+
+
+def expose(level):
+    def finish(picture, masks):
+        picture[masks[0] & (ROWS % 16 > 2)] = level
+        return picture
+
+    return finish
+
+
+def shrink_box(pixels):
+    return lambda box: [box[0], box[1] + pixels, box[2], box[3]]
+
+
+def two(apart):
+    """Two subjects of one size, the second one so many pixels below the first."""
+    return [lambda shift: ellipse(54, 60 + shift, 50, 50), lambda shift: ellipse(54 + apart, 60 + shift, 50, 50)]
+
+
+def row(count):
+    return [lambda shift, i=i: ellipse(16 + 24 * i, 64 + shift, 22, 30) for i in range(count)]
+
+
+GOOD_CLIP = {"shapes": one(60, 50)}
+# A clip that the rule must reject, one near it that it must keep, and the reason. "alter" changes the detections of the
+# target, "box" the annotated boxes; annotations have no scores of their own.
+CLIPS = {
+    "detection score": ({"alter": {"score": 0.29}}, {"alter": {"score": 0.31}}, "detection score too low"),
+    "mask score": ({"alter": {"mask_score": 0.69}}, {"alter": {"mask_score": 0.71}}, "mask score too low"),
+    "small": ({"shapes": one(12, 12)}, {"shapes": one(20, 20)}, "box too small"),
+    "large": ({"shapes": one(110, 110), "speed": 1}, {"shapes": one(100, 100), "speed": 1}, "box too large"),
+    "thin": ({"shapes": one(84, 16)}, {"shapes": one(60, 18)}, "box too long and thin"),
+    "few pixels": ({"shapes": one(15, 15)}, {"shapes": one(18, 18)}, "too few pixels in the mask"),
+    "sticks": ({"shapes": ring(4), "min_sharpness": 0}, {"shapes": ring(10)}, "mask covers too little of its box"),
+    "mask and box": ({"box": shrink_box(24)}, {"box": shrink_box(6)}, "mask and box disagree"),
+    "cut off": ({"shapes": one(60, 50, y=10)}, {"shapes": one(60, 50, y=31)}, "cut off at the frame's edge"),
+    "white": ({"finish": expose(255)}, {"finish": expose(225)}, "under- or over-exposed"),
+    "black": ({"finish": expose(0)}, {"finish": expose(30)}, "under- or over-exposed"),
+    "blurred": ({"finish": blur_subjects(5)}, {"finish": blur_subjects(0.7)}, "blurred"),
+    "the same twice": (
+        {"shapes": two(0), "names": ("dog", "puppy")},
+        {"shapes": two(20), "names": ("dog", "puppy")},
+        "detected twice",
+    ),
+    "standing still": ({"speed": 0}, {"speed": 1}, "near-identical frames"),
+    "too few": (
+        {"min_subjects": 2},
+        {"min_subjects": 2, "shapes": two(30), "names": ("dog", "cat"), "max_mask_overlap": 1},
+        "fewer subjects than min_subjects",
+    ),
+    "too many": ({"shapes": row(5)}, {"shapes": row(4)}, "more subjects than max_subjects"),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_every_rule_rejects_a_clip_and_keeps_one_near_it(mine, name):
+    bad, good, reason = CLIPS[name]
+    outcomes = []
+    for options in (bad, good):
+        options = {**GOOD_CLIP, **options}
+        drawing = {key: options.pop(key) for key in ("speed", "finish") if key in options}
+        outcomes.append(mine(*render(options.pop("shapes"), **drawing), **options))
+    rejected, kept = outcomes
+    if isinstance(rejected, Rejected):
+        found = {rejected.reason, *(lost["reason"] for lost in rejected.evidence.get("subjects", ()))}
+    else:
+        found = {lost.reason for lost in rejected.dropped}
+    assert reason in found
+    assert isinstance(kept, TrainingPair)
+    assert kept.dropped == ()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -156,6 +321,8 @@ def test_border_contact_is_a_share_of_a_side():
         ({"max_aspect": 0.5}, "max_aspect must be at least 1, got 0.5"),
         ({"min_subjects": 0}, "need 1 <= min_subjects <= max_subjects, got 0 and 4"),
         ({"min_subjects": 3, "max_subjects": 2}, "got 3 and 2"),
+        ({"max_clipped": 1.5}, r"max_clipped must lie in \[0, 1\], got 1.5"),
+        ({"min_sharpness": -0.1}, "min_sharpness must not be negative, got -0.1"),
         ({"min_pixels": 0}, "min_pixels must be at least 1, got 0"),
     ],
 )
