@@ -6,6 +6,7 @@ import pytest
 
 from data_pipeline.records import ClipError, InputError, Rejected, SettingsError
 from data_pipeline.sources import find_videos
+from data_pipeline.steps import read_videos
 from data_pipeline.steps.read_videos import ReadVideos
 
 
@@ -119,3 +120,14 @@ def test_a_name_too_long_for_a_sidecar(step, write_clip, tmp_path):
     path.rename(tmp_path / f"{'x' * 251}.mp4")
     (tmp_path / f"{'x' * 251}.txt").write_text("a dog")
     assert step.process(find_videos(tmp_path)[0]).reason == "no annotations"
+
+
+def test_a_file_that_may_not_be_read(step, write_clip, tmp_path, monkeypatch):
+    write_clip(tmp_path)
+    [file] = find_videos(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(read_videos, "hash_file", refuse)  # root may read everything
+    assert step.process(file) == Rejected("unreadable video", {"error": "PermissionError: Permission denied"})
