@@ -10,7 +10,7 @@ from typing import Any
 
 from data_pipeline.drawing import draw_preview
 from data_pipeline.journal import Journal
-from data_pipeline.records import Dropped, EncodedPair, Rejected, VideoFile
+from data_pipeline.records import Dropped, EncodedPair, MiningError, Rejected, VideoFile
 from data_pipeline.step import Step
 
 
@@ -39,6 +39,10 @@ class Journey:
     file: VideoFile
     branches: list[Branch] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    stopped_by: MiningError | None = None
+    """What stops the whole run and was met while this clip was in hand: a full disk, weights that don't fit. On a
+    cluster it travels with the clip to whoever can stop the run.
+    """
 
     def __post_init__(self) -> None:
         self.branches = self.branches or [Branch(self.file)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from data_pipeline.assemble import ShardPlan, write_shard
 from data_pipeline.journal import Journal
 from data_pipeline.journey import Finished, Journey, advance, commit, travel
 from data_pipeline.pool import Failure, Guard, Place
-from data_pipeline.records import InputError, MiningError, Rejected, SettingsError, VideoFile
+from data_pipeline.records import InputError, MiningError, OutputError, Rejected, SettingsError, VideoFile
 from data_pipeline.run import show_progress, split_finished
 from data_pipeline.step import Step
 
@@ -50,7 +51,11 @@ class RayOptions:
 
 
 def group_steps(steps: Sequence[Step]) -> list[list[Step]]:
-    """The steps in their order: neighbours without a model together, every step with a model alone."""
+    """The steps in their order: neighbours without a model together, every step with a model alone. The last one,
+    which encodes the samples, must have none.
+    """
+    if steps[-1].model_device:
+        raise SettingsError(f"the last step cannot have a model, but {steps[-1].name} has one")
     groups: list[list[Step]] = []
     for step in steps:
         if step.model_device or not groups or groups[-1][-1].model_device:
@@ -80,21 +85,47 @@ def make_travel(steps: Sequence[Step]) -> Callable[[Journey, Place], Journey]:
 
 
 class GuardedSteps:
-    """An actor for steps without a model. Rows in: {"journey": Journey}."""
+    """An actor for steps without a model. Rows in: {"journey": Journey}.
 
-    def __init__(self, steps: Sequence[Step], timeout: float) -> None:
+    With a journal it is the last one: it leaves the outcomes there, and only names and verdicts go on to the driver.
+    """
+
+    def __init__(self, steps: Sequence[Step], timeout: float, journal: Journal | None = None) -> None:
         preload = tuple(module for step in steps for module in step.preload)
-        self._steps, self._timeout = steps, timeout
+        self._steps, self._timeout, self._journal = steps, timeout, journal
         self._guard: Guard[Journey] = Guard(partial(make_travel, steps), preload)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The same rows, one group of steps later."""
-        return {"journey": _column([self._one(journey) for journey in batch["journey"]])}
+        """The same rows, one group of steps later; in the last actor {"name", "kept", "unexpected"}."""
+        journeys = [self._one(journey) for journey in batch["journey"]]
+        if self._journal is None:
+            return {"journey": _column(journeys)}
+        return {"name": [journey.file.name for journey in journeys], **self._commit(journeys)}
+
+    def _commit(self, journeys: Sequence[Journey]) -> dict[str, list[Any]]:
+        verdicts: dict[str, list[Any]] = {"kept": [], "unexpected": [], "error": [], "error_class": []}
+        for journey in journeys:
+            finished = Finished(kept=False)
+            if journey.stopped_by is None:
+                try:
+                    finished = commit(journey, self._journal)
+                except MiningError as error:
+                    journey.stopped_by = error
+            stop = journey.stopped_by
+            verdicts["kept"].append(finished.kept)
+            verdicts["unexpected"].append(finished.unexpected)
+            verdicts["error"].append("" if stop is None else str(stop))
+            verdicts["error_class"].append("" if stop is None else type(stop).__name__)
+        return verdicts
 
     def _one(self, journey: Journey) -> Journey:
-        if not journey.alive:
+        if not journey.alive or journey.stopped_by is not None:
             return journey
-        result = self._guard.work(journey, self._timeout)
+        try:
+            result = self._guard.work(journey, self._timeout)
+        except MiningError as error:
+            journey.stopped_by = error
+            return journey
         if isinstance(result, Failure):
             reason = "took too long" if result.kind == "timeout" else "the worker died"
             journey.reject(Rejected(reason, {"detail": result.detail}, self._steps[result.stage].name))
@@ -111,12 +142,20 @@ class ModelStep:
         [self._step] = steps
         if self._step.model_device == "cpu":
             use_one_thread()
-        self._step.setup()
+        self._error: MiningError | None = None
+        try:
+            self._step.setup()
+        except MiningError as error:  # raised here, it would be lost among Ray's own
+            self._error = error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The same rows, one step later."""
         journeys = list(batch["journey"])
-        advance(self._step, journeys)
+        if self._error is None:
+            advance(self._step, [journey for journey in journeys if journey.stopped_by is None])
+        else:
+            for journey in journeys:
+                journey.stopped_by = journey.stopped_by or self._error
         return {"journey": _column(journeys)}
 
 
@@ -126,16 +165,6 @@ def _column(journeys: list[Journey]) -> Any:
     column = np.empty(len(journeys), dtype=object)
     column[:] = journeys
     return column
-
-
-def commit_rows(batch: dict[str, Any], journal: Journal) -> dict[str, Any]:
-    """Leaves the outcomes in the journal; only names and verdicts go back to the driver."""
-    finished = [commit(journey, journal) for journey in batch["journey"]]
-    return {
-        "name": [journey.file.name for journey in batch["journey"]],
-        "kept": [one.kept for one in finished],
-        "unexpected": [one.unexpected for one in finished],
-    }
 
 
 # ------------------------------------------------------------------------------------------------------- in the driver
@@ -152,10 +181,12 @@ def check_ray(options: RayOptions) -> None:
 @contextlib.contextmanager
 def ray_session(options: RayOptions, num_groups: int) -> Iterator[None]:
     """A running Ray, stopped at the end if we started it. InputError if there is no cluster at the address."""
+    # What Ray says of its own workings would bury our progress bar; its log files have it all.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
+    import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     ours = not ray.is_initialized()
     if ours and options.address == "local":
         # Actors wait for each other's rows: each must have its (nominal) processor, whatever the machine has.
@@ -167,6 +198,8 @@ def ray_session(options: RayOptions, num_groups: int) -> Iterator[None]:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"cannot reach a Ray cluster at {options.address!r}: {error}") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
+    for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "ray"]:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:
@@ -186,10 +219,13 @@ def run_on_ray(
     # Small blocks: rows go on to the next actors as soon as their block is through.
     blocks = min(len(waiting), max(4 * options.workers, len(waiting) // 32))
     rows = ray.data.from_items([{"journey": Journey(file)} for file in waiting], override_num_blocks=blocks)
-    for group in group_steps(steps):
+    groups = group_steps(steps)
+    for group in groups:
         device = group[0].model_device
         actors = options.model_workers if device else options.workers
-        arguments = {"steps": group} if device else {"steps": group, "timeout": options.timeout}
+        arguments: dict[str, Any] = {"steps": group}
+        if not device:
+            arguments |= {"timeout": options.timeout, "journal": journal if group is groups[-1] else None}
         rows = rows.map_batches(
             ModelStep if device else GuardedSteps,
             fn_constructor_kwargs=arguments,
@@ -198,14 +234,16 @@ def run_on_ray(
             num_cpus=1,
             num_gpus=options.gpu_share if device.startswith("cuda") else 0,
         )
-    rows = rows.map_batches(commit_rows, fn_kwargs={"journal": journal}, batch_size=1, num_cpus=0.5)
-    with ours_raised(ray):
-        show_progress(
-            ((row["name"], Finished(kept=bool(row["kept"]), unexpected=row["unexpected"])) for row in rows.iter_rows()),
-            finished,
-            len(files),
-            quiet,
-        )
+    results = ((row["name"], _finished(row)) for row in rows.iter_rows())
+    show_progress(results, finished, len(files), quiet)
+
+
+def _finished(row: dict[str, Any]) -> Finished:
+    """What the last actor says of a clip. Raises what stops the whole run."""
+    if row["error"]:
+        kinds = {kind.__name__: kind for kind in (InputError, OutputError, SettingsError)}
+        raise kinds.get(row["error_class"], MiningError)(row["error"])
+    return Finished(kept=bool(row["kept"]), unexpected=row["unexpected"])
 
 
 def write_on_ray(journal: Journal, plans: Sequence[ShardPlan]) -> Iterator[dict[str, Any]]:
@@ -213,20 +251,10 @@ def write_on_ray(journal: Journal, plans: Sequence[ShardPlan]) -> Iterator[dict[
     import ray
 
     write = ray.remote(write_shard)
-    with ours_raised(ray):
-        for reference in [write.remote(journal, plan) for plan in plans]:
+    for reference in [write.remote(journal, plan) for plan in plans]:
+        try:
             yield ray.get(reference)
-
-
-@contextlib.contextmanager
-def ours_raised(ray: Any) -> Iterator[None]:
-    """Raises a MiningError of a worker as itself, not as Ray's wrapping of it."""
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        inner: BaseException | None = error
-        while inner is not None:
-            if isinstance(inner, MiningError):
-                raise type(inner)(str(getattr(inner, "cause", inner))) from None
-            inner = getattr(inner, "cause", None) or inner.__cause__
-        raise
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, MiningError):
+                raise OutputError(str(error.cause)) from None
+            raise
