@@ -8,10 +8,15 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from data_pipeline.models.model_files import IMAGE_SETTINGS, TRANSFORMERS_MODEL, check_model_directory
 from data_pipeline.records import InputError, SettingsError
 
 HUES, SATURATIONS, GREYS, ORIENTATIONS = 16, 3, 6, 6
 COLOUR_SHARE = 0.75
+SHORT_NAMES = {
+    "dinov2": {size: f"facebook/dinov2-{size}" for size in ("small", "base", "large", "giant")},
+    "clip": {"base": "openai/clip-vit-base-patch32", "large": "openai/clip-vit-large-patch14"},
+}
 
 
 class Embedder(Protocol):
@@ -94,6 +99,8 @@ class NetworkEmbedder:
     model: takes float32 (N, 3, size, size), normalised with mean and std (3 numbers each), and returns (N, D).
     """
 
+    most_at_once = 32
+
     def __init__(self, model: Any, *, size: int, mean: tuple[float, ...], std: tuple[float, ...], device: str) -> None:
         self._model, self._size, self._device = model, size, device
         self._mean, self._std = (np.asarray(values, dtype=np.float32) for values in (mean, std))
@@ -102,9 +109,14 @@ class NetworkEmbedder:
         """See Embedder."""
         import torch
 
-        pictures = np.stack([self._prepare(cutout) for cutout in cutouts])
-        with torch.inference_mode():
-            features = self._model(torch.from_numpy(pictures).to(self._device)).float().cpu().numpy()
+        if not cutouts:
+            return np.zeros((0, 1), dtype=np.float32)
+        parts = []
+        for start in range(0, len(cutouts), self.most_at_once):
+            pictures = np.stack([self._prepare(cutout) for cutout in cutouts[start : start + self.most_at_once]])
+            with torch.inference_mode():
+                parts.append(self._model(torch.from_numpy(pictures).to(self._device)).float().cpu().numpy())
+        features = np.concatenate(parts)
         return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
     def _prepare(self, cutout: np.ndarray) -> np.ndarray:
@@ -117,11 +129,10 @@ class NetworkEmbedder:
 
 
 def load_timm(name: str, checkpoint: Path | None, device: str) -> NetworkEmbedder:
-    """A timm model by name, with the weights of a local state-dict file, or with timm's own (which may be
-    downloaded).
+    """A timm model by name, with the weights of a local state-dict file (.safetensors, or another one of which only
+    tensors are read), or with timm's own (which may be downloaded).
     """
     import timm
-    import torch
 
     try:
         model = timm.create_model(name, pretrained=checkpoint is None, num_classes=0)
@@ -129,8 +140,7 @@ def load_timm(name: str, checkpoint: Path | None, device: str) -> NetworkEmbedde
         raise InputError(f"cannot create the timm model {name!r}: {str(error).splitlines()[0]}") from error
     if checkpoint is not None:
         try:
-            weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            report = model.load_state_dict(weights.get("state_dict", weights), strict=False)
+            report = model.load_state_dict(_read_tensors(checkpoint), strict=False)
         except Exception as error:
             raise InputError(
                 f"cannot load {checkpoint} into the timm model {name!r}: {str(error).splitlines()[0]}"
@@ -144,32 +154,68 @@ def load_timm(name: str, checkpoint: Path | None, device: str) -> NetworkEmbedde
     return NetworkEmbedder(model, size=config["input_size"][-1], mean=config["mean"], std=config["std"], device=device)
 
 
+def _read_tensors(checkpoint: Path) -> Any:
+    if checkpoint.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(checkpoint)
+    import torch
+
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return content.get("state_dict", content)
+
+
 def load_transformers(name: str, device: str) -> NetworkEmbedder:
-    """A vision model of transformers by hub name or local directory; its pooled output, or its first token if it has
-    none.
+    """A vision model of transformers by hub name or local directory; safetensors only.
+
+    Its features: the projected image embedding of a CLIP or SigLIP; else the pooled output (DINOv2: the normed class
+    token); else the first token.
     """
     import torch
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
 
+    check_model_directory(name, "--embedder", {**TRANSFORMERS_MODEL, **IMAGE_SETTINGS})
     try:
         processor = AutoImageProcessor.from_pretrained(name)
-        model = AutoModel.from_pretrained(name)
+        projected = "CLIPVisionModelWithProjection" in (AutoConfig.from_pretrained(name).architectures or ())
+        loader = CLIPVisionModelWithProjection if projected else AutoModel
+        model = loader.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     except Exception as error:
         raise InputError(f"cannot load the vision model {name!r}: {str(error).splitlines()[0]}") from error
-    model = getattr(model, "vision_model", model).to(device).eval()
+    model = model.to(device).eval()
     sizes = getattr(processor, "crop_size", None) or processor.size
     size = sizes.get("height") or sizes.get("shortest_edge")
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
-        output = model(pixel_values=pixels)
-        pooled = getattr(output, "pooler_output", None)
-        return (output.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1)
+        if hasattr(model, "get_image_features"):
+            output = model.get_image_features(pixel_values=pixels)
+        else:
+            output = model(pixel_values=pixels)
+        if isinstance(output, torch.Tensor):
+            return output
+        for kind in ("image_embeds", "pooler_output"):
+            if getattr(output, kind, None) is not None:
+                return getattr(output, kind).flatten(1)
+        return output.last_hidden_state[:, 0]
 
     return NetworkEmbedder(features, size=size, mean=processor.image_mean, std=processor.image_std, device=device)
 
 
+def hub_name(name: str) -> str:
+    """The model behind a short name: "dinov2:small" -> "facebook/dinov2-small". A directory or a hub id may stand in
+    the place of the size. SettingsError for another size.
+    """
+    family, _, size = name.partition(":")
+    if size in SHORT_NAMES[family]:
+        return SHORT_NAMES[family][size]
+    if "/" not in size and not Path(size).is_dir():
+        known = ", ".join(f"{family}:{known}" for known in SHORT_NAMES[family])
+        raise SettingsError(f"the embedder {name!r} is not known; there are {known}, and {family}:DIR_OR_HUB_ID")
+    return size
+
+
 def load_embedder(name: str, checkpoint: Path | None, device: str) -> Embedder:
-    """The embedder called "histogram", "timm:NAME" or "transformers:NAME_OR_DIRECTORY"."""
+    """The embedder called "histogram", "timm:NAME", "transformers:NAME_OR_DIRECTORY", "dinov2:SIZE" or "clip:SIZE"."""
     library, _, model = name.partition(":")
     if name == "histogram":
         return HistogramEmbedder()
@@ -177,4 +223,8 @@ def load_embedder(name: str, checkpoint: Path | None, device: str) -> Embedder:
         return load_timm(model, checkpoint, device)
     if library == "transformers" and model:
         return load_transformers(model, device)
-    raise SettingsError(f"embedder must be histogram, timm:NAME or transformers:NAME, got {name!r}")
+    if library in SHORT_NAMES and model:
+        return load_transformers(hub_name(name), device)
+    raise SettingsError(
+        f"embedder must be histogram, timm:NAME, transformers:NAME_OR_DIR, dinov2:SIZE or clip:SIZE, got {name!r}"
+    )

@@ -17,10 +17,11 @@ TRANSFORMERS_MODEL: Needed = {
     "configuration": ("config.json",),
     "weights": ("model.safetensors", "model.safetensors.index.json"),
 }
+IMAGE_SETTINGS: Needed = {"image settings": ("preprocessor_config.json", "processor_config.json")}
 TEXT_AND_IMAGE_MODEL: Needed = {
     **TRANSFORMERS_MODEL,
     "tokenizer": ("tokenizer.json", "vocab.txt"),
-    "image settings": ("preprocessor_config.json", "processor_config.json"),
+    **IMAGE_SETTINGS,
 }
 
 

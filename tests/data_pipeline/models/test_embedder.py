@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data_pipeline.models.embedder import HistogramEmbedder, load_embedder
+from data_pipeline.models.embedder import HistogramEmbedder, hub_name, load_embedder
 from data_pipeline.records import InputError, SettingsError
 
 
@@ -63,22 +63,40 @@ def test_nothing_has_no_embedding():
 
 def test_unknown_embedders():
     for name in ("resnet", "timm:", "jax:vit"):
-        with pytest.raises(SettingsError, match="embedder must be histogram, timm:NAME or transformers:NAME"):
+        with pytest.raises(SettingsError, match="embedder must be histogram, timm:NAME, transformers:NAME_OR_DIR"):
             load_embedder(name, None, "cpu")
+
+
+def test_short_names(tmp_path):
+    assert hub_name("dinov2:small") == "facebook/dinov2-small"
+    assert hub_name("clip:large") == "openai/clip-vit-large-patch14"
+    assert hub_name("clip:someone/theirs") == "someone/theirs"
+    assert hub_name(f"dinov2:{tmp_path}") == str(tmp_path)
+    with pytest.raises(SettingsError, match="'clip:huge' is not known; there are clip:base, clip:large, and clip:DIR"):
+        hub_name("clip:huge")
 
 
 @pytest.mark.slow
 def test_timm_with_local_weights(tmp_path):
     import timm
     import torch
+    from safetensors.torch import save_file
 
     path = tmp_path / "weights.pt"
     torch.manual_seed(0)
-    torch.save({"state_dict": timm.create_model("test_resnet", pretrained=False).state_dict()}, path)
+    weights = timm.create_model("test_resnet", pretrained=False).state_dict()
+    torch.save({"state_dict": weights}, path)
     embedder = load_embedder("timm:test_resnet", path, "cpu")
-    vectors = embedder.embed([disc(RED), disc(BLUE, 70), disc(RED)])
+    pictures = [disc(RED), disc(BLUE, 70), disc(RED)]
+    vectors = embedder.embed(pictures)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(vectors[0], vectors[2], atol=1e-5)
+    assert embedder.embed([]).shape[0] == 0
+    save_file(weights, path.with_suffix(".safetensors"))
+    again = load_embedder("timm:test_resnet", path.with_suffix(".safetensors"), "cpu")
+    np.testing.assert_array_equal(again.embed(pictures), vectors)
+    again.most_at_once = 2
+    np.testing.assert_allclose(again.embed(pictures), vectors, atol=1e-5)
     with pytest.raises(InputError, match="cannot create the timm model 'no_such_net'"):
         load_embedder("timm:no_such_net", path, "cpu")
     torch.save({"conv1.0.weight": torch.zeros(1)}, path)
@@ -89,15 +107,73 @@ def test_timm_with_local_weights(tmp_path):
         load_embedder("timm:test_resnet", path, "cpu")
 
 
+def prepared(cutouts, size):
+    """The pixels that the networks get, worked out by another way."""
+    import torch
+    from PIL import Image
+
+    pixels = []
+    for cutout in cutouts:
+        square = np.full((cutout.shape[0], cutout.shape[1], 3), 128, dtype=np.uint8)
+        square[cutout[..., 3] > 0] = cutout[cutout[..., 3] > 0][:, :3]
+        small = Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC)
+        pixels.append((np.asarray(small, dtype=np.float32) / 255 - 0.5) / 0.5)
+    return torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2))
+
+
+def unit(features):
+    return (features / features.norm(dim=1, keepdim=True)).detach().numpy()
+
+
 @pytest.mark.slow
-def test_transformers_from_a_local_folder(tmp_path):
+def test_dinov2_from_a_local_folder(tmp_path):
     from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
     config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
-    Dinov2Model(config).save_pretrained(tmp_path)
+    model = Dinov2Model(config).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"--embedder: the directory .* lacks its image settings"):
+        load_embedder(f"transformers:{tmp_path}", None, "cpu")
     ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path)
-    vectors = load_embedder(f"transformers:{tmp_path}", None, "cpu").embed([disc(RED), disc(BLUE)])
-    assert vectors.shape == (2, 32)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    with pytest.raises(InputError, match="cannot load the vision model"):
+    pictures = [disc(RED), disc(BLUE)]
+    expected = unit(model(prepared(pictures, 28)).last_hidden_state[:, 0])
+    for name in (f"transformers:{tmp_path}", f"dinov2:{tmp_path}"):
+        vectors = load_embedder(name, None, "cpu").embed(pictures)
+        assert vectors.shape == (2, 32)
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    with pytest.raises(InputError, match="--embedder: no directory at"):
         load_embedder(f"transformers:{tmp_path / 'missing'}", None, "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["both towers", "projected", "plain"])
+def test_clip_from_a_local_folder(tmp_path, kind):
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        CLIPVisionModelWithProjection,
+    )
+
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    vision = {**tower, "image_size": 32, "patch_size": 16, "projection_dim": 24}
+    pixels = prepared([disc(RED), disc(BLUE)], 32)
+    if kind == "both towers":
+        model = CLIPModel(CLIPConfig(text_config={**tower, "vocab_size": 20}, vision_config=vision, projection_dim=24))
+        expected = model.eval().visual_projection(model.vision_model(pixels).pooler_output)
+    elif kind == "projected":
+        model = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision)).eval()
+        expected = model(pixels).image_embeds
+    else:
+        model = CLIPVisionModel(CLIPVisionConfig(**vision)).eval()
+        expected = model(pixels).pooler_output
+    model.save_pretrained(tmp_path)
+    half = [0.5] * 3
+    CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=half, image_std=half
+    ).save_pretrained(tmp_path)
+    vectors = load_embedder(f"clip:{tmp_path}", None, "cpu").embed([disc(RED), disc(BLUE)])
+    assert vectors.shape == (2, 32 if kind == "plain" else 24)
+    np.testing.assert_allclose(vectors, unit(expected), atol=1e-5)
