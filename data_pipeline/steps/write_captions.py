@@ -1,0 +1,75 @@
+"""Between picking frames and naming entities: a caption for every clip that came without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from data_pipeline.records import FramePair, Rejected, SettingsError
+from data_pipeline.step import Step
+
+CAPTIONERS = ("files", "blip")
+
+
+@dataclass(kw_only=True)
+class WriteCaptions(Step[FramePair, FramePair]):
+    """Captions the target frame of a clip whose caption is blank; the others keep theirs.
+
+    captioner: "files" (captions come with the videos; without one a clip is rejected) or "blip". model: BLIP's
+    directory or hub id. max_tokens: length of a caption at most. device: "cpu", "cuda", "cuda:1". frames_per_batch:
+    pictures in one pass; more are quicker on a GPU and may change a word where two are equally likely.
+    """
+
+    captioner: str = "files"
+    model: str = ""
+    max_tokens: int = 40
+    device: str = "cpu"
+    frames_per_batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.captioner not in CAPTIONERS:
+            raise SettingsError(f"captioner must be one of {', '.join(CAPTIONERS)}, got {self.captioner!r}")
+        if self.max_tokens < 1 or self.frames_per_batch < 1:
+            raise SettingsError(
+                f"max_tokens and frames_per_batch must be at least 1, got {self.max_tokens} and {self.frames_per_batch}"
+            )
+        if self.captioner == "files":
+            if self.model:
+                raise SettingsError("--caption-model is for --caption blip; captions are read from files")
+            return
+        if not self.model:
+            raise SettingsError("--caption blip needs --caption-model DIR_OR_HUB_ID")
+        from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, check_model_directory
+
+        check_model_directory(self.model, "--caption-model", TEXT_AND_IMAGE_MODEL)
+
+    def setup(self) -> None:
+        """Loads the captioner, if there is one."""
+        self._captioner = None
+        if self.captioner == "blip":
+            from data_pipeline.models.captioner import load_captioner
+
+            self._captioner = load_captioner(
+                self.model, self.device, max_tokens=self.max_tokens, batch_size=self.frames_per_batch
+            )
+
+    def process(self, record: FramePair) -> FramePair | Rejected:
+        """The pair with a caption; rejected if there is none to be had."""
+        return self.process_many([record])[0]
+
+    def process_many(self, records: Sequence[FramePair]) -> list[FramePair | Rejected]:
+        """The pairs with captions, all target frames that need one in one call of the captioner."""
+        blank = [number for number, record in enumerate(records) if not record.video.caption.strip()]
+        results: list[FramePair | Rejected] = list(records)
+        if self._captioner is None:
+            for number in blank:
+                results[number] = Rejected("no caption", {"captioner": self.captioner})
+            return results
+        captions = self._captioner.caption([records[number].target.image for number in blank])
+        for number, caption in zip(blank, captions, strict=True):
+            record = records[number]
+            if caption:
+                results[number] = replace(record, video=replace(record.video, caption=caption))
+            else:
+                results[number] = Rejected("the captioner wrote nothing", {"frame": record.target.index})
+        return results
