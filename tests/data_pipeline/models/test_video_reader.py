@@ -51,15 +51,42 @@ def test_times_are_seconds_after_the_first_frame(videos, name):
     np.testing.assert_allclose(probe(videos[name]).times, shown - shown[0], atol=1.01e-3)
 
 
-@needs_decord
-@pytest.mark.parametrize("name", ["open.mp4", "hevc.mp4", "refresh.mp4", "fragments.mp4", "bframes.avi", "closed.ts"])
-def test_why_auto_does_not_take_decord(videos, name):
-    facts = probe(videos[name])
-    assert choose_reader("auto", videos[name], facts) == "pyav"
-    reader = DecordReader(videos[name], facts)
+# The table of docs/mining.md, section Reading.
+WRONG_IN_DECORD = (
+    "open.mp4 open.mkv fragments.mp4 refresh.mp4 hevc.mp4 hevc.mkv turned_90.mkv "
+    "bframes.avi plain.avi mpeg4.avi closed.ts open.ts"
+).split()
+RIGHT_IN_DECORD = (
+    "closed.mp4 closed.mov closed.mkv closed.flv ten_bits.mp4 full_colour.mp4 vp8.webm vp9.webm vp9.mp4 alpha.webm "
+    "mjpeg.avi uneven.mp4 uneven.webm late.mp4 turned_90.mp4 turned_180.mp4 turned_270.mp4"
+).split()
+
+
+def read_wrongly_by_decord(path):
+    reader = DecordReader(path, probe(path))
     order = np.random.default_rng(0).permutation(FRAMES).tolist()
-    wrong = [index for index in order if number_of(reader._batch(reader.video, [index])[0]) != index]
+    return [index for index in order if number_of(reader._batch(reader.video, [index])[0]) != index]
+
+
+@needs_decord
+@pytest.mark.parametrize("name", WRONG_IN_DECORD)
+def test_why_auto_does_not_take_decord(videos, name):
+    assert choose_reader("auto", videos[name], probe(videos[name])) == "pyav"
+    wrong = read_wrongly_by_decord(videos[name])
     assert len(wrong) > 5, "decord reads this right by now: docs/mining.md says otherwise"
+
+
+@needs_decord
+@pytest.mark.parametrize("name", RIGHT_IN_DECORD)
+def test_where_decord_is_right(videos, name):
+    assert read_wrongly_by_decord(videos[name]) == []
+
+
+@needs_decord
+@pytest.mark.parametrize("name", ["edited.mp4", "headless.mkv", "headless.ts"])
+def test_decord_counts_frames_that_are_not_shown(videos, name):
+    with pytest.raises(ClipError, match="frames are missing"):
+        open_reader("decord", videos[name], probe(videos[name])).frames((0,))
 
 
 @needs_decord
