@@ -52,14 +52,39 @@ def test_times_are_seconds_after_the_first_frame(videos, name):
 
 
 # The table of docs/mining.md, section Reading.
-WRONG_IN_DECORD = (
-    "open.mp4 open.mkv fragments.mp4 refresh.mp4 hevc.mp4 hevc.mkv turned_90.mkv "
-    "bframes.avi plain.avi mpeg4.avi closed.ts open.ts"
-).split()
-RIGHT_IN_DECORD = (
-    "closed.mp4 closed.mov closed.mkv closed.flv ten_bits.mp4 full_colour.mp4 vp8.webm vp9.webm vp9.mp4 alpha.webm "
-    "mjpeg.avi uneven.mp4 uneven.webm late.mp4 turned_90.mp4 turned_180.mp4 turned_270.mp4"
-).split()
+WRONG_IN_DECORD = [
+    "open.mp4",
+    "open.mkv",
+    "fragments.mp4",
+    "refresh.mp4",
+    "hevc.mp4",
+    "hevc.mkv",
+    "turned_90.mkv",
+    "bframes.avi",
+    "plain.avi",
+    "mpeg4.avi",
+    "closed.ts",
+    "open.ts",
+]
+RIGHT_IN_DECORD = [
+    "closed.mp4",
+    "closed.mov",
+    "closed.mkv",
+    "closed.flv",
+    "ten_bits.mp4",
+    "full_colour.mp4",
+    "vp8.webm",
+    "vp9.webm",
+    "vp9.mp4",
+    "alpha.webm",
+    "mjpeg.avi",
+    "uneven.mp4",
+    "uneven.webm",
+    "late.mp4",
+    "turned_90.mp4",
+    "turned_180.mp4",
+    "turned_270.mp4",
+]
 
 
 def read_wrongly_by_decord(path):
