@@ -15,6 +15,8 @@ HEIGHT = 168
 COLOURS = ((230, 57, 70), (29, 120, 220), (42, 157, 76), (244, 162, 30), (145, 70, 200), (0, 170, 170), (120, 85, 60))
 Drawn = tuple[str, Box, np.ndarray | None]
 """A phrase, its box, and its bool (height, width) mask if there is one."""
+Tile = tuple[Image.Image, str]
+"""A picture and the text under it."""
 
 
 def draw_frame(image: np.ndarray, subjects: Sequence[Drawn], height: int = HEIGHT) -> Image.Image:
@@ -60,21 +62,33 @@ def beside(pictures: Sequence[Image.Image], gap: int = 3) -> Image.Image:
     return row
 
 
-def contact_sheet(tiles: Sequence[tuple[Image.Image, str]], width: int = 1500) -> Image.Image:
-    """Tiles with a line or two of text under each, in rows that fit the width."""
-    font, gap, line = ImageFont.load_default(size=12), 10, 15
-    placed, x, y, row_height = [], gap, gap, 0
-    for picture, text in tiles:
+def contact_sheet(tiles: Sequence[Tile | str], width: int = 1500) -> Image.Image:
+    """Tiles with a few lines of text under each, in rows that fit the width. A string among them is a heading over the
+    tiles that follow.
+    """
+    font, heading, gap, line = ImageFont.load_default(size=12), ImageFont.load_default(size=16), 10, 15
+    placed: list[tuple[Image.Image, list[str], int, int]] = []
+    headings: list[tuple[str, int]] = []
+    x, y, row_height = gap, gap, 0
+    for tile in tiles:
+        if isinstance(tile, str):
+            y += row_height + gap if row_height else 0
+            headings.append((_wrapped(tile, heading, width - 2 * gap, most=1)[0], y))
+            x, y, row_height = gap, y + 24, 0
+            continue
+        picture, text = tile
         if picture.width > width - 2 * gap:
             picture = picture.resize((width - 2 * gap, max(1, picture.height * (width - 2 * gap) // picture.width)))
-        lines = _wrapped(text, font, picture.width)
-        tile_height = picture.height + line * len(lines) + 4
-        if x > gap and x + picture.width > width - gap:
+        lines = _wrapped(text, font, max(picture.width, 160))
+        tile_width, tile_height = max(picture.width, 160), picture.height + line * len(lines) + 4
+        if x > gap and x + tile_width > width - gap:
             x, y, row_height = gap, y + row_height + gap, 0
         placed.append((picture, lines, x, y))
-        x, row_height = x + picture.width + gap, max(row_height, tile_height)
+        x, row_height = x + tile_width + gap, max(row_height, tile_height)
     sheet = Image.new("RGB", (width, y + row_height + gap), "white")
     draw = ImageDraw.Draw(sheet)
+    for words, top in headings:
+        draw.text((gap, top), words, font=heading, fill=(0, 0, 0))
     for picture, lines, left, top in placed:
         sheet.paste(picture, (left, top))
         for number, words in enumerate(lines):
@@ -85,11 +99,18 @@ def contact_sheet(tiles: Sequence[tuple[Image.Image, str]], width: int = 1500) -
 def _wrapped(text: str, font: Any, width: int, most: int = 3) -> list[str]:
     lines = [""]
     for word in text.split():
+        while font.getlength(word) > width:  # a path or a number without a space in it
+            fits = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            if fits == len(word):
+                break
+            lines.append(word[:fits])
+            word = word[fits:]
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer
+    lines = [each for each in lines if each] or [""]
     return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1]} ..."]
 
 

@@ -1,174 +1,219 @@
-"""report.html: what came out, what fell out where and why, and pictures of both to look at."""
+"""report.html: what came out, what fell out where and why, charts, and pictures of both to look at.
+
+``python -m data_pipeline.report DATASET`` writes the report of a finished dataset anew, from the dataset alone; a build
+writes it with the same code, so both give the same bytes. What only the run itself knows (times, subjects and pairs
+that were left out, pictures of rejected clips) it leaves in ``report/notes.json`` and ``report/rejected/``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
-import tarfile
+import shutil
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from data_pipeline.drawing import HEIGHT, beside, contact_sheet, draw_cut_out, draw_frame
+from data_pipeline.drawing import HEIGHT, Tile, beside, contact_sheet, draw_cut_out, draw_frame
 from data_pipeline.journal import Journal, write_atomically
-from data_pipeline.records import VideoFile, decode_mask
+from data_pipeline.records import InputError, MiningError, VideoFile, decode_mask
+from data_pipeline.report_page import Tally, page, printable
+from data_pipeline.shard_reader import Sample, Shard, index_rows, read_build, rejected_videos
 
-STYLE = """ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1540px; padding: 0 1em; color:
-#222; } table { border-collapse: collapse; margin: .5em 0 1.5em; } td, th { padding: .2em .8em; text-align: left;
-border-bottom: 1px solid #ddd; vertical-align: top; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
-.bar { background: #2a78dc; height: .9em; display: inline-block; } img { max-width: 100%; border: 1px solid #ddd; }
-summary { cursor: pointer; } small { color: #666; }
-"""
+NOTES_SCHEMA = "data_pipeline.report/1"
+KEPT_SHOWN = 48
+REJECTED_SHOWN = 24
+# Rejected videos of one reason that are listed, and whose pictures are stored.
+EXAMPLES = 8
+# Rejected videos of one reason that are asked for a picture: where the first ones have none, hardly any has.
+ASKED = 64
 
 
-class Tally:
-    """Counts over the markers of all clips, and the clips to show."""
+def write_report(
+    journal: Journal, files: Sequence[VideoFile], stages: Sequence[str], build: Mapping[str, Any]
+) -> Tally:
+    """The report of a run that has just been assembled: keeps what the journal alone knows, then renders.
 
-    def __init__(self, stages: Sequence[str]) -> None:
-        self.stages = list(stages)
-        self.videos = self.samples = self.subjects = 0
-        self.reached: Counter[str] = Counter()
-        self.rejected: dict[str, Counter[str]] = defaultdict(Counter)
-        self.dropped: Counter[tuple[str, str]] = Counter()
-        self.subject_counts: Counter[int] = Counter()
-        self.seconds: Counter[str] = Counter()
-        self.kept_keys: list[str] = []
-        self.rejected_markers: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    stages: names of the steps, in order. build: what build.json will say, with "counts", "settings", "shards" and
+    "versions". Returns the counts.
+    """
+    keep_notes(journal, files)
+    return render_report(journal.out, build, stages)
 
-    def add(self, marker: Mapping[str, Any], examples: int) -> None:
-        """Counts one clip; keeps the first ``examples`` rejected ones of every reason."""
-        self.videos += 1
-        last = self.stages[-1] if marker["kept"] else marker["stage"]
-        self.reached.update(self.stages[: self.stages.index(last) + 1])
-        self.seconds.update(marker["seconds"])
+
+def keep_notes(journal: Journal, files: Sequence[VideoFile]) -> None:
+    """Writes report/notes.json, and report/rejected/KEY.jpg for a few clips of every reason."""
+    seconds: Counter[str] = Counter()
+    dropped: Counter[tuple[str, str]] = Counter()
+    lost: Counter[tuple[str, str]] = Counter()
+    asked: Counter[tuple[str, str]] = Counter()
+    stored: Counter[tuple[str, str]] = Counter()
+    folder = journal.out / "report"
+    shutil.rmtree(folder / "rejected", ignore_errors=True)  # of an interrupted run
+    (folder / "rejected").mkdir(parents=True)
+    for marker in journal.markers(list(files)):
+        seconds.update(marker["seconds"])
         if marker["kept"]:
-            self.kept_keys.append(marker["key"])
-            self.samples += len(marker["samples"])
-            for sample in marker["samples"]:
-                self.subjects += len(sample["subjects"])
-                self.subject_counts[len(sample["subjects"])] += 1
-            self.dropped.update((dropped["stage"], dropped["reason"]) for dropped in marker["dropped"])
-        else:
-            self.rejected[marker["stage"]][marker["reason"]] += 1
-            shown = self.rejected_markers[marker["stage"], marker["reason"]]
-            if len(shown) < examples:
-                shown.append(dict(marker))
+            dropped.update((each["stage"], each["reason"]) for each in marker["dropped"])
+            lost.update((each["stage"], each["reason"]) for each in marker.get("lost_pairs", ()))
+            continue
+        kind = (marker["stage"], marker["reason"])
+        if stored[kind] < EXAMPLES and asked[kind] < ASKED:
+            asked[kind] += 1
+            preview = journal.preview(marker["key"])
+            if preview:
+                stored[kind] += 1
+                write_atomically(folder / "rejected" / f"{marker['key']}.jpg", preview)
+    notes = {
+        "schema": NOTES_SCHEMA,
+        "seconds": {stage: round(value, 6) for stage, value in seconds.items()},
+        "dropped": _by_count(dropped),
+        "lost_pairs": _by_count(lost),
+    }
+    write_atomically(folder / "notes.json", json.dumps(notes, indent=1).encode())
 
 
-def read_samples(blocks: bytes) -> list[dict[str, Any]]:
-    """The samples in some tar blocks: {"json": metadata, "target.jpg": bytes, "reference_0.png": bytes, ...} each."""
-    samples: dict[str, dict[str, Any]] = {}
-    with tarfile.open(fileobj=io.BytesIO(blocks + bytes(2 * tarfile.BLOCKSIZE))) as archive:
-        for member in archive:
-            key, suffix = member.name.split(".", 1)
-            samples.setdefault(key, {})[suffix] = archive.extractfile(member).read()
-    return [{**members, "json": json.loads(members["json"])} for members in samples.values()]
+def _by_count(counts: Counter[tuple[str, str]]) -> list[list[Any]]:
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [[stage, reason, count] for (stage, reason), count in ordered]
 
 
-def draw_sample(sample: Mapping[str, Any]) -> tuple[Image.Image, str]:
-    """Cut-outs, then the target with its boxes and masks; and the caption."""
-    metadata = sample["json"]
-    cutouts = [
-        draw_cut_out(Image.open(io.BytesIO(sample[f"reference_{i}.png"])), HEIGHT // 2)
-        for i in range(len(metadata["subjects"]))
-    ]
-    target = np.asarray(Image.open(io.BytesIO(sample["target.jpg"])))
+def read_notes(out: Path) -> dict[str, Any]:
+    """report/notes.json, or nothing if there is none; InputError if it is of another kind."""
+    path = out / "report" / "notes.json"
+    if not path.is_file():
+        return {}
+    try:
+        notes = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is no json ({error}): delete it for a report without times") from error
+    schema = notes.get("schema") if isinstance(notes, dict) else None
+    if schema != NOTES_SCHEMA:
+        raise InputError(f"{path} has the schema {schema!r}; this program reads {NOTES_SCHEMA!r}")
+    return notes
+
+
+def render_report(out: Path, build: Mapping[str, Any], stages: Sequence[str] | None = None) -> Tally:
+    """Writes report.html and the contact sheets in report/, from the shards, index.parquet, rejected.jsonl and what
+    ``keep_notes`` left. The same dataset always gives the same bytes.
+
+    build: the content of build.json. stages: names of the steps, in order; by default those of the settings. Returns
+    the counts. InputError if something of the dataset is missing or damaged.
+    """
+    tally = Tally(list(build["settings"]) if stages is None else stages)
+    every = max(1, -(-build["counts"]["samples"] // KEPT_SHOWN))
+    shown: list[tuple[str, str]] = []
+    last_video: object = None
+    for row in index_rows(out):
+        if tally.samples % every == 0:
+            shown.append((row["shard"], row["key"]))
+        tally.add_sample(row)
+        if row["video"] != last_video:
+            tally.keep_video()
+            last_video = row["video"]
+    examples: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    pictured: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for entry in rejected_videos(out):
+        kind = (entry["stage"], entry["reason"])
+        tally.reject(*kind)
+        if len(examples[kind]) < EXAMPLES:
+            examples[kind].append(entry)
+        if len(pictured[kind]) < EXAMPLES and tally.rejected[kind[0]][kind[1]] <= ASKED and _preview(out, entry):
+            pictured[kind].append(entry)
+    order = {stage: place for place, stage in enumerate(tally.stages)}
+    examples = dict(sorted(examples.items(), key=lambda item: (order[item[0][0]], item[0][1])))
+    pictured = {kind: pictured[kind] for kind in examples if pictured[kind]}
+
+    (out / "report").mkdir(exist_ok=True)
+    sheets = {}
+    if shown:
+        sheets["kept"] = _save_sheet(out, "kept", _kept_tiles(out, shown))
+    if pictured:
+        sheets["rejected"] = _save_sheet(out, "rejected", _rejected_tiles(out, pictured, tally))
+    html = page(tally, build, read_notes(out), sheets, examples)
+    write_atomically(out / "report.html", html.encode())
+    return tally
+
+
+def _preview(out: Path, entry: Mapping[str, Any]) -> Path | None:
+    path = out / "report" / "rejected" / f"{entry['key']}.jpg"
+    return path if path.is_file() else None
+
+
+def _kept_tiles(out: Path, shown: Sequence[tuple[str, str]]) -> list[Tile]:
+    tiles: list[Tile] = []
+    shard: Shard | None = None
+    for name, key in shown:
+        if shard is None or shard.path.name != name:
+            shard = Shard(out / name)
+        tiles.append(draw_sample(shard.read(key)))
+    return tiles
+
+
+def _rejected_tiles(
+    out: Path, pictured: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], tally: Tally
+) -> list[Tile | str]:
+    tiles: list[Tile | str] = []
+    each = max(1, REJECTED_SHOWN // len(pictured))
+    for (stage, reason), entries in pictured.items():
+        tiles.append(f"{stage}: {reason} ({tally.rejected[stage][reason]:,})")
+        for entry in entries[:each]:
+            path = _preview(out, entry)
+            try:
+                picture = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
+            except (OSError, ValueError) as error:
+                raise InputError(f"{path} does not open ({error}): delete it for a report without it") from error
+            evidence = json.dumps(entry["evidence"], ensure_ascii=False)
+            tiles.append((picture, printable(f"{entry['video']} {evidence}")))
+    return tiles
+
+
+def draw_sample(sample: Sample, height: int = HEIGHT) -> Tile:
+    """Cut-outs, then the target with its boxes and masks; and the caption. height: pixels of the target."""
+    metadata = sample.metadata
     subjects = [
         (subject["phrase"], tuple(subject["target_box"]), decode_mask(subject["target_mask_rle"]))
         for subject in metadata["subjects"]
     ]
+    cutouts = [draw_cut_out(picture, height // 2) for picture in sample.references]
     similarity = ", ".join(f"{subject['match_similarity']:.2f}" for subject in metadata["subjects"])
-    text = f"{metadata['caption']} [{metadata['key']}; similarity {similarity}]"
-    return beside([*cutouts, draw_frame(target, subjects)]), text
+    text = printable(f"{metadata['caption']} [{sample.key}; similarity {similarity}]")
+    return beside([*cutouts, draw_frame(np.asarray(sample.target), subjects, height)]), text
 
 
-def write_report(
-    journal: Journal, files: Sequence[VideoFile], stages: Sequence[str], build: Mapping[str, Any], examples: int = 48
-) -> Tally:
-    """Writes report.html and the contact sheets in report/. Needs the journal as a finished run leaves it.
-
-    examples: kept clips to show, evenly spread over the dataset; and half as many rejected ones, up to 8 of a reason.
-    """
-    tally = Tally(stages)
-    for marker in journal.markers(list(files)):
-        tally.add(marker, examples=8)
-    folder = journal.out / "report"
-    folder.mkdir(exist_ok=True)
-    shown = tally.kept_keys[:: max(1, -(-len(tally.kept_keys) // examples))]
-    sheets = {}
-    if shown:
-        tiles = [draw_sample(sample) for key in shown for sample in read_samples(journal.blocks(key))]
-        sheets["kept"] = _save_sheet(folder, "kept", tiles)
-    rejected = []
-    for (stage, reason), markers in sorted(tally.rejected_markers.items()):
-        for marker in markers[: max(1, examples // 2 // max(1, len(tally.rejected_markers)))]:
-            preview = journal.preview(marker["key"])
-            if preview is not None:
-                text = f"{stage}: {reason} [{marker['video']}] {json.dumps(marker['evidence'], ensure_ascii=False)}"
-                rejected.append((Image.open(io.BytesIO(preview)).convert("RGB"), text))
-    if rejected:
-        sheets["rejected"] = _save_sheet(folder, "rejected", rejected)
-    write_atomically(journal.out / "report.html", _page(tally, build, sheets).encode())
-    return tally
-
-
-def _save_sheet(folder: Any, name: str, tiles: list[tuple[Image.Image, str]]) -> str:
+def _save_sheet(out: Path, name: str, tiles: Sequence[Tile | str]) -> str:
     buffer = io.BytesIO()
     contact_sheet(tiles).save(buffer, "PNG")
-    write_atomically(folder / f"{name}.png", buffer.getvalue())
+    write_atomically(out / "report" / f"{name}.png", buffer.getvalue())
     return f"report/{name}.png"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    def cell(value: Any) -> str:
-        if isinstance(value, int | float):
-            return f'<td class="n">{value:,}</td>'
-        return f"<td>{value}</td>"
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit codes: 0 the report was written, 2 wrong input."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        prog="python -m data_pipeline.report",
+        description="Writes report.html and report/*.png of a finished dataset anew, from the dataset alone.",
+    )
+    parser.add_argument("dataset", type=Path, metavar="DATASET", help="folder that data_pipeline.build wrote")
+    arguments = parser.parse_args(argv)
+    try:
+        tally = render_report(arguments.dataset, read_build(arguments.dataset))
+    except MiningError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    print(  # noqa: T201
+        f"{arguments.dataset / 'report.html'}: {tally.samples} samples with {tally.subjects} subjects from "
+        f"{tally.videos} videos"
+    )
+    return 0
 
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows) + "</table>"
 
-
-def _page(tally: Tally, build: Mapping[str, Any], sheets: Mapping[str, str]) -> str:
-    funnel = []
-    for stage in tally.stages:
-        reached, lost = tally.reached[stage], sum(tally.rejected[stage].values())
-        bar = f'<span class="bar" style="width:{240 * reached / max(1, tally.videos):.0f}px"></span>'
-        reasons = "<br>".join(f"{count:,} {escape(reason)}" for reason, count in tally.rejected[stage].most_common())
-        milliseconds = f"{1000 * tally.seconds[stage] / max(1, reached):.2f}"
-        funnel.append((stage, bar, reached, lost, reached - lost, reasons, milliseconds))
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>Mining report</title>",
-        f"<style>{STYLE}</style><h1>Mining report</h1>",
-        f"<p>{tally.videos:,} videos gave {tally.samples:,} samples with {tally.subjects:,} subjects; "
-        f"{tally.videos - len(tally.kept_keys):,} videos were rejected (all in <code>rejected.jsonl</code>).</p>",
-        "<h2>Funnel</h2>",
-        _table(("step", "", "clips in", "rejected", "clips out", "reasons", "ms per clip"), funnel),
-        "<h2>Subjects</h2>",
-        _table(("subjects in a sample", "samples"), sorted(tally.subject_counts.items())),
-    ]
-    if tally.dropped:
-        rows = [(stage, escape(reason), count) for (stage, reason), count in tally.dropped.most_common()]
-        parts += ["<p>Left out of samples that were kept:</p>", _table(("step", "reason", "subjects"), rows)]
-    titles = {
-        "kept": "Kept: the reference cut-outs, and the target with its boxes and masks",
-        "rejected": "Rejected: reference and target frame, with what had been found in them",
-    }
-    for name, source in sheets.items():
-        parts.append(f'<h2>{titles[name]}</h2><img src="{source}" alt="{name} clips">')
-    if tally.videos and not sheets.get("rejected") and any(tally.rejected.values()):
-        parts.append(
-            "<p><small>Every rejected clip fell out before a frame was decoded: no pictures of them.</small></p>"
-        )
-    settings = [(escape(step), f"<code>{escape(json.dumps(own))}</code>") for step, own in build["settings"].items()]
-    versions = ", ".join(f"{name} {version}" for name, version in build["versions"].items())
-    parts += [
-        "<h2>Settings</h2>",
-        _table(("step", "settings"), settings),
-        f"<p><small>{escape(versions)}</small></p></html>",
-    ]
-    return "\n".join(parts)
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,9 +3,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
-from data_pipeline.drawing import beside, contact_sheet, draw_cut_out, draw_frame, draw_preview
+from data_pipeline.drawing import _wrapped, beside, contact_sheet, draw_cut_out, draw_frame, draw_preview
 from data_pipeline.records import DetectedPair, NamedPair, TrainingPair
 
 MASK = np.zeros((40, 60), dtype=bool)
@@ -61,3 +61,20 @@ def test_previews_of_every_stage(make_pair, make_detection, make_match):
 @pytest.mark.parametrize("record", [None, "file"])
 def test_no_preview_before_frames_are_decoded(record):
     assert draw_preview(record) == b""
+
+
+def test_headings_stand_on_lines_of_their_own():
+    tile = (Image.new("RGB", (100, 50), "blue"), "dog")
+    plain, headed = contact_sheet([tile, tile]), contact_sheet(["one", tile, "two", tile])
+    assert headed.height > 2 * plain.height
+    assert np.asarray(headed)[10:30, 10:60].min() < 100  # the words of the first one
+
+
+def test_words_longer_than_a_tile_are_broken_not_lost():
+    font = ImageFont.load_default(size=12)
+    lines = _wrapped("short " + "x" * 60 + " end", font, 160, most=9)
+    assert lines[0] == "short"
+    assert "".join(lines).replace(" ", "") == "short" + "x" * 60 + "end"
+    assert all(font.getlength(line) <= 160 for line in lines)
+    assert len(_wrapped("word " * 200, font, 160)) == 3
+    assert _wrapped("", font, 160) == [""]

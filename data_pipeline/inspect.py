@@ -1,0 +1,198 @@
+"""Looks at one sample of a dataset: ``python -m data_pipeline.inspect SHARD_OR_DATASET [--key KEY | --number N]``.
+
+Prints what is known of the sample and draws it; checks the shard on the way (docs/data_format.md). Members are read in
+memory and never extracted to the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.drawing import contact_sheet, draw_cut_out, draw_frame
+from data_pipeline.records import Box, ClipError, InputError, MiningError, box_in_pixels, decode_mask
+from data_pipeline.report_page import printable
+from data_pipeline.shard_reader import Sample, Shard, read_build
+
+HEIGHT = 360
+
+
+def open_shards(path: Path) -> Iterator[Shard]:
+    """The shard itself, or those that the build.json of a dataset lists, in its order."""
+    names = [path] if not path.is_dir() else [path / entry["name"] for entry in read_build(path)["shards"]]
+    if not names:
+        raise InputError(f"the dataset {path} has no samples: rejected.jsonl and report.html say why")
+    return (Shard(name) for name in names)
+
+
+def find_sample(path: Path, key: str | None, number: int) -> tuple[Shard, Sample]:
+    """The sample with this key, else the one with this number, counted from 0 over all shards. The shard that it is in
+    is checked against the build.json beside it, if there is one.
+    """
+    if number < 0:
+        raise InputError(f"--number counts from 0, got {number}")
+    seen, some = 0, []
+    for shard in open_shards(path):
+        wanted = key if key is not None else "".join(shard.keys[number - seen : number - seen + 1])
+        if wanted in shard.keys:
+            if (shard.path.parent / "build.json").is_file():
+                shard.check_hash(read_build(shard.path.parent))
+            return shard, shard.read(wanted)
+        seen += len(shard.keys)
+        some = (some + shard.keys)[:5]
+    if key is None:
+        raise InputError(f"no sample {number} in {path}: it has {seen}, counted from 0")
+    few = ", ".join(some) + (", ..." if seen > len(some) else "")
+    raise InputError(f"no sample {key!r} in {path}; its {seen} keys are {few} (--list shows them all)")
+
+
+def describe(shard: Shard, sample: Sample) -> str:
+    """A sample as text: facts, then a table of its subjects."""
+    metadata = sample.metadata
+    source = metadata["source"]
+    facts = [
+        ("sample", f"{sample.key} in {shard.path}"),
+        ("caption", metadata["caption"]),
+        ("picture", f"{metadata['width']} x {metadata['height']} pixels"),
+        ("video", f"{source['video']}, sha256 {source['sha256'][:12]}..."),
+        ("reference", f"frame {source['frame_reference']}, at {source['t_reference']:.3f} s"),
+        ("target", f"frame {source['frame_target']}, at {source['t_target']:.3f} s"),
+        ("shot", f"{source['shot'][0]:.3f} to {source['shot'][1]:.3f} s"),
+    ]
+    if "pair" in source:
+        facts.append(("pair", f"{source['pair']} of its clip (0 is the best)"))
+    if "pipeline" in metadata:
+        facts.append(("mined by", ", ".join(f"{name} {value}" for name, value in metadata["pipeline"].items())))
+    rows = [["", "phrase", "kind", "mention", "target box", "reference box", "area", "detection", "similarity"]]
+    for number, subject in enumerate(metadata["subjects"]):
+        rows.append(
+            [
+                str(number),
+                subject["phrase"],
+                subject.get("kind", ""),
+                subject["mention"],
+                _box_text(subject["target_box"]),
+                _box_text(subject["reference_box"]),
+                f"{subject['area']:.3f}",
+                f"{subject['detection_score']:.2f}",
+                f"{subject['match_similarity']:.3f}",
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [f"{name:<10} {value}" for name, value in facts]
+    lines += [
+        "",
+        *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
+    ]
+    for number, subject in enumerate(metadata["subjects"]):
+        if subject.get("attributes"):
+            lines.append(f"{number}: " + ", ".join(f"{name} {value}" for name, value in subject["attributes"].items()))
+    return printable("\n".join(lines))
+
+
+def _box_text(box: Sequence[float]) -> str:
+    return " ".join(f"{value:.3f}" for value in box)
+
+
+def draw(sample: Sample) -> Image.Image:
+    """The cut-outs; below them the reference cut-outs at their places in the reference frame, with their boxes, the
+    target as it is, and the target with its boxes and masks.
+    """
+    metadata = sample.metadata
+    boxes = {
+        side: [_box(subject, f"{side}_box") for subject in metadata["subjects"]] for side in ("reference", "target")
+    }
+    phrases = [subject["phrase"] for subject in metadata["subjects"]]
+    try:
+        masks = [decode_mask(subject["target_mask_rle"]) for subject in metadata["subjects"]]
+    except (ClipError, KeyError) as error:
+        raise InputError(f"the sample {sample.key} has a mask that cannot be read ({error})") from error
+    target = np.asarray(sample.target)
+    if any(mask.shape != target.shape[:2] for mask in masks):
+        raise InputError(f"the sample {sample.key} has a mask of another size than its picture")
+    places = draw_frame(
+        _references_in_place(sample, boxes["reference"]),
+        list(zip(phrases, boxes["reference"], [None] * len(phrases), strict=True)),
+        HEIGHT,
+    )
+    found = draw_frame(target, list(zip(phrases, boxes["target"], masks, strict=True)), HEIGHT)
+    return contact_sheet(
+        [
+            *(
+                (draw_cut_out(cutout, HEIGHT // 2), phrase)
+                for cutout, phrase in zip(sample.references, phrases, strict=True)
+            ),
+            "",
+            (places, "references at their places in their frame"),
+            (draw_frame(target, [], HEIGHT), printable(metadata["caption"])),
+            (found, "target with boxes and masks"),
+        ],
+        width=max(600, 3 * places.width + 40),
+    )
+
+
+def _box(subject: Mapping[str, Any], name: str) -> Box:
+    x1, y1, x2, y2 = (float(value) for value in subject[name])
+    return x1, y1, x2, y2
+
+
+def _references_in_place(sample: Sample, boxes: Sequence[Box]) -> np.ndarray:
+    width, height = sample.target.size
+    canvas = Image.new("RGB", (width, height), (225, 225, 225))
+    for cutout, box in zip(sample.references, boxes, strict=True):
+        x1, y1, _, _ = box_in_pixels(box, width, height)
+        canvas.paste(cutout, (x1, y1), cutout)
+    return np.asarray(canvas)
+
+
+def save(picture: Image.Image, out: Path) -> None:
+    """Writes a picture; the suffix chooses the format. InputError if that is unknown or the folder is missing."""
+    try:
+        picture.save(out)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out: cannot write {out} ({error}); give a name like picture.png") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit codes: 0 the sample was shown, 2 wrong input or a damaged shard."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        prog="python -m data_pipeline.inspect",
+        description="Prints and draws one sample of a pairs dataset, and checks its shard (docs/data_format.md).",
+    )
+    parser.add_argument("path", type=Path, metavar="SHARD_OR_DATASET", help="a tar file, or the folder of a dataset")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--key", help="key of the sample")
+    which.add_argument("--number", type=int, default=0, help="number of the sample, from 0 (default: 0)")
+    which.add_argument("--list", action="store_true", help="print the keys of all samples instead")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the picture goes (default: KEY.png, here)")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.list:
+            for shard in open_shards(arguments.path):
+                print("\n".join(shard.keys))  # noqa: T201
+            return 0
+        shard, sample = find_sample(arguments.path, arguments.key, arguments.number)
+        out = arguments.out or Path(f"{sample.key}.png")
+        if arguments.out is None and out.exists():
+            raise InputError(f"{out} is already there: choose another place with --out")
+        save(draw(sample), out)
+        print(describe(shard, sample))  # noqa: T201
+        print(f"picture    {out}")  # noqa: T201
+    except MiningError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except BrokenPipeError:  # --list | head
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
