@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from data_pipeline.journal import Journal, atomic_file, fingerprint
 from data_pipeline.records import VideoFile
+from data_pipeline.step import Step
 
 SCHEMA = "data_pipeline.build/1"
 # Packages that can change what comes out.
@@ -217,15 +218,20 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def file_hashes(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """SHA-256 of every file that a setting names: checkpoints, configurations, annotations."""
-    found = {}
-    for step, own in settings.items():
-        for name, value in own.items():
-            if isinstance(value, str) and value and Path(value).is_file():
-                digest = hashlib.sha256()
-                with Path(value).open("rb") as file:
-                    while block := file.read(1 << 20):
-                        digest.update(block)
-                found[f"{step}.{name}"] = digest.hexdigest()
-    return found
+def file_hashes(steps: Sequence[Step]) -> dict[str, str]:
+    """SHA-256 of every file that shapes the dataset: checkpoints, configurations, annotations. Of a folder: of the
+    names and hashes of the files in it.
+    """
+    return {f"{step.name}.{name}": _hash(path) for step in steps for name, path in step.model_files().items()}
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for inner in sorted(found for found in path.rglob("*") if found.is_file()):
+            digest.update(f"{inner.relative_to(path).as_posix()} {_hash(inner)}\n".encode())
+        return digest.hexdigest()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

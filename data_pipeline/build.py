@@ -54,14 +54,14 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
     journal = Journal(arguments.out)
     journal.start(settings)
     if journal.is_complete():
-        return _already_built(journal, files, settings)
+        return _already_built(journal, files, steps)
     pipeline = {"version": __version__, "settings_hash": settings_hash(settings, __version__)}
     steps[-1] = replace(steps[-1], pipeline=pipeline)
     content = {
         "schema": SCHEMA,
         **pipeline,
         "settings": settings,
-        "files": file_hashes(settings),
+        "files": file_hashes(steps),
         "inputs_hash": inputs_hash(files),
         "versions": installed_versions(),
     }
@@ -116,9 +116,9 @@ def check_machines(arguments: argparse.Namespace) -> RayOptions | None:
     return options
 
 
-def _already_built(journal: Journal, files: Sequence[VideoFile], settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _already_built(journal: Journal, files: Sequence[VideoFile], steps: Sequence[Step]) -> dict[str, Any]:
     content = json.loads((journal.out / "build.json").read_text(encoding="utf-8"))
-    if (now := file_hashes(settings)) != content["files"]:
+    if (now := file_hashes(steps)) != content["files"]:
         changed = [name for name in sorted({*now, *content["files"]}) if now.get(name) != content["files"].get(name)]
         raise InputError(
             f"the dataset in {journal.out} is complete, but the file of {', '.join(changed)} has changed since: choose "

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from data_pipeline.step import Step
 from data_pipeline.steps.cut_shots import CutShots
 from data_pipeline.steps.detect_boxes import DETECTORS, DetectBoxes
 from data_pipeline.steps.filter_pairs import FilterPairs
-from data_pipeline.steps.find_entities import FindEntities
+from data_pipeline.steps.find_entities import SUBJECTS, FindEntities
 from data_pipeline.steps.match_subjects import MatchSubjects
 from data_pipeline.steps.pick_frames import PickFrames
 from data_pipeline.steps.read_videos import ReadVideos
 from data_pipeline.steps.segment_masks import SEGMENTERS, SegmentMasks
+from data_pipeline.steps.write_captions import CAPTIONERS, WriteCaptions
 from data_pipeline.steps.write_shards import WriteShards
 
 
@@ -51,6 +52,14 @@ class StepOptions:
         field = self._field(name)
         return field.default if field.default_factory is MISSING else field.default_factory()
 
+    def kind(self, name: str) -> Callable[[str], Any]:
+        """What makes the field's value of a word of the command line."""
+        default, declared = self.default(name), str(self._field(name).type)
+        if isinstance(default, tuple | frozenset):
+            return str
+        named = {"Path": Path, "int": int, "float": float}
+        return type(default) if default is not None else next(kind for word, kind in named.items() if word in declared)
+
     def _field(self, name: str) -> Field:
         return next(field for field in fields(self.step) if field.name == name)
 
@@ -62,22 +71,26 @@ class StepOptions:
             if isinstance(default, bool):
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=setting.help)
                 continue
-            several = isinstance(default, tuple)
+            several = isinstance(default, tuple | frozenset)
             group.add_argument(
                 flag,
-                type=str if several else Path if "Path" in str(self._field(name).type) else type(default),
+                type=self.kind(name),
                 nargs="*" if several else None,
-                default=default,
+                default=default if len(default if several else ()) < 6 else None,
                 choices=setting.choices,
                 metavar=setting.metavar,
                 # A list of 70 stop words would bury the rest of the help.
-                help=setting.help + (" (default: docs/mining.md)" if several and len(default) > 5 else ""),
+                help=setting.help,
             )
 
     def values(self, arguments: argparse.Namespace) -> dict[str, Any]:
         """Keyword arguments for the step."""
         found = {name: getattr(arguments, self.flag(name).replace("-", "_")) for name in self.settings}
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+        for name, value in found.items():
+            default = self.default(name)
+            if isinstance(default, tuple | frozenset):
+                found[name] = default if value is None else type(default)(value)
+        return found
 
 
 READING = StepOptions(
@@ -88,7 +101,13 @@ READING = StepOptions(
 SHOTS = StepOptions(
     "shots",
     CutShots,
-    {"max_frames": Setting("frames of a video that are looked at")},
+    {
+        "max_frames": Setting("frames of a video that are looked at"),
+        "cut_ratio": Setting("a cut changes a frame by this times the changes beside it"),
+        "min_content": Setting("a cut changes a frame by at least this, 0 to 255"),
+        "fade_level": Setting("grey level below which a fade has its middle; 0 looks for none"),
+        "thumbnail": Setting("side of the pictures that are compared", metavar="PIXELS"),
+    },
 )
 FRAMES = StepOptions(
     "frames",
@@ -96,26 +115,56 @@ FRAMES = StepOptions(
     {
         "reference_place": Setting("where in the shot, 0 to 1"),
         "target_place": Setting("where in the shot, 0 to 1"),
+        "candidates": Setting("frames of a shot that are looked at"),
         "min_gap": Setting("between the two frames", metavar="SECONDS"),
+        "min_frame_brightness": Setting("least mean grey level of a frame, 0 to 1"),
+        "max_frame_brightness": Setting("largest mean grey level of a frame, 0 to 1"),
+        "min_frame_sharpness": Setting("least sharpness of a frame"),
         "pairs_per_clip": Setting("pairs that one clip gives at most"),
+    },
+)
+CAPTIONS = StepOptions(
+    "captions",
+    WriteCaptions,
+    {
+        "captioner": Setting(
+            "files: captions come with the videos; blip: written where there is none",
+            flag="caption",
+            choices=CAPTIONERS,
+        ),
+        "model": Setting("directory or hub id of BLIP", flag="caption-model", metavar="NAME"),
+        "max_tokens": Setting("length of a caption at most", flag="caption-max-tokens"),
+        "frames_per_batch": Setting("pictures in one pass", flag="caption-batch"),
     },
 )
 ENTITIES = StepOptions(
     "entities",
     FindEntities,
-    {"language_models": Setting("spaCy models to try, in this order", flag="language-model", metavar="NAME")},
+    {
+        "subjects": Setting("whom to look for; animals are things", choices=SUBJECTS),
+        "max_subjects": Setting("entities of a caption that are looked for", flag="max-entities"),
+        "stop_words": Setting("nouns that are no subjects; default: docs/mining.md", metavar="NOUN"),
+        "scenery": Setting("nouns that are background; default: docs/mining.md", metavar="NOUN"),
+        "language_models": Setting("spaCy models to try, in this order", flag="language-model", metavar="NAME"),
+    },
 )
 BOXES = StepOptions(
     "boxes",
     DetectBoxes,
     {
         "detector": Setting("where boxes come from", choices=DETECTORS),
+        "model": Setting(
+            "directory or hub id of groundingdino-hf or groundingdino", flag="detector-model", metavar="NAME"
+        ),
         "config": Setting("configuration of groundingdino (Python)", flag="detector-config", metavar="FILE"),
         "checkpoint": Setting("weights of groundingdino", flag="detector-checkpoint", metavar="FILE"),
         "text_encoder": Setting(
             "BERT of groundingdino, if not the configuration's", flag="detector-text-encoder", metavar="DIR"
         ),
         "box_threshold": Setting("least score of a box"),
+        "nms_iou": Setting("of two boxes of one phrase that overlap more, the better stays"),
+        "image_size": Setting("short side of the picture that it sees; default: the model's", metavar="PIXELS"),
+        "frames_per_batch": Setting("frames in one pass of the detector", flag="detector-batch"),
     },
 )
 MASKS = StepOptions(
@@ -125,15 +174,18 @@ MASKS = StepOptions(
         "segmenter": Setting("where masks come from", choices=SEGMENTERS),
         "model": Setting("of sam: vit_b, vit_l, vit_h or a json file", flag="segmenter-model", metavar="NAME"),
         "checkpoint": Setting("weights of the segmenter", flag="segmenter-checkpoint", metavar="FILE"),
+        "frames_per_batch": Setting("frames encoded at once by the segmenter", flag="segmenter-batch"),
     },
 )
 MATCHING = StepOptions(
     "matching",
     MatchSubjects,
     {
-        "embedder": Setting("histogram, timm:NAME or transformers:NAME_OR_DIR"),
+        "embedder": Setting("histogram, dinov2:SIZE, clip:SIZE, timm:NAME or transformers:NAME_OR_DIR"),
         "checkpoint": Setting("weights for timm", flag="embedder-checkpoint", metavar="FILE"),
-        "min_similarity": Setting("of a match, a cosine"),
+        "min_similarity": Setting("of a match, a cosine; default: the embedder's", metavar="COSINE"),
+        "mutual_best": Setting("a match counts only if each is the other's best"),
+        "tie_margin": Setting("partners whose similarities differ by no more are as good as each other"),
     },
 )
 FILTERS = StepOptions(
@@ -149,6 +201,8 @@ FILTERS = StepOptions(
         "min_fill": Setting("least share of its box that a mask covers"),
         "min_mask_agreement": Setting("least overlap (IoU) of a mask's tight box with the detected box"),
         "max_border": Setting("largest share of a side that is cut off by the frame's edge"),
+        "max_clipped": Setting("largest share of a subject's pixels that are black or white"),
+        "min_sharpness": Setting("least sharpness of the picture in a box"),
         "max_box_iou": Setting("boxes of two subjects that overlap more are one thing"),
         "max_mask_overlap": Setting("masks of two subjects that overlap more are one thing"),
         "min_change": Setting("least mean difference of the two frames inside the subjects' boxes"),
@@ -165,7 +219,7 @@ SHARDS = StepOptions(
         "jpeg_quality": Setting("of the target pictures, 1 to 100"),
     },
 )
-STEPS = (READING, SHOTS, FRAMES, ENTITIES, BOXES, MASKS, MATCHING, FILTERS, SHARDS)
+STEPS = (READING, SHOTS, FRAMES, CAPTIONS, ENTITIES, BOXES, MASKS, MATCHING, FILTERS, SHARDS)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -238,11 +292,16 @@ def make_steps(arguments: argparse.Namespace) -> list[Step]:
     if arguments.segmenter == "annotations" and arguments.detector != "annotations":
         raise SettingsError(
             f"annotated masks belong to annotated boxes: with --detector {arguments.detector} use --segmenter sam "
-            "--segmenter-checkpoint FILE"
+            "or mobile-sam and --segmenter-checkpoint FILE (or embedded with embedded)"
         )
     device = {"device": arguments.device}
     extra: dict[StepOptions, dict[str, Any]] = {
-        READING: {"annotations": annotated, "annotations_file": arguments.annotations},
+        READING: {
+            "annotations": annotated,
+            "annotations_file": arguments.annotations,
+            "caption_required": arguments.caption == "files",
+        },
+        CAPTIONS: device,
         FRAMES: {"annotated_only": arguments.detector == "annotations"},
         BOXES: device,
         MASKS: device,

@@ -39,6 +39,11 @@ class Step(Generic[In, Out]):
         """
         return ""
 
+    def model_files(self) -> dict[str, Path]:
+        """Files and folders whose content shapes the dataset, by a name: every setting that names one that is here."""
+        values = {name: value for name, value in self.settings().items() if isinstance(value, str) and value}
+        return {name: Path(value) for name, value in values.items() if Path(value).exists()}
+
     def setup(self) -> None:
         """Once per worker: heavy imports and weights. SettingsError or InputError if something is missing."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_pipeline.places import EMBEDDED_DETECTOR
 from data_pipeline.records import (
     ClipError,
     DetectedPair,
@@ -21,14 +22,15 @@ from data_pipeline.step import Step
 if TYPE_CHECKING:
     from data_pipeline.models.detector import Detector
 
-DETECTORS = ("annotations", "groundingdino", "groundingdino-hf")
+DETECTORS = ("annotations", "groundingdino", "groundingdino-hf", "embedded")
 
 
 @dataclass(kw_only=True)
 class DetectBoxes(Step[NamedPair, DetectedPair]):
     """Boxes by the detector of the given name.
 
-    detector: "annotations"; "groundingdino" (the package groundingdino-py); "groundingdino-hf" (transformers).
+    detector: "annotations"; "groundingdino" (the package groundingdino-py); "groundingdino-hf" (transformers);
+    "embedded" (a tiny one of transformers that comes with the repository and knows the procedural world only).
     model: a directory or a hub id with the detector's files. For groundingdino, config and checkpoint are then the
     names of two of these files, if it has several; without a model they are paths. text_encoder: the BERT of
     groundingdino, a directory or a name that transformers knows, if not the one of its configuration.
@@ -62,6 +64,8 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
             self._check_package_files()
         elif self.detector == "groundingdino-hf":
             self._check_hf_files()
+        elif self.detector == "embedded":
+            self._check_embedded_files()
 
     def _check_package_files(self) -> None:
         if self.model:
@@ -90,6 +94,25 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
             )
         check_model_directory(self.model, "--detector-model", TEXT_AND_IMAGE_MODEL)
 
+    def _check_embedded_files(self) -> None:
+        from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, check_model_directory
+
+        if self.model or self.config or self.checkpoint or self.text_encoder:
+            raise SettingsError(
+                "the detector embedded brings its own files; for others use groundingdino-hf or groundingdino"
+            )
+        check_model_directory(str(EMBEDDED_DETECTOR), "--detector embedded", TEXT_AND_IMAGE_MODEL)
+
+    @property
+    def model_device(self) -> str:
+        """See Step."""
+        return "" if self.detector == "annotations" else self.device
+
+    def model_files(self) -> dict[str, Path]:
+        """See Step."""
+        found = {"embedded": EMBEDDED_DETECTOR} if self.detector == "embedded" else {}
+        return super().model_files() | found
+
     def _needed(self) -> dict[str, tuple[str, ...]]:
         return {
             "configuration": (str(self.config),) if self.config else ("*.py",),
@@ -111,10 +134,11 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
             "image_size": self.image_size,
             "batch_size": self.frames_per_batch,
         }
-        if self.detector == "groundingdino-hf":
+        if self.detector in ("groundingdino-hf", "embedded"):
             from data_pipeline.models.grounding_dino_hf import GroundingDinoHF, load_grounding_dino_hf
 
-            return GroundingDinoHF(*load_grounding_dino_hf(self.model, self.device), **settings)
+            name = str(EMBEDDED_DETECTOR) if self.detector == "embedded" else self.model
+            return GroundingDinoHF(*load_grounding_dino_hf(name, self.device), **settings)
         from data_pipeline.models.grounding_dino import GroundingDino, load_grounding_dino
 
         config, checkpoint = self.config, self.checkpoint

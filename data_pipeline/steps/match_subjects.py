@@ -74,6 +74,11 @@ class MatchSubjects(Step[DetectedPair, TrainingPair]):
 
             hub_name(self.embedder)
 
+    @property
+    def model_device(self) -> str:
+        """See Step."""
+        return "" if self.embedder == "histogram" else self.device
+
     def setup(self) -> None:
         """Loads the embedder."""
         from data_pipeline.models.embedder import load_embedder

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_pipeline.places import EMBEDDED_SEGMENTER, SEGMENTER_SIZES, SEGMENTER_WEIGHTS
 from data_pipeline.records import (
     ClipError,
     DetectedPair,
@@ -18,7 +19,7 @@ from data_pipeline.records import (
 )
 from data_pipeline.step import Step
 
-SEGMENTERS = ("annotations", "sam", "mobile-sam")
+SEGMENTERS = ("annotations", "sam", "mobile-sam", "embedded")
 MODELS = {"sam": ("vit_b", "vit_l", "vit_h"), "mobile-sam": ("vit_t",)}
 Request = tuple[Frame, tuple[Detection, ...]]
 
@@ -27,10 +28,10 @@ Request = tuple[Frame, tuple[Detection, ...]]
 class SegmentMasks(Step[DetectedPair, DetectedPair]):
     """Masks by the segmenter of the given name.
 
-    segmenter: "annotations", "sam" or "mobile-sam". model: for sam "vit_b", "vit_l" or "vit_h", for mobile-sam
-    "vit_t", or a json file with the sizes of another one; empty for the first of these names. checkpoint: its weights,
-    .safetensors or PyTorch's. device: "cpu", "cuda", "cuda:1". frames_per_batch: frames encoded at once; it does not
-    change the dataset. Detections whose mask is empty, or has no pixel in their box, are left out here.
+    segmenter: "annotations", "sam", "mobile-sam" or "embedded" (a tiny SAM that comes with the repository). model:
+    for sam "vit_b", "vit_l" or "vit_h", for mobile-sam "vit_t", or a json file with the sizes of another
+    one; empty for the first of these names. checkpoint: its weights, .safetensors or PyTorch's. device: "cpu", "cuda",
+    "cuda:1". frames_per_batch: frames encoded at once; it does not change the dataset. Detections whose mask is empty, or has no pixel in their box, are left out here.
     """
 
     segmenter: str = "annotations"
@@ -44,6 +45,8 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
             raise SettingsError(f"segmenter must be one of {', '.join(SEGMENTERS)}, got {self.segmenter!r}")
         if self.frames_per_batch < 1:
             raise SettingsError(f"frames_per_batch must be at least 1, got {self.frames_per_batch}")
+        if self.segmenter == "embedded":
+            self._check_embedded_files()
         if self.segmenter in MODELS:
             known = MODELS[self.segmenter]
             if self.model not in ("", *known) and not Path(self.model).is_file():
@@ -56,6 +59,23 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
             if not self.checkpoint.is_file():
                 raise InputError(f"--segmenter-checkpoint: no file at {self.checkpoint}")
 
+    def _check_embedded_files(self) -> None:
+        if self.model or self.checkpoint:
+            raise SettingsError("the segmenter embedded brings its own files; for others use --segmenter sam")
+        for path in (SEGMENTER_SIZES, SEGMENTER_WEIGHTS):
+            if not path.is_file():
+                raise InputError(f"--segmenter embedded: no file at {path}; it comes with a checkout of the repository")
+
+    @property
+    def model_device(self) -> str:
+        """See Step."""
+        return "" if self.segmenter == "annotations" else self.device
+
+    def model_files(self) -> dict[str, Path]:
+        """See Step."""
+        found = {"embedded": EMBEDDED_SEGMENTER} if self.segmenter == "embedded" else {}
+        return super().model_files() | found
+
     def setup(self) -> None:
         """Loads the segmenter."""
         if self.segmenter == "annotations":
@@ -65,6 +85,11 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
             return
         from data_pipeline.models.sam import SamSegmenter, load_sam
 
+        if self.segmenter == "embedded":
+            self._segmenter = SamSegmenter(
+                load_sam(str(SEGMENTER_SIZES), SEGMENTER_WEIGHTS, self.device), self.frames_per_batch
+            )
+            return
         model = self.model or MODELS[self.segmenter][0]
         if self.segmenter == "sam":
             sam = load_sam(model, self.checkpoint, self.device)

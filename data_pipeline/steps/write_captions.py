@@ -43,6 +43,11 @@ class WriteCaptions(Step[FramePair, FramePair]):
 
         check_model_directory(self.model, "--caption-model", TEXT_AND_IMAGE_MODEL)
 
+    @property
+    def model_device(self) -> str:
+        """See Step."""
+        return "" if self.captioner == "files" else self.device
+
     def setup(self) -> None:
         """Loads the captioner, if there is one."""
         self._captioner = None

@@ -1,6 +1,8 @@
 import io
 import json
 import tarfile
+from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -8,7 +10,15 @@ import pytest
 from data_pipeline.assemble import ShardPlanner, assemble, file_hashes, installed_versions, settings_hash, write_shard
 from data_pipeline.journal import Journal
 from data_pipeline.records import VideoFile
+from data_pipeline.step import Step
 from data_pipeline.steps.write_shards import tar_member
+
+
+@dataclass(kw_only=True)
+class Loader(Step):
+    checkpoint: Path | None = None
+    folder: str = ""
+    name_of_nothing: str = "histogram"
 
 
 def sample(key):
@@ -144,9 +154,20 @@ def test_settings_hash_changes_with_settings_and_version():
 def test_files_that_settings_name_are_hashed(tmp_path):
     path = tmp_path / "weights.pt"
     path.write_bytes(b"abc")
-    settings = {"detect_boxes": {"checkpoint": str(path), "detector": "groundingdino", "text_encoder": ""}}
     sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert file_hashes(settings) == {"detect_boxes.checkpoint": sha256}
+    assert file_hashes([Loader(checkpoint=path)]) == {"loader.checkpoint": sha256}
+
+
+def test_of_a_folder_names_and_contents_are_hashed(tmp_path):
+    (tmp_path / "model/inner").mkdir(parents=True)
+    (tmp_path / "model/inner/a.json").write_text("1")
+    steps = [Loader(folder=str(tmp_path / "model"))]
+    first = file_hashes(steps)
+    assert list(first) == ["loader.folder"]
+    (tmp_path / "model/inner/a.json").write_text("2")
+    second = file_hashes(steps)
+    (tmp_path / "model/inner/a.json").rename(tmp_path / "model/inner/b.json")
+    assert len({first["loader.folder"], second["loader.folder"], file_hashes(steps)["loader.folder"]}) == 3
 
 
 def test_versions():
