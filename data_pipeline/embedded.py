@@ -5,13 +5,26 @@ download, trained on the procedural world; ``measure``: what they find of the tr
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from data_pipeline.records import MiningError
+from tqdm import tqdm
+
+from data_pipeline.drawing import beside, draw_frame
+from data_pipeline.options import make_parser as make_mining_parser
+from data_pipeline.options import make_steps
+from data_pipeline.records import FramePair, InputError, MiningError, Rejected, SettingsError
+from data_pipeline.sources import find_videos
+from data_pipeline.step import Step
 
 RUNS = Path("runs/mining_models")
+MODELS = Path("checkpoints/tiny/mining")
+DRAWN = 3
+"""Pairs of every set of clips in the picture."""
 DETECTOR_STEPS, SEGMENTER_STEPS = 6600, 3000
 
 
@@ -36,6 +49,20 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the weights, the frames and the batches")
     add("--threads", type=int, default=1, help="processor cores")
     add("--workers", type=int, default=2, help="processes that render; 0: this one")
+
+    measure = commands.add_parser(
+        "measure", help="compare what they find with the truth", allow_abbrev=False, formatter_class=shown
+    )
+    add = measure.add_argument
+    add("--models", type=Path, default=MODELS, metavar="DIR", help="with the folders detector and segmenter")
+    add("--clips", type=int, default=200, help="clips of the world, as the demo mines them")
+    add("--twins", type=int, default=100, help="clips that show two subjects of one category")
+    add("--split", choices=("train", "held_out", "all"), default="held_out", help="identities to show")
+    add("--seeds", type=int, nargs="+", default=[1000, 2000], metavar="SEED", help="a set of clips for each")
+    add("--box-threshold", type=float, default=0.35, help="least score of a box")
+    add("--work", type=Path, default=RUNS, metavar="DIR", help="where the clips are written, and read again")
+    add("--json", type=Path, metavar="FILE", help="also write the figures there")
+    add("--pictures", type=Path, metavar="FILE", help="also draw some frames with what was found, as PNG")
     return parser
 
 
@@ -57,7 +84,7 @@ def train(arguments: argparse.Namespace) -> str:
     )
     chosen = RenderSettings(frames=arguments.frames, seed=arguments.seed)
     # Validation frames have another seed than those of `measure`, which are decoded from clips.
-    checked = RenderSettings(frames=240, seed=arguments.seed + 1, split="held_out")
+    checked = RenderSettings(frames=min(240, arguments.frames), seed=arguments.seed + 1, split="held_out")
     torch.set_num_threads(arguments.threads)
     frames, validation = (render(which, arguments.work, arguments.workers) for which in (chosen, checked))
     if part == "detector":
@@ -68,11 +95,97 @@ def train(arguments: argparse.Namespace) -> str:
     return f"{part}: {count} parameters in {out}"
 
 
+def measured_steps(models: Path, box_threshold: float) -> dict[str, Step]:
+    """The pipeline's steps by name, set up, with the detector and the segmenter in ``models``."""
+    steps = {step.name: step for step in make_steps(make_mining_parser().parse_args(["--videos", str(models)]))}
+    detector, segmenter = models / "detector", models / "segmenter"
+    changes = {
+        "read_videos": {"annotations": False},
+        "pick_frames": {"annotated_only": False},
+        "detect_boxes": {"detector": "groundingdino-hf", "model": str(detector), "box_threshold": box_threshold},
+        "segment_masks": {
+            "segmenter": "sam",
+            "model": str(segmenter / "config.json"),
+            "checkpoint": segmenter / "model.safetensors",
+        },
+    }
+    wanted = ("read_videos", "cut_shots", "pick_frames", "find_entities", *changes, "match_subjects")
+    chosen = {name: replace(steps[name], **changes.get(name, {})) for name in wanted}
+    for step in chosen.values():
+        step.setup()
+    return chosen
+
+
+def picked(steps: dict[str, Step], folder: Path, count: int) -> Iterator[tuple[FramePair, dict[str, Any]]]:
+    """The first pair of frames of the first clips of a folder, with the annotations of its clip."""
+    from data_pipeline.models.embedded.measure import read_annotations
+
+    for file in find_videos(folder, None)[:count]:
+        record: Any = file
+        for name in ("read_videos", "cut_shots", "pick_frames"):
+            record = steps[name].process(record)
+            if isinstance(record, Rejected):
+                raise InputError(f"{file.name} was rejected by {name}: {record.reason} {dict(record.evidence)}")
+        yield record[0], read_annotations(file.path)
+
+
+def measure(arguments: argparse.Namespace) -> str:
+    """Measures the models on new clips; returns the tables."""
+    from data_pipeline.models.embedded.measure import Miner, table, write_twin_clips
+    from data_pipeline.world.clips import write_clips
+
+    if arguments.clips < 1 or arguments.twins < 0:
+        raise SettingsError(f"need at least one clip, got --clips {arguments.clips} --twins {arguments.twins}")
+    steps = measured_steps(arguments.models, arguments.box_threshold)
+    miner = Miner(steps)
+    drawn: list[tuple] = []
+    figures: dict[str, list[dict[str, Any]]] = {"clips": [], "twins": []}
+    for seed in arguments.seeds:
+        for kind, count in (("clips", arguments.clips), ("twins", arguments.twins)):
+            if not count:
+                continue
+            folder = arguments.work / f"{kind}-{arguments.split}-{seed}"
+            if kind == "clips":
+                write_clips(folder, count, split=arguments.split, seed=seed)
+            else:
+                write_twin_clips(folder, count, split=arguments.split, seed=seed)
+            shown: list[tuple] = []
+            clips = tqdm(picked(steps, folder, count), total=count, desc=f"{kind}, seed {seed}")
+            figures[kind].append(miner.measure(clips, shown.append).figures())
+            drawn += shown[:DRAWN]
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if arguments.pictures:
+        draw(drawn, arguments.pictures)
+    return "\n\n".join(table(name, of_seeds) for name, of_seeds in figures.items() if of_seeds)
+
+
+def draw(pairs: Sequence[tuple], path: Path) -> None:
+    """Draws pairs as ``Miner.measure`` shows them, a row of four each: the frames, and what was found in them."""
+    from PIL import Image
+
+    rows = []
+    for frames, found in pairs:
+        pictures = [draw_frame(frame.image, []) for frame in (frames.reference, frames.target)]
+        for frame, detections in zip((frames.reference, frames.target), found, strict=True):
+            shown = [(f"{one.entity.phrase} {one.score:.2f}", one.box, one.mask) for one in detections]
+            pictures.append(draw_frame(frame.image, shown))
+        rows.append(beside(pictures))
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height + 3 for row in rows)), (255, 255, 255))
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height + 3
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 2 for wrong arguments and input that cannot be used."""
     options = make_parser().parse_args(arguments)
     try:
-        print(train(options))  # noqa: T201
+        print(train(options) if options.command == "train" else measure(options))  # noqa: T201
     except MiningError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2

@@ -141,7 +141,7 @@ def _render_chunk(job: tuple[RenderSettings, int, int]) -> dict[str, np.ndarray]
     subjects: list[list[Identity]] = []
     while len(images) < count:
         if rng.random() < settings.twins:
-            chosen = _twins(rng, settings.split)
+            chosen = sample_twins(rng, settings.split)
             scene = sample_scene(rng, size=settings.size, subjects=chosen)
             shown = [(scene.image, scene.masks)]
         else:
@@ -157,8 +157,8 @@ def _render_chunk(job: tuple[RenderSettings, int, int]) -> dict[str, np.ndarray]
     return _as_arrays(images[:count], masks[:count], subjects[:count])
 
 
-def _twins(rng: np.random.Generator, split: str) -> list[Identity]:
-    """Two subjects of one category, half of the time with a third subject of another one."""
+def sample_twins(rng: np.random.Generator, split: str) -> list[Identity]:
+    """Draws two subjects of one category, half of the time with a third subject of another one."""
     first, second = (str(name) for name in rng.choice(CATEGORIES, 2, replace=False))
     names = [first, first, second][: 2 + int(rng.random() < 0.5)]
     return [sample_identity(rng, split, names[index]) for index in rng.permutation(len(names))]
