@@ -1,25 +1,53 @@
 """Boxes and masks that come with the videos: a sidecar file per clip, or one file for a whole corpus.
 
 Sidecar: ``clip.annotations.json``, schema "data_pipeline.annotations/1"; its object numbers are tracks: the same
-number in two frames is the same object. Corpus: a json with ``videos: {name: {file, width, height, annotations:
-[{frame, objects, mask_png}]}}``; its object numbers only number the objects inside one frame (and index the mask
-picture), so they say nothing about identity. Both formats are specified in docs/data_format.md.
+number in two frames is the same object. One file for many videos is recognised by its content: COCO, YouTube-VIS or
+OVIS, DAVIS with a table of names (data_pipeline/models/annotation_formats.py), or ours, a json with ``videos: {name:
+{file, width, height, annotations: [{frame, objects, mask_png}]}}``, whose object numbers only number the objects
+inside one frame (and index the mask picture), so they say nothing about identity. All are specified in
+docs/data_format.md.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.records import AnnotatedObject, Annotations, Box, ClipError, InputError, decode_mask
+from data_pipeline.models.annotation_formats import (
+    BAD,
+    BAD_MASK,
+    Entry,
+    Found,
+    decode_counts,
+    draw_polygons,
+    read_coco,
+    read_davis,
+    read_names_table,
+    read_numbers,
+    read_youtube_vis,
+    segmentation_size,
+)
+from data_pipeline.records import (
+    AnnotatedObject,
+    Annotations,
+    Box,
+    ClipError,
+    InputError,
+    decode_mask,
+    mask_box,
+)
 
 SCHEMA = "data_pipeline.annotations/1"
-BAD = "unreadable annotations"
+KNOWN = """\
+  ours:         {"videos": {name: {"file", "width", "height", "annotations"}}}
+  COCO:         {"images": [...], "annotations": [...], "categories": [...]}
+  YouTube-VIS:  {"videos": [...], "annotations": [...], "categories": [...]}, also OVIS
+  DAVIS:        {"masks": FOLDER, "videos": {clip: {"1": name, ...}}}, or a csv with the columns video, object, name"""
 
 
 def sidecar_path(video: Path) -> Path:
@@ -81,70 +109,133 @@ def _check_index(index: Any, num_frames: int) -> int:
 
 
 class AnnotationSource:
-    """Finds the annotations of each video: in the corpus file if one is given and knows the video, else in the
-    sidecar.
+    """Finds the annotations of each video: in the file for many videos if one is given and knows the video, else in
+    the sidecar.
     """
 
     def __init__(self, corpus: Path | None) -> None:
-        self._folder = corpus.parent if corpus else None
-        self._videos = _read_corpus(corpus) if corpus else {}
+        self._videos = read_many(corpus) if corpus else {}
 
     def read(self, video: Path, name: str, width: int, height: int, num_frames: int) -> Annotations | None:
         """Annotations of the video called ``name``; None if there are none; ClipError if they are unusable."""
-        entry = self._videos.get(name)
+        without_suffix = str(PurePosixPath(name).with_suffix(""))
+        entry = self._videos.get(name) or self._videos.get(without_suffix)
         if entry is not None:
-            return self._from_corpus(entry, width, height, num_frames)
+            return _from_entry(entry, width, height, num_frames)
         sidecar = sidecar_path(video)
         return read_sidecar(sidecar, width, height, num_frames) if sidecar.is_file() else None
 
-    def _from_corpus(self, entry: Mapping[str, Any], width: int, height: int, num_frames: int) -> Annotations:
-        try:
-            _check_size(entry, width, height)
-            frames = {}
-            for frame in entry["annotations"]:
-                index = _check_index(frame["frame"], num_frames)
-                picture = self._folder / frame["mask_png"] if frame.get("mask_png") else None
-                frames[index] = tuple(
-                    AnnotatedObject(
-                        object_id=None,
-                        name=found["name"],
-                        attributes=found.get("attributes", {}),
-                        box=_pixel_box(found["box_xyxy"], width, height, f"frame {index}, object {found['id']}"),
-                        mask_file=(picture, int(found["id"])) if picture else None,
-                    )
-                    for found in frame["objects"]
-                )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ClipError(BAD, error=f"{type(error).__name__}: {error}") from error
-        return Annotations(frames=frames)
 
-
-def _read_corpus(path: Path) -> dict[str, Mapping[str, Any]]:
+def read_many(path: Path) -> dict[str, Entry]:
+    """Video -> what the file says about it. Videos go by their path below the folder of videos, with or without its
+    suffix. InputError if the file is of none of the known formats.
+    """
     try:
+        if path.suffix.lower() == ".csv":
+            return read_davis(read_names_table(path), path.parent)
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {entry["file"]: entry for entry in content["videos"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        needed = 'a json with {"videos": {name: {"file", "width", "height", "annotations"}}}'
+        return _recognise(content)(content, path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
-            f"cannot read annotations from {path}: {type(error).__name__}: {error}; needed is {needed}"
+            f"cannot read annotations from {path}: {type(error).__name__}: {error}; known formats are\n{KNOWN}"
         ) from error
+
+
+def _recognise(content: Any) -> Callable[[Any, Path], dict[str, Entry]]:
+    if not isinstance(content, dict):
+        raise ValueError(f"found a {type(content).__name__} instead of an object")
+    lists = {key for key, value in content.items() if isinstance(value, list)}
+    videos = content.get("videos")
+    if {"images", "annotations", "categories"} <= lists:
+        return lambda coco, path: read_coco(coco)
+    if {"videos", "annotations", "categories"} <= lists:
+        return lambda tracks, path: read_youtube_vis(tracks)
+    if isinstance(videos, dict) and videos and all(isinstance(video, dict) for video in videos.values()):
+        if all(video and all(key.isdigit() for key in video) for video in videos.values()):
+            return lambda davis, path: read_davis(davis["videos"], path.parent / davis.get("masks", "."))
+        return lambda corpus, path: _read_corpus(corpus, path.parent)
+    raise ValueError(f"found {', '.join(sorted(content)) or 'an empty object'}")
+
+
+def _read_corpus(content: Mapping[str, Any], folder: Path) -> dict[str, Entry]:
+    def entry(video: Mapping[str, Any]) -> Entry:
+        def frames(num_frames: int) -> Mapping[int, Sequence[Found]]:
+            result = {}
+            try:
+                for frame in video["annotations"]:
+                    picture = folder / frame["mask_png"] if frame.get("mask_png") else None
+                    result[frame["frame"]] = [
+                        Found(
+                            object_id=None,
+                            name=found["name"],
+                            box=found["box_xyxy"],
+                            mask_file=(picture, int(found["id"])) if picture else None,
+                            attributes=found.get("attributes", {}),
+                        )
+                        for found in frame["objects"]
+                    ]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ClipError(BAD, error=f"{type(error).__name__}: {error}") from error
+            return result
+
+        return Entry(size=(video["width"], video["height"]), frames=frames)
+
+    return {video["file"]: entry(video) for video in content["videos"].values()}
+
+
+def _from_entry(entry: Entry, width: int, height: int, num_frames: int) -> Annotations:
+    if entry.size is not None:
+        _check_size({"width": entry.size[0], "height": entry.size[1]}, width, height)
+    frames = {}
+    for index, objects in entry.frames(num_frames).items():
+        _check_index(index, num_frames)
+        frames[index] = tuple(_annotated(found, index, width, height) for found in objects)
+    return Annotations(frames=frames)
+
+
+def _annotated(found: Found, index: int, width: int, height: int) -> AnnotatedObject:
+    where = f"frame {index}, {found.name}" + ("" if found.object_id is None else f" {found.object_id}")
+    if not isinstance(found.name, str) or not (found.object_id is None or isinstance(found.object_id, int)):
+        raise ClipError(BAD, error=f"{where}: a name must be a text and a number of an object whole")
+    values: dict[str, Any] = {
+        "object_id": found.object_id,
+        "name": found.name,
+        "attributes": found.attributes,
+        "mask_rle": found.mask_rle,
+        "mask_file": found.mask_file,
+    }
+    if found.box is not None:
+        return AnnotatedObject(box=_pixel_box(found.box, width, height, where), **values)
+    mask = read_mask(AnnotatedObject(box=(0, 0, 1, 1), **values), width, height)
+    if mask is None or not mask.any():
+        raise ClipError(BAD, error=f"{where}: an empty mask, and no box")
+    return AnnotatedObject(box=mask_box(mask), **values)
 
 
 def read_mask(found: AnnotatedObject, width: int, height: int) -> np.ndarray | None:
     """The bool (height, width) mask of an annotated object, or None if it came with a box only."""
     if found.mask_rle is not None:
-        mask = decode_mask(found.mask_rle)
-    elif found.mask_file is not None:
-        from PIL import Image, UnidentifiedImageError
-
-        path, number = found.mask_file
-        try:
-            with Image.open(path) as picture:
-                mask = np.asarray(picture) == number
-        except (OSError, UnidentifiedImageError) as error:
-            raise ClipError("unreadable mask in the annotations", file=path.name, error=type(error).__name__) from error
-    else:
+        size = tuple(segmentation_size(found.mask_rle))
+        if size != (height, width):  # before anything of that size is made
+            raise ClipError("mask of another size", mask=list(size[::-1]), video=[width, height])
+        return _decode(found.mask_rle, width, height)
+    if found.mask_file is None:
         return None
+    path, number = found.mask_file
+    mask = read_numbers(path) == number
     if mask.shape != (height, width):
         raise ClipError("mask of another size", mask=list(mask.shape[::-1]), video=[width, height])
     return mask
+
+
+def _decode(segmentation: Mapping[str, Any], width: int, height: int) -> np.ndarray:
+    if "polygons" in segmentation:
+        return draw_polygons(segmentation["polygons"], width, height)
+    counts = segmentation.get("counts")
+    if isinstance(counts, str | bytes):
+        return decode_mask({"size": [height, width], "counts": decode_counts(counts)})
+    if not isinstance(counts, list):
+        raise ClipError(BAD_MASK, error="counts must be a list or a text")
+    return decode_mask(segmentation)

@@ -120,11 +120,22 @@ def test_a_bad_entry_of_the_corpus_takes_its_clip_with_it(tmp_path, changes, rea
         source.read(tmp_path / "clip.mp4", "clip.mp4", 10, 8, 12)
 
 
-@pytest.mark.parametrize("content", ["not json", "[]", '{"videos": {"clip": {}}}'])
-def test_a_bad_corpus_file_stops_the_run(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("not json", "JSONDecodeError"),
+        ("[]", "found a list instead of an object"),
+        ("{}", "found an empty object"),
+        ('{"shapes": [], "version": 1}', "found shapes, version"),
+        ('{"videos": {"clip": {}}}', "KeyError"),
+        ('{"images": [{}], "annotations": [], "categories": []}', "KeyError"),
+        ('{"videos": [{"id": 1, "file_names": []}], "annotations": [], "categories": []}', "KeyError|IndexError"),
+    ],
+)
+def test_a_bad_corpus_file_stops_the_run(tmp_path, content, found):
     path = tmp_path / "corpus.json"
     path.write_text(content)
-    with pytest.raises(InputError, match=r"cannot read annotations from .*needed is a json"):
+    with pytest.raises(InputError, match=rf"cannot read annotations from .*({found}).*; known formats are\n  ours"):
         AnnotationSource(path)
 
 

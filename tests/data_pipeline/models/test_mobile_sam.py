@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from data_pipeline.models.detector import AnnotationDetector, Question
 from data_pipeline.models.mobile_sam import (
     MobileSamParams,
     build_mobile_sam,
@@ -17,7 +18,16 @@ from data_pipeline.models.mobile_sam import (
     read_mobile_params,
 )
 from data_pipeline.models.sam import SamSegmenter
-from data_pipeline.records import Detection, Entity, Frame, InputError, SettingsError
+from data_pipeline.records import (
+    AnnotatedObject,
+    Annotations,
+    DetectedPair,
+    Detection,
+    Entity,
+    Frame,
+    InputError,
+    SettingsError,
+)
 from data_pipeline.steps.segment_masks import SegmentMasks
 
 TINY = {
@@ -101,6 +111,26 @@ def test_the_step_loads_it_and_gives_masks(files, make_detection):
     assert 0 <= found.mask_score <= 1
 
 
+def test_annotated_boxes_without_masks_get_theirs_from_the_segmenter(files, make_pair, make_entity):
+    boxes = (AnnotatedObject(object_id=4, name="dog", box=(0.1, 0.1, 0.9, 0.9)),)
+    image = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    pair = make_pair(image, image[::-1].copy(), annotations=Annotations(frames={3: boxes, 8: boxes}))
+    entities = (make_entity("brown dog"),)
+    reference, target = AnnotationDetector().detect(
+        [Question(video=pair.video, frame=frame, entities=entities) for frame in (pair.reference, pair.target)]
+    )
+    detected = DetectedPair(frames=pair, entities=entities, reference=reference, target=target)
+    step = SegmentMasks(segmenter="mobile-sam", model=str(files[0]), checkpoint=files[1])
+    step.setup()
+    filled = step.process(detected)
+    for found in (*filled.reference, *filled.target):
+        assert (found.object_id, found.entity.phrase, found.mask.shape) == (4, "brown dog", (30, 50))
+        assert found.mask_score is not None
+    without = SegmentMasks()
+    without.setup()
+    assert without.process(detected).reason == "annotation without a mask"
+
+
 def test_weights_that_do_not_fit(files):
     with pytest.raises(InputError, match=r"the weights in .*tiny\.pt are not those of MobileSAM vit_t"):
         load_mobile_sam("vit_t", files[1], "cpu")
@@ -150,7 +180,7 @@ def test_released_weights_on_real_clips(shared_dir):
             numbers = np.asarray(Image.open(videos / annotated["mask_png"]))
             given.append([(numbers == found["id"], found["sam_pred_iou"]) for found in annotated["objects"]])
     overlaps = []
-    for filled, expected in zip(SamSegmenter(sam).segment(requests), given, strict=True):
+    for filled, expected in zip(SamSegmenter(sam, frames_per_batch=1).segment(requests), given, strict=True):
         for found, (mask, score) in zip(filled, expected, strict=True):
             overlaps.append((found.mask & mask).sum() / (found.mask | mask).sum())
             assert found.mask_score == pytest.approx(score, abs=0.01)

@@ -1,0 +1,319 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.models.annotation_formats import decode_counts, draw_polygons, frame_number
+from data_pipeline.models.annotations import AnnotationSource, read_mask
+from data_pipeline.models.detector import AnnotationDetector, Question
+from data_pipeline.models.segmenter import AnnotationSegmenter
+from data_pipeline.records import ClipError, InputError, encode_mask
+
+WIDTH, HEIGHT, FRAMES = 10, 8, 12
+MASK = np.zeros((HEIGHT, WIDTH), dtype=bool)
+MASK[2:6, 1:5] = True
+BOX = (0.1, 0.25, 0.5, 0.75)
+CATEGORIES = [{"id": 3, "name": "dog"}, {"id": 5, "name": "cup"}]
+POLYGON = [[1, 2, 5, 2, 5, 6, 1, 6]]
+
+
+def read(tmp_path, content, name="clip.mp4", file="all.json"):
+    path = tmp_path / file
+    path.write_text(json.dumps(content) if isinstance(content, dict) else content)
+    return AnnotationSource(path).read(tmp_path / name, name, WIDTH, HEIGHT, FRAMES)
+
+
+def compress(counts):
+    """COCO's compressed string of run lengths, the other way round than ``decode_counts``."""
+    text = ""
+    for i, count in enumerate(counts):
+        value = count - counts[i - 2] if i > 2 else count
+        more = True
+        while more:
+            group, value = value & 31, value >> 5
+            more = value != (-1 if group & 16 else 0)
+            text += chr(48 + (group | 32 if more else group))
+    return text
+
+
+# --------------------------------------------------------------------------------------------------------------- COCO
+
+
+def coco(image=None, **annotation):
+    found = {"id": 1, "image_id": 7, "category_id": 3, "bbox": [1, 2, 4, 4], **annotation}
+    return {
+        "images": [{"id": 7, "file_name": "clip/00004.jpg", "width": WIDTH, "height": HEIGHT, **(image or {})}],
+        "annotations": [{key: value for key, value in found.items() if value != "absent"}],
+        "categories": CATEGORIES,
+    }
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        POLYGON,
+        encode_mask(MASK),
+        {"size": [HEIGHT, WIDTH], "counts": compress(encode_mask(MASK)["counts"])},
+    ],
+    ids=["polygon", "run lengths", "compressed"],
+)
+def test_coco(tmp_path, segmentation):
+    found = read(tmp_path, coco(segmentation=segmentation))
+    [(index, [one])] = found.frames.items()
+    assert (index, one.name, one.box, one.object_id) == (4, "dog", BOX, None)
+    assert np.array_equal(read_mask(one, WIDTH, HEIGHT), MASK)
+
+
+def test_coco_with_boxes_only_tracks_and_fields(tmp_path):
+    content = coco(image={"video": "sub/clip.mp4", "frame": 11, "file_name": "000000139.jpg"}, track_id=9)
+    [(index, [one])] = read(tmp_path, content, "sub/clip.mp4").frames.items()
+    assert (index, one.object_id) == (11, 9)
+    assert read_mask(one, WIDTH, HEIGHT) is None
+    assert read(tmp_path, content, "other.mp4") is None
+
+
+def test_coco_without_a_box_takes_that_of_the_mask_and_crowds_are_left_out(tmp_path):
+    content = coco(segmentation=encode_mask(MASK), bbox="absent")
+    content["annotations"].append({**content["annotations"][0], "iscrowd": 1})
+    assert [one.box for one in read(tmp_path, content).frames[4]] == [BOX]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "evidence"),
+    [
+        (coco(image={"width": 20}), "annotations of another size", "20"),
+        (coco(image={"file_name": "clip/00012.jpg"}), "a frame that is not in the video", "12"),
+        (coco(image={"frame": -1}), "a frame that is not in the video", "-1"),
+        (coco(image={"file_name": "clip/first.jpg"}), "unreadable annotations", "no frame number"),
+        (coco(category_id=4), "unreadable annotations", "unknown category 4, known are"),
+        (coco(bbox=[1, 2, 0, 4]), "unreadable annotations", "no area"),
+        (coco(bbox=[1, 2, -3, 4]), "unreadable annotations", "no area"),
+        (coco(bbox=[1, float("nan"), 4, 4]), "unreadable annotations", "four numbers"),
+        (coco(bbox=[1, 2, 4]), "unreadable annotations", "four numbers"),
+        (coco(bbox="absent"), "unreadable annotations", "neither a box nor a mask"),
+        (coco(bbox="absent", segmentation=encode_mask(MASK & False)), "unreadable annotations", "empty mask"),
+        (coco(track_id="nine"), "unreadable annotations", "number of an object whole"),
+        (coco(category_id="absent"), "unreadable annotations", "KeyError"),
+    ],
+)
+def test_broken_coco_takes_its_clip_with_it(tmp_path, content, reason, evidence):
+    with pytest.raises(ClipError, match=reason) as caught:
+        read(tmp_path, content)
+    assert evidence in str(caught.value.evidence)
+
+
+def test_two_images_for_one_frame(tmp_path):
+    content = coco()
+    content["images"].append({**content["images"][0], "id": 8})
+    with pytest.raises(ClipError) as caught:
+        read(tmp_path, content)
+    assert "two images for frame 4" in caught.value.evidence["error"]
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        {"size": [HEIGHT, WIDTH], "counts": [3, 4]},
+        {"size": [HEIGHT, WIDTH], "counts": "~"},
+        {"size": [HEIGHT, WIDTH], "counts": "b"},
+        {"size": [HEIGHT, WIDTH]},
+        {"counts": [80]},
+        [[1, 2, 3, 4]],
+        [[1, 2, 5, 2, 5]],
+        [[1, 2, 5, 2, float("nan"), 6]],
+    ],
+)
+def test_broken_masks(tmp_path, segmentation):
+    [one] = read(tmp_path, coco(segmentation=segmentation)).frames[4]
+    with pytest.raises(ClipError, match="unreadable mask in the annotations"):
+        read_mask(one, WIDTH, HEIGHT)
+
+
+def test_a_mask_of_another_size_is_refused_before_it_is_made(tmp_path):
+    [one] = read(tmp_path, coco(segmentation={"size": [10**9, 10**9], "counts": [10**18]})).frames[4]
+    with pytest.raises(ClipError, match="mask of another size"):
+        read_mask(one, WIDTH, HEIGHT)
+
+
+# -------------------------------------------------------------------------------------------------------- YouTube-VIS
+
+
+def youtube_vis(files=("clip/00000.jpg", "clip/00005.jpg", "clip/00010.jpg"), **annotation):
+    rle = {"size": [HEIGHT, WIDTH], "counts": compress(encode_mask(MASK)["counts"])}
+    found = {
+        "id": 21,
+        "video_id": 2,
+        "category_id": 5,
+        "bboxes": [[1, 2, 4, 4], None, [0, 0, 4, 4]],
+        "segmentations": [rle, None, None],
+        **annotation,
+    }
+    return {
+        "videos": [{"id": 2, "width": WIDTH, "height": HEIGHT, "length": len(files), "file_names": list(files)}],
+        "annotations": [{key: value for key, value in found.items() if value != "absent"}],
+        "categories": CATEGORIES,
+    }
+
+
+def test_youtube_vis(tmp_path):
+    frames = read(tmp_path, youtube_vis()).frames
+    assert {index: len(objects) for index, objects in frames.items()} == {0: 1, 5: 0, 10: 1}
+    assert (frames[0][0].object_id, frames[0][0].name, frames[0][0].box) == (21, "cup", BOX)
+    assert np.array_equal(read_mask(frames[0][0], WIDTH, HEIGHT), MASK)
+    assert (frames[10][0].object_id, frames[10][0].box) == (21, (0, 0, 0.4, 0.5))
+    assert read_mask(frames[10][0], WIDTH, HEIGHT) is None
+
+
+def test_a_list_as_long_as_the_video_counts_its_frames(tmp_path):
+    """OVIS starts its names at 1."""
+    files = [f"clip/img_{number:07d}.jpg" for number in range(1, FRAMES + 1)]
+    gaps = [None] * (FRAMES - 1)
+    content = youtube_vis(files, bboxes=[[1, 2, 4, 4], *gaps], segmentations="absent")
+    frames = read(tmp_path, content).frames
+    assert sorted(frames) == list(range(FRAMES))
+    assert [index for index, objects in frames.items() if objects] == [0]
+
+
+def test_boxes_from_the_masks_where_there_are_none(tmp_path):
+    assert read(tmp_path, youtube_vis(bboxes="absent")).frames[0][0].box == BOX
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "evidence"),
+    [
+        (youtube_vis(bboxes=[[1, 2, 4, 4]]), "unreadable annotations", "1 boxes and 3 masks, but the video 3 frames"),
+        (youtube_vis(bboxes=[[1, 2, 0, 0], None, None]), "unreadable annotations", "no area"),
+        (youtube_vis(bboxes=[[1, 2, float("nan"), 4], None, None]), "unreadable annotations", "four numbers"),
+        (youtube_vis(category_id=1), "unreadable annotations", "unknown category 1"),
+        (youtube_vis(("clip/00000.jpg", "clip/00005.jpg", "clip/00012.jpg")), "a frame that is not in the video", "12"),
+        (youtube_vis(("clip/a1.jpg", "clip/b1.jpg", "clip/c2.jpg")), "unreadable annotations", "same frame number"),
+    ],
+)
+def test_broken_youtube_vis_takes_its_clip_with_it(tmp_path, content, reason, evidence):
+    with pytest.raises(ClipError, match=reason) as caught:
+        read(tmp_path, content)
+    assert evidence in str(caught.value.evidence)
+
+
+def test_youtube_vis_of_another_size(tmp_path):
+    content = youtube_vis()
+    content["videos"][0]["height"] = 9
+    with pytest.raises(ClipError, match="annotations of another size"):
+        read(tmp_path, content)
+
+
+# -------------------------------------------------------------------------------------------------------------- DAVIS
+
+
+def davis(tmp_path, numbers=None, mode="P"):
+    numbers = np.where(MASK, 2, 0).astype(np.uint8) if numbers is None else numbers
+    numbers[0, 9], numbers[7, 0] = 255, 1
+    (tmp_path / "masks/clip").mkdir(parents=True)
+    picture = Image.fromarray(numbers)
+    picture.putpalette(list(range(256)) * 3)
+    picture.convert(mode).save(tmp_path / "masks/clip/00007.png")
+    return {"masks": "masks", "videos": {"clip": {"1": "cup", "2": "dog"}}}
+
+
+def test_davis(tmp_path):
+    cup, dog = read(tmp_path, davis(tmp_path)).frames[7]
+    assert (cup.name, cup.object_id, dog.name, dog.object_id) == ("cup", 1, "dog", 2)
+    assert dog.box == BOX
+    assert cup.box == (0, 7 / 8, 0.1, 1)
+    assert np.array_equal(read_mask(dog, WIDTH, HEIGHT), MASK)
+
+
+def test_davis_with_a_table_of_names(tmp_path):
+    davis(tmp_path)
+    table = "video,object,name\nmasks/clip,2,dog\nmasks/clip,1,\n"
+    [dog] = read(tmp_path, table, "masks/clip.mp4", "names.csv").frames[7]
+    assert (dog.name, dog.object_id) == ("dog", 2)
+
+
+def test_broken_davis(tmp_path):
+    content = davis(tmp_path)
+    with pytest.raises(ClipError) as caught:
+        read(tmp_path, {**content, "videos": {"clip": {"2": "dog"}}})
+    assert caught.value.evidence["error"] == "clip/00007.png: no names for the objects [1]"
+    with pytest.raises(ClipError) as caught:
+        read(tmp_path, {**content, "videos": {"elsewhere": {"2": "dog"}}}, "elsewhere.mp4")
+    assert "no pictures in the folder elsewhere" in caught.value.evidence["error"]
+    source = AnnotationSource(tmp_path / "all.json")
+    with pytest.raises(ClipError, match="unreadable annotations"):
+        source.read(tmp_path / "elsewhere.mp4", "elsewhere.mp4", WIDTH, HEIGHT, 5)
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    with pytest.raises(ClipError, match="mask of another size"):
+        AnnotationSource(tmp_path / "all.json").read(tmp_path / "clip.mp4", "clip.mp4", 11, HEIGHT, FRAMES)
+    with pytest.raises(ClipError, match="a frame that is not in the video"):
+        AnnotationSource(tmp_path / "all.json").read(tmp_path / "clip.mp4", "clip.mp4", WIDTH, HEIGHT, 7)
+    (tmp_path / "masks/clip/00008.png").write_bytes(b"no picture")
+    with pytest.raises(ClipError, match="unreadable mask"):
+        read(tmp_path, content)
+
+
+def test_davis_in_full_colour_is_refused(tmp_path):
+    with pytest.raises(ClipError) as caught:
+        read(tmp_path, davis(tmp_path, mode="RGB"))
+    assert "palette or grey picture" in caught.value.evidence["error"]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("clip,name\na,b\n", "needs the columns video, object, name; found clip, name"),
+        ("", "needs the columns video, object, name; found none"),
+        ("video,object,name\nclip,first,dog\n", "line 2: object must be a number, got 'first'"),
+    ],
+)
+def test_a_broken_table_of_names_stops_the_run(tmp_path, table, message):
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, table, file="names.csv")
+
+
+# -------------------------------------------------------------------------------------------------------------- masks
+
+
+def test_compressed_run_lengths_there_and_back():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        counts = [int(count) for count in rng.integers(0, 10 ** rng.integers(1, 7), rng.integers(1, 30))]
+        assert decode_counts(compress(counts)) == counts
+        assert decode_counts(compress(counts).encode()) == counts
+    assert decode_counts("") == []
+
+
+def test_compressed_run_lengths_as_the_coco_package_writes_them():
+    package = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for height, width, share in [(8, 10, 0.5), (120, 90, 0.01), (300, 400, 0.99), (5, 5, 0.0), (5, 5, 1.0)]:
+        mask = rng.random((height, width)) < share
+        theirs = package.encode(np.asfortranarray(mask.astype(np.uint8)))
+        assert decode_counts(theirs["counts"]) == encode_mask(mask)["counts"]
+        assert compress(encode_mask(mask)["counts"]) == theirs["counts"].decode()
+
+
+def test_polygons():
+    assert np.array_equal(draw_polygons(POLYGON, WIDTH, HEIGHT), MASK)
+    assert np.array_equal(draw_polygons([POLYGON[0], POLYGON[0]], WIDTH, HEIGHT), MASK)  # a union
+    over = draw_polygons([[-5, -5, 50, -5, 50, 50, -5, 50]], WIDTH, HEIGHT)
+    assert over.all()
+    assert not draw_polygons([[20, 20, 30, 20, 30, 30]], WIDTH, HEIGHT).any()
+    rows, columns = np.mgrid[:60, :80] + 0.5
+    angles = np.linspace(0, 2 * np.pi, 400, endpoint=False)
+    circle = np.stack([40 + 21.3 * np.cos(angles), 30 + 21.3 * np.sin(angles)], 1).ravel().tolist()
+    assert (draw_polygons([circle], 80, 60) != ((columns - 40) ** 2 + (rows - 30) ** 2 < 21.3**2)).mean() < 0.002
+
+
+def test_frame_numbers():
+    assert [frame_number(name) for name in ("clip/00012.jpg", "a1/img_0000003.png", "7.png")] == [12, 3, 7]
+
+
+def test_the_formats_feed_detector_and_segmenter(tmp_path, make_pair, make_entity):
+    black = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
+    content = coco(segmentation=POLYGON, image={"frame": 3})
+    pair = make_pair(black, black, annotations=read(tmp_path, content))
+    question = Question(video=pair.video, frame=pair.reference, entities=(make_entity("brown dog"),))
+    [[found]] = AnnotationSegmenter().segment([(pair.reference, AnnotationDetector().detect([question])[0])])
+    assert found.entity.phrase == "brown dog"
+    assert np.array_equal(found.mask, MASK)
