@@ -130,13 +130,14 @@ def _index(path: Path, container: Any) -> OpenVideo:
     codec = context.codec.canonical_name
     if context.width * context.height > MAX_PIXELS:
         raise ClipError("too large a picture", width=context.width, height=context.height, max_pixels=MAX_PIXELS)
-    packets, damaged = [], 0
+    packets, damaged, listed = [], 0, 0
     for packet in container.demux(stream):
+        listed += packet.dts is not None or bool(packet.size)  # all but the empty one at the end
         if not packet.size or (codec == "vp8" and not bytes(packet)[0] & SHOW_FRAME):
             continue
         damaged += packet.is_corrupt
         packets.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
-    _check_complete(container, stream, len(packets), damaged)
+    _check_complete(container, stream, listed, damaged)
     time_base = float(stream.time_base or 0)
     if any(pts is None for pts, *_ in packets):
         raise ClipError("frames without time stamps", container=container.format.name, codec=codec)

@@ -68,11 +68,14 @@ class PyAVReader:
         video, keep = open_video(self.path, self.facts), fits_in_memory(self.facts)
         wanted = self.facts.stamps[:limit]
         pictures = []
-        for stamp, frame in self._decode(video, 0, wanted, leave_out=False):
-            if keep:
-                self._kept[stamp] = frame
-            small = self._converter.reformat(frame, width=size, height=size, format="rgb24")
-            pictures.append(self._upright(small.to_ndarray()))
+        try:
+            for stamp, frame in self._decode(video, 0, wanted, leave_out=False):
+                if keep:
+                    self._kept[stamp] = frame
+                small = self._converter.reformat(frame, width=size, height=size, format="rgb24")
+                pictures.append(self._upright(small.to_ndarray()))
+        except (av.FFmpegError, OSError) as error:
+            raise _undecodable(error) from error
         if len(pictures) < len(wanted):
             raise ClipError("frames are missing", decoded=len(pictures), expected=len(wanted))
         return np.stack(pictures)
@@ -97,8 +100,12 @@ class PyAVReader:
         found: dict[int, np.ndarray] = {}
         leave_out, back = video.facts.codec in CAN_LEAVE_OUT and not video.counted, 1
         while True:
-            for stamp, frame in self._decode(video, number, sorted(stamps - found.keys()), leave_out):
-                found[stamp] = self._picture(frame)
+            fault = ClipError("frames are missing", wanted_time=self._seconds(min(stamps - found.keys())))
+            try:
+                for stamp, frame in self._decode(video, number, sorted(stamps - found.keys()), leave_out):
+                    found[stamp] = self._picture(frame)
+            except (av.FFmpegError, OSError) as error:
+                fault = _undecodable(error)
             missing = stamps - found.keys()
             if not missing:
                 return found
@@ -107,13 +114,13 @@ class PyAVReader:
             elif number:
                 number, back = max(0, number - back), 2 * back
             else:
-                raise ClipError("frames are missing", wanted_time=self._seconds(min(missing)))
+                raise fault
 
     def _decode(
         self, video: OpenVideo, number: int, wanted: Sequence[int], leave_out: bool
     ) -> Iterator[tuple[int, Any]]:
         """Decodes from key frame ``number`` on and yields the frames of these ascending time stamps; ends early when
-        one has not come in its turn.
+        one has not come in its turn. Errors are those of PyAV.
         """
         own, place, counter = set(wanted), 0, iter(video.facts.stamps)
         try:
@@ -131,8 +138,6 @@ class PyAVReader:
                     place += 1
                     if place == len(wanted):
                         return
-        except (av.FFmpegError, OSError) as error:
-            raise ClipError("undecodable video", error=one_line(error)) from error
         finally:
             video.stream.codec_context.skip_frame = "DEFAULT"
 
@@ -152,6 +157,10 @@ class PyAVReader:
         # PyAV hands out pictures as stored; rotation counts degrees anticlockwise, as np.rot90 does.
         turns = self.facts.rotation // 90
         return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+
+
+def _undecodable(error: Exception) -> ClipError:
+    return ClipError("undecodable video", error=one_line(error))
 
 
 class DecordReader:

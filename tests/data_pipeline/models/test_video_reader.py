@@ -3,6 +3,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -148,6 +149,29 @@ def test_after_a_key_frame_that_is_no_whole_picture_reading_starts_earlier(video
     index = facts.stamps.index(video_reader.open_video(videos["refresh.mp4"], facts).keys[3].pts)
     assert number_of(PyAVReader(videos["refresh.mp4"], facts).frames((index + 1,))[0]) == index + 1
     assert starts == [3, 3, 2]  # the second time nothing was left out
+
+
+@pytest.mark.parametrize("broken", [3, 5])
+def test_a_decoder_that_gives_up_is_given_an_earlier_start(videos, monkeypatch, broken):
+    facts = probe(videos["closed.mp4"])
+    original, starts = video_reader.packets_from, []
+
+    def packets(video, number):
+        starts.append(number)
+        if number > 4 - broken:
+            raise av.error.InvalidDataError(1, "no reference picture")
+        return original(video, number)
+
+    monkeypatch.setattr(video_reader, "packets_from", packets)
+    reader = PyAVReader(videos["closed.mp4"], facts)
+    if broken == 5:
+        with pytest.raises(ClipError, match="undecodable video"):
+            reader.frames((50,))
+        with pytest.raises(ClipError, match="undecodable video"):
+            reader.thumbnails(16, 60)
+    else:
+        assert number_of(reader.frames((50,))[0]) == 50
+    assert starts[:4] == [4, 4, 3, 1]
 
 
 def test_pictures_that_no_other_one_needs_are_not_decoded(videos, monkeypatch):
