@@ -136,6 +136,8 @@ def main() -> None:
     parser.add_argument("--videos", type=Path, required=True, help="folder of videos, or one of them")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--as-they-are", action="store_true", help="do not encode anew")
+    parser.add_argument("--heights", type=int, nargs="+", default=[360, 720])
+    parser.add_argument("--seconds", type=int, nargs="+", default=[4, 30])
     arguments = parser.parse_args()
     found = [arguments.videos] if arguments.videos.is_file() else sorted(arguments.videos.iterdir())
     sources = [path for path in found if path.suffix in VIDEO_SUFFIXES]
@@ -147,8 +149,8 @@ def main() -> None:
             clips = {path.name: path for path in sources}
         else:
             clips = {}
-            for height in (360, 720):
-                for seconds in (4, 30):
+            for height in arguments.heights:
+                for seconds in arguments.seconds:
                     for gop in (30, 250):
                         clips[f"{height}p, {seconds} s, keys every {gop}"] = (height, seconds, gop)
         for name, clip in clips.items():
