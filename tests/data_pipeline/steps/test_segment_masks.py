@@ -96,7 +96,7 @@ def test_all_frames_of_a_batch_are_one_request(segment):
 
 
 def test_wrong_settings(tmp_path):
-    with pytest.raises(SettingsError, match="segmenter must be one of annotations, sam, mobile-sam, got 'unet'"):
+    with pytest.raises(SettingsError, match="must be one of annotations, sam, mobile-sam, embedded, got 'unet'"):
         SegmentMasks(segmenter="unet")
     with pytest.raises(InputError, match="for sam is vit_b, vit_l, vit_h or a json file; there is no file vit_x"):
         SegmentMasks(segmenter="sam", model="vit_x")
