@@ -28,10 +28,11 @@ Request = tuple[Frame, tuple[Detection, ...]]
 class SegmentMasks(Step[DetectedPair, DetectedPair]):
     """Masks by the segmenter of the given name.
 
-    segmenter: "annotations", "sam", "mobile-sam" or "embedded" (a tiny SAM that comes with the repository). model:
-    for sam "vit_b", "vit_l" or "vit_h", for mobile-sam "vit_t", or a json file with the sizes of another
-    one; empty for the first of these names. checkpoint: its weights, .safetensors or PyTorch's. device: "cpu", "cuda",
-    "cuda:1". frames_per_batch: frames encoded at once; it does not change the dataset. Detections whose mask is empty, or has no pixel in their box, are left out here.
+    segmenter: "annotations", "sam", "mobile-sam" or "embedded" (a tiny SAM that comes with the repository). model: for
+    sam "vit_b", "vit_l" or "vit_h", for mobile-sam "vit_t", or a json file with the sizes of another one; empty for the
+    first of these names. checkpoint: its weights, .safetensors or PyTorch's. device: "cpu", "cuda", "cuda:1".
+    frames_per_batch: frames encoded at once; it does not change the dataset. Detections whose mask is empty, or has no
+    pixel in their box, are left out here.
     """
 
     segmenter: str = "annotations"
