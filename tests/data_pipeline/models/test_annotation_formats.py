@@ -231,6 +231,15 @@ def test_davis_with_a_table_of_names(tmp_path):
     assert (dog.name, dog.object_id) == ("dog", 2)
 
 
+def test_a_folder_stands_for_its_table_of_names(tmp_path):
+    davis(tmp_path)
+    with pytest.raises(InputError, match="has no names.json or names.csv, which DAVIS masks need"):
+        AnnotationSource(tmp_path / "masks")
+    (tmp_path / "masks/names.csv").write_text("video,object,name\nclip,1,cup\nclip,2,dog\n")
+    found = AnnotationSource(tmp_path / "masks").read(tmp_path / "clip.mp4", "clip.mp4", WIDTH, HEIGHT, FRAMES)
+    assert [one.name for one in found.frames[7]] == ["cup", "dog"]
+
+
 def test_broken_davis(tmp_path):
     content = davis(tmp_path)
     with pytest.raises(ClipError) as caught:
