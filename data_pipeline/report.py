@@ -107,10 +107,13 @@ def render_report(out: Path, build: Mapping[str, Any], stages: Sequence[str] | N
     the counts. InputError if something of the dataset is missing or damaged.
     """
     tally = Tally(list(build["settings"]) if stages is None else stages)
+    shards = {entry["name"] for entry in build["shards"]}
     every = max(1, -(-build["counts"]["samples"] // KEPT_SHOWN))
     shown: list[tuple[str, str]] = []
     last_video: object = None
     for row in index_rows(out):
+        if row["shard"] not in shards:
+            raise InputError(f"index.parquet names a shard {row['shard']!r} that build.json does not list")
         if tally.samples % every == 0:
             shown.append((row["shard"], row["key"]))
         tally.add_sample(row)
@@ -121,6 +124,10 @@ def render_report(out: Path, build: Mapping[str, Any], stages: Sequence[str] | N
     pictured: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for entry in rejected_videos(out):
         kind = (entry["stage"], entry["reason"])
+        if kind[0] not in tally.rejected:
+            raise InputError(
+                f"rejected.jsonl names a step {kind[0]!r} that build.json does not know: they don't belong together"
+            )
         tally.reject(*kind)
         if len(examples[kind]) < EXAMPLES:
             examples[kind].append(entry)

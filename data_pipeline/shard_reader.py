@@ -22,6 +22,8 @@ from data_pipeline.records import InputError
 SAMPLE_SCHEMA = "msdiffusion.pairs/1"
 BUILD_SCHEMA = "data_pipeline.build/1"
 MEMBER = re.compile(r"(?P<key>[A-Za-z0-9_-]+)\.(?P<suffix>target\.jpg|json|reference_(?:0|[1-9][0-9]*)\.png)")
+KEY = re.compile(r"[A-Za-z0-9_-]+")
+REJECTED_FIELDS = frozenset({"video", "key", "stage", "reason", "evidence"})
 # Damaged files must not ask for all memory: no picture of a dataset is near this.
 MOST_BYTES = 1 << 30
 
@@ -186,16 +188,19 @@ def read_build(folder: Path) -> dict[str, Any]:
 
 
 def rejected_videos(folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines of rejected.jsonl; InputError if it is missing or damaged."""
+    """The lines of rejected.jsonl: video, key, stage, reason, evidence. InputError if it is missing or damaged."""
     path = folder / "rejected.jsonl"
     if not path.is_file():
         raise InputError(f"no {path}: the dataset is not complete")
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line)
+                entry = json.loads(line)
             except ValueError as error:
                 raise InputError(f"{path}, line {number}, is no json ({error})") from error
+            if not isinstance(entry, dict) or not entry.keys() >= REJECTED_FIELDS or not KEY.fullmatch(entry["key"]):
+                raise InputError(f"{path}, line {number}, is no rejected video: {line[:200]!r}")
+            yield entry
 
 
 def index_rows(folder: Path) -> Iterator[dict[str, Any]]:

@@ -157,6 +157,15 @@ def test_an_incomplete_dataset_is_one_clear_error(finished, capsys, name, messag
     assert re.search(message, error), error
 
 
+def test_parts_of_two_datasets(finished):
+    journal, files, build = finished
+    keep_notes(journal, files)
+    with pytest.raises(InputError, match="names a shard 'pairs-000000.tar' that build.json does not list"):
+        render_report(journal.out, {**build, "shards": []})
+    with pytest.raises(InputError, match="names a step 'read_videos' that build.json does not know"):
+        render_report(journal.out, {**build, "settings": {"filter_pairs": {}}})
+
+
 def test_a_broken_picture_of_a_rejected_clip(finished, capsys):
     journal, files, build = finished
     write_report(journal, files, STAGES, build)

@@ -1,4 +1,5 @@
 from collections import Counter
+from xml.etree import ElementTree
 
 import pytest
 
@@ -67,6 +68,18 @@ def test_phrases_by_count_then_alphabet_and_no_more_than_fit():
     assert "thing 20" not in chart
     assert "32 phrases; the most common one is &lt;b&gt;, of 9 subjects; 12 rarer ones, of 24 subjects" in chart
     assert phrase_chart(Counter()) == ""
+
+
+def test_charts_are_well_formed():
+    histogram = Histogram("seconds & <more>", "samples", 0.5, 30, open_end=True)
+    for value in (0.2, 3, 45):
+        histogram.add(value)
+    for chart in (column_chart(histogram), phrase_chart(Counter({"a & b": 3, "x" * 40: 1}))):
+        drawing = ElementTree.fromstring(chart[chart.index("<svg") : chart.index("</svg>") + 6])
+        wide, high = float(drawing.get("width")), float(drawing.get("height"))
+        for bar in drawing.iter("rect"):
+            assert 0 <= float(bar.get("x")) <= float(bar.get("x")) + float(bar.get("width")) <= wide
+            assert 0 <= float(bar.get("y")) <= float(bar.get("y")) + float(bar.get("height")) <= high
 
 
 def test_funnel_rows(tally):

@@ -198,9 +198,16 @@ def test_index_and_rejected_must_be_there_and_whole(tmp_path):
     for read, name in ((rejected_videos, "rejected.jsonl"), (index_rows, "index.parquet")):
         with pytest.raises(InputError, match=f"no .*{name}: the dataset is not complete"):
             list(read(tmp_path))
-    (tmp_path / "rejected.jsonl").write_text('{"video": "a"}\n{')
-    with pytest.raises(InputError, match="line 2, is no json"):
-        list(rejected_videos(tmp_path))
+    entry = {"video": "a.mp4", "key": "a", "stage": "cut_shots", "reason": "a single frame", "evidence": {}}
+    for line, message in (
+        ("{", "line 2, is no json"),
+        ("[]", "line 2, is no rejected video"),
+        (json.dumps({**entry, "key": "../a"}), "line 2, is no rejected video"),
+        (json.dumps({name: value for name, value in entry.items() if name != "stage"}), "line 2, is no rejected video"),
+    ):
+        (tmp_path / "rejected.jsonl").write_text(f"{json.dumps(entry)}\n{line}")
+        with pytest.raises(InputError, match=message):
+            list(rejected_videos(tmp_path))
     (tmp_path / "index.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(InputError, match="does not open"):
         list(index_rows(tmp_path))
