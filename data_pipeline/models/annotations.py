@@ -128,8 +128,8 @@ class AnnotationSource:
 
 def read_many(path: Path) -> dict[str, Entry]:
     """Video -> what the file says about it. Videos go by their path below the folder of videos, with or without its
-    suffix. A folder stands for the names.json or names.csv in it (DAVIS). InputError if the file is of none of the known
-    formats.
+    suffix. A folder stands for the names.json or names.csv in it (DAVIS). InputError if the file is of none of the
+    known formats.
     """
     if path.is_dir():
         tables = [path / name for name in ("names.json", "names.csv") if (path / name).is_file()]
