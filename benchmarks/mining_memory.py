@@ -60,32 +60,42 @@ def processes_below(parent: int, depth: int = 0) -> Iterator[tuple[int, int]]:
             yield from processes_below(int(child), depth + 1)
 
 
-def resident(process: int) -> float:
-    """Megabytes of a process that are its own: pages shared with the process it was forked from count once, there."""
+def own_memory(process: int) -> float:
+    """Megabytes that a process has written to, a page that several share being split among them. Pages of libraries
+    don't count: who else uses those on the machine is no matter of ours.
+    """
     for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
+        if line.startswith("Pss_Anon:"):
             return int(line.split()[1]) / 1000
     return 0.0
 
 
-def sample(command: list[str], out: Path, interval: float) -> dict[int, Series]:
-    """Runs the command and watches its processes."""
-    series: dict[int, Series] = {}
+def sample(command: list[str], out: Path, interval: float) -> list[Series]:
+    """Runs the command and watches its processes until the last clip is done; the first series is their sum."""
+    together, series = Series("all together"), {}
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while run.poll() is None:
-        done = sum(1 for _ in out.glob(".mining/??/*.json"))
-        try:
-            for process, depth in processes_below(run.pid):
-                # Workers are forked from a server that has done the slow imports.
-                own = series.setdefault(process, Series(("parent", "server", "worker")[min(depth, 2)]))
-                own.megabytes.append(resident(process))
-                own.clips.append(done)
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended
-            pass
         time.sleep(interval)
+        done = sum(1 for _ in out.glob(".mining/??/*.json"))
+        if done < max(together.clips, default=0):  # the shards are written, the journal goes
+            continue
+        try:
+            # Workers are forked from a server that has done the slow imports.
+            now = {
+                process: (("parent", "server", "worker")[min(depth, 2)], own_memory(process))
+                for process, depth in processes_below(run.pid)
+            }
+        except (FileNotFoundError, ProcessLookupError):  # one has just ended
+            continue
+        for process, (name, megabytes) in now.items():
+            own = series.setdefault(process, Series(name))
+            own.clips.append(done)
+            own.megabytes.append(megabytes)
+        together.clips.append(done)
+        together.megabytes.append(sum(megabytes for _, megabytes in now.values()))
     if run.returncode:
         raise SystemExit(f"the run failed with exit code {run.returncode}")
-    return series
+    return [together, *series.values()]
 
 
 def draw(series: list[Series], path: Path) -> None:
@@ -98,8 +108,8 @@ def draw(series: list[Series], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 3.5))
     for own in series:
         axes.plot(own.clips, own.megabytes, label=f"{own.name}: {own.growth():+.1f} MB per 1000 clips")
-    axes.set(xlabel="clips finished", ylabel="memory (PSS), MB", ylim=(0, None))
-    axes.legend(loc="lower right")
+    axes.set(xlabel="clips finished", ylabel="own memory, MB", ylim=(0, None))
+    axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -121,8 +131,8 @@ def main() -> None:
         begun = time.monotonic()
         options = ["--detector", "annotations", "--segmenter", "annotations", "--workers", str(arguments.workers)]
         series = sample([*command, *options, "--quiet"], out, arguments.interval)
-    busy = [own for own in series.values() if len(own.clips) > 5 and max(own.clips) > arguments.clips / 2]
-    busy = [own for own in busy if max(own.megabytes) > 20]  # Python's resource tracker does no mining
+    busy = [own for own in series if len(own.clips) > 5 and max(own.clips) > arguments.clips / 2]
+    busy = [own for own in busy if max(own.megabytes) > 12]  # Python's resource tracker does no mining
     for own in busy:
         quarter, last = np.searchsorted(own.clips, [arguments.clips // 4, max(own.clips)])
         early, late = own.megabytes[quarter], own.megabytes[last - 1]
