@@ -103,7 +103,7 @@ def make_keys(names: Iterable[str]) -> dict[str, str]:
     counts = Counter(key.lower() for key in plain.values())
     keys = {}
     for name, key in plain.items():
-        if counts[key.lower()] > 1 or len(key) > MAX_KEY or key.endswith("-swapped"):
+        if counts[key.lower()] > 1 or len(key) > MAX_KEY or re.search(r"-(swapped|pair\d+)$", key):
             key = f"{key[: MAX_KEY - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         keys[name] = key
     return keys

@@ -119,11 +119,12 @@ def test_an_empty_cell_is_no_caption(tmp_path):
 
 
 def test_keys_have_no_dots_and_are_unique():
-    names = ["clip.mp4", "a b.mp4", "a_b.mp4", "v1.2.mp4", "x" * 99 + ".mp4", "y-swapped.mp4", "Clip.mp4"]
+    names = ["clip.mp4", "a b.mp4", "a_b.mp4", "v1.2.mp4", "x" * 99 + ".mp4", "y-swapped.mp4", "z-pair2.mp4", "Clip.mp4"]
     keys = make_keys(names)
     assert keys["v1.2.mp4"] == "v1_2"
     assert keys["a b.mp4"].startswith("a_b-")
     assert not keys["y-swapped.mp4"].endswith("-swapped")
+    assert not keys["z-pair2.mp4"].endswith("-pair2")
     assert len({key.lower() for key in keys.values()}) == len(names)
     assert all("." not in key and len(key) <= 60 for key in keys.values())
 
