@@ -245,6 +245,7 @@ def folder(tmp_path_factory):
 
 def mine(folder, out, workers):
     options = ["--captions", str(folder / "captions.csv"), "--workers", str(workers), "--quiet"]
+    options += ["--detector", "annotations", "--segmenter", "annotations"]
     return main(["--videos", str(folder), "--out", str(out), *options, "--clip-timeout", "60"])
 
 
