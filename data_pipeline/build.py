@@ -38,9 +38,10 @@ def check_annotations_exist(arguments: argparse.Namespace, files: Sequence[Video
         name = Path(files[0].name).stem
         raise InputError(
             f"the detector 'annotations' reads boxes that come with the videos, but none of {len(files)} has any.\n"
-            f"Give sidecars ({name}.annotations.json ...), or --annotations FILE, or find boxes with\n"
-            "  --detector groundingdino --detector-config FILE --detector-checkpoint FILE "
-            "--segmenter sam --segmenter-checkpoint FILE"
+            f"Give sidecars ({name}.annotations.json ...), or --annotations FILE_OR_FOLDER, or find boxes with\n"
+            "  --detector groundingdino-hf --detector-model IDEA-Research/grounding-dino-tiny "
+            "--segmenter mobile-sam --segmenter-checkpoint FILE\n"
+            "(clips of the procedural world: --detector embedded --segmenter embedded; all ways: docs/mining.md)"
         )
 
 

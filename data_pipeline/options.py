@@ -156,7 +156,11 @@ BOXES = StepOptions(
         "model": Setting(
             "directory or hub id of groundingdino-hf or groundingdino", flag="detector-model", metavar="NAME"
         ),
-        "config": Setting("configuration of groundingdino (Python)", flag="detector-config", metavar="FILE"),
+        "config": Setting(
+            "configuration of groundingdino (Python assignments, read and not run)",
+            flag="detector-config",
+            metavar="FILE",
+        ),
         "checkpoint": Setting("weights of groundingdino", flag="detector-checkpoint", metavar="FILE"),
         "text_encoder": Setting(
             "BERT of groundingdino, if not the configuration's", flag="detector-text-encoder", metavar="DIR"
@@ -172,7 +176,11 @@ MASKS = StepOptions(
     SegmentMasks,
     {
         "segmenter": Setting("where masks come from", choices=SEGMENTERS),
-        "model": Setting("of sam: vit_b, vit_l, vit_h or a json file", flag="segmenter-model", metavar="NAME"),
+        "model": Setting(
+            "sam: vit_b, vit_l, vit_h; mobile-sam: vit_t; or a json file; default: the first of these",
+            flag="segmenter-model",
+            metavar="NAME",
+        ),
         "checkpoint": Setting("weights of the segmenter", flag="segmenter-checkpoint", metavar="FILE"),
         "frames_per_batch": Setting("frames encoded at once by the segmenter", flag="segmenter-batch"),
     },

@@ -7,4 +7,4 @@ from pathlib import Path
 EMBEDDED = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny" / "mining"
 EMBEDDED_DETECTOR = EMBEDDED / "detector"
 EMBEDDED_SEGMENTER = EMBEDDED / "segmenter"
-SEGMENTER_SIZES, SEGMENTER_WEIGHTS = EMBEDDED_SEGMENTER / "sizes.json", EMBEDDED_SEGMENTER / "model.safetensors"
+SEGMENTER_SIZES, SEGMENTER_WEIGHTS = EMBEDDED_SEGMENTER / "config.json", EMBEDDED_SEGMENTER / "model.safetensors"

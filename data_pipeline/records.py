@@ -258,7 +258,7 @@ class Entity:
     """A thing that the caption names."""
 
     phrase: str
-    """Noun in the singular with its compounds: "soccer ball"."""
+    """Noun in the singular with its compounds, colours and materials, lower case: "white soccer ball"."""
     head: str
     """The noun alone: "ball"."""
     mention: str

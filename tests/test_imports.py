@@ -58,7 +58,7 @@ RANKS = {
 # The only parts of data_pipeline that msdiffusion may know.
 SHARED_WITH_MSDIFFUSION = ("data_pipeline.records", "data_pipeline.world")
 # What a step may know of data_pipeline: the records, the base class, and the wrappers round the libraries.
-KNOWN_TO_STEPS = ("data_pipeline.records", "data_pipeline.step", "data_pipeline.models")
+KNOWN_TO_STEPS = ("data_pipeline.records", "data_pipeline.step", "data_pipeline.places", "data_pipeline.models")
 # Libraries that cost seconds to import or need weights: inside data_pipeline they appear in models/ only.
 HEAVY = frozenset(
     {"torch", "torchvision", "cv2", "decord", "spacy", "transformers", "diffusers", "groundingdino", "segment_anything"}
@@ -178,8 +178,8 @@ def breach_in_data_pipeline(name: str, found: Import) -> str | None:
     if inside(name, ("data_pipeline.steps",)) and inside(found.module, ("data_pipeline",)):
         if not inside(found.module, (*KNOWN_TO_STEPS, name)):
             return f"a step may know only {', '.join(KNOWN_TO_STEPS)}"
-    elif inside(found.module, ("data_pipeline.steps",)) and name != "data_pipeline.build":
-        return "only build.py knows the steps"
+    elif inside(found.module, ("data_pipeline.steps",)) and name != "data_pipeline.options":
+        return "only options.py knows the steps"
     return None
 
 
@@ -233,7 +233,7 @@ BREACHES = [
     ("data_pipeline.steps.detect_boxes", "from data_pipeline.steps import cut_shots", "a step may know only"),
     ("data_pipeline.steps.detect_boxes", "from .cut_shots import CutShots", "a step may know only"),
     ("data_pipeline.steps.detect_boxes", "from data_pipeline import run", "a step may know only"),
-    ("data_pipeline.run", "from data_pipeline.steps.cut_shots import CutShots", "only build.py knows the steps"),
+    ("data_pipeline.run", "from data_pipeline.steps.cut_shots import CutShots", "only options.py knows the steps"),
 ]
 LAWFUL = [
     ("msdiffusion.adapter", "from msdiffusion.resampler import GroundingResampler\nfrom .attention import *"),
@@ -242,7 +242,7 @@ LAWFUL = [
     ("msdiffusion.evaluation.judge", "from data_pipeline.world import CATEGORIES"),
     ("data_pipeline.models.detector", "import torch\nfrom data_pipeline.records import Detection"),
     ("data_pipeline.steps.detect_boxes", "def setup():\n    from data_pipeline.models.detector import load"),
-    ("data_pipeline.build", "from data_pipeline.steps.cut_shots import CutShots"),
+    ("data_pipeline.options", "from data_pipeline.steps.cut_shots import CutShots"),
 ]
 
 

@@ -18,7 +18,7 @@ class ReadVideos(Step[VideoFile, Video]):
     disagree with their video.
 
     reader: "auto", "decord" or "pyav" (data_pipeline/models/video_reader.py tells them apart). annotations: whether
-    to read the boxes and masks that came with the videos; annotations_file: a corpus file, else the sidecars.
+    to read the boxes and masks that came with the videos; annotations_file: a corpus file or folder, else the sidecars.
     caption_required: if not, the caption of a clip that has none is "", and a later step has to write one.
     """
 
@@ -30,8 +30,8 @@ class ReadVideos(Step[VideoFile, Video]):
     def __post_init__(self) -> None:
         if self.reader not in ("auto", "decord", "pyav"):
             raise SettingsError(f"reader must be auto, decord or pyav, got {self.reader!r}")
-        if self.annotations_file is not None and not self.annotations_file.is_file():
-            raise InputError(f"no annotations file at {self.annotations_file}")
+        if self.annotations_file is not None and not self.annotations_file.exists():
+            raise InputError(f"no annotations file or folder at {self.annotations_file}")
 
     def setup(self) -> None:
         """Loads the readers and the corpus file."""

@@ -219,10 +219,10 @@ def test_other_videos_on_a_complete_folder(mined, folder, capsys):
 
 def test_another_annotations_file_of_the_same_name(folder, tmp_path, capsys):
     corpus = tmp_path / "corpus.json"
-    corpus.write_text('{"videos": {}}')
+    corpus.write_text('{"videos": {"a": {"file": "a.mp4", "width": 8, "height": 8, "annotations": []}}}')
     assert mine(folder, tmp_path / "out", "--annotations", corpus) == 0
     assert mine(folder, tmp_path / "out", "--annotations", corpus) == 0
-    corpus.write_text('{"videos": {} }')
+    corpus.write_text(corpus.read_text() + " ")
     assert mine(folder, tmp_path / "out", "--annotations", corpus) == 2
     assert "the file of read_videos.annotations_file has changed since" in capsys.readouterr().err
 
@@ -269,9 +269,9 @@ def test_annotated_masks_belong_to_annotated_boxes():
 BAD = {
     "missing folder": (["--videos", "nowhere"], "no folder of videos at nowhere"),
     "folder without videos": (["--videos", "."], "no videos in ."),
-    "no annotations at all": (["--videos", "bare"], "none of 1 has any.*--detector groundingdino"),
+    "no annotations at all": (["--videos", "bare"], "none of 1 has any.*--detector groundingdino-hf"),
     "missing table": (["--videos", "bare", "--captions", "no.csv"], "no captions table at no.csv"),
-    "missing corpus": (["--videos", "bare", "--annotations", "no.json"], "no annotations file at no.json"),
+    "missing corpus": (["--videos", "bare", "--annotations", "no.json"], "no annotations file or folder at no.json"),
     "workers": (["--videos", "bare", "--workers", "-1"], "--workers must be 0 or more, got -1"),
     "timeout": (["--videos", "bare", "--clip-timeout", "0"], "--clip-timeout must be positive, got 0"),
     "filter": (["--videos", "bare", "--min-fill", "2"], r"min_fill must lie in \[0, 1\], got 2"),

@@ -119,7 +119,16 @@ def test_an_empty_cell_is_no_caption(tmp_path):
 
 
 def test_keys_have_no_dots_and_are_unique():
-    names = ["clip.mp4", "a b.mp4", "a_b.mp4", "v1.2.mp4", "x" * 99 + ".mp4", "y-swapped.mp4", "z-pair2.mp4", "Clip.mp4"]
+    names = [
+        "clip.mp4",
+        "a b.mp4",
+        "a_b.mp4",
+        "v1.2.mp4",
+        "x" * 99 + ".mp4",
+        "y-swapped.mp4",
+        "z-pair2.mp4",
+        "Clip.mp4",
+    ]
     keys = make_keys(names)
     assert keys["v1.2.mp4"] == "v1_2"
     assert keys["a b.mp4"].startswith("a_b-")

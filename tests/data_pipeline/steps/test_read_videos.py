@@ -73,7 +73,7 @@ def test_annotations_are_not_looked_for_when_nobody_needs_them(write_clip, tmp_p
 def test_wrong_settings(tmp_path):
     with pytest.raises(SettingsError, match="reader must be auto, decord or pyav, got 'cv2'"):
         ReadVideos(reader="cv2")
-    with pytest.raises(InputError, match="no annotations file at"):
+    with pytest.raises(InputError, match="no annotations file or folder at"):
         ReadVideos(annotations_file=tmp_path / "missing.json")
 
 
