@@ -62,10 +62,10 @@ KNOWN_TO_STEPS = ("data_pipeline.records", "data_pipeline.step", "data_pipeline.
 # Libraries that cost seconds to import or need weights: inside data_pipeline they appear in models/ only.
 HEAVY = frozenset(
     {"torch", "torchvision", "cv2", "decord", "spacy", "transformers", "diffusers", "groundingdino", "segment_anything"}
-    | {"open_clip", "pytorch_lightning"}
+    | {"open_clip", "pytorch_lightning", "scenedetect"}
 )
 # What the front doors must leave unloaded.
-UNLOADED = sorted(HEAVY | {"av", "webdataset", "pyarrow", "pandas", "scipy", "matplotlib", "jsonargparse"})
+UNLOADED = sorted(HEAVY | {"av", "ray", "webdataset", "pyarrow", "pandas", "scipy", "matplotlib", "jsonargparse"})
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ def test_every_setting_of_every_step_is_on_the_command_line():
     derived = {
         "read_videos": {"annotations", "annotations_file", "caption_required"},
         "pick_frames": {"annotated_only"},
-        **dict.fromkeys(("write_captions", "detect_boxes", "segment_masks", "match_subjects"), {"device"}),
+        **{name: {"device"} for name in ("write_captions", "detect_boxes", "segment_masks", "match_subjects")},
     }
     for options, step in zip(STEPS, make_steps(arguments()), strict=True):
         names = {field.name for field in fields(step) if field.init and field.name != "pipeline"}
@@ -333,7 +333,7 @@ def test_real_clips(shared_dir, tmp_path):
     phrases = {
         key: [subject["phrase"] for subject in json.loads(files["json"])["subjects"]] for key, files in samples.items()
     }
-    assert phrases == {"01_dog": ["woman"], "02_cups": ["plastic cup", "plastic cup"], "05_default_juggle": ["man"]}
+    assert phrases == {"01_dog": ["woman"], "02_cups": ["red plastic cup", "red plastic cup"], "05_default_juggle": ["man"]}
     lost = rejected(tmp_path / "out")
     assert lost["03_blocks.mp4"]["reason"] == "fewer than two annotated frames in one shot"
     assert lost["03_blocks.mp4"]["evidence"] == {"shots": 1, "frames": [97]}
