@@ -22,6 +22,8 @@ Place = Any  # a shared integer: the number of the stage that a worker is in
 
 # One task waits in the pipe while the worker has another in hand, so that it never waits for the parent.
 TASKS_PER_WORKER = 2
+# A worker is replaced after so many: allocators keep a little of what every decoder and every model has used.
+TASKS_UNTIL_REPLACED = 10_000
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class _Worker(Generic[Task]):
     place: Place
     ready: bool = False
     tasks: deque[Task] = field(default_factory=deque)
+    fed: int = 0
+    """Tasks that it has been given."""
     started: float = 0.0
     """When the task in hand was begun, or was next in the pipe."""
 
@@ -105,6 +109,8 @@ def run_pool(
                 if isinstance(outcome, Failure):
                     pool[pool.index(worker)] = _replace(context, make, worker, waiting)
                 yield task, outcome
+            for worker in [worker for worker in pool if worker.fed >= TASKS_UNTIL_REPLACED and not worker.tasks]:
+                pool[pool.index(worker)] = _replace(context, make, worker, waiting)
             for worker in [worker for worker in pool if worker.tasks and time.monotonic() - worker.started > timeout]:
                 if worker.ready and not worker.connection.poll():
                     task = worker.tasks.popleft()
@@ -135,13 +141,14 @@ class Guard(Generic[Task]):
         while not worker.ready:
             _listen(worker)
         worker.started = time.monotonic()
+        worker.fed += 1
         with contextlib.suppress(OSError):  # it has died while it was idle: noticed below
             worker.connection.send(task)
         if worker.connection.poll(timeout):
             outcome = _listen(worker)
         else:
             outcome = Failure("timeout", worker.place.value, f"stopped after {timeout:g} seconds")
-        if isinstance(outcome, Failure):
+        if isinstance(outcome, Failure) or worker.fed >= TASKS_UNTIL_REPLACED:
             self.close()
         return outcome
 
@@ -184,10 +191,11 @@ def _replace(context: Any, make: Callable[[], Any], worker: _Worker, waiting: de
 
 
 def _feed(worker: _Worker, waiting: deque) -> None:
-    while waiting and worker.ready and len(worker.tasks) < TASKS_PER_WORKER:
+    while waiting and worker.ready and len(worker.tasks) < TASKS_PER_WORKER and worker.fed < TASKS_UNTIL_REPLACED:
         if not worker.tasks:
             worker.started = time.monotonic()
         worker.tasks.append(waiting.popleft())
+        worker.fed += 1
         try:
             worker.connection.send(worker.tasks[-1])
         except OSError:  # it has just died: noticed when its end of the pipe is read

@@ -333,7 +333,11 @@ def test_real_clips(shared_dir, tmp_path):
     phrases = {
         key: [subject["phrase"] for subject in json.loads(files["json"])["subjects"]] for key, files in samples.items()
     }
-    assert phrases == {"01_dog": ["woman"], "02_cups": ["red plastic cup", "red plastic cup"], "05_default_juggle": ["man"]}
+    assert phrases == {
+        "01_dog": ["woman"],
+        "02_cups": ["red plastic cup", "red plastic cup"],
+        "05_default_juggle": ["man"],
+    }
     lost = rejected(tmp_path / "out")
     assert lost["03_blocks.mp4"]["reason"] == "fewer than two annotated frames in one shot"
     assert lost["03_blocks.mp4"]["evidence"] == {"shots": 1, "frames": [97]}

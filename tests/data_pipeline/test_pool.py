@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from data_pipeline import pool
 from data_pipeline.pool import Failure, run_pool
 from data_pipeline.records import InputError, MiningError
 
@@ -82,3 +83,31 @@ def test_no_tasks(run):
 def test_a_worker_that_cannot_start_stops_the_run(run, kind, error, message):
     with pytest.raises(error, match=message):
         run(["a"], kind=kind)
+
+
+def test_workers_are_replaced_after_many_tasks_and_nothing_is_lost(run, monkeypatch):
+    monkeypatch.setattr(pool, "TASKS_UNTIL_REPLACED", 3)
+    started = []
+    start = pool._start
+    monkeypatch.setattr(pool, "_start", lambda *arguments: started.append(1) or start(*arguments))
+    tasks = [f"t{i}" for i in range(10)]
+    assert run(tasks) == {task: task.upper() for task in tasks}
+    assert len(started) >= 4
+
+
+def test_a_guard_gives_results_failures_and_errors_and_goes_on_after_each(tmp_path, monkeypatch):
+    (tmp_path / "guard_work.py").write_text(WORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    import guard_work
+
+    guard = pool.Guard(functools.partial(guard_work.make, "good"))
+    try:
+        assert guard.work("a", 20.0) == "A"
+        assert guard.work("hang", 1.0) == Failure("timeout", 2, "stopped after 1 seconds")
+        assert guard.work("b", 20.0) == "B"
+        assert guard.work("die", 20.0) == Failure("died", 2, "exit code 7")
+        assert guard.work("c", 20.0) == "C"
+    finally:
+        guard.close()
+    with pytest.raises(InputError, match="no model here"):
+        pool.Guard(functools.partial(guard_work.make, "no model")).work("a", 20.0)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import pytest
 
 from data_pipeline.journal import Journal
-from data_pipeline.records import ClipError, EncodedPair, Rejected, VideoFile
+from data_pipeline.records import ClipError, EncodedPair, OutputError, Rejected, VideoFile
 from data_pipeline.run import run
 from data_pipeline.step import Step
 
@@ -92,3 +92,20 @@ def test_a_decoder_that_hangs_or_dies_takes_one_clip_with_it(files, journal, tmp
     assert (markers[1]["stage"], markers[1]["reason"]) == ("decode", "took too long")
     assert (markers[2]["stage"], markers[2]["reason"]) == ("decode", "the worker died")
     assert markers[2]["evidence"] == {"detail": "exit code 11"}
+
+
+def test_a_disk_that_cannot_be_written_to_stops_the_run_and_the_next_one_goes_on(files, journal, tmp_path, monkeypatch):
+    (tmp_path / "plain_step.py").write_text(STEP)
+    monkeypatch.syspath_prepend(tmp_path)
+    import plain_step
+
+    waiting = [file for file in files if file.key in ("a", "z")]
+    blocked = journal._path("z", ".json").parent
+    blocked.write_text("a file where a folder should be")
+    with pytest.raises(OutputError, match="cannot make the folder"):
+        run([plain_step.Decode()], waiting, journal, workers=1, timeout=20, quiet=True)
+    assert journal.read(waiting[0])["kept"]
+    assert journal.read(waiting[1]) is None
+    blocked.unlink()
+    run([plain_step.Decode()], waiting, journal, workers=1, timeout=20, quiet=True)
+    assert [journal.read(file)["kept"] for file in waiting] == [True, True]

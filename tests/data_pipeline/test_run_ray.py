@@ -124,7 +124,9 @@ def test_a_disk_that_cannot_be_written_to_stops_the_run(ray_steps, make_files, j
     [file] = make_files("a")
     journal._path(file.key, ".json").parent.write_text("a file where a folder should be")
     with pytest.raises(OutputError, match="cannot make the folder"):
-        run_on_ray([ray_steps.Light(), ray_steps.Encode()], [file], journal, RayOptions(address="local"), quiet=True)
+        run_on_ray(
+            [ray_steps.Light(), ray_steps.Encode()], [file], journal, RayOptions(address="local", workers=1), quiet=True
+        )
 
 
 @pytest.mark.slow
@@ -132,7 +134,7 @@ def test_weights_that_are_missing_stop_the_run(ray_steps, make_files, journal):
     files = make_files("a", "b")
     steps = [ray_steps.Light(), ray_steps.Model(broken=True), ray_steps.Encode()]
     with pytest.raises(InputError, match="no weights here"):
-        run_on_ray(steps, files, journal, RayOptions(address="local"), quiet=True)
+        run_on_ray(steps, files, journal, RayOptions(address="local", workers=1), quiet=True)
     assert [journal.read(file) for file in files] == [None, None]
 
 
