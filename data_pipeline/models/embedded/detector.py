@@ -22,7 +22,7 @@ from transformers import BertConfig, ConvNextV2Config, GroundingDinoConfig, Grou
 
 from data_pipeline.models.embedded.phrasing import Phrasing, Tokens, sample_phrases, tokenize
 from data_pipeline.models.embedded.renderings import Renderings
-from data_pipeline.models.embedded.training import Losses, TrainingSettings, train
+from data_pipeline.models.embedded.training import Losses, TrainingSettings, begin_from, train
 from data_pipeline.models.embedded.vocabulary import MAX_TOKENS, SIZE, load_tokenizer, write_tokenizer
 from data_pipeline.records import Box, box_iou
 from data_pipeline.world.palette import CATEGORIES
@@ -441,17 +441,24 @@ def match_boxes(found: list[Box], true: list[Box]) -> list[float]:
 
 
 def train_detector(
-    frames: Renderings, validation: Renderings, settings: TrainingSettings, work: Path, out: Path
+    frames: Renderings,
+    validation: Renderings,
+    settings: TrainingSettings,
+    work: Path,
+    out: Path,
+    initial: Path | None = None,
 ) -> int:
     """Trains a detector on ``frames`` and writes it to ``out``; returns the number of its parameters.
 
     work: folder for the state of the run, which goes on from there. validation: frames to look at whenever the state
-    is saved.
+    is saved. initial: folder of another run, whose averaged weights this one begins with.
     """
     write_tokenizer(work)
     tokens = tokens_of(work)
     torch.manual_seed(settings.seed)
     model = TutoredDetector(build_detector(DetectorSizes(image_size=frames.images.shape[1])))
+    if initial is not None:
+        begin_from(model, initial)
     lesson = detector_lesson(model, frames, tokens, settings.batch_size, settings.seed)
 
     def report(average: nn.Module, step: int) -> str:

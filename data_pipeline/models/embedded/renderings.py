@@ -38,9 +38,11 @@ MIN_PIXELS = 16
 class RenderSettings:
     """What to render.
 
-    frames: how many. size: their side in pixels, even. split: identities, "train", "held_out" or "all".
-    twins: share of the frames that show two subjects of one category. crowded: share of the clips with four subjects.
-    jpeg: share of the frames that pass through JPEG. seed: an equal seed gives equal frames, whatever the workers.
+    frames: how many. size: their side in pixels, even. split: identities, "train", "held_out" or "all". twins: share
+    of the draws that give one frame with two subjects of one category; any other draw gives a clip, of which four
+    frames are kept, so 0.2 makes 6 % of the frames and 0.75 makes 43 %. crowded: share of the clips with four
+    subjects. jpeg: share of the frames that pass through JPEG. seed: an equal seed gives equal frames, whatever the
+    workers.
     """
 
     frames: int = 24_000
@@ -56,6 +58,8 @@ class RenderSettings:
             raise SettingsError(f"frames must be at least 1, got {self.frames}")
         if self.size < 32 or self.size % 2:
             raise SettingsError(f"size must be even and at least 32 pixels, got {self.size}")
+        if not 0 <= self.twins <= 1:
+            raise SettingsError(f"twins is a share, in [0, 1], got {self.twins}")
         if self.split not in ("train", "held_out", "all"):
             raise SettingsError(f"split must be train, held_out or all, got {self.split!r}")
 

@@ -59,6 +59,24 @@ class TrainingSettings:
         return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 
 
+def begin_from(model: nn.Module, folder: Path) -> None:
+    """Gives a model the averaged weights of another run, read from ``folder``/state.pt. InputError if they are those
+    of a model of other sizes.
+    """
+    content = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    try:
+        model.load_state_dict(content["average"])
+    except RuntimeError as error:
+        raise InputError(f"{folder} holds a run of a model of other sizes: {error}") from error
+
+
+def use_cores(count: int) -> None:
+    """Lets torch compute on ``count`` processor cores. SettingsError for none."""
+    if count < 1:
+        raise SettingsError(f"training needs at least one processor core, got {count}")
+    torch.set_num_threads(count)
+
+
 def train(
     model: nn.Module,
     loss: Callable[[int], Losses],

@@ -72,7 +72,7 @@ def test_twins_are_of_the_split_and_of_one_category():
         assert len(subjects) - len({one.category for one in subjects}) == 1
 
 
-@pytest.mark.parametrize("changes", [{"frames": 0}, {"size": 31}, {"size": 33}, {"split": "test"}])
+@pytest.mark.parametrize("changes", [{"frames": 0}, {"size": 31}, {"size": 33}, {"twins": 1.5}, {"split": "test"}])
 def test_settings_that_cannot_be_rendered(changes):
     with pytest.raises(SettingsError, match=str(next(iter(changes.values())))):
         RenderSettings(**changes)

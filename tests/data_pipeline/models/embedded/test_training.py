@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from data_pipeline.models.embedded.training import TrainingSettings, train
+from data_pipeline.models.embedded.training import TrainingSettings, begin_from, train
 from data_pipeline.records import InputError, SettingsError
 
 SETTINGS = TrainingSettings(
@@ -114,3 +114,13 @@ def test_the_rate_rises_and_falls():
 def test_settings_that_make_no_sense(changes):
     with pytest.raises(SettingsError, match=next(iter(changes))):
         TrainingSettings(**{"steps": 5, **changes})
+
+
+def test_a_run_begins_with_the_averaged_weights_of_another(tmp_path):
+    model, loss = make()
+    first = weights(train(model, loss, SETTINGS, tmp_path))
+    model, _ = make()
+    begin_from(model, tmp_path)
+    assert torch.equal(weights(model), first)
+    with pytest.raises(InputError, match="other sizes"):
+        begin_from(nn.Linear(3, 1), tmp_path)
