@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, check_model_directory
+from data_pipeline.models.quiet import quiet_loading
 from data_pipeline.records import InputError
 
 OPTION = "--caption-model"
@@ -55,10 +56,11 @@ def load_captioner(name: str, device: str, *, max_tokens: int, batch_size: int) 
 
     check_model_directory(name, OPTION, TEXT_AND_IMAGE_MODEL)
     try:
-        processor = BlipProcessor.from_pretrained(name)
-        model, report = BlipForConditionalGeneration.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
+        with quiet_loading():
+            processor = BlipProcessor.from_pretrained(name)
+            model, report = BlipForConditionalGeneration.from_pretrained(
+                name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
     except Exception as error:  # what is broken decides which of many unrelated errors comes out
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{OPTION}: cannot load a BLIP from {name}: {first}") from error

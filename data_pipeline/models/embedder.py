@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.models.model_files import IMAGE_SETTINGS, TRANSFORMERS_MODEL, check_model_directory
+from data_pipeline.models.quiet import quiet_loading
 from data_pipeline.records import InputError, SettingsError
 
 HUES, SATURATIONS, GREYS, ORIENTATIONS = 16, 3, 6, 6
@@ -176,12 +177,20 @@ def load_transformers(name: str, device: str) -> NetworkEmbedder:
 
     check_model_directory(name, "--embedder", {**TRANSFORMERS_MODEL, **IMAGE_SETTINGS})
     try:
-        processor = AutoImageProcessor.from_pretrained(name)
-        projected = "CLIPVisionModelWithProjection" in (AutoConfig.from_pretrained(name).architectures or ())
-        loader = CLIPVisionModelWithProjection if projected else AutoModel
-        model = loader.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        with quiet_loading():
+            processor = AutoImageProcessor.from_pretrained(name)
+            projected = "CLIPVisionModelWithProjection" in (AutoConfig.from_pretrained(name).architectures or ())
+            loader = CLIPVisionModelWithProjection if projected else AutoModel
+            model, report = loader.from_pretrained(
+                name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
     except Exception as error:
         raise InputError(f"cannot load the vision model {name!r}: {str(error).splitlines()[0]}") from error
+    # transformers fills gaps with random weights. A ViT saved by a classifier has no pooler: its first token will do.
+    missing = sorted(report["missing_keys"])
+    pooled = not any(key.startswith("pooler.") for key in missing)
+    if gaps := [key for key in missing if not key.startswith("pooler.")]:
+        raise InputError(f"--embedder: {name} lacks {len(gaps)} tensors of its model: {', '.join(gaps[:3])} ...")
     model = model.to(device).eval()
     sizes = getattr(processor, "crop_size", None) or processor.size
     size = sizes.get("height") or sizes.get("shortest_edge")
@@ -193,7 +202,7 @@ def load_transformers(name: str, device: str) -> NetworkEmbedder:
             output = model(pixel_values=pixels)
         if isinstance(output, torch.Tensor):
             return output
-        for kind in ("image_embeds", "pooler_output"):
+        for kind in ("image_embeds", *(("pooler_output",) if pooled else ())):
             if getattr(output, kind, None) is not None:
                 return getattr(output, kind).flatten(1)
         return output.last_hidden_state[:, 0]

@@ -13,6 +13,7 @@ import torch
 
 from data_pipeline.models.grounding import GroundingDetector, Preprocessing
 from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, check_model_directory
+from data_pipeline.models.quiet import quiet_loading
 from data_pipeline.records import InputError
 
 OPTION = "--detector-model"
@@ -27,12 +28,13 @@ def load_grounding_dino_hf(name: str, device: str) -> tuple[torch.nn.Module, Any
 
     check_model_directory(name, OPTION, TEXT_AND_IMAGE_MODEL)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        processor = GroundingDinoImageProcessorPil.from_pretrained(name)
-        # The custom kernel is a download of compiled code; the plain one gives the same on every device.
-        model, report = GroundingDinoForObjectDetection.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, disable_custom_kernels=True, output_loading_info=True
-        )
+        with quiet_loading():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            processor = GroundingDinoImageProcessorPil.from_pretrained(name)
+            # The custom kernel is a download of compiled code; the plain one gives the same on every device.
+            model, report = GroundingDinoForObjectDetection.from_pretrained(
+                name, dtype=torch.float32, use_safetensors=True, disable_custom_kernels=True, output_loading_info=True
+            )
     except Exception as error:  # what is broken decides which of many unrelated errors comes out
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{OPTION}: cannot load a Grounding DINO from {name}: {first}") from error

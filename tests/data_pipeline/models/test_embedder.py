@@ -177,3 +177,27 @@ def test_clip_from_a_local_folder(tmp_path, kind):
     vectors = load_embedder(f"clip:{tmp_path}", None, "cpu").embed([disc(RED), disc(BLUE)])
     assert vectors.shape == (2, 32 if kind == "plain" else 24)
     np.testing.assert_allclose(vectors, unit(expected), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_gaps_in_the_weights_are_refused_and_a_missing_pooler_is_not_made_up(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = ViTModel(ViTConfig(**sizes, image_size=28, patch_size=14)).eval()
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    without = {name: value for name, value in weights.items() if not name.startswith("pooler.")}
+    assert len(without) < len(weights)
+    save_file(without, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    pictures = [disc(RED), disc(BLUE)]
+    expected = unit(model(prepared(pictures, 28)).last_hidden_state[:, 0])
+    np.testing.assert_allclose(
+        load_embedder(f"transformers:{tmp_path}", None, "cpu").embed(pictures), expected, atol=1e-5
+    )
+    without.popitem()
+    save_file(without, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="--embedder: .* lacks 1 tensors of its model"):
+        load_embedder(f"transformers:{tmp_path}", None, "cpu")
