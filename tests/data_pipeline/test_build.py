@@ -14,7 +14,7 @@ from PIL import Image
 from data_pipeline import build, run
 from data_pipeline.build import main
 from data_pipeline.options import STEPS, make_parser, make_steps
-from data_pipeline.records import SettingsError, decode_mask
+from data_pipeline.records import SettingsError, box_iou, decode_mask
 from data_pipeline.steps.filter_pairs import FilterPairs
 
 ROOT = Path(__file__).parents[2]
@@ -322,6 +322,38 @@ def test_command_line_of_the_module(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == f"error: no folder of videos at {tmp_path / 'no'}\n"
+
+
+@pytest.mark.slow
+def test_the_embedded_models_mine_clips_that_bring_nothing_but_a_caption(tmp_path):
+    from data_pipeline.world import write_clips
+
+    videos = tmp_path / "clips"
+    write_clips(videos, 6, split="held_out", seed=77, workers=0)
+    truth = {}
+    for sidecar in videos.glob("*.annotations.json"):
+        content = json.loads(sidecar.read_text())
+        names = {entry["id"]: entry["name"] for entry in content["objects"]}
+        truth[sidecar.name.split(".")[0]] = [
+            {names[found["id"]]: np.array(found["box"]) / content["width"] for found in frame["objects"]}
+            for frame in content["frames"]
+        ]
+        sidecar.unlink()
+    options = ("--detector", "embedded", "--segmenter", "embedded")
+    assert mine(videos, tmp_path / "here", *options) == 0
+    assert mine(videos, tmp_path / "there", *options, workers=2) == 0
+    assert dataset(tmp_path / "there") == dataset(tmp_path / "here")
+    content = json.loads((tmp_path / "here/build.json").read_text())
+    assert {"detect_boxes.embedded", "segment_masks.embedded"} <= set(content["files"])
+    found = wanted = 0
+    for key, files in read_shard(tmp_path / "here/pairs-000000.tar").items():
+        sample = json.loads(files["json"])
+        frame = truth[key][sample["source"]["frame_target"]]
+        boxes = {subject["phrase"]: subject["target_box"] for subject in sample["subjects"]}
+        found += sum(name in boxes and box_iou(boxes[name], tuple(box)) > 0.5 for name, box in frame.items())
+        assert set(boxes) <= set(frame), f"{key}: {boxes} where there is {frame}"
+    wanted = sum(len(frames[0]) for frames in truth.values())
+    assert found >= 0.8 * wanted, f"{found} of {wanted}"
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from data_pipeline.journal import Journal
 from data_pipeline.records import InputError, OutputError, SettingsError, VideoFile
 from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_session, run_on_ray, write_on_ray
 from data_pipeline.step import Step
+from data_pipeline.world import write_clips
 
 # Ray's own, on itself.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::UserWarning:ray")
@@ -148,11 +149,11 @@ def test_a_shard_that_cannot_be_written_stops_the_run(ray_steps, make_files, jou
 
 
 @pytest.mark.slow
-def test_the_same_dataset_as_on_one_machine(ray_steps, write_clip, tmp_path):
-    for i in range(5):
-        write_clip(tmp_path / "videos", f"clip_{i}", ("dog", "cat")[: 1 + i % 2], seed=i)
+def test_the_same_dataset_as_on_one_machine(ray_steps, tmp_path):
+    write_clips(tmp_path / "videos", 5, split="held_out", workers=0)
     (tmp_path / "videos/empty.mp4").write_bytes(b"")
     command = ["--videos", str(tmp_path / "videos"), "--quiet", "--pairs-per-clip", "2", "--pairs-per-shard", "3"]
+    command += ["--detector", "embedded", "--segmenter", "embedded"]
     assert main([*command, "--out", str(tmp_path / "here"), "--workers", "0"]) == 0
     assert main([*command, "--out", str(tmp_path / "there"), "--workers", "2", "--ray", "local"]) == 0
     names = sorted(path.name for path in (tmp_path / "here").iterdir() if path.is_file() and path.suffix != ".html")

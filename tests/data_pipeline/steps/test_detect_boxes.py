@@ -16,6 +16,7 @@ from data_pipeline.records import (
     Rejected,
     SettingsError,
 )
+from data_pipeline.steps import detect_boxes
 from data_pipeline.steps.detect_boxes import DetectBoxes
 
 BLACK = np.zeros((8, 8, 3), dtype=np.uint8)
@@ -174,3 +175,20 @@ def test_groundingdino_hf_wants_its_files(tmp_path):
     DetectBoxes(detector="groundingdino-hf", model=str(tmp_path))
     with pytest.raises(SettingsError, match="belong to the detector groundingdino; groundingdino-hf finds everything"):
         DetectBoxes(detector="groundingdino-hf", model=str(tmp_path), text_encoder="bert")
+
+
+def test_the_embedded_detector_brings_its_own_files(tmp_path, monkeypatch):
+    step = DetectBoxes(detector="embedded")
+    assert step.model_device == "cpu"
+    assert step.model_files()["embedded"].is_dir()
+    for setting in ({"model": "other"}, {"text_encoder": "bert"}, {"checkpoint": tmp_path / "a.pth"}):
+        with pytest.raises(SettingsError, match="the detector embedded brings its own files"):
+            DetectBoxes(detector="embedded", **setting)
+    monkeypatch.setattr(detect_boxes, "EMBEDDED_DETECTOR", tmp_path / "gone")
+    with pytest.raises(InputError, match="--detector embedded: no directory at"):
+        DetectBoxes(detector="embedded")
+
+
+def test_a_detector_that_reads_annotations_has_no_model():
+    assert DetectBoxes().model_device == ""
+    assert DetectBoxes().model_files() == {}

@@ -11,6 +11,7 @@ from data_pipeline.records import (
     SettingsError,
     encode_mask,
 )
+from data_pipeline.steps import segment_masks
 from data_pipeline.steps.segment_masks import SegmentMasks
 
 BLACK = np.zeros((8, 8, 3), dtype=np.uint8)
@@ -113,3 +114,15 @@ def test_wrong_settings(tmp_path):
 
 def test_the_size_of_batches_does_not_change_the_dataset():
     assert SegmentMasks(frames_per_batch=1).settings() == SegmentMasks(frames_per_batch=8).settings()
+
+
+def test_the_embedded_segmenter_brings_its_own_files(tmp_path, monkeypatch):
+    step = SegmentMasks(segmenter="embedded", device="cuda:1")
+    assert step.model_device == "cuda:1"
+    assert step.model_files()["embedded"].is_dir()
+    assert SegmentMasks().model_device == ""
+    with pytest.raises(SettingsError, match="the segmenter embedded brings its own files"):
+        SegmentMasks(segmenter="embedded", model="vit_b")
+    monkeypatch.setattr(segment_masks, "SEGMENTER_WEIGHTS", tmp_path / "gone")
+    with pytest.raises(InputError, match="--segmenter embedded: no file at .*it comes with a checkout"):
+        SegmentMasks(segmenter="embedded")
