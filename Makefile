@@ -35,8 +35,14 @@ docs: $(INSTALLED)  ## draw the pictures of docs/, then check every link and eve
 	$(BIN)/python docs/inference_pictures.py
 	$(BIN)/python -m pytest tests/test_repository.py -k "docs or readme"
 
-bench: $(INSTALLED)  ## every figure of docs/benchmarks.md, one after the other
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script; done
+# These measure on clips of the kind that is to be mined.
+ON_VIDEOS := decoding shots similarity mining_cost
+bench: $(INSTALLED)  ## every figure of docs/benchmarks.md, one after the other; those on real clips with VIDEOS=DIR
+	@set -e; for script in $(filter-out $(ON_VIDEOS:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \
+	  echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script; done
+	@test -n "$(VIDEOS)" || echo "left out, because they need real clips (make bench VIDEOS=DIR): $(ON_VIDEOS)"
+	@set -e; for name in $(if $(VIDEOS),$(ON_VIDEOS)); do \
+	  echo "== benchmarks/$$name.py"; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py --videos "$(VIDEOS)"; done
 
 clean:  ## remove what make made, the environment included
 	rm -rf $(VENV) out runs build *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov

@@ -53,18 +53,18 @@ def measure_decoding(videos: Path, captions: Path | None) -> list[Cost]:
     return [Cost(name, "CPU core", totals[name] / len(files), "measured") for name in CPU_STAGES]
 
 
-def build_models() -> dict[str, Callable[[str], Callable[[], None]]]:
-    """Name -> function that puts the model on a device and returns one forward pass over the two frames of a clip."""
+def build_models() -> dict[str, Callable[[str, int], Callable[[], None]]]:
+    """Name -> function that puts the model on a device and returns one forward pass over so many frames."""
     import torch
     from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 
     from data_pipeline.models.sam import RELEASED, build_sam
 
-    def detector(device: str) -> Callable[[], None]:
+    def detector(device: str, frames: int) -> Callable[[], None]:
         with torch.device(device):
             model = GroundingDinoForObjectDetection(GroundingDinoConfig()).eval()
-            pixels = torch.zeros(FRAMES_PER_CLIP, 3, 800, 1333)
-            tokens = torch.full((FRAMES_PER_CLIP, 16), 2000)
+            pixels = torch.zeros(frames, 3, 800, 1333)
+            tokens = torch.full((frames, 16), 2000)
         tokens[:, 0], tokens[:, -1], tokens[:, 3::4] = 101, 102, 1012
 
         def forward() -> None:
@@ -72,10 +72,10 @@ def build_models() -> dict[str, Callable[[str], Callable[[], None]]]:
 
         return forward
 
-    def segmenter(name: str) -> Callable[[str], Callable[[], None]]:
-        def make(device: str) -> Callable[[], None]:
+    def segmenter(name: str) -> Callable[[str, int], Callable[[], None]]:
+        def make(device: str, frames: int) -> Callable[[], None]:
             sam = build_sam(RELEASED[name]).to(device)
-            pixels = torch.zeros(FRAMES_PER_CLIP, 3, 1024, 1024, device=device)
+            pixels = torch.zeros(frames, 3, 1024, 1024, device=device)
 
             def forward() -> None:
                 sam.image_encoder(pixels)
@@ -92,18 +92,17 @@ def build_models() -> dict[str, Callable[[str], Callable[[], None]]]:
 
 
 def time_model(forward: Callable[[], None], device: str, repeats: int) -> float:
-    """Median seconds of a forward pass, after one that warms up."""
+    """Median seconds of a forward pass that is not the first one."""
     import torch
 
     times = []
     with torch.inference_mode():
-        for number in range(repeats + 1):
+        for _ in range(repeats):
             begun = time.perf_counter()
             forward()
             if device != "cpu":
                 torch.cuda.synchronize()
-            if number:
-                times.append(time.perf_counter() - begun)
+            times.append(time.perf_counter() - begun)
     return statistics.median(times)
 
 
@@ -134,13 +133,16 @@ def main() -> None:
     costs = measure_decoding(options.videos, options.captions)
     gpu = torch.cuda.is_available()
     for name, make in build_models().items():
-        forward = make("cuda" if gpu else "cpu")
+        # A batch brings a CPU nothing: it is timed on one frame, and the clip has two.
+        forward = make("cuda", FRAMES_PER_CLIP) if gpu else make("cpu", 1)
         if gpu:
+            time_model(forward, "cuda", 3)
             costs.append(Cost(name, "GPU", time_model(forward, "cuda", 10), "measured"))
             continue
-        operations = count_operations(forward)
+        operations = FRAMES_PER_CLIP * count_operations(forward)
         print(f"{name}: {operations / FRAMES_PER_CLIP / 1e9:,.0f} GFLOP a frame")
-        costs.append(Cost(name, "CPU core", time_model(forward, "cpu", options.repeats), "measured"))
+        seconds = FRAMES_PER_CLIP * time_model(forward, "cpu", options.repeats)
+        costs.append(Cost(name, "CPU core", seconds, "measured"))
         costs.append(Cost(name, "GPU", operations / (options.peak * options.utilisation), "estimated"))
         del forward
     print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for the models, load {os.getloadavg()[0]:.1f}\n")
