@@ -29,6 +29,9 @@ from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_sessio
 from data_pipeline.sources import find_videos
 from data_pipeline.step import Step
 
+# A day; what is longer is a mistake, and too long for the clocks of some systems.
+LONGEST_TIMEOUT = 86_400
+
 
 def check_annotations_exist(arguments: argparse.Namespace, files: Sequence[VideoFile]) -> None:
     """InputError if boxes are to be read from annotations and not one video has any."""
@@ -48,25 +51,28 @@ def check_annotations_exist(arguments: argparse.Namespace, files: Sequence[Video
 def build(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the pipeline and writes the dataset; returns the content of build.json."""
     cluster = check_machines(arguments)
+    if cluster:  # the workers may stand in another folder
+        arguments.videos, arguments.out = arguments.videos.resolve(), arguments.out.resolve()
     files = find_videos(arguments.videos, arguments.captions)
     steps = make_steps(arguments)
     check_annotations_exist(arguments, files)
     settings = {step.name: step.settings() for step in steps}
+    hashes = file_hashes(steps)
     journal = Journal(arguments.out)
-    journal.start(settings)
+    journal.start(settings, hashes, __version__)
     if journal.is_complete():
-        return _already_built(journal, files, steps)
+        return _already_built(journal, files)
     pipeline = {"version": __version__, "settings_hash": settings_hash(settings, __version__)}
     steps[-1] = replace(steps[-1], pipeline=pipeline)
     content = {
         "schema": SCHEMA,
         **pipeline,
         "settings": settings,
-        "files": file_hashes(steps),
+        "files": hashes,
         "inputs_hash": inputs_hash(files),
         "versions": installed_versions(),
     }
-    with journal.lock(), ray_session(cluster, len(group_steps(steps))) if cluster else nullcontext():
+    with journal.lock(), ray_session(cluster, group_steps(steps)) if cluster else nullcontext():
         if cluster:
             run_on_ray(steps, files, journal, cluster, quiet=arguments.quiet)
         else:
@@ -87,8 +93,10 @@ def _finish(journal: Journal, files: Sequence[VideoFile], steps: Sequence[Step],
 
 
 def default_out(videos: Path) -> Path:
-    """``clips/`` -> ``clips-pairs`` beside it."""
+    """``clips/`` -> ``clips-pairs`` beside it. SettingsError for the root, which has nothing beside it."""
     folder = videos.resolve()
+    if not folder.name:
+        raise SettingsError(f"{videos} has no folder beside it for the dataset: give --out DIR")
     return folder.with_name(f"{folder.name}-pairs")
 
 
@@ -96,8 +104,10 @@ def check_machines(arguments: argparse.Namespace) -> RayOptions | None:
     """What to run on: None for this machine. SettingsError for a wrong number, InputError for Ray without Ray."""
     if arguments.workers < 0:
         raise SettingsError(f"--workers must be 0 or more, got {arguments.workers}")
-    if arguments.clip_timeout <= 0:
-        raise SettingsError(f"--clip-timeout must be positive, got {arguments.clip_timeout}")
+    if not 0 < arguments.clip_timeout <= LONGEST_TIMEOUT:
+        raise SettingsError(
+            f"--clip-timeout must lie above 0 and up to {LONGEST_TIMEOUT} s, got {arguments.clip_timeout}"
+        )
     if arguments.ray is None:
         for name in ("model_workers", "gpu_share", "batch_clips"):
             if getattr(arguments, name) != 1:
@@ -105,6 +115,8 @@ def check_machines(arguments: argparse.Namespace) -> RayOptions | None:
                     f"--{name.replace('_', '-')} is for a run on Ray: give --ray local or --ray ADDRESS"
                 )
         return None
+    if arguments.device not in ("cpu", "cuda"):
+        raise SettingsError(f"on Ray --device is cpu or cuda: Ray deals the GPUs out itself; got {arguments.device!r}")
     options = RayOptions(
         address=arguments.ray,
         workers=arguments.workers,
@@ -117,14 +129,8 @@ def check_machines(arguments: argparse.Namespace) -> RayOptions | None:
     return options
 
 
-def _already_built(journal: Journal, files: Sequence[VideoFile], steps: Sequence[Step]) -> dict[str, Any]:
+def _already_built(journal: Journal, files: Sequence[VideoFile]) -> dict[str, Any]:
     content = json.loads((journal.out / "build.json").read_text(encoding="utf-8"))
-    if (now := file_hashes(steps)) != content["files"]:
-        changed = [name for name in sorted({*now, *content["files"]}) if now.get(name) != content["files"].get(name)]
-        raise InputError(
-            f"the dataset in {journal.out} is complete, but the file of {', '.join(changed)} has changed since: choose "
-            "a new --out"
-        )
     if content["inputs_hash"] != inputs_hash(files):
         raise InputError(
             f"the dataset in {journal.out} is complete, but the videos, captions or annotations have changed since "
@@ -137,8 +143,8 @@ def _already_built(journal: Journal, files: Sequence[VideoFile], steps: Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 a dataset was written, 1 no pair was left, 2 wrong input."""
     arguments = make_parser().parse_args(argv)
-    arguments.out = arguments.out or default_out(arguments.videos)
     try:
+        arguments.out = arguments.out or default_out(arguments.videos)
         content = build(arguments)
     except MiningError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201

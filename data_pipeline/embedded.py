@@ -9,7 +9,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def train(arguments: argparse.Namespace) -> str:
     """Trains a part and writes it; returns what to tell. A run that was stopped goes on."""
-    from data_pipeline.models.embedded.renderings import RenderSettings, render
-    from data_pipeline.models.embedded.training import TrainingSettings, use_cores
+    from data_pipeline.models.embedded.renderings import VERSION, RenderSettings, render
+    from data_pipeline.models.embedded.training import TrainingSettings, check_resume, describe_run, use_cores
 
     part: str = arguments.part
-    out = arguments.out or arguments.work / part
+    out, run = arguments.out or arguments.work / part, arguments.work / f"{part}_run"
     default_steps = DETECTOR_STEPS if part == "detector" else SEGMENTER_STEPS
     settings = TrainingSettings(
         steps=default_steps if arguments.steps is None else arguments.steps,
@@ -94,15 +94,30 @@ def train(arguments: argparse.Namespace) -> str:
     # Validation frames have another seed than those of `measure`, which are decoded from clips.
     checked = replace(chosen, frames=min(240, arguments.frames), seed=arguments.seed + 1, split="held_out")
     use_cores(arguments.threads)
+    if arguments.workers < 0:
+        raise SettingsError(f"--workers must be 0 or more, got {arguments.workers}")
+    check_folder("--work", run)
+    check_folder("--out", out)
     if arguments.initial is not None and not (arguments.initial / "state.pt").is_file():
         raise InputError(f"--initial: there is no state.pt in {arguments.initial}; name the folder of a run, PART_run")
+    # What the weights come from, beside the settings: a state of other frames must not go on.
+    initial = describe_run(arguments.initial) if arguments.initial else ""
+    settings = replace(settings, learns_from={**asdict(chosen), "rendering": VERSION, "initial": initial})
+    check_resume(run, settings)
     frames, validation = (render(which, arguments.work, arguments.workers) for which in (chosen, checked))
     if part == "detector":
         from data_pipeline.models.embedded.detector import train_detector as train_part
     else:
         from data_pipeline.models.embedded.segmenter import train_segmenter as train_part
-    count = train_part(frames, validation, settings, arguments.work / f"{part}_run", out, arguments.initial)
+    count = train_part(frames, validation, settings, run, out, arguments.initial)
     return f"{part}: {count} parameters in {out}"
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """InputError if a folder cannot be made because a file has its name, or that of a folder that it is in."""
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise InputError(f"{option} needs a folder, but {place} is a file: name another")
 
 
 def measured_steps(models: Path, box_threshold: float) -> dict[str, Step]:
@@ -146,6 +161,9 @@ def measure(arguments: argparse.Namespace) -> str:
 
     if arguments.clips < 1 or arguments.twins < 0:
         raise SettingsError(f"need at least one clip, got --clips {arguments.clips} --twins {arguments.twins}")
+    if min(arguments.seeds) < 0:
+        raise SettingsError(f"--seeds must be 0 or more, got {' '.join(map(str, arguments.seeds))}")
+    check_folder("--work", arguments.work)
     steps = measured_steps(arguments.models, arguments.box_threshold)
     miner = Miner(steps)
     drawn: list[tuple] = []

@@ -86,22 +86,46 @@ class Journal:
 
         The lock is the kernel's, on an open file: it goes with the process, however that ends.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as file:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / "lock").open("w")
+        except OSError as error:
+            raise OutputError(f"cannot write in {self.folder}: {error.strerror or error}") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(f"another run is at work in {self.out}: wait for it, or choose a new --out") from None
             yield
 
-    def start(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
-        """Creates the folder, or compares the settings with those it was started with; InputError that names what
-        differs.
+    def start(
+        self,
+        settings: Mapping[str, Mapping[str, Any]],
+        files: Mapping[str, str] | None = None,
+        version: str = "",
+    ) -> None:
+        """Creates the folder, or compares what shapes the dataset with what it was started with; InputError that names
+        what differs.
+
+        files: hashes of the files that settings name. version: of the pipeline; not compared with a complete dataset,
+        which nothing is added to.
         """
         stored = self.out / "build.json" if self.is_complete() else self.folder / "settings.json"
         if stored.is_file():
-            content = json.loads(stored.read_text(encoding="utf-8"))
-            self.compare(flatten(settings), flatten(content["settings"]))
+            try:
+                content = json.loads(stored.read_text(encoding="utf-8"))
+                then = {name: content[name] for name in ("settings", "files", "version")}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{stored} is damaged ({type(error).__name__}: {error}): choose a new --out, or delete {self.out}"
+                ) from error
+            self.compare(flatten(settings), flatten(then["settings"]))
+            if not self.is_complete() and then["version"] != version:
+                raise InputError(
+                    f"{self.out} was started by version {then['version']} of the pipeline, this is {version}: finish "
+                    "it with that one, or choose a new --out"
+                )
+            self.compare_files(files or {}, then["files"])
             return
         if self.out.exists() and not self.out.is_dir():
             raise InputError(f"--out needs a folder, but {self.out} is a file")
@@ -111,7 +135,17 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot make the folder {self.out}: {error.strerror or error}") from error
-        write_atomically(self.folder / "settings.json", json.dumps({"settings": settings}, indent=1).encode())
+        content = {"settings": settings, "files": dict(files or {}), "version": version}
+        write_atomically(self.folder / "settings.json", json.dumps(content, indent=1).encode())
+
+    def compare_files(self, now: Mapping[str, str], then: Mapping[str, str]) -> None:
+        """InputError that names every setting whose file has another content than before."""
+        changed = [name for name in sorted({*now, *then}) if now.get(name) != then.get(name)]
+        if changed:
+            raise InputError(
+                f"the file of {', '.join(changed)} has changed since the dataset in {self.out} was begun: choose a new "
+                "--out, or bring the old file back"
+            )
 
     def compare(self, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
         """InputError that names every setting with another value than before."""
@@ -142,22 +176,29 @@ class Journal:
             return None
         return marker if marker["fingerprint"] == fingerprint(file) else None
 
-    def commit(self, file: VideoFile, marker: Mapping[str, Any], blocks: bytes = b"", preview: bytes = b"") -> None:
-        """Leaves a clip's results on disk, its marker last."""
+    def commit(
+        self, file: VideoFile, marker: Mapping[str, Any], blocks: bytes = b"", preview: bytes = b"", taken: str = ""
+    ) -> None:
+        """Leaves a clip's results on disk, its marker last.
+
+        taken: the clip's fingerprint from before it was read, "" for one taken now. So a clip that changes while it is
+        worked on is mined again by the next run.
+        """
         path = self._path(file.key, ".json")
         try:
             path.parent.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot make the folder {path.parent}: {error.strerror or error}") from error
-        if blocks:
-            write_atomically(path.with_suffix(".tar"), blocks)
-        if preview:
-            write_atomically(path.with_suffix(".jpg"), preview)
+        for suffix, written in ((".tar", blocks), (".jpg", preview)):
+            if written:
+                write_atomically(path.with_suffix(suffix), written)
+            else:  # of an earlier version of the clip
+                path.with_suffix(suffix).unlink(missing_ok=True)
         content = {
             **marker,
             "video": file.name,
             "key": file.key,
-            "fingerprint": fingerprint(file),
+            "fingerprint": taken or fingerprint(file),
             "bytes": len(blocks),
         }
         write_atomically(path, json.dumps(content, separators=(",", ":")).encode())
@@ -171,8 +212,12 @@ class Journal:
             yield marker
 
     def blocks(self, key: str) -> bytes:
-        """The tar blocks of a kept clip."""
-        return self._path(key, ".tar").read_bytes()
+        """The tar blocks of a kept clip; InputError if they cannot be read any more."""
+        path = self._path(key, ".tar")
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}; run the same command again") from error
 
     def preview(self, key: str) -> bytes | None:
         """The preview of a rejected clip (JPEG), if its frames had been decoded."""

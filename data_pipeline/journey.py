@@ -9,9 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.drawing import draw_preview
-from data_pipeline.journal import Journal
+from data_pipeline.journal import Journal, fingerprint
+from data_pipeline.pool import Failure
 from data_pipeline.records import Dropped, EncodedPair, MiningError, Rejected, VideoFile
 from data_pipeline.step import Step
+
+UNEXPECTED, TOO_SLOW, DIED = "unexpected error", "took too long", "the worker died"
+# Reasons that may be the machine's or the program's and not the clip's: such a clip is tried again by the next run.
+TRY_AGAIN = frozenset({UNEXPECTED, TOO_SLOW, DIED})
 
 
 @dataclass
@@ -39,6 +44,8 @@ class Journey:
     file: VideoFile
     branches: list[Branch] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    fingerprint: str = ""
+    """The clip as it was before it was opened."""
     stopped_by: MiningError | None = None
     """What stops the whole run and was met while this clip was in hand: a full disk, weights that don't fit. On a
     cluster it travels with the clip to whoever can stop the run.
@@ -46,17 +53,19 @@ class Journey:
 
     def __post_init__(self) -> None:
         self.branches = self.branches or [Branch(self.file)]
+        self.fingerprint = self.fingerprint or fingerprint(self.file)
 
     @property
     def alive(self) -> bool:
         """False once every pair has been rejected."""
         return any(branch.alive for branch in self.branches)
 
-    def reject(self, rejected: Rejected) -> None:
-        """Rejects whatever is still alive, for a fault of the clip as a whole (its worker died, it took too long)."""
+    def fail(self, failure: Failure, steps: Sequence[Step]) -> None:
+        """Rejects whatever is still alive, because the clip took its worker with it in one of these steps."""
+        reason = TOO_SLOW if failure.kind == "timeout" else DIED
         for branch in self.branches:
             if branch.alive:
-                branch.record = rejected
+                branch.record = Rejected(reason, {"detail": failure.detail}, steps[failure.stage].name)
 
 
 def advance(step: Step, journeys: Sequence[Journey]) -> None:
@@ -74,7 +83,7 @@ def advance(step: Step, journeys: Sequence[Journey]) -> None:
     for (journey, branch), result in zip(places, results, strict=True):
         journey.seconds[step.name] = round(journey.seconds.get(step.name, 0.0) + share, 6)
         if isinstance(result, Rejected):
-            branch.preview = draw_preview(branch.record)
+            branch.preview = _preview(branch.record)
             branch.record = Rejected(result.reason, result.evidence, step.name)
             continue
         branch.passed += 1
@@ -95,7 +104,14 @@ def _process(step: Step, records: list[Any]) -> list[Any]:
     except Exception:
         if len(records) > 1:
             return [result for record in records for result in _process(step, [record])]
-        return [Rejected("unexpected error", {"traceback": traceback.format_exc(limit=-6)})]
+        return [Rejected(UNEXPECTED, {"traceback": traceback.format_exc(limit=-6)})]
+
+
+def _preview(record: Any) -> bytes:
+    try:
+        return draw_preview(record)
+    except Exception:  # what a clip was rejected for matters more than its picture
+        return b""
 
 
 def outcome(journey: Journey) -> EncodedPair | Rejected:
@@ -128,9 +144,9 @@ def commit(journey: Journey, journal: Journal) -> Finished:
         if isinstance(why := branch.record, Rejected)
     ]
     marker["seconds"] = journey.seconds
-    journal.commit(journey.file, marker, blocks=blocks, preview=preview)
+    journal.commit(journey.file, marker, blocks=blocks, preview=preview, taken=journey.fingerprint)
     rejected = [branch.record for branch in journey.branches if not branch.alive]
-    unexpected = next((why.evidence["traceback"] for why in rejected if why.reason == "unexpected error"), "")
+    unexpected = next((why.evidence["traceback"] for why in rejected if why.reason == UNEXPECTED), "")
     return Finished(kept=marker["kept"], unexpected=unexpected)
 
 

@@ -5,7 +5,9 @@ help. From the parsed options to the list of steps. Why a default is what it is:
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
@@ -57,8 +59,10 @@ class StepOptions:
         default, declared = self.default(name), str(self._field(name).type)
         if isinstance(default, tuple | frozenset):
             return str
-        named = {"Path": Path, "int": int, "float": float}
-        return type(default) if default is not None else next(kind for word, kind in named.items() if word in declared)
+        named = {"Path": Path, "int": int, "float": finite}
+        if default is None:
+            return next(kind for word, kind in named.items() if word in declared)
+        return finite if isinstance(default, float) else type(default)
 
     def _field(self, name: str) -> Field:
         return next(field for field in fields(self.step) if field.name == name)
@@ -230,6 +234,14 @@ SHARDS = StepOptions(
 STEPS = (READING, SHOTS, FRAMES, CAPTIONS, ENTITIES, BOXES, MASKS, MATCHING, FILTERS, SHARDS)
 
 
+def finite(text: str) -> float:
+    """A number that is neither infinite nor NaN: no comparison would ever notice those."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"needs an ordinary number, got {text}")
+    return number
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default where there is one to show."""
 
@@ -282,10 +294,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="processes; 0 works in this one, without a time limit per clip. On Ray: actors of every group of steps "
         "without a model",
     )
-    add("--clip-timeout", type=float, default=120.0, metavar="SECONDS", help="a clip that takes longer is rejected")
+    add("--clip-timeout", type=finite, default=120.0, metavar="SECONDS", help="a clip that takes longer is rejected")
     add("--ray", metavar="ADDRESS", help="run on Ray: local, auto, or the address of a cluster")
     add("--model-workers", type=int, default=1, help="on Ray: actors of every step with a model")
-    add("--gpu-share", type=float, default=1.0, help="on Ray: share of a GPU that each of these takes")
+    add("--gpu-share", type=finite, default=1.0, help="on Ray: share of a GPU that each of these takes")
     add("--batch-clips", type=int, default=1, help="on Ray: clips in one batch of a model")
     for options in STEPS:
         options.add_to(parser)
@@ -302,6 +314,8 @@ def make_steps(arguments: argparse.Namespace) -> list[Step]:
             f"annotated masks belong to annotated boxes: with --detector {arguments.detector} use --segmenter sam "
             "or mobile-sam and --segmenter-checkpoint FILE (or embedded with embedded)"
         )
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", arguments.device):
+        raise SettingsError(f"--device is cpu, cuda, cuda:1 or mps, got {arguments.device!r}")
     device = {"device": arguments.device}
     extra: dict[StepOptions, dict[str, Any]] = {
         READING: {

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, TypeVar
 
 from data_pipeline.records import MiningError
@@ -22,6 +23,8 @@ Place = Any  # a shared integer: the number of the stage that a worker is in
 
 # One task waits in the pipe while the worker has another in hand, so that it never waits for the parent.
 TASKS_PER_WORKER = 2
+# A larger task is not sent ahead: the pipe may be too small for it, and a worker that hangs would block the parent.
+BYTES_SENT_AHEAD = 16_384
 # A worker is replaced after so many: allocators keep a little of what every decoder and every model has used.
 TASKS_UNTIL_REPLACED = 10_000
 
@@ -138,16 +141,20 @@ class Guard(Generic[Task]):
         if self._worker is None:
             self._worker = _start(_context(self._preload), self._make)
         worker = self._worker
-        while not worker.ready:
-            _listen(worker)
-        worker.started = time.monotonic()
-        worker.fed += 1
-        with contextlib.suppress(OSError):  # it has died while it was idle: noticed below
-            worker.connection.send(task)
-        if worker.connection.poll(timeout):
-            outcome = _listen(worker)
-        else:
-            outcome = Failure("timeout", worker.place.value, f"stopped after {timeout:g} seconds")
+        try:
+            while not worker.ready:
+                _listen(worker)
+            worker.started = time.monotonic()
+            worker.fed += 1
+            with contextlib.suppress(OSError):  # it has died while it was idle: noticed below
+                worker.connection.send(task)
+            if worker.connection.poll(timeout):
+                outcome = _listen(worker)
+            else:
+                outcome = Failure("timeout", worker.place.value, f"stopped after {timeout:g} seconds")
+        except MiningError:
+            self.close()
+            raise
         if isinstance(outcome, Failure) or worker.fed >= TASKS_UNTIL_REPLACED:
             self.close()
         return outcome
@@ -194,10 +201,13 @@ def _feed(worker: _Worker, waiting: deque) -> None:
     while waiting and worker.ready and len(worker.tasks) < TASKS_PER_WORKER and worker.fed < TASKS_UNTIL_REPLACED:
         if not worker.tasks:
             worker.started = time.monotonic()
+        packed = ForkingPickler.dumps(waiting[0])
+        if worker.tasks and len(packed) > BYTES_SENT_AHEAD:
+            return
         worker.tasks.append(waiting.popleft())
         worker.fed += 1
         try:
-            worker.connection.send(worker.tasks[-1])
+            worker.connection.send_bytes(packed)
         except OSError:  # it has just died: noticed when its end of the pipe is read
             return
 

@@ -78,8 +78,10 @@ def decode_mask(rle: Mapping[str, Sequence[int]]) -> np.ndarray:
         counts = np.asarray(rle["counts"], dtype=np.int64)
     except (KeyError, TypeError, ValueError) as error:
         raise ClipError("unreadable mask in the annotations", error=str(error)) from error
-    if counts.ndim != 1 or (counts < 0).any() or int(counts.sum()) != height * width:
-        raise ClipError("unreadable mask in the annotations", size=[height, width], pixels_in_counts=int(counts.sum()))
+    # Single counts first: a sum of huge ones would wrap round to the right number, and repeat() would write anywhere.
+    in_range = counts.ndim == 1 and height > 0 and width > 0 and ((counts >= 0) & (counts <= height * width)).all()
+    if not in_range or int(counts.sum()) != height * width:
+        raise ClipError("unreadable mask in the annotations", size=[height, width], runs=int(counts.size))
     values = np.zeros(len(counts), dtype=bool)
     values[1::2] = True
     return np.repeat(values, counts).reshape((height, width), order="F")

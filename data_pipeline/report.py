@@ -22,7 +22,7 @@ from PIL import Image
 
 from data_pipeline.drawing import HEIGHT, Tile, beside, contact_sheet, draw_cut_out, draw_frame
 from data_pipeline.journal import Journal, write_atomically
-from data_pipeline.records import InputError, MiningError, VideoFile, decode_mask
+from data_pipeline.records import InputError, MiningError, OutputError, VideoFile, decode_mask
 from data_pipeline.report_page import Tally, page, printable
 from data_pipeline.shard_reader import Sample, Shard, index_rows, read_build, rejected_videos
 
@@ -56,8 +56,8 @@ def keep_notes(journal: Journal, files: Sequence[VideoFile]) -> None:
     stored: Counter[tuple[str, str]] = Counter()
     folder = journal.out / "report"
     shutil.rmtree(folder / "rejected", ignore_errors=True)  # of an interrupted run
-    (folder / "rejected").mkdir(parents=True)
-    for marker in journal.markers(list(files)):
+    _make_folder(folder / "rejected")
+    for marker in journal.markers(files):
         seconds.update(marker["seconds"])
         if marker["kept"]:
             dropped.update((each["stage"], each["reason"]) for each in marker["dropped"])
@@ -79,6 +79,16 @@ def keep_notes(journal: Journal, files: Sequence[VideoFile]) -> None:
     write_atomically(folder / "notes.json", json.dumps(notes, indent=1).encode())
 
 
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot make the folder {path}: {error.strerror or error}. Move away the file that has its name, or give "
+            "permission, and run the same command again"
+        ) from error
+
+
 def _by_count(counts: Counter[tuple[str, str]]) -> list[list[Any]]:
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [[stage, reason, count] for (stage, reason), count in ordered]
@@ -91,7 +101,7 @@ def read_notes(out: Path) -> dict[str, Any]:
         return {}
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no json ({error}): delete it for a report without times") from error
     schema = notes.get("schema") if isinstance(notes, dict) else None
     if schema != NOTES_SCHEMA:
@@ -137,7 +147,7 @@ def render_report(out: Path, build: Mapping[str, Any], stages: Sequence[str] | N
     examples = dict(sorted(examples.items(), key=lambda item: (order[item[0][0]], item[0][1])))
     pictured = {kind: pictured[kind] for kind in examples if pictured[kind]}
 
-    (out / "report").mkdir(exist_ok=True)
+    _make_folder(out / "report")
     sheets = {}
     if shown:
         sheets["kept"] = _save_sheet(out, "kept", _kept_tiles(out, shown))

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from data_pipeline.journal import Journal
-from data_pipeline.journey import Finished, Journey, commit, travel
+from data_pipeline.journey import TRY_AGAIN, Finished, Journey, commit, travel
 from data_pipeline.pool import Failure, Place, run_pool
-from data_pipeline.records import Rejected, VideoFile
+from data_pipeline.records import MiningError, VideoFile
 from data_pipeline.step import Step
+
+# Clips in a row that may end in an error that nobody foresaw.
+MOST_UNEXPECTED = 50
 
 
 def make_worker(steps: Sequence[Step], journal: Journal) -> Callable[[VideoFile, Place | None], Finished]:
@@ -25,14 +28,6 @@ def make_worker(steps: Sequence[Step], journal: Journal) -> Callable[[VideoFile,
         return commit(travel(steps, Journey(file), at), journal)
 
     return work
-
-
-def failed_journey(file: VideoFile, failure: Failure, steps: Sequence[Step]) -> Journey:
-    """The journey of a clip that took its worker with it."""
-    reason = "took too long" if failure.kind == "timeout" else "the worker died"
-    journey = Journey(file)
-    journey.reject(Rejected(reason, {"detail": failure.detail}, steps[failure.stage].name))
-    return journey
 
 
 def run(
@@ -54,12 +49,23 @@ def run(
     show_progress(_results(steps, waiting, journal, workers, timeout), finished, len(files), quiet)
 
 
+def preloads(steps: Sequence[Step]) -> tuple[str, ...]:
+    """Modules that all workers can share by being forked with them. Nothing is shared if a model runs on a GPU: CUDA
+    cannot be used in a process that was forked from one with torch in it.
+    """
+    if any(step.model_device.startswith("cuda") for step in steps):
+        return ()
+    return tuple(module for step in steps for module in step.preload)
+
+
 def split_finished(files: Sequence[VideoFile], journal: Journal) -> tuple[list[Finished], list[VideoFile]]:
-    """What the journal has of the clips, and the clips that it has not finished."""
+    """What the journal has of the clips, and the clips that are still to be mined: those it has not finished, and those
+    that fell out for a reason that may not have been theirs.
+    """
     finished, waiting = [], []
     for file in files:
         marker = journal.read(file)
-        if marker is None:
+        if marker is None or marker.get("reason") in TRY_AGAIN:
             waiting.append(file)
         else:
             finished.append(Finished(kept=marker["kept"]))
@@ -74,10 +80,11 @@ def _results(
         work = make()
         yield from ((file.name, work(file, None)) for file in waiting)
         return
-    preload = tuple(module for step in steps for module in step.preload)
-    for file, result in run_pool(make, waiting, workers=workers, timeout=timeout, preload=preload):
+    for file, result in run_pool(make, waiting, workers=workers, timeout=timeout, preload=preloads(steps)):
         if isinstance(result, Failure):
-            result = commit(failed_journey(file, result, steps), journal)
+            journey = Journey(file)
+            journey.fail(result, steps)
+            result = commit(journey, journal)
         yield file.name, result
 
 
@@ -86,16 +93,23 @@ def show_progress(
 ) -> None:
     """Runs through the results (name of the clip, what its worker says) behind a progress bar.
 
-    finished: what an earlier run has done of the ``total`` clips. The first unexpected error is shown in full.
+    finished: what an earlier run has done of the ``total`` clips. The first unexpected error is shown in full;
+    MiningError after MOST_UNEXPECTED in a row, which are the fault of the program or of the machine.
     """
     from tqdm import tqdm
 
     kept = sum(result.kept for result in finished)
     counts = {"kept": kept, "rejected": len(finished) - kept}
-    shown = False
+    shown, in_a_row = False, 0
     with tqdm(total=total, initial=len(finished), desc="mining", unit="clip", disable=quiet, mininterval=0.5) as bar:
         for name, result in results:
             counts["kept" if result.kept else "rejected"] += 1
+            in_a_row = in_a_row + 1 if result.unexpected else 0
+            if in_a_row >= MOST_UNEXPECTED:
+                raise MiningError(
+                    f"{in_a_row} clips in a row ended in an unexpected error; the last one:\n{result.unexpected}\nWhen "
+                    "it is mended, the same command tries these clips again"
+                )
             if result.unexpected and not shown:
                 shown = True
                 bar.write(f"{name} is rejected after an unexpected error:\n{result.unexpected}")

@@ -11,17 +11,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.assemble import ShardPlan, write_shard
 from data_pipeline.journal import Journal
 from data_pipeline.journey import Finished, Journey, advance, commit, travel
 from data_pipeline.pool import Failure, Guard, Place
-from data_pipeline.records import InputError, MiningError, OutputError, Rejected, SettingsError, VideoFile
-from data_pipeline.run import show_progress, split_finished
+from data_pipeline.records import InputError, MiningError, OutputError, SettingsError, VideoFile
+from data_pipeline.run import preloads, show_progress, split_finished
 from data_pipeline.step import Step
 
 
@@ -84,16 +86,22 @@ def make_travel(steps: Sequence[Step]) -> Callable[[Journey, Place], Journey]:
     return work
 
 
+def enter(folder: str) -> None:
+    """Works where the driver works, if that place is here too: settings may name files by relative paths."""
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
+
+
 class GuardedSteps:
     """An actor for steps without a model. Rows in: {"journey": Journey}.
 
     With a journal it is the last one: it leaves the outcomes there, and only names and verdicts go on to the driver.
     """
 
-    def __init__(self, steps: Sequence[Step], timeout: float, journal: Journal | None = None) -> None:
-        preload = tuple(module for step in steps for module in step.preload)
+    def __init__(self, steps: Sequence[Step], folder: str, timeout: float, journal: Journal | None = None) -> None:
+        enter(folder)
         self._steps, self._timeout, self._journal = steps, timeout, journal
-        self._guard: Guard[Journey] = Guard(partial(make_travel, steps), preload)
+        self._guard: Guard[Journey] = Guard(partial(make_travel, steps), preloads(steps))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The same rows, one group of steps later; in the last actor {"name", "kept", "unexpected"}."""
@@ -127,8 +135,7 @@ class GuardedSteps:
             journey.stopped_by = error
             return journey
         if isinstance(result, Failure):
-            reason = "took too long" if result.kind == "timeout" else "the worker died"
-            journey.reject(Rejected(reason, {"detail": result.detail}, self._steps[result.stage].name))
+            journey.fail(result, self._steps)
             return journey
         return result
 
@@ -136,9 +143,10 @@ class GuardedSteps:
 class ModelStep:
     """An actor for one step with a model, which takes all clips of a batch at once."""
 
-    def __init__(self, steps: Sequence[Step]) -> None:
+    def __init__(self, steps: Sequence[Step], folder: str) -> None:
         from data_pipeline.models.threads import use_one_thread
 
+        enter(folder)
         [self._step] = steps
         if self._step.model_device == "cpu":
             use_one_thread()
@@ -147,6 +155,8 @@ class ModelStep:
             self._step.setup()
         except MiningError as error:  # raised here, it would be lost among Ray's own
             self._error = error
+        except Exception:
+            self._error = MiningError(f"a worker could not start {self._step.name}:\n{traceback.format_exc()}")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The same rows, one step later."""
@@ -178,9 +188,31 @@ def check_ray(options: RayOptions) -> None:
         raise InputError(f"--ray {options.address} needs Ray, which is not installed: pip install 'msdiffusion[ray]'")
 
 
+def check_resources(options: RayOptions, groups: Sequence[Sequence[Step]], there: Mapping[str, float]) -> None:
+    """InputError if the actors ask for more processors or GPUs than the cluster has: they would wait for ever.
+
+    there: as ``ray.cluster_resources()`` gives it.
+    """
+    models = [group[0].model_device for group in groups if group[0].model_device]
+    asked = {
+        "CPU": float(options.workers * (len(groups) - len(models)) + options.model_workers * len(models)),
+        "GPU": options.gpu_share * options.model_workers * sum(device.startswith("cuda") for device in models),
+    }
+    short = [
+        f"{asked[name]:g} {name}s, but has {there.get(name, 0):g}" for name in asked if asked[name] > there.get(name, 0)
+    ]
+    if short:
+        raise InputError(
+            f"the actors need {'; '.join(short)} on Ray at {options.address!r}: lower --workers, --model-workers or "
+            "--gpu-share, or take --device cpu"
+        )
+
+
 @contextlib.contextmanager
-def ray_session(options: RayOptions, num_groups: int) -> Iterator[None]:
-    """A running Ray, stopped at the end if we started it. InputError if there is no cluster at the address."""
+def ray_session(options: RayOptions, groups: Sequence[Sequence[Step]]) -> Iterator[None]:
+    """A running Ray with room for all actors of these groups of steps, stopped at the end if we started it. InputError
+    if there is no cluster at the address, or too small a one.
+    """
     # What Ray says of its own workings would bury our progress bar; its log files have it all.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
@@ -190,13 +222,14 @@ def ray_session(options: RayOptions, num_groups: int) -> Iterator[None]:
     ours = not ray.is_initialized()
     if ours and options.address == "local":
         # Actors wait for each other's rows: each must have its (nominal) processor, whatever the machine has.
-        processors = num_groups * max(options.workers, options.model_workers) + 2
+        processors = len(groups) * max(options.workers, options.model_workers) + 2
         ray.init(address="local", num_cpus=processors, **quiet)
     elif ours:
         try:
             ray.init(address=options.address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"cannot reach a Ray cluster at {options.address!r}: {error}") from error
+    check_resources(options, groups, ray.cluster_resources())
     ray.data.DataContext.get_current().enable_progress_bars = False
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "ray"]:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -223,7 +256,7 @@ def run_on_ray(
     for group in groups:
         device = group[0].model_device
         actors = options.model_workers if device else options.workers
-        arguments: dict[str, Any] = {"steps": group}
+        arguments: dict[str, Any] = {"steps": group, "folder": str(Path.cwd())}
         if not device:
             arguments |= {"timeout": options.timeout, "journal": journal if group is groups[-1] else None}
         rows = rows.map_batches(

@@ -10,7 +10,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ class Shard:
     def _metadata(self, key: str, content: bytes) -> dict[str, Any]:
         try:
             metadata = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{self.path}: {key}.json is no json ({error})") from error
         schema = metadata.get("schema") if isinstance(metadata, dict) else None
         if schema != SAMPLE_SCHEMA:
@@ -168,8 +168,26 @@ class Shard:
             )
 
 
+def _is_shard_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(name), str) for name in ("name", "sha256"))
+        and all(isinstance(entry.get(name), int) for name in ("samples", "bytes"))
+        and Path(entry["name"]).name == entry["name"]
+    )
+
+
+# What a program of this package reads of build.json.
+BUILD_FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    "settings": lambda value: isinstance(value, dict),
+    "versions": lambda value: isinstance(value, dict),
+    "counts": lambda value: isinstance(value, dict) and isinstance(value.get("samples"), int),
+    "shards": lambda value: isinstance(value, list) and all(map(_is_shard_entry, value)),
+}
+
+
 def read_build(folder: Path) -> dict[str, Any]:
-    """The build.json of a finished dataset; InputError if there is none or it is of another kind."""
+    """The build.json of a finished dataset; InputError if there is none or it is of another kind or not whole."""
     path = folder / "build.json"
     if not folder.is_dir():
         raise InputError(f"no dataset at {folder}: it is no folder")
@@ -179,11 +197,15 @@ def read_build(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} has no build.json, so it is no finished dataset: {advice}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is no json ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no json ({error}): mine or copy the dataset again") from error
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != BUILD_SCHEMA:
         raise InputError(f"{path} has the schema {schema!r}; this program reads {BUILD_SCHEMA!r}")
+    if missing := [name for name, fits in BUILD_FIELDS.items() if not fits(content.get(name))]:
+        raise InputError(
+            f"{path} lacks {', '.join(missing)}, or what it has there is no such thing: mine or copy the dataset again"
+        )
     return content
 
 
@@ -192,14 +214,16 @@ def rejected_videos(folder: Path) -> Iterator[dict[str, Any]]:
     path = folder / "rejected.jsonl"
     if not path.is_file():
         raise InputError(f"no {path}: the dataset is not complete")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                entry = json.loads(line)
-            except ValueError as error:
+                entry = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}, is no json ({error})") from error
-            if not isinstance(entry, dict) or not entry.keys() >= REJECTED_FIELDS or not KEY.fullmatch(entry["key"]):
-                raise InputError(f"{path}, line {number}, is no rejected video: {line[:200]!r}")
+            whole = isinstance(entry, dict) and entry.keys() >= REJECTED_FIELDS
+            texts = whole and all(isinstance(entry[name], str) for name in REJECTED_FIELDS - {"evidence"})
+            if not texts or not KEY.fullmatch(entry["key"]):
+                raise InputError(f"{path}, line {number}, is no rejected video: {line.decode()[:200]!r}")
             yield entry
 
 

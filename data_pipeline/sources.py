@@ -165,7 +165,8 @@ def _read_csv(path: Path) -> Iterable[Mapping[str, Any]]:
 
 
 def _read_jsonl(path: Path) -> Iterable[Mapping[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    # Not splitlines(), which also splits at U+2028 and its like: in json they may stand inside a text.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
                 yield json.loads(line)

@@ -32,6 +32,9 @@ class Step(Generic[In, Out]):
         """``CutShots`` -> ``cut_shots``: the name of the file, of the stage in reports, and of the settings."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
+    path_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings that are text and may name a file or a folder; those that are paths are known without it."""
+
     @property
     def model_device(self) -> str:
         """The device that the step's model runs on ("cpu", "cuda:0"), "" for a step without a model. On a cluster a
@@ -40,9 +43,12 @@ class Step(Generic[In, Out]):
         return ""
 
     def model_files(self) -> dict[str, Path]:
-        """Files and folders whose content shapes the dataset, by a name: every setting that names one that is here."""
-        values = {name: value for name, value in self.settings().items() if isinstance(value, str) and value}
-        return {name: Path(value) for name, value in values.items() if Path(value).exists()}
+        """Files and folders whose content shapes the dataset, by a name: the settings that name one that is here."""
+        named = {f.name for f in fields(self) if "Path" in str(f.type)} | set(self.path_settings)
+        values = {name: value for name, value in self.settings().items() if name in named and value}
+        # "transformers:FOLDER" names a folder too.
+        places = {name: Path(value.partition(":")[2] if ":" in value else value) for name, value in values.items()}
+        return {name: place for name, place in places.items() if place.exists()}
 
     def setup(self) -> None:
         """Once per worker: heavy imports and weights. SettingsError or InputError if something is missing."""

@@ -61,7 +61,7 @@ def _corner_box(values: Any, where: str) -> tuple[float, ...]:
     """COCO's [x, y, width, height] -> xyxy."""
     try:
         x, y, width, height = (float(value) for value in values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ClipError(BAD, error=f"{where}: a box needs four numbers, got {values!r}") from error
     return x, y, x + width, y + height
 
@@ -100,6 +100,20 @@ def _guarded(read: Callable[[int], Mapping[int, Sequence[Found]]]) -> Callable[[
     return frames
 
 
+def _category_names(content: Mapping[str, Any]) -> dict[Any, str]:
+    _check_unique("categories", content["categories"])
+    return {category["id"]: category["name"] for category in content["categories"]}
+
+
+def _check_unique(kind: str, entries: Iterable[Mapping[str, Any]]) -> None:
+    """InputError if two of the entries have the same id: what refers to it would mean either."""
+    seen = set()
+    for entry in entries:
+        if entry["id"] in seen:
+            raise InputError(f"two of the {kind} of the annotations have the id {entry['id']!r}: number them anew")
+        seen.add(entry["id"])
+
+
 # --------------------------------------------------------------------------------------------------------------- COCO
 
 
@@ -108,7 +122,8 @@ def read_coco(content: Mapping[str, Any]) -> dict[str, Entry]:
     "frame", or by its file_name "clip/00012.jpg". "track_id" of an annotation says what is the same object in two
     frames. Crowds are left out.
     """
-    names = {category["id"]: category["name"] for category in content["categories"]}
+    names = _category_names(content)
+    _check_unique("images", content["images"])
     objects: dict[Any, list[Mapping[str, Any]]] = {}
     for annotation in content["annotations"]:
         if not annotation.get("iscrowd"):
@@ -158,7 +173,8 @@ def read_youtube_vis(content: Mapping[str, Any]) -> dict[str, Entry]:
     A file stands for the frame at its place in the list if the video has as many frames as the list, and otherwise
     for the frame of the number in its name (YouTube-VIS lists every fifth frame).
     """
-    names = {category["id"]: category["name"] for category in content["categories"]}
+    names = _category_names(content)
+    _check_unique("videos", content["videos"])
     tracks: dict[Any, list[Mapping[str, Any]]] = {}
     for annotation in content["annotations"]:
         tracks.setdefault(annotation["video_id"], []).append(annotation)
@@ -191,7 +207,16 @@ def read_youtube_vis(content: Mapping[str, Any]) -> dict[str, Entry]:
 
         return Entry(size=size, frames=_guarded(frames))
 
-    return {str(PurePosixPath(video["file_names"][0]).parent): entry(video) for video in content["videos"]}
+    result: dict[str, Entry] = {}
+    for video in content["videos"]:
+        folder = str(PurePosixPath(video["file_names"][0]).parent)
+        if folder in result:
+            raise InputError(
+                f"two videos of the annotations have their pictures in the folder {folder!r}, one of them with the id "
+                f"{video['id']!r}: leave one of them"
+            )
+        result[folder] = entry(video)
+    return result
 
 
 # -------------------------------------------------------------------------------------------------------------- DAVIS
@@ -209,13 +234,16 @@ def read_davis(names: Mapping[str, Mapping[str, str | None]], folder: Path) -> d
             pictures = sorted((folder / video).glob("*.png"))
             if not pictures:
                 raise ClipError(BAD, error=f"no pictures in the folder {video} of the masks")
-            result = {}
+            result: dict[int, list[Found]] = {}
             for picture in pictures:
+                index = frame_number(picture.name)
+                if index in result:
+                    raise ClipError(BAD, error=f"two pictures for frame {index} in the folder {video}")
                 numbers = [int(number) for number in np.unique(read_numbers(picture)) if number not in (0, VOID)]
                 strange = [number for number in numbers if number not in known]
                 if strange:
                     raise ClipError(BAD, error=f"{video}/{picture.name}: no names for the objects {strange[:20]}")
-                result[frame_number(picture.name)] = [
+                result[index] = [
                     Found(object_id=number, name=known[number], box=None, mask_file=(picture, number))
                     for number in numbers
                     if known[number] is not None
@@ -241,18 +269,21 @@ def read_names_table(path: Path) -> dict[str, dict[str, str | None]]:
         for row in reader:
             if not (row["object"] or "").strip().isdigit():
                 raise InputError(f"{path}, line {reader.line_num}: object must be a number, got {row['object']!r}")
-            names.setdefault(row["video"], {})[row["object"].strip()] = (row["name"] or "").strip() or None
+            named, number = names.setdefault(row["video"], {}), row["object"].strip()
+            if number in named:
+                raise InputError(f"{path}, line {reader.line_num}: a second name for object {number} of {row['video']}")
+            named[number] = (row["name"] or "").strip() or None
     return names
 
 
 def read_numbers(path: Path) -> np.ndarray:
     """The object numbers of a palette or grey picture, (height, width) integers; ClipError for any other picture."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as picture:
             numbers = np.asarray(picture)
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ClipError(BAD_MASK, file=path.name, error=type(error).__name__) from error
     if numbers.ndim != 2:
         raise ClipError(BAD_MASK, file=path.name, error="needed is a palette or grey picture of object numbers")
@@ -292,7 +323,7 @@ def draw_polygons(polygons: Any, width: int, height: int) -> np.ndarray:
     for polygon in polygons:
         try:
             points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ClipError(BAD_MASK, error="a polygon is a list x, y, x, y, ...") from error
         if len(points) < 3 or not np.isfinite(points).all():
             raise ClipError(BAD_MASK, error="a polygon needs three points or more, and finite numbers")
@@ -312,6 +343,6 @@ def segmentation_size(segmentation: Mapping[str, Any]) -> Iterable[int]:
     """Height and width of a segmentation; ClipError if they are missing."""
     try:
         height, width = (int(side) for side in segmentation["size"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ClipError(BAD_MASK, error=f"no size: {type(error).__name__}") from error
     return height, width

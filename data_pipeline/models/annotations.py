@@ -60,7 +60,7 @@ def _pixel_box(values: Any, width: int, height: int, where: str) -> Box:
         x1, y1, x2, y2 = (float(value) for value in values)
         if not all(map(math.isfinite, (x1, y1, x2, y2))):  # json knows NaN, which min and max would turn into an edge
             raise ValueError("not finite")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:  # the last: a whole number of more digits than a float
         raise ClipError(BAD, error=f"{where}: a box needs four numbers, got {values!r}") from error
     # Hand-drawn and tracked boxes reach over the frame by a pixel or so; only what is inside can be seen.
     box = (max(0.0, x1) / width, max(0.0, y1) / height, min(width, x2) / width, min(height, y2) / height)
@@ -77,9 +77,13 @@ def read_sidecar(path: Path, width: int, height: int, num_frames: int) -> Annota
             raise ClipError("unknown annotations schema", found=content["schema"], known=SCHEMA)
         _check_size(content, width, height)
         objects = {entry["id"]: entry for entry in content["objects"]}
-        frames = {}
+        if len(objects) < len(content["objects"]):
+            raise ClipError(BAD, error="two objects have the same id")
+        frames: dict[int, tuple[AnnotatedObject, ...]] = {}
         for frame in content["frames"]:
             index = _check_index(frame["index"], num_frames)
+            if index in frames:
+                raise ClipError(BAD, error=f"two entries for frame {index}")
             frames[index] = tuple(
                 AnnotatedObject(
                     object_id=found["id"],
@@ -90,7 +94,8 @@ def read_sidecar(path: Path, width: int, height: int, num_frames: int) -> Annota
                 )
                 for found in frame["objects"]
             )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            _check_once(frames[index], index)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ClipError(BAD, error=f"{type(error).__name__}: {error}") from error
     return Annotations(frames=frames)
 
@@ -108,6 +113,13 @@ def _check_index(index: Any, num_frames: int) -> int:
     return index
 
 
+def _check_once(objects: Sequence[AnnotatedObject], index: int) -> None:
+    numbers = [found.object_id for found in objects if found.object_id is not None]
+    twice = next((number for number in numbers if numbers.count(number) > 1), None)
+    if twice is not None:
+        raise ClipError(BAD, error=f"object {twice} is twice in frame {index}")
+
+
 class AnnotationSource:
     """Finds the annotations of each video: in the file for many videos if one is given and knows the video, else in
     the sidecar.
@@ -119,9 +131,11 @@ class AnnotationSource:
     def read(self, video: Path, name: str, width: int, height: int, num_frames: int) -> Annotations | None:
         """Annotations of the video called ``name``; None if there are none; ClipError if they are unusable."""
         without_suffix = str(PurePosixPath(name).with_suffix(""))
-        entry = self._videos.get(name) or self._videos.get(without_suffix)
-        if entry is not None:
-            return _from_entry(entry, width, height, num_frames)
+        entries = [self._videos[key] for key in dict.fromkeys((name, without_suffix)) if key in self._videos]
+        if len(entries) > 1:
+            raise ClipError(BAD, error=f"two entries for this video: {name} and {without_suffix}")
+        if entries:
+            return _from_entry(entries[0], width, height, num_frames)
         sidecar = sidecar_path(video)
         return read_sidecar(sidecar, width, height, num_frames) if sidecar.is_file() else None
 
@@ -141,7 +155,7 @@ def read_many(path: Path) -> dict[str, Entry]:
             return read_davis(read_names_table(path), path.parent)
         content = json.loads(path.read_text(encoding="utf-8"))
         return _recognise(content)(content, path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
@@ -168,9 +182,11 @@ def _recognise(content: Any) -> Callable[[Any, Path], dict[str, Entry]]:
 def _read_corpus(content: Mapping[str, Any], folder: Path) -> dict[str, Entry]:
     def entry(video: Mapping[str, Any]) -> Entry:
         def frames(num_frames: int) -> Mapping[int, Sequence[Found]]:
-            result = {}
+            result: dict[int, list[Found]] = {}
             try:
                 for frame in video["annotations"]:
+                    if frame["frame"] in result:
+                        raise ClipError(BAD, error=f"two entries for frame {frame['frame']}")
                     picture = folder / frame["mask_png"] if frame.get("mask_png") else None
                     result[frame["frame"]] = [
                         Found(
@@ -182,13 +198,21 @@ def _read_corpus(content: Mapping[str, Any], folder: Path) -> dict[str, Entry]:
                         )
                         for found in frame["objects"]
                     ]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 raise ClipError(BAD, error=f"{type(error).__name__}: {error}") from error
             return result
 
         return Entry(size=(video["width"], video["height"]), frames=frames)
 
-    return {video["file"]: entry(video) for video in content["videos"].values()}
+    result: dict[str, Entry] = {}
+    for name, video in content["videos"].items():
+        if video["file"] in result:
+            raise InputError(
+                f"the annotations have two entries for the file {video['file']!r}, one of them called {name!r}: leave "
+                "one of them"
+            )
+        result[video["file"]] = entry(video)
+    return result
 
 
 def _from_entry(entry: Entry, width: int, height: int, num_frames: int) -> Annotations:
@@ -198,6 +222,7 @@ def _from_entry(entry: Entry, width: int, height: int, num_frames: int) -> Annot
     for index, objects in entry.frames(num_frames).items():
         _check_index(index, num_frames)
         frames[index] = tuple(_annotated(found, index, width, height) for found in objects)
+        _check_once(frames[index], index)
     return Annotations(frames=frames)
 
 
@@ -241,7 +266,10 @@ def _decode(segmentation: Mapping[str, Any], width: int, height: int) -> np.ndar
         return draw_polygons(segmentation["polygons"], width, height)
     counts = segmentation.get("counts")
     if isinstance(counts, str | bytes):
-        return decode_mask({"size": [height, width], "counts": decode_counts(counts)})
+        counts = decode_counts(counts)
     if not isinstance(counts, list):
         raise ClipError(BAD_MASK, error="counts must be a list or a text")
-    return decode_mask(segmentation)
+    try:
+        return decode_mask({"size": [height, width], "counts": counts})
+    except OverflowError as error:
+        raise ClipError(BAD_MASK, error=f"run lengths of too many digits: {error}") from error

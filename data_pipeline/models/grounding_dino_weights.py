@@ -16,7 +16,7 @@ import torch
 
 from data_pipeline.models.grounding import Preprocessing
 from data_pipeline.models.grounding_dino import DISPENSABLE, load_grounding_dino, read_package_config
-from data_pipeline.models.grounding_dino_hf import load_grounding_dino_hf
+from data_pipeline.models.grounding_dino_hf import OPTION, load_grounding_dino_hf
 from data_pipeline.records import InputError
 
 _SWIN = "model.backbone.conv_encoder.model"
@@ -306,7 +306,10 @@ def convert_to_package(name: str, out: Path) -> None:
 
     from data_pipeline.models.grounding_dino import build_from_config
 
-    model, tokenizer, _ = load_grounding_dino_hf(name, "cpu")
+    try:
+        model, tokenizer, _ = load_grounding_dino_hf(name, "cpu")
+    except InputError as error:  # it names the option of a mining run
+        raise InputError(str(error).replace(f"{OPTION}:", "IN:", 1)) from error
     settings = package_config(model.config)
     text_encoder = out / "text_encoder"
     model.config.text_config.save_pretrained(text_encoder)

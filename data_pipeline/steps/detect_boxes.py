@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from data_pipeline.places import EMBEDDED_DETECTOR
 from data_pipeline.records import (
@@ -39,6 +39,8 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
     device: "cpu", "cuda", "cuda:1". frames_per_batch: frames in one forward pass. With 2 they are those of one pair,
     and clips do not influence each other; more are quicker on a GPU and may change boxes in their last digits.
     """
+
+    path_settings: ClassVar[tuple[str, ...]] = ("model", "text_encoder")
 
     detector: str = "annotations"
     model: str = ""

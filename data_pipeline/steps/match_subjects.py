@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -43,6 +44,8 @@ class MatchSubjects(Step[DetectedPair, TrainingPair]):
     "clip:base" ("large"). checkpoint: local weights for timm. min_similarity: a cosine; None takes the embedder's from
     MIN_SIMILARITY.
     """
+
+    path_settings: ClassVar[tuple[str, ...]] = ("embedder",)
 
     embedder: str = "histogram"
     checkpoint: Path | None = None
@@ -105,9 +108,6 @@ class MatchSubjects(Step[DetectedPair, TrainingPair]):
             found, lost = self._match(phrase, reference, target, np.clip(first @ second.T, -1.0, 1.0))
             matches += sorted(found, key=lambda match: match.target.box)
             dropped += lost
-            if len(reference) != len(target):
-                seen = {"reference": len(reference), "target": len(target)}
-                dropped.append(self._lost(phrase, "more of its phrase in one of the frames", seen))
         if not matches:
             lost_phrases = [{"phrase": lost.phrase, "reason": lost.reason, **lost.evidence} for lost in dropped]
             return Rejected("no subject matched in both frames", {"subjects": lost_phrases})
@@ -160,6 +160,9 @@ class MatchSubjects(Step[DetectedPair, TrainingPair]):
                 dropped.append(self._lost(phrase, "more like another one of its phrase", seen))
             else:
                 matches.append(Match(reference=reference[row], target=target[column], similarity=value))
+        if len(reference) != len(target):
+            seen = {"reference": len(reference), "target": len(target)}
+            dropped.append(self._lost(phrase, "more of its phrase in one of the frames", seen))
         return matches, dropped
 
     def _match_tracks(
@@ -171,10 +174,20 @@ class MatchSubjects(Step[DetectedPair, TrainingPair]):
             for row, found in enumerate(reference)
             if (column := places.get(found.object_id)) is not None
         ]
-        if matches:
-            return matches, []
-        seen = {"reference": len(reference), "target": len(target)}
-        return [], [self._lost(phrase, "another object of this name in each frame", seen)]
+        if not matches:
+            seen = {"reference": len(reference), "target": len(target)}
+            return [], [self._lost(phrase, "another object of this name in each frame", seen)]
+        both = {found.reference.object_id for found in matches}
+        dropped = [
+            self._lost(phrase, "in one frame only", {"object": found.object_id, **seen})
+            for detections, seen in (
+                (reference, {"reference": 1, "target": 0}),
+                (target, {"reference": 0, "target": 1}),
+            )
+            for found in detections
+            if found.object_id not in both
+        ]
+        return matches, dropped
 
     def _lost(self, phrase: str, reason: str, evidence: dict[str, float]) -> Dropped:
         return Dropped(phrase=phrase, stage=self.name, reason=reason, evidence=evidence)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from data_pipeline.places import EMBEDDED_SEGMENTER, SEGMENTER_SIZES, SEGMENTER_WEIGHTS
 from data_pipeline.records import (
@@ -31,15 +32,19 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
     segmenter: "annotations", "sam", "mobile-sam" or "embedded" (a tiny SAM that comes with the repository). model: for
     sam "vit_b", "vit_l" or "vit_h", for mobile-sam "vit_t", or a json file with the sizes of another one; empty for the
     first of these names. checkpoint: its weights, .safetensors or PyTorch's. device: "cpu", "cuda", "cuda:1".
-    frames_per_batch: frames encoded at once; it does not change the dataset. Detections whose mask is empty, or has no
-    pixel in their box, are left out here.
+    frames_per_batch: frames encoded at once. With 2 they are those of one pair, and clips do not influence each
+    other; more are quicker on a GPU and may change a mask's score in its last digits.
+
+    Detections whose mask is empty, or has no pixel in their box, are left out here.
     """
+
+    path_settings: ClassVar[tuple[str, ...]] = ("model",)
 
     segmenter: str = "annotations"
     model: str = ""
     checkpoint: Path | None = None
     device: str = "cpu"
-    frames_per_batch: int = field(default=4, metadata={"hashed": False})
+    frames_per_batch: int = 2
 
     def __post_init__(self) -> None:
         if self.segmenter not in SEGMENTERS:

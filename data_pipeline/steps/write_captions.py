@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from data_pipeline.records import FramePair, Rejected, SettingsError
 from data_pipeline.step import Step
@@ -19,6 +20,8 @@ class WriteCaptions(Step[FramePair, FramePair]):
     directory or hub id. max_tokens: length of a caption at most. device: "cpu", "cuda", "cuda:1". frames_per_batch:
     pictures in one pass; more are quicker on a GPU and may change a word where two are equally likely.
     """
+
+    path_settings: ClassVar[tuple[str, ...]] = ("model",)
 
     captioner: str = "files"
     model: str = ""

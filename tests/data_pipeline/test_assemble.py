@@ -3,6 +3,7 @@ import json
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow.parquet
 import pytest
@@ -16,7 +17,10 @@ from data_pipeline.steps.write_shards import tar_member
 
 @dataclass(kw_only=True)
 class Loader(Step):
+    path_settings: ClassVar[tuple[str, ...]] = ("folder", "name_of_nothing")
+
     checkpoint: Path | None = None
+    other: str = "."
     folder: str = ""
     name_of_nothing: str = "histogram"
 

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -273,7 +274,13 @@ BAD = {
     "missing table": (["--videos", "bare", "--captions", "no.csv"], "no captions table at no.csv"),
     "missing corpus": (["--videos", "bare", "--annotations", "no.json"], "no annotations file or folder at no.json"),
     "workers": (["--videos", "bare", "--workers", "-1"], "--workers must be 0 or more, got -1"),
-    "timeout": (["--videos", "bare", "--clip-timeout", "0"], "--clip-timeout must be positive, got 0"),
+    "timeout": (
+        ["--videos", "bare", "--clip-timeout", "0"],
+        "--clip-timeout must lie above 0 and up to 86400 s, got 0",
+    ),
+    "endless timeout": (["--videos", "bare", "--clip-timeout", "3000000"], "up to 86400 s, got 3000000"),
+    "device": (["--videos", "bare", "--device", "gpu"], "--device is cpu, cuda, cuda:1 or mps, got 'gpu'"),
+    "device on ray": (["--videos", "bare", "--ray", "local", "--device", "cuda:1"], "on Ray --device is cpu or cuda"),
     "filter": (["--videos", "bare", "--min-fill", "2"], r"min_fill must lie in \[0, 1\], got 2"),
     "detector": (
         ["--videos", "bare", "--detector", "groundingdino", "--segmenter", "sam"],
@@ -290,12 +297,46 @@ def test_wrong_input_is_one_clear_error_and_no_folder(name, tmp_path, monkeypatc
         (tmp_path / "bare").mkdir()
         (tmp_path / "bare/a.mp4").write_bytes(b"x")
     assert main([*options, "--out", "out"]) == 2
-    import re
-
     error = capsys.readouterr().err
     assert re.search(message, error, re.DOTALL), error
     assert error.startswith("error: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--clip-timeout", "--max-aspect", "--min-similarity"])
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_numbers_that_compare_with_nothing_are_refused(option, number, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--videos", "videos", option, number])
+    assert stop.value.code == 2
+    assert f"needs an ordinary number, got {number}" in capsys.readouterr().err
+
+
+def test_the_root_has_nothing_beside_it(capsys):
+    assert main(["--videos", "/"]) == 2
+    assert "give --out DIR" in capsys.readouterr().err
+
+
+def test_an_unfinished_folder_refuses_other_files_and_other_versions(folder, tmp_path, monkeypatch, capsys):
+    corpus = tmp_path / "corpus.json"
+    corpus.write_text('{"videos": {"a": {"file": "a.mp4", "width": 8, "height": 8, "annotations": []}}}')
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "assemble", stop)
+    assert mine(folder, tmp_path / "out", "--annotations", corpus) == 130
+    monkeypatch.undo()
+    before = corpus.read_text()
+    corpus.write_text(before + " ")
+    assert mine(folder, tmp_path / "out", "--annotations", corpus) == 2
+    assert "the file of read_videos.annotations_file has changed since" in capsys.readouterr().err
+    corpus.write_text(before)
+    monkeypatch.setattr(build, "__version__", "99")
+    assert mine(folder, tmp_path / "out", "--annotations", corpus) == 2
+    assert re.search(r"was started by version .* of the pipeline, this is 99", capsys.readouterr().err)
+    monkeypatch.undo()
+    assert mine(folder, tmp_path / "out", "--annotations", corpus) == 0
 
 
 def test_wrong_input_is_noticed_before_anything_heavy_is_imported(tmp_path):

@@ -30,9 +30,13 @@ def test_help_is_quick_and_loads_no_network(command):
         (["train", "segmenter", "--batch-size", "-1"], "batch_size must be at least 1, got -1"),
         (["train", "segmenter", "--threads", "0"], "at least one processor core, got 0"),
         (["train", "detector", "--twins", "2"], "twins is a share"),
+        (["train", "detector", "--seed", "-1"], "seed must be a whole number from 0 to 2**63 - 1, got -1"),
+        (["train", "detector", "--workers", "-1"], "--workers must be 0 or more, got -1"),
+        (["train", "detector", "--out", f"{__file__}/model"], "--out needs a folder, but "),
         (["train", "detector", "--initial", "nowhere"], "no state.pt in nowhere"),
         (["measure", "--clips", "0"], "at least one clip, got --clips 0"),
         (["measure", "--twins", "-1"], "--twins -1"),
+        (["measure", "--seeds", "3", "-1"], "--seeds must be 0 or more, got 3 -1"),
         (["measure", "--models", "nowhere"], "nowhere"),
     ],
 )
@@ -40,6 +44,26 @@ def test_wrong_arguments_are_refused_before_any_work(arguments, said, tmp_path, 
     assert main([*arguments, "--work", str(tmp_path / "work")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("command", [["train", "detector"], ["measure"]])
+def test_a_work_folder_that_is_a_file(command, tmp_path, capsys):
+    (tmp_path / "work").write_text("a file")
+    assert main([*command, "--work", str(tmp_path / "work")]) == 2
+    assert f"--work needs a folder, but {tmp_path / 'work'} is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--work", "--initial"])
+def test_a_broken_state_is_found_before_anything_is_rendered(option, tmp_path, capsys, monkeypatch):
+    from data_pipeline.models.embedded import renderings
+
+    monkeypatch.setattr(renderings, "render", lambda *_: pytest.fail("rendered"))
+    run = tmp_path / "detector_run"
+    run.mkdir()
+    (run / "state.pt").write_bytes(b"half a sta")
+    places = {"--work": str(tmp_path / "work"), option: str(tmp_path if option == "--work" else run)}
+    assert main(["train", "detector", *(word for pair in places.items() for word in pair)]) == 2
+    assert f"{run / 'state.pt'} does not open" in capsys.readouterr().err
 
 
 def test_an_unknown_part_is_refused(capsys):
@@ -60,8 +84,16 @@ def test_train_and_go_on(part, tmp_path, capsys):
     initial, other = str(tmp_path / f"{part}_run"), str(tmp_path / "other")
     assert main([*command, "--steps", "1", "--initial", initial, "--work", other]) == 0
     # A run of other settings does not go on in the same folder by mistake.
-    assert main([*command, "--steps", "3"]) == 2
-    assert "other settings" in capsys.readouterr().err
+    for changes, told in (
+        (["--steps", "3"], "steps: 2 then, 3 now"),
+        (["--frames", "7"], "frames: 6 then, 7 now"),
+        (["--twins", "0.5"], "twins: 0.2 then, 0.5 now"),
+        (["--initial", initial], "initial: '' then, 'step 2, weights "),
+    ):
+        assert main([*command, "--steps", "2", *changes]) == 2
+        assert f"other settings; use those again, take another folder, or delete it to begin anew:\n  {told}" in (
+            capsys.readouterr().err
+        )
 
 
 @pytest.mark.slow

@@ -30,7 +30,8 @@ def shard(tmp_path, make_pair, make_match):
     path = tmp_path / "pairs-000000.tar"
     path.write_bytes(content)
     entry = {"name": path.name, "samples": 2, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (tmp_path / "build.json").write_text(json.dumps({"schema": "data_pipeline.build/1", "shards": [entry]}))
+    build = {"schema": "data_pipeline.build/1", "settings": {}, "versions": {}, "counts": {"samples": 2}}
+    (tmp_path / "build.json").write_text(json.dumps({**build, "shards": [entry]}))
     return path
 
 
@@ -107,6 +108,11 @@ def test_inspect_of_a_broken_mask(shard, tmp_path, capsys):
 
 
 def test_inspect_of_a_dataset_without_samples(tmp_path, capsys):
-    (tmp_path / "build.json").write_text(json.dumps({"schema": "data_pipeline.build/1", "shards": []}))
+    build = {"schema": "data_pipeline.build/1"}
+    (tmp_path / "build.json").write_text(json.dumps(build))
+    assert main([str(tmp_path)]) == 2
+    assert "build.json lacks settings, versions, counts, shards" in capsys.readouterr().err
+    build |= {"settings": {}, "versions": {}, "counts": {"samples": 0}, "shards": []}
+    (tmp_path / "build.json").write_text(json.dumps(build))
     assert main([str(tmp_path)]) == 2
     assert "has no samples: rejected.jsonl and report.html say why" in capsys.readouterr().err

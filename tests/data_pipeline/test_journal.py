@@ -42,7 +42,8 @@ def test_a_setting_that_did_not_exist_is_named(journal):
 
 
 def test_other_settings_on_a_complete_dataset_are_named(journal):
-    write_atomically(journal.out / "build.json", json.dumps({"settings": {"a": {"b": 1}}}).encode())
+    content = {"settings": {"a": {"b": 1}}, "files": {}, "version": "1"}
+    write_atomically(journal.out / "build.json", json.dumps(content).encode())
     journal.close()
     with pytest.raises(InputError, match=r"a.b: 1 then, 2 now"):
         journal.start({"a": {"b": 2}})
@@ -103,6 +104,35 @@ def test_a_marker_whose_samples_are_not_all_there_does_not_count(tmp_path, file)
     assert journal.read(file) is None
     next(journal.folder.rglob("*.tar")).unlink()
     assert journal.read(file) is None
+
+
+def test_a_clip_mined_again_leaves_nothing_of_its_first_time(tmp_path, file):
+    journal = Journal(tmp_path / "out")
+    journal.start({})
+    journal.commit(file, {"kept": False, "reason": "r"}, preview=b"old")
+    journal.commit(file, {"kept": False, "reason": "r"})
+    assert journal.preview(file.key) is None
+    journal.commit(file, {"kept": True, "samples": []}, blocks=b"abc")
+    journal.commit(file, {"kept": False, "reason": "r"})
+    with pytest.raises(InputError, match=r"cannot read .*clip.tar"):
+        journal.blocks(file.key)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"settings": {}}'])
+def test_a_damaged_record_of_settings(tmp_path, content):
+    journal = Journal(tmp_path / "out")
+    journal.start({})
+    (journal.folder / "settings.json").write_text(content)
+    with pytest.raises(InputError, match="settings.json is damaged .*choose a new --out"):
+        journal.start({})
+
+
+def test_a_lock_that_cannot_be_made(tmp_path):
+    journal = Journal(tmp_path / "out")
+    journal.start({})
+    (journal.folder / "lock").mkdir()
+    with pytest.raises(OutputError, match="cannot write in"), journal.lock():
+        pass
 
 
 def test_two_runs_in_one_folder(tmp_path):

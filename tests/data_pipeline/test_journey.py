@@ -160,6 +160,13 @@ def test_a_step_that_loses_a_record_is_found_out(make_journey):
     assert "gave 0 results for 1 records" in outcome(journey).evidence["traceback"]
 
 
+def test_a_clip_that_changes_while_it_is_worked_on_is_not_taken_for_the_new_one(make_journey, journal):
+    journey = make_journey("a")
+    journey.file.path.write_bytes(b"another film")
+    assert commit(travel(STEPS, journey), journal).kept
+    assert journal.read(journey.file) is None
+
+
 def test_a_finished_clip_is_not_touched_again(make_journey):
     journey = make_journey("n")
     travel(STEPS, journey)

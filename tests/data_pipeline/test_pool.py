@@ -95,6 +95,15 @@ def test_workers_are_replaced_after_many_tasks_and_nothing_is_lost(run, monkeypa
     assert len(started) >= 4
 
 
+def test_a_large_task_behind_one_that_hangs_does_not_block_the_run(run):
+    large = "b" * 1_000_000
+    assert run(["hang", large, "c"], workers=1, timeout=2.0) == {
+        "hang": Failure("timeout", 2, "stopped after 2 seconds"),
+        large: large.upper(),
+        "c": "C",
+    }
+
+
 def test_a_guard_gives_results_failures_and_errors_and_goes_on_after_each(tmp_path, monkeypatch):
     (tmp_path / "guard_work.py").write_text(WORK)
     monkeypatch.syspath_prepend(tmp_path)
@@ -109,5 +118,7 @@ def test_a_guard_gives_results_failures_and_errors_and_goes_on_after_each(tmp_pa
         assert guard.work("c", 20.0) == "C"
     finally:
         guard.close()
-    with pytest.raises(InputError, match="no model here"):
-        pool.Guard(functools.partial(guard_work.make, "no model")).work("a", 20.0)
+    broken = pool.Guard(functools.partial(guard_work.make, "no model"))
+    for _ in range(2):
+        with pytest.raises(InputError, match="no model here"):
+            broken.work("a", 20.0)

@@ -13,6 +13,12 @@ from data_pipeline.records import (
 )
 
 
+@pytest.mark.parametrize("counts", [[2**62] * 4 + [16], [-1, 17], [[16]], [17]])
+def test_run_lengths_that_do_not_fill_the_size_are_refused(counts):
+    with pytest.raises(ClipError, match="unreadable mask"):
+        decode_mask({"size": [4, 4], "counts": counts})
+
+
 def test_run_lengths_go_down_the_columns_and_start_with_zeros():
     mask = np.array([[0, 1, 1], [0, 0, 1]], dtype=bool)
     assert encode_mask(mask) == {"size": [2, 3], "counts": [2, 1, 1, 2]}

@@ -12,7 +12,7 @@ from data_pipeline import report
 from data_pipeline.assemble import IndexWriter, assemble
 from data_pipeline.drawing import draw_preview
 from data_pipeline.journal import Journal
-from data_pipeline.records import InputError, TrainingPair, VideoFile
+from data_pipeline.records import InputError, OutputError, TrainingPair, VideoFile
 from data_pipeline.report import keep_notes, main, read_notes, render_report, write_report
 from data_pipeline.steps.write_shards import WriteShards
 
@@ -123,9 +123,18 @@ def test_notes_of_another_kind(finished):
         InputError, match=r"schema 'data_pipeline.report/2'; this program reads 'data_pipeline.report/1'"
     ):
         read_notes(journal.out)
-    place.write_text("{")
-    with pytest.raises(InputError, match="is no json .*: delete it"):
-        read_notes(journal.out)
+    for content in ("{", "[" * 100_000):
+        place.write_text(content)
+        with pytest.raises(InputError, match="is no json .*: delete it"):
+            read_notes(journal.out)
+
+
+def test_a_file_where_the_pictures_go(finished):
+    journal, files, build = finished
+    (journal.out / "report").write_text("a file")
+    for write in (lambda: keep_notes(journal, files), lambda: render_report(journal.out, build)):
+        with pytest.raises(OutputError, match=r"cannot make the folder .*report.*Move away the file"):
+            write()
 
 
 def test_kept_samples_are_shown_evenly(finished, monkeypatch):
@@ -155,6 +164,12 @@ def test_an_incomplete_dataset_is_one_clear_error(finished, capsys, name, messag
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert re.search(message, error), error
+
+
+def test_a_build_file_with_a_schema_only(finished, capsys):
+    (finished[0].out / "build.json").write_text('{"schema": "data_pipeline.build/1"}')
+    assert main([str(finished[0].out)]) == 2
+    assert "build.json lacks settings, versions, counts, shards" in capsys.readouterr().err
 
 
 def test_parts_of_two_datasets(finished):

@@ -3,9 +3,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from data_pipeline import run as runner
 from data_pipeline.journal import Journal
-from data_pipeline.records import ClipError, EncodedPair, OutputError, Rejected, VideoFile
-from data_pipeline.run import run
+from data_pipeline.records import ClipError, EncodedPair, MiningError, OutputError, Rejected, VideoFile
+from data_pipeline.run import preloads, run
 from data_pipeline.step import Step
 
 
@@ -53,14 +54,45 @@ def test_a_run_leaves_a_marker_for_every_clip_and_says_what_was_unexpected(files
     assert "bug.mp4 is rejected after an unexpected error" in shown.out + shown.err
 
 
+def test_clips_that_fell_out_through_no_fault_of_theirs_are_tried_again(files, journal, monkeypatch):
+    run([Judge()], files, journal, workers=0, timeout=1, quiet=True)
+    assert journal.read(files[2])["reason"] == "unexpected error"
+    seen = []
+    monkeypatch.setattr(Judge, "process", lambda self, record: seen.append(record.name) or Rejected("mended"))
+    run([Judge()], files, journal, workers=0, timeout=1, quiet=True)
+    assert seen == ["bug.mp4"]
+    assert journal.read(files[2])["reason"] == "mended"
+
+
+def test_many_unexpected_errors_in_a_row_stop_the_run(files, journal, monkeypatch):
+    monkeypatch.setattr(runner, "MOST_UNEXPECTED", 2)
+    monkeypatch.setattr(Judge, "process", lambda self, record: {}["oops"])
+    with pytest.raises(MiningError, match="2 clips in a row ended in an unexpected error(?s:.*)KeyError: 'oops'"):
+        run([Judge()], files, journal, workers=0, timeout=1, quiet=True)
+
+
+def test_models_on_a_gpu_share_nothing_by_forking():
+    @dataclass(kw_only=True)
+    class Model(Step):
+        preload = ("json",)
+        device: str
+
+        @property
+        def model_device(self):
+            return self.device
+
+    assert preloads([Model(device="cpu"), Pass()]) == ("json",)
+    assert preloads([Model(device="cuda:0"), Pass()]) == ()
+
+
 def test_finished_clips_are_not_mined_again(files, journal, monkeypatch):
-    run([Judge()], files[:3], journal, workers=0, timeout=1, quiet=True)
+    run([Judge()], files[:2], journal, workers=0, timeout=1, quiet=True)
     seen = []
     monkeypatch.setattr(Judge, "process", lambda self, record: seen.append(record.name) or Rejected("no"))
     run([Judge()], files, journal, workers=0, timeout=1, quiet=True)
-    assert seen == ["no.mp4", "z.mp4"]
+    assert seen == ["bug.mp4", "no.mp4", "z.mp4"]
     run([Judge()], files, journal, workers=0, timeout=1, quiet=True)
-    assert len(seen) == 2
+    assert len(seen) == 3
 
 
 STEP = """

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import sys
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ def ray_steps(tmp_path_factory):
     try:
         import ray_steps
 
-        with ray_session(RayOptions(address="local", workers=2), num_groups=5):
+        with ray_session(RayOptions(address="local", workers=2), [[Plain()]] * 6):
             yield ray_steps
     finally:
         sys.path.remove(str(folder))
@@ -193,6 +194,20 @@ def test_wrong_options(settings, message):
         RayOptions(address="local", **settings)
 
 
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ({"CPU": 4.0, "GPU": 8.0}, "the actors need 6 CPUs, but has 4 on Ray at 'head:6379': lower --workers"),
+        ({"CPU": 8.0}, "the actors need 1 GPUs, but has 0"),
+    ],
+)
+def test_a_cluster_that_is_too_small_is_not_waited_for(there, message):
+    options = RayOptions(address="head:6379", workers=2, gpu_share=0.5)
+    groups = [[Plain()], [OnDevice()], [OnDevice()], [Plain()]]
+    with pytest.raises(InputError, match=re.escape(message)):
+        run_ray.check_resources(options, groups, there)
+
+
 def test_ray_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
@@ -211,7 +226,7 @@ def test_no_cluster_at_the_address(monkeypatch):
     monkeypatch.setattr(ray, "init", refuse)
     with (
         pytest.raises(InputError, match="cannot reach a Ray cluster at 'head:6379': nobody there"),
-        run_ray.ray_session(RayOptions(address="head:6379"), 2),
+        run_ray.ray_session(RayOptions(address="head:6379"), [[Plain()]]),
     ):
         pass
 

@@ -44,7 +44,8 @@ def shard(tmp_path, encoded):
     content = encoded("clip") + encoded("other") + END
     path.write_bytes(content)
     entry = {"name": path.name, "samples": 2, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (tmp_path / "build.json").write_text(json.dumps({"schema": "data_pipeline.build/1", "shards": [entry]}))
+    build = {"schema": "data_pipeline.build/1", "settings": {}, "versions": {}, "counts": {"samples": 2}}
+    (tmp_path / "build.json").write_text(json.dumps({**build, "shards": [entry]}))
     return path
 
 
@@ -186,12 +187,31 @@ def test_build_files(tmp_path):
     (tmp_path / ".mining").mkdir()
     with pytest.raises(InputError, match="run the same mining command again"):
         read_build(tmp_path)
-    (tmp_path / "build.json").write_text("{")
-    with pytest.raises(InputError, match="is no json"):
-        read_build(tmp_path)
+    for content in ("{", "", "[" * 100_000):
+        (tmp_path / "build.json").write_text(content)
+        with pytest.raises(InputError, match="is no json .*: mine or copy the dataset again"):
+            read_build(tmp_path)
     (tmp_path / "build.json").write_text('{"schema": "data_pipeline.build/7"}')
     with pytest.raises(InputError, match=r"schema 'data_pipeline.build/7'; this program reads 'data_pipeline.build/1'"):
         read_build(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lacks"),
+    [
+        ({"settings": None}, "settings"),
+        ({"versions": [], "counts": {}}, "versions, counts"),
+        ({"counts": {"samples": "2"}}, "counts"),
+        ({"shards": {}}, "shards"),
+        ({"shards": [{"name": "pairs-000000.tar"}]}, "shards"),
+        ({"shards": [{"name": "../a.tar", "samples": 1, "bytes": 1, "sha256": "0"}]}, "shards"),
+    ],
+)
+def test_a_build_file_that_is_not_whole(shard, changes, lacks):
+    path = shard.parent / "build.json"
+    path.write_text(json.dumps({**read_build(shard.parent), **changes}))
+    with pytest.raises(InputError, match=f"build.json lacks {lacks}, or what it has there is no such thing"):
+        read_build(shard.parent)
 
 
 def test_index_and_rejected_must_be_there_and_whole(tmp_path):
@@ -201,13 +221,19 @@ def test_index_and_rejected_must_be_there_and_whole(tmp_path):
     entry = {"video": "a.mp4", "key": "a", "stage": "cut_shots", "reason": "a single frame", "evidence": {}}
     for line, message in (
         ("{", "line 2, is no json"),
+        ("[" * 100_000, "line 2, is no json"),
         ("[]", "line 2, is no rejected video"),
+        (json.dumps({**entry, "key": 1}), "line 2, is no rejected video"),
+        (json.dumps({**entry, "stage": ["cut_shots"]}), "line 2, is no rejected video"),
         (json.dumps({**entry, "key": "../a"}), "line 2, is no rejected video"),
         (json.dumps({name: value for name, value in entry.items() if name != "stage"}), "line 2, is no rejected video"),
     ):
         (tmp_path / "rejected.jsonl").write_text(f"{json.dumps(entry)}\n{line}")
         with pytest.raises(InputError, match=message):
             list(rejected_videos(tmp_path))
+    (tmp_path / "rejected.jsonl").write_bytes(b'{"video": "\xff"}')
+    with pytest.raises(InputError, match="line 1, is no json"):
+        list(rejected_videos(tmp_path))
     (tmp_path / "index.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(InputError, match="does not open"):
         list(index_rows(tmp_path))

@@ -214,3 +214,10 @@ def test_a_table_with_a_byte_order_mark_and_rows_that_occur_twice(folder, tmp_pa
     lines = tmp_path / "captions.jsonl"
     lines.write_text('{"video": "a.mp4", "caption": "a dog"}\n' * 2, encoding="utf-8-sig")
     assert find_videos(folder, lines)[0].caption == "a dog"
+
+
+def test_separators_of_unicode_inside_a_caption_do_not_end_a_line_of_json(folder, tmp_path):
+    lines = tmp_path / "captions.jsonl"
+    rows = [{"video": "a.mp4", "caption": "a\u2028dog\x85and\u2029a cat"}, {"video": "b.mp4", "caption": "a cup"}]
+    lines.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n", encoding="utf-8")
+    assert find_videos(folder, lines)[0].caption == "a dog and a cat"

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import csv
+import hashlib
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,8 @@ class TrainingSettings:
     steps: optimizer steps of the whole run. batch_size: frames of a step. learning_rate: peak, after ``warmup`` steps;
     then a cosine down to a hundredth. average: decay of the running mean of the weights, which is what is shipped.
     clip: largest norm of a gradient. save_every, log_every: in steps. seed: of the weights and of every batch.
+    learns_from: what else decides the weights (the frames, the run to begin from), by name: plain numbers and texts
+    that are recorded with the others, so that a run does not go on with another one's.
     """
 
     steps: int
@@ -43,6 +47,7 @@ class TrainingSettings:
     save_every: int = 500
     log_every: int = 50
     seed: int = 0
+    learns_from: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "log_every"):
@@ -50,6 +55,8 @@ class TrainingSettings:
                 raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.average < 1:
             raise SettingsError(f"average is the decay of a running mean, in [0, 1), got {self.average}")
+        if not 0 <= self.seed < 2**63:
+            raise SettingsError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed}")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, numbered from 0."""
@@ -63,11 +70,31 @@ def begin_from(model: nn.Module, folder: Path) -> None:
     """Gives a model the averaged weights of another run, read from ``folder``/state.pt. InputError if they are those
     of a model of other sizes.
     """
-    content = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    content = _read_state(folder / "state.pt")
     try:
         model.load_state_dict(content["average"])
     except RuntimeError as error:
         raise InputError(f"{folder} holds a run of a model of other sizes: {error}") from error
+
+
+def describe_run(folder: Path) -> str:
+    """How far the run in ``folder`` is, and a checksum of its averaged weights: what a run that begins there records.
+    InputError if its state does not open.
+    """
+    content = _read_state(folder / "state.pt")
+    digest = hashlib.sha256()
+    for name, value in sorted(content["average"].items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return f"step {content['step']}, weights {digest.hexdigest()[:12]}"
+
+
+def check_resume(folder: Path, settings: TrainingSettings) -> None:
+    """InputError if ``folder`` holds the state of another run, or one that does not open. Quick: to be asked before
+    anything is rendered.
+    """
+    path = folder / "state.pt"
+    if path.is_file():
+        _check_record(path, _read_state(path), settings)
 
 
 def use_cores(count: int) -> None:
@@ -100,7 +127,8 @@ def train(
         the averaged model, in evaluation mode.
 
     Raises:
-        InputError: if the folder holds the state of another run.
+        InputError: if the folder holds the state of another run (other settings, ``learns_from`` among them, or a
+            model of other sizes), or one that does not open.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98))
@@ -155,9 +183,40 @@ def _averaged(model: nn.Module, average: dict[str, Tensor]) -> nn.Module:
     return twin.eval()
 
 
-def _record(settings: TrainingSettings) -> str:
-    kept = {name: value for name, value in vars(settings).items() if name not in ("save_every", "log_every")}
-    return repr(sorted(kept.items()))
+def _record(settings: TrainingSettings) -> dict[str, Any]:
+    unrecorded = ("save_every", "log_every", "learns_from")
+    kept = {name: value for name, value in vars(settings).items() if name not in unrecorded}
+    return {**settings.learns_from, **kept}
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what is broken decides which of many unrelated errors comes out
+        raise InputError(
+            f"{path} does not open ({type(error).__name__}): delete it to begin anew, or put back a whole copy"
+        ) from error
+    needed = {"step", "settings", "model", "average", "optimizer"}
+    if not isinstance(content, dict) or not content.keys() >= needed:
+        raise InputError(f"{path} is not the state of a run, which holds {', '.join(sorted(needed))}: name another")
+    return content
+
+
+def _check_record(path: Path, content: Mapping[str, Any], settings: TrainingSettings) -> None:
+    then, now = content["settings"], _record(settings)
+    if not isinstance(then, dict):
+        raise InputError(
+            f"{path} does not tell what the run learned from, an older version wrote it: take another folder, or "
+            "delete it to begin anew; --initial still reads it"
+        )
+    missing = object()
+    changed = [name for name in sorted({*now, *then}) if now.get(name, missing) != then.get(name, missing)]
+    if changed:
+        lines = [f"  {name}: {then.get(name, 'absent')!r} then, {now.get(name, 'absent')!r} now" for name in changed]
+        raise InputError(
+            f"{path} belongs to a run with other settings; use those again, take another folder, or delete it to begin "
+            "anew:\n" + "\n".join(lines)
+        )
 
 
 def _save(
@@ -189,12 +248,8 @@ def _resume(
 ) -> int:
     if not path.is_file():
         return 0
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if content["settings"] != _record(settings):
-        raise InputError(
-            f"{path} belongs to a run with other settings:\n  there {content['settings']}\n"
-            f"  here  {_record(settings)}\ntake another folder, or delete it to begin anew"
-        )
+    content = _read_state(path)
+    _check_record(path, content, settings)
     try:
         model.load_state_dict(content["model"])
     except RuntimeError as error:

@@ -1,4 +1,6 @@
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -91,6 +93,7 @@ def test_coco_without_a_box_takes_that_of_the_mask_and_crowds_are_left_out(tmp_p
         (coco(bbox=[1, 2, -3, 4]), "unreadable annotations", "no area"),
         (coco(bbox=[1, float("nan"), 4, 4]), "unreadable annotations", "four numbers"),
         (coco(bbox=[1, 2, 4]), "unreadable annotations", "four numbers"),
+        (coco(bbox=[1, 2, 10**400, 4]), "unreadable annotations", "four numbers"),
         (coco(bbox="absent"), "unreadable annotations", "neither a box nor a mask"),
         (coco(bbox="absent", segmentation=encode_mask(MASK & False)), "unreadable annotations", "empty mask"),
         (coco(track_id="nine"), "unreadable annotations", "number of an object whole"),
@@ -119,6 +122,9 @@ def test_two_images_for_one_frame(tmp_path):
         {"size": [HEIGHT, WIDTH], "counts": "b"},
         {"size": [HEIGHT, WIDTH]},
         {"counts": [80]},
+        {"size": [HEIGHT, float("inf")], "counts": [80]},
+        {"size": [HEIGHT, WIDTH], "counts": [10**400]},
+        [[1, 2, 5, 2, 10**400, 6]],
         [[1, 2, 3, 4]],
         [[1, 2, 5, 2, 5]],
         [[1, 2, 5, 2, float("nan"), 6]],
@@ -196,6 +202,29 @@ def test_broken_youtube_vis_takes_its_clip_with_it(tmp_path, content, reason, ev
     assert evidence in str(caught.value.evidence)
 
 
+def test_two_videos_in_one_folder(tmp_path):
+    content = youtube_vis()
+    content["videos"].append({**content["videos"][0], "id": 3})
+    with pytest.raises(InputError, match="two videos .* in the folder 'clip', one of them with the id 3: leave one"):
+        read(tmp_path, content)
+
+
+@pytest.mark.parametrize(("content", "kind"), [(coco(), "images"), (coco(), "categories"), (youtube_vis(), "videos")])
+def test_ids_that_mean_two_things_stop_the_run(tmp_path, content, kind):
+    content[kind] = [*content[kind], content[kind][0]]
+    number = content[kind][0]["id"]
+    with pytest.raises(InputError, match=f"two of the {kind} of the annotations have the id {number}: number"):
+        read(tmp_path, content)
+
+
+def test_one_track_twice_in_a_frame(tmp_path):
+    content = coco(track_id=9)
+    content["annotations"] *= 2
+    with pytest.raises(ClipError) as caught:
+        read(tmp_path, content)
+    assert caught.value.evidence["error"] == "object 9 is twice in frame 4"
+
+
 def test_youtube_vis_of_another_size(tmp_path):
     content = youtube_vis()
     content["videos"][0]["height"] = 9
@@ -261,6 +290,27 @@ def test_broken_davis(tmp_path):
         read(tmp_path, content)
 
 
+def test_two_davis_pictures_for_one_frame(tmp_path):
+    content = davis(tmp_path)
+    (tmp_path / "masks/clip/7.png").write_bytes((tmp_path / "masks/clip/00007.png").read_bytes())
+    with pytest.raises(ClipError) as caught:
+        read(tmp_path, content)
+    assert caught.value.evidence["error"] == "two pictures for frame 7 in the folder clip"
+
+
+def test_a_mask_picture_that_would_fill_the_memory(tmp_path):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0))
+    content = davis(tmp_path)
+    picture = tmp_path / "masks/clip/00007.png"
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    with pytest.raises(ClipError, match="unreadable mask") as caught:
+        read(tmp_path, content)
+    assert caught.value.evidence == {"file": "00007.png", "error": "DecompressionBombError"}
+
+
 def test_davis_in_full_colour_is_refused(tmp_path):
     with pytest.raises(ClipError) as caught:
         read(tmp_path, davis(tmp_path, mode="RGB"))
@@ -273,6 +323,7 @@ def test_davis_in_full_colour_is_refused(tmp_path):
         ("clip,name\na,b\n", "needs the columns video, object, name; found clip, name"),
         ("", "needs the columns video, object, name; found none"),
         ("video,object,name\nclip,first,dog\n", "line 2: object must be a number, got 'first'"),
+        ("video,object,name\nclip,1,dog\nclip,1,cup\n", "line 3: a second name for object 1 of clip"),
     ],
 )
 def test_a_broken_table_of_names_stops_the_run(tmp_path, table, message):

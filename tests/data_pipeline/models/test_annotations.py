@@ -58,11 +58,27 @@ def frame(**changes):
         (sidecar(frames=frame(box="1234x")), "unreadable annotations"),
         (sidecar(frames=frame(box=[1, float("nan"), 5, 6])), "unreadable annotations"),
         (sidecar(frames=frame(box=[1, 2, float("inf"), 6])), "unreadable annotations"),
+        (sidecar(frames=frame(box=[1, 2, 10**400, 6])), "unreadable annotations"),
+        ("[" * 100_000, "unreadable annotations"),
     ],
 )
 def test_a_bad_sidecar_takes_its_clip_with_it(tmp_path, content, reason):
     with pytest.raises(ClipError, match=reason):
         read_sidecar(write(tmp_path, content), 10, 8, 12)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (sidecar(frames=frame() * 2), "two entries for frame 3"),
+        (sidecar(objects=[{"id": 7, "name": "dog"}, {"id": 7, "name": "cup"}]), "two objects have the same id"),
+        (sidecar(frames=[{"index": 3, "objects": frame()[0]["objects"] * 2}]), "object 7 is twice in frame 3"),
+    ],
+)
+def test_what_is_said_twice_in_a_sidecar_takes_its_clip_with_it(tmp_path, content, told):
+    with pytest.raises(ClipError, match="unreadable annotations") as caught:
+        read_sidecar(write(tmp_path, content), 10, 8, 12)
+    assert caught.value.evidence["error"] == told
 
 
 def test_boxes_are_cut_at_the_frame(tmp_path):
@@ -112,6 +128,19 @@ def test_the_sidecar_serves_videos_that_the_corpus_file_does_not_know(tmp_path):
         ({"width": 11}, "annotations of another size"),
         ({"annotations": [{"frame": 99, "objects": []}]}, "a frame that is not in the video"),
         ({"annotations": [{"objects": []}]}, "unreadable annotations"),
+        ({"annotations": [{"frame": 3, "objects": []}] * 2}, "unreadable annotations"),
+        (
+            {
+                "annotations": [
+                    {
+                        "frame": 3,
+                        "objects": [{"id": float("inf"), "name": "a", "box_xyxy": [1, 2, 5, 6]}],
+                        "mask_png": "a.png",
+                    }
+                ]
+            },
+            "unreadable annotations",
+        ),
     ],
 )
 def test_a_bad_entry_of_the_corpus_takes_its_clip_with_it(tmp_path, changes, reason):
@@ -125,6 +154,7 @@ def test_a_bad_entry_of_the_corpus_takes_its_clip_with_it(tmp_path, changes, rea
     [
         ("not json", "JSONDecodeError"),
         ("[]", "found a list instead of an object"),
+        ("[" * 100_000, "RecursionError"),
         ("{}", "found an empty object"),
         ('{"shapes": [], "version": 1}', "found shapes, version"),
         ('{"videos": {"clip": {}}}', "KeyError"),
@@ -137,6 +167,19 @@ def test_a_bad_corpus_file_stops_the_run(tmp_path, content, found):
     path.write_text(content)
     with pytest.raises(InputError, match=rf"cannot read annotations from .*({found}).*; known formats are\n  ours"):
         AnnotationSource(path)
+
+
+def test_two_entries_of_the_corpus_for_one_file(tmp_path):
+    path = corpus(tmp_path)
+    [entry] = json.loads(path.read_text())["videos"].values()
+    path.write_text(json.dumps({"videos": {"clip": entry, "again": entry}}))
+    with pytest.raises(InputError, match=r"two entries for the file 'clip.mp4', one of them called 'again'"):
+        AnnotationSource(path)
+    # With and without the suffix: whether that is the same video only the video tells.
+    path.write_text(json.dumps({"videos": {"clip": entry, "again": {**entry, "file": "clip"}}}))
+    with pytest.raises(ClipError, match="unreadable annotations") as caught:
+        AnnotationSource(path).read(tmp_path / "clip.mp4", "clip.mp4", 10, 8, 12)
+    assert caught.value.evidence["error"] == "two entries for this video: clip.mp4 and clip"
 
 
 def annotated(**mask):

@@ -148,3 +148,15 @@ def test_the_command(dino_files, hf_folder, tmp_path, capsys):
     assert main(["groundingdino", "--to", "package", source, str(tmp_path / "other"), "--config", "x.py"]) == 2
     assert "belong to --to hf" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_a_source_that_does_not_load_is_called_by_the_name_of_the_argument(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    command = ["groundingdino", "--to", "package", str(tmp_path / "empty"), str(tmp_path / "out")]
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith(f"error: IN: the directory {tmp_path / 'empty'} lacks its configuration")
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"):
+        (tmp_path / "empty" / name).write_text("{}")
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith("error: IN: cannot load a Grounding DINO from ")
+    assert not (tmp_path / "out").exists()

@@ -160,6 +160,18 @@ def test_another_object_of_the_same_name(match):
     assert rejected.evidence["subjects"][0]["reason"] == "another object of this name in each frame"
 
 
+def test_tracks_that_are_in_one_frame_only_are_told_beside_those_that_match(match):
+    pair = match((RED, BLUE), (RED, BLUE), ids=([1, 2], [2, 3]))
+    assert places(pair) == {1: 0}
+    assert [(lost.phrase, lost.reason, lost.evidence) for lost in pair.dropped] == [
+        ("dog", "in one frame only", {"object": 1, "reference": 1, "target": 0}),
+        ("dog", "in one frame only", {"object": 3, "reference": 0, "target": 1}),
+    ]
+    # One that leaves is told once, not as "more of its phrase" too.
+    [lost] = match((RED, BLUE), (BLUE,), ids=([1, 2], [2])).dropped
+    assert lost.evidence == {"object": 1, "reference": 1, "target": 0}
+
+
 def test_phrases_do_not_mix(match):
     pair = match((RED, BLUE), (RED, BLUE), phrases=(("dog", "cat"), ("cat", "dog")), min_similarity=-1)
     assert dict(zip(rows(pair, "reference"), rows(pair, "target"), strict=True)) == {0: 1, 1: 0}

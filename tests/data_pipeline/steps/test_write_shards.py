@@ -50,6 +50,7 @@ def test_metadata(pair):
     assert sample["source"] == {
         "video": "clip.mp4",
         "sha256": "0" * 64,
+        "pair": 0,
         "frame_reference": 3,
         "frame_target": 8,
         "t_reference": 0.375,

@@ -1,4 +1,5 @@
 import csv
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from data_pipeline.models.embedded.training import TrainingSettings, begin_from, train
+from data_pipeline.models.embedded.training import TrainingSettings, begin_from, check_resume, describe_run, train
 from data_pipeline.records import InputError, SettingsError
 
 SETTINGS = TrainingSettings(
@@ -90,8 +91,54 @@ def test_saving_reports(tmp_path):
 def test_the_state_of_another_run_is_refused(tmp_path):
     model, loss = make()
     train(model, loss, SETTINGS, tmp_path, stop_after=2)
-    with pytest.raises(InputError, match="other settings"):
-        train(model, loss, TrainingSettings(steps=13), tmp_path)
+    with pytest.raises(InputError, match=r"other settings.*\n  steps: 12 then, 13 now$"):
+        train(model, loss, replace(SETTINGS, steps=13), tmp_path)
+    check_resume(tmp_path, replace(SETTINGS, save_every=1, log_every=1))  # they decide nothing
+    check_resume(tmp_path / "none", SETTINGS)
+
+
+def test_the_state_of_a_run_that_learned_from_something_else_is_refused(tmp_path):
+    model, loss = make()
+    settings = replace(SETTINGS, learns_from={"frames": 6, "twins": 0.2, "initial": ""})
+    train(model, loss, settings, tmp_path, stop_after=2)
+    check_resume(tmp_path, settings)
+    other = replace(settings, learns_from={"frames": 7, "twins": 0.2, "initial": "step 2"})
+    for refuse in (lambda: check_resume(tmp_path, other), lambda: train(model, loss, other, tmp_path)):
+        with pytest.raises(InputError, match=r"anew:\n  frames: 6 then, 7 now\n  initial: '' then, 'step 2' now$"):
+            refuse()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.save({**state, "settings": "[('seed', 0)]"}, tmp_path / "state.pt")  # as it was written once
+    with pytest.raises(InputError, match="does not tell what the run learned from"):
+        check_resume(tmp_path, settings)
+
+
+@pytest.mark.parametrize("content", [b"", b"no state", b"PK\x03\x04"])
+def test_a_broken_state_is_refused(tmp_path, content):
+    (tmp_path / "state.pt").write_bytes(content)
+    model, loss = make()
+    for read in (
+        lambda: check_resume(tmp_path, SETTINGS),
+        lambda: describe_run(tmp_path),
+        lambda: begin_from(model, tmp_path),
+        lambda: train(model, loss, SETTINGS, tmp_path),
+    ):
+        with pytest.raises(InputError, match=r"state.pt does not open \(\w+\): delete it to begin anew"):
+            read()
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "state.pt")
+    with pytest.raises(InputError, match="is not the state of a run, which holds average, model"):
+        check_resume(tmp_path, SETTINGS)
+
+
+def test_a_run_is_described_by_its_step_and_its_weights(tmp_path):
+    model, loss = make()
+    train(model, loss, SETTINGS, tmp_path / "one", stop_after=5)
+    first = describe_run(tmp_path / "one")
+    assert first.startswith("step 5, weights ")
+    model, loss = make()
+    train(model, loss, SETTINGS, tmp_path / "two", stop_after=5)
+    assert describe_run(tmp_path / "two") == first
+    train(model, loss, SETTINGS, tmp_path / "two")
+    assert describe_run(tmp_path / "two") != first
 
 
 def test_the_state_of_another_model_is_refused(tmp_path):
@@ -110,7 +157,9 @@ def test_the_rate_rises_and_falls():
     assert rates[-1] < 0.02
 
 
-@pytest.mark.parametrize("changes", [{"steps": 0}, {"batch_size": 0}, {"save_every": 0}, {"average": 1.0}])
+@pytest.mark.parametrize(
+    "changes", [{"steps": 0}, {"batch_size": 0}, {"save_every": 0}, {"average": 1.0}, {"seed": -1}]
+)
 def test_settings_that_make_no_sense(changes):
     with pytest.raises(SettingsError, match=next(iter(changes))):
         TrainingSettings(**{"steps": 5, **changes})
