@@ -44,7 +44,7 @@ def measure(row: str, steps: list[Step], files: Sequence[VideoFile], out: Path) 
     begun = time.time()
     if row.startswith("ray"):
         options = RayOptions(address="local", workers=int(row[3:]), model_workers=int(row[3:]))
-        with ray_session(options, len(group_steps(steps))):
+        with ray_session(options, group_steps(steps)):
             run_on_ray(steps, files, journal, options, quiet=True)
     else:
         run(steps, files, journal, workers=0 if row == "here" else int(row), timeout=600.0, quiet=True)
