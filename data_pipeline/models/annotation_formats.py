@@ -21,6 +21,8 @@ from data_pipeline.records import ClipError, InputError
 
 BAD = "unreadable annotations"
 BAD_MASK = "unreadable mask in the annotations"
+MOST_PIXELS = 1e9
+"""A corner of a polygon beyond that is a mistake, and its edges cannot be computed."""
 VOID = 255
 """DAVIS: pixels that belong to nothing for certain."""
 
@@ -325,8 +327,8 @@ def draw_polygons(polygons: Any, width: int, height: int) -> np.ndarray:
             points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
         except (TypeError, ValueError, OverflowError) as error:
             raise ClipError(BAD_MASK, error="a polygon is a list x, y, x, y, ...") from error
-        if len(points) < 3 or not np.isfinite(points).all():
-            raise ClipError(BAD_MASK, error="a polygon needs three points or more, and finite numbers")
+        if len(points) < 3 or not (np.abs(points) < MOST_PIXELS).all():  # nor NaN
+            raise ClipError(BAD_MASK, error="a polygon needs three points or more, none of them far away or infinite")
         # How often the outline is crossed on the way from the left edge to a pixel's centre.
         crossings = np.zeros((height, width + 1), dtype=np.int32)
         for (x1, y1), (x2, y2) in zip(points, np.roll(points, -1, axis=0), strict=True):

@@ -94,6 +94,7 @@ FAULTS = {
     "subjects that are no list": (edited(subjects=3), "lacks a list of subjects"),
     "another size": (edited(width=61), r"clip.target.jpg has \(60, 40\) pixels, but its json says \(61, 40\)"),
     "no json at all": (lambda members: {**members, "json": b"{"}, "clip.json is no json"),
+    "a json without end": (lambda members: {**members, "json": b"[" * 100_000}, "clip.json is no json"),
     "a json that is a list": (lambda members: {**members, "json": b"[]"}, "has the schema None"),
     "a broken picture": (lambda members: {**members, "target.jpg": b"\xff\xd8\xff"}, "clip.target.jpg does not open"),
     "half a picture": (

@@ -125,6 +125,7 @@ def test_two_images_for_one_frame(tmp_path):
         {"size": [HEIGHT, float("inf")], "counts": [80]},
         {"size": [HEIGHT, WIDTH], "counts": [10**400]},
         [[1, 2, 5, 2, 10**400, 6]],
+        [[1e308, -1e308, -1e308, 1e308, 5, 5]],
         [[1, 2, 3, 4]],
         [[1, 2, 5, 2, 5]],
         [[1, 2, 5, 2, float("nan"), 6]],
