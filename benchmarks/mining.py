@@ -5,10 +5,10 @@
     python benchmarks/mining.py --videos clips/ --rows here 1 2 -- --reader pyav
 
 What follows `--`, or is not known here, goes to `data_pipeline.build`. All rows run one after the other, so that their
-ratios are those of one machine and one hour. Starting (Ray; importing spaCy and torch in every worker) happens once: every
-row mines a few clips and then all of them, and the throughput is the further clips over the further time; what is left
-of the first run is the start. Milliseconds of a step are wall clock, mean over the clips that reached it, as the workers
-measured them.
+ratios are those of one machine and one hour. Starting (Ray; importing spaCy and torch in every worker) happens once:
+every row mines a few clips and then all of them, and the throughput is the further clips over the further time; what is
+left of the first run is the start. Milliseconds of a step are wall clock, mean over the clips that reached it, as the
+workers measured them.
 """
 
 from __future__ import annotations
