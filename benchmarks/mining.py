@@ -7,8 +7,8 @@
 What follows `--`, or is not known here, goes to `data_pipeline.build`. All rows run one after the other, so that their
 ratios are those of one machine and one hour. Starting (Ray; importing spaCy and torch in every worker) happens once:
 every row mines one clip, then a few, then all of them, and the throughput is the further clips of the last run over
-its further time. The start is the first clip's time, less a clip's share. Milliseconds of a step are wall clock, mean over the clips that reached it, as the
-workers measured them.
+its further time. The start is the first clip's time, less a clip's share. Milliseconds of a step are wall clock, mean
+over the clips that reached it, as the workers measured them.
 """
 
 from __future__ import annotations
