@@ -29,6 +29,18 @@ from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_sessio
 from data_pipeline.sources import find_videos
 from data_pipeline.step import Step
 
+
+def check_captions_exist(arguments: argparse.Namespace, files: Sequence[VideoFile]) -> None:
+    """InputError if captions are to come with the videos and not one video has any."""
+    if arguments.caption == "files" and not any(file.caption for file in files):
+        name = Path(files[0].name).stem
+        raise InputError(
+            f"none of {len(files)} videos has a caption.\nGive {name}.txt beside {files[0].name} (and so on), or a "
+            "table with the columns video and caption, --captions FILE; or have them written: --caption blip "
+            "--caption-model DIR_OR_HUB_ID"
+        )
+
+
 # A day; what is longer is a mistake, and too long for the clocks of some systems.
 LONGEST_TIMEOUT = 86_400
 
@@ -53,8 +65,15 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
     cluster = check_machines(arguments)
     if cluster:  # the workers may stand in another folder
         arguments.videos, arguments.out = arguments.videos.resolve(), arguments.out.resolve()
-    files = find_videos(arguments.videos, arguments.captions)
+    unused: list[str] = []
+    files = find_videos(arguments.videos, arguments.captions, unused)
+    if unused:
+        print(  # noqa: T201
+            f"note: {len(unused)} rows of {arguments.captions} name no video, the first one {unused[0]!r}",
+            file=sys.stderr,
+        )
     steps = make_steps(arguments)
+    check_captions_exist(arguments, files)
     check_annotations_exist(arguments, files)
     settings = {step.name: step.settings() for step in steps}
     hashes = file_hashes(steps)
@@ -72,14 +91,29 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
         "inputs_hash": inputs_hash(files),
         "versions": installed_versions(),
     }
-    with journal.lock(), ray_session(cluster, group_steps(steps)) if cluster else nullcontext():
-        if cluster:
-            run_on_ray(steps, files, journal, cluster, quiet=arguments.quiet)
-        else:
-            run(steps, files, journal, workers=arguments.workers, timeout=arguments.clip_timeout, quiet=arguments.quiet)
-        content |= assemble(journal, files, steps[-1].pairs_per_shard, write_on_ray if cluster else write_here)
-        _finish(journal, files, steps, content)
+    with journal.lock():
+        try:
+            with ray_session(cluster, group_steps(steps)) if cluster else nullcontext():
+                _run(steps, files, journal, cluster, arguments)
+                content |= assemble(journal, files, steps[-1].pairs_per_shard, write_on_ray if cluster else write_here)
+                _finish(journal, files, steps, content)
+        except BaseException:
+            journal.forget_if_empty()
+            raise
     return content
+
+
+def _run(
+    steps: Sequence[Step],
+    files: Sequence[VideoFile],
+    journal: Journal,
+    cluster: RayOptions | None,
+    arguments: argparse.Namespace,
+) -> None:
+    if cluster:
+        run_on_ray(steps, files, journal, cluster, quiet=arguments.quiet)
+    else:
+        run(steps, files, journal, workers=arguments.workers, timeout=arguments.clip_timeout, quiet=arguments.quiet)
 
 
 def _finish(journal: Journal, files: Sequence[VideoFile], steps: Sequence[Step], content: dict[str, Any]) -> None:
@@ -162,6 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {count} rejected by {stage}: {reason}")  # noqa: T201
     if counts["samples"] == 0:
         print("error: no pair was left; the reasons are above and in rejected.jsonl", file=sys.stderr)  # noqa: T201
+        if arguments.detector == "embedded":
+            known = "the embedded detector knows the ten categories of the procedural world, and no photograph"
+            print(f"note: {known}; other detectors: docs/mining.md", file=sys.stderr)  # noqa: T201
         return 1
     return 0
 

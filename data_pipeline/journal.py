@@ -98,6 +98,16 @@ class Journal:
                 raise InputError(f"another run is at work in {self.out}: wait for it, or choose a new --out") from None
             yield
 
+    def forget_if_empty(self) -> None:
+        """Removes what ``start`` made if no clip has been finished: a command that was wrong must not keep its folder
+        from the one that is right. Only for who holds the lock.
+        """
+        if self.is_complete() or next(self.folder.glob("*/*.json"), None) is not None:
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.out.rmdir()  # if nothing else is in it
+
     def start(
         self,
         settings: Mapping[str, Mapping[str, Any]],

@@ -5,13 +5,14 @@ help. From the parsed options to the list of steps. Why a default is what it is:
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from data_pipeline.records import SettingsError
 from data_pipeline.step import Step
@@ -242,6 +243,20 @@ def finite(text: str) -> float:
     return number
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line or two, with a likely option for a misspelled one, instead of all there are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with 2."""
+        known = list(self._option_string_actions)
+        for word in re.findall(r"--[\w-]+", message.partition("unrecognized arguments:")[2]):
+            if near := difflib.get_close_matches(word, known, n=1):
+                message += f"\ndid you mean {near[0]} for {word}?"
+        if "--caption:" in message:
+            message += "\na table of captions is given with --captions FILE"
+        self.exit(2, f"error: {message}\n{self.prog} --help lists all options\n")
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default where there is one to show."""
 
@@ -257,7 +272,7 @@ def default_workers() -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         allow_abbrev=False,
         prog="python -m data_pipeline.build",
         description="From captioned videos to a dataset of multi-subject pairs (docs/mining.md, docs/data_format.md).",
@@ -312,7 +327,7 @@ def make_steps(arguments: argparse.Namespace) -> list[Step]:
     if arguments.segmenter == "annotations" and arguments.detector != "annotations":
         raise SettingsError(
             f"annotated masks belong to annotated boxes: with --detector {arguments.detector} use --segmenter sam "
-            "or mobile-sam and --segmenter-checkpoint FILE (or embedded with embedded)"
+            "or mobile-sam and --segmenter-checkpoint FILE (for clips of the procedural world: --segmenter embedded)"
         )
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", arguments.device):
         raise SettingsError(f"--device is cpu, cuda, cuda:1 or mps, got {arguments.device!r}")

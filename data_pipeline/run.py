@@ -15,9 +15,20 @@ from data_pipeline.step import Step
 MOST_UNEXPECTED = 50
 
 
-def make_worker(steps: Sequence[Step], journal: Journal) -> Callable[[VideoFile, Place | None], Finished]:
-    """Sets the steps up and returns the function that mines one clip and commits it."""
+def make_worker(
+    steps: Sequence[Step], journal: Journal, threads: int | None = None
+) -> Callable[[VideoFile, Place | None], Finished]:
+    """Sets the steps up and returns the function that mines one clip and commits it.
+
+    threads: 1 in a process of its own, where the processes are the parallelism; None leaves them to the caller.
+    InputError if a step's device is not here.
+    """
+    from data_pipeline.models.threads import check_device, use_one_thread
+
+    if threads == 1:
+        use_one_thread()
     for step in steps:
+        check_device(step.model_device)
         step.setup()
 
     def work(file: VideoFile, place: Place | None) -> Finished:
@@ -75,11 +86,11 @@ def split_finished(files: Sequence[VideoFile], journal: Journal) -> tuple[list[F
 def _results(
     steps: Sequence[Step], waiting: Sequence[VideoFile], journal: Journal, workers: int, timeout: float
 ) -> Iterable[tuple[str, Finished]]:
-    make = partial(make_worker, steps, journal)
     if workers == 0:
-        work = make()
+        work = make_worker(steps, journal)
         yield from ((file.name, work(file, None)) for file in waiting)
         return
+    make = partial(make_worker, steps, journal, threads=1)
     for file, result in run_pool(make, waiting, workers=workers, timeout=timeout, preload=preloads(steps)):
         if isinstance(result, Failure):
             journey = Journey(file)

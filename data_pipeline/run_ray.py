@@ -144,7 +144,7 @@ class ModelStep:
     """An actor for one step with a model, which takes all clips of a batch at once."""
 
     def __init__(self, steps: Sequence[Step], folder: str) -> None:
-        from data_pipeline.models.threads import use_one_thread
+        from data_pipeline.models.threads import check_device, use_one_thread
 
         enter(folder)
         [self._step] = steps
@@ -152,6 +152,7 @@ class ModelStep:
             use_one_thread()
         self._error: MiningError | None = None
         try:
+            check_device(self._step.model_device)
             self._step.setup()
         except MiningError as error:  # raised here, it would be lost among Ray's own
             self._error = error

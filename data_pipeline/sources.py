@@ -22,7 +22,7 @@ MAX_KEY = 60
 MAX_CAPTION_BYTES = 1 << 20
 
 
-def find_videos(folder: Path, captions: Path | None = None) -> list[VideoFile]:
+def find_videos(folder: Path, captions: Path | None = None, unused: list[str] | None = None) -> list[VideoFile]:
     """All videos below ``folder`` in the order of their names, each with its caption or None.
 
     Captions come from the table ``captions`` if one is given and has a row for the video, else from ``clip.txt`` or
@@ -30,6 +30,8 @@ def find_videos(folder: Path, captions: Path | None = None) -> list[VideoFile]:
 
     Whatever has the name of a video is in the list, and so is a folder that cannot be read: what cannot be used is for
     ``read_videos`` to reject, so that it is counted. Links to folders are not followed.
+
+    unused: takes the rows of the table that name none of the videos.
     """
     if not folder.exists():
         raise InputError(f"no folder of videos at {folder}")
@@ -41,6 +43,9 @@ def find_videos(folder: Path, captions: Path | None = None) -> list[VideoFile]:
     names = sorted(paths)
     table = read_captions(captions) if captions else {}
     by_name = match_captions(table, names)
+    if unused is not None:
+        known = {*names, *(name.rsplit("/", 1)[-1] for name in names)}
+        unused += [name for name in table if name not in known]
     keys = make_keys(names)
     return [
         VideoFile(

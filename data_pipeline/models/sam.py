@@ -111,8 +111,11 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
             return load_file(checkpoint)
         weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip, header and runtime errors, according to what the file is
-        problem = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"cannot read SAM weights from {checkpoint}: {problem}") from error
+        # Not the message itself: that of torch advises to run what is in the file.
+        raise InputError(
+            f"cannot read SAM weights from {checkpoint} ({type(error).__name__}): needed is a .safetensors file, or a "
+            ".pth file that holds tensors only"
+        ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise InputError(f"cannot read SAM weights from {checkpoint}: needed is a dictionary of tensors by name")
     return weights
@@ -122,8 +125,12 @@ def put_weights(sam: Sam, weights: Mapping[str, torch.Tensor], checkpoint: Path,
     """Loads the weights, all of them and no others; InputError if they don't fit."""
     try:
         sam.load_state_dict(weights)
-    except RuntimeError as error:  # names missing and unexpected tensors, and both shapes
-        raise InputError(f"the weights in {checkpoint} are not those of {model}: {error}") from error
+    except RuntimeError as error:  # names hundreds of tensors
+        first = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"the weights in {checkpoint} are not those of {model}: {first} ...\nDo --segmenter (sam or mobile-sam) "
+            "and --segmenter-model fit the file?"
+        ) from error
 
 
 def load_sam(model: str, checkpoint: Path, device: str) -> Sam:

@@ -296,6 +296,7 @@ def test_wrong_input_is_one_clear_error_and_no_folder(name, tmp_path, monkeypatc
     if "bare" in options:
         (tmp_path / "bare").mkdir()
         (tmp_path / "bare/a.mp4").write_bytes(b"x")
+        (tmp_path / "bare/a.txt").write_text("a dog")
     assert main([*options, "--out", "out"]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error, re.DOTALL), error
@@ -310,6 +311,43 @@ def test_numbers_that_compare_with_nothing_are_refused(option, number, capsys):
         main(["--videos", "videos", option, number])
     assert stop.value.code == 2
     assert f"needs an ordinary number, got {number}" in capsys.readouterr().err
+
+
+def test_a_misspelled_option_is_answered_with_the_right_one_and_not_with_all(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--videos", "videos", "--box-treshold", "0.2"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "did you mean --box-threshold for --box-treshold?" in error
+    assert len(error.splitlines()) == 3
+    with pytest.raises(SystemExit):
+        main(["--videos", "videos", "--caption", "captions.csv"])
+    assert "a table of captions is given with --captions FILE" in capsys.readouterr().err
+
+
+def test_a_command_that_was_wrong_does_not_keep_its_folder_from_the_right_one(folder, mined, tmp_path, capsys):
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text("[]")
+    assert mine(folder, tmp_path / "out", "--annotations", wrong) == 2
+    assert not (tmp_path / "out").exists()
+    assert mine(folder, tmp_path / "out") == 0
+    assert dataset(tmp_path / "out") == dataset(mined)
+
+
+def test_videos_without_any_caption_are_one_error_at_once(tmp_path, capsys):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/a.mp4").write_bytes(b"x")
+    assert mine(tmp_path / "videos", tmp_path / "out") == 2
+    assert "none of 1 videos has a caption.\nGive a.txt beside a.mp4" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_name_no_video_are_told(folder, tmp_path, capsys):
+    table = tmp_path / "captions.csv"
+    table.write_text("video,caption\nclip_0.mp4,a dog on the beach\nclop_2.mp4,a cat\n")
+    assert mine(folder, tmp_path / "out", "--captions", table) == 0
+    assert "note: 1 rows of" in (error := capsys.readouterr().err)
+    assert "the first one 'clop_2.mp4'" in error
 
 
 def test_the_root_has_nothing_beside_it(capsys):

@@ -135,6 +135,19 @@ def test_a_lock_that_cannot_be_made(tmp_path):
         pass
 
 
+def test_a_folder_in_which_nothing_was_finished_can_be_forgotten(tmp_path, file):
+    journal = Journal(tmp_path / "out")
+    journal.start({})
+    with journal.lock():
+        journal.forget_if_empty()
+    assert not (tmp_path / "out").exists()
+    journal.start({})
+    journal.commit(file, {"kept": False, "reason": "r"})
+    with journal.lock():
+        journal.forget_if_empty()
+    assert journal.read(file) is not None
+
+
 def test_two_runs_in_one_folder(tmp_path):
     journal = Journal(tmp_path / "out")
     journal.start({})
