@@ -193,8 +193,6 @@ class VideoFacts:
     rotation: int
     time_base: float
     stamps: tuple[int, ...]
-    open_groups: bool
-    """A frame is shown before its key frame but decoded after it: seeking to it goes wrong in most readers."""
 
     @property
     def times(self) -> tuple[float, ...]:

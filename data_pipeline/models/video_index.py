@@ -164,7 +164,6 @@ def _index(path: Path, container: Any) -> OpenVideo:
         rotation=rotation,
         time_base=time_base,
         stamps=tuple(stamps.tolist()),
-        open_groups=_has_open_groups(packets),
     )
     return OpenVideo(
         path=path,
@@ -184,16 +183,6 @@ def _check_complete(container: Any, stream: Any, found: int, damaged: int) -> No
         raise ClipError("frames are missing", found=found, expected=expected)
     if damaged:
         raise ClipError("damaged packets", damaged=damaged, packets=found)
-
-
-def _has_open_groups(packets: list[tuple[int, int | None, bool, bool]]) -> bool:
-    key_stamp = None
-    for pts, _, is_key, _ in packets:
-        if is_key:
-            key_stamp = pts
-        elif key_stamp is not None and pts < key_stamp:
-            return True
-    return False
 
 
 def _rotation(container: Any, stream: Any) -> int:

@@ -131,7 +131,6 @@ def make_pair() -> Callable[..., FramePair]:
             rotation=0,
             time_base=0.125,
             stamps=tuple(range(12)),
-            open_groups=False,
         )
         file = VideoFile(name="clip.mp4", key="clip", path=Path("clip.mp4"), caption="a dog on the beach")
         values = {"file": file, "caption": file.caption, "sha256": "0" * 64, "facts": facts, "reader": "pyav"}
