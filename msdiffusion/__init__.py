@@ -13,6 +13,7 @@ from msdiffusion.errors import (
     MSDiffusionError,
     PhraseError,
     RequestError,
+    TrainingError,
     WeightsError,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "MSDiffusionError",
     "PhraseError",
     "RequestError",
+    "TrainingError",
     "WeightsError",
     "__version__",
 ]

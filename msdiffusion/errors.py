@@ -5,7 +5,8 @@
     ├── PhraseError (ValueError)     a phrase that cannot be found in, or told apart in, a prompt
     ├── RequestError (ValueError)    any other argument of a call that cannot be honoured
     ├── DataError (ValueError)       a dataset that is missing, incomplete or of another schema
-    └── WeightsError                 weights that are missing, incomplete or of another architecture
+    ├── WeightsError                 weights that are missing, incomplete or of another architecture
+    └── TrainingError                a training run that cannot go on: a loss that is no number, memory that is used up
 
 Catch ``MSDiffusionError`` to catch them all; those that blame a value are also a ``ValueError``.
 """
@@ -57,3 +58,7 @@ class DataError(MSDiffusionError, ValueError):
 
 class WeightsError(MSDiffusionError):
     """Weights are missing, incomplete, or belong to another architecture."""
+
+
+class TrainingError(MSDiffusionError):
+    """A training run cannot go on, though its settings, data and weights were fine: the message names the batch."""
