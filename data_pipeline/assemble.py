@@ -140,6 +140,7 @@ def assemble(journal: Journal, files: Sequence[VideoFile], per_shard: int, write
 def index_row(sample: Mapping[str, Any], shard: str) -> dict[str, Any]:
     """What the index says about one sample."""
     subjects = sample["subjects"]
+    similarities = [subject["match_similarity"] for subject in subjects]
     return {
         "key": sample["key"],
         "shard": shard,
@@ -151,9 +152,16 @@ def index_row(sample: Mapping[str, Any], shard: str) -> dict[str, Any]:
         "phrases": [subject["phrase"] for subject in subjects],
         "areas": [subject["area"] for subject in subjects],
         "min_detection_score": min(subject["detection_score"] for subject in subjects),
-        "min_match_similarity": min(subject["match_similarity"] for subject in subjects),
-        "frame_gap_seconds": round(abs(sample["source"]["t_target"] - sample["source"]["t_reference"]), 6),
+        "min_match_similarity": None if None in similarities else min(similarities),
+        "frame_gap_seconds": frame_gap(sample["source"]),
     }
+
+
+def frame_gap(source: Mapping[str, Any]) -> float | None:
+    """Seconds between reference and target frame; None for pictures whose times nobody knows."""
+    if "t_target" in source:
+        return round(abs(source["t_target"] - source["t_reference"]), 6)
+    return 0.0 if source.get("single_frame") else None
 
 
 class IndexWriter:

@@ -61,10 +61,15 @@ def describe(shard: Shard, sample: Sample) -> str:
         ("caption", metadata["caption"]),
         ("picture", f"{metadata['width']} x {metadata['height']} pixels"),
         ("video", f"{source['video']}, sha256 {source['sha256'][:12]}..."),
-        ("reference", f"frame {source['frame_reference']}, at {source['t_reference']:.3f} s"),
-        ("target", f"frame {source['frame_target']}, at {source['t_target']:.3f} s"),
-        ("shot", f"{source['shot'][0]:.3f} to {source['shot'][1]:.3f} s"),
     ]
+    if "importer" in source:
+        facts += _imported(source)
+    else:
+        facts += [
+            ("reference", f"frame {source['frame_reference']}, at {source['t_reference']:.3f} s"),
+            ("target", f"frame {source['frame_target']}, at {source['t_target']:.3f} s"),
+            ("shot", f"{source['shot'][0]:.3f} to {source['shot'][1]:.3f} s"),
+        ]
     if "pair" in source:
         facts.append(("pair", f"{source['pair']} of its clip (0 is the best)"))
     if "pipeline" in metadata:
@@ -81,7 +86,7 @@ def describe(shard: Shard, sample: Sample) -> str:
                 _box_text(subject["reference_box"]),
                 f"{subject['area']:.3f}",
                 f"{subject['detection_score']:.2f}",
-                f"{subject['match_similarity']:.3f}",
+                "" if subject["match_similarity"] is None else f"{subject['match_similarity']:.3f}",
             ]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -94,6 +99,16 @@ def describe(shard: Shard, sample: Sample) -> str:
         if subject.get("attributes"):
             lines.append(f"{number}: " + ", ".join(f"{name} {value}" for name, value in subject["attributes"].items()))
     return printable("\n".join(lines))
+
+
+def _imported(source: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is known of a pair that was imported, not mined."""
+    facts = [("importer", source["importer"])]
+    for number, reference in enumerate(source.get("references", ())):
+        facts.append((f"subject {number}", f"from {reference['picture']}, {' x '.join(map(str, reference['size']))}"))
+    if source.get("single_frame"):
+        facts.append(("note", "single frame: cut out of the target picture itself"))
+    return facts
 
 
 def _box_text(box: Sequence[float]) -> str:
@@ -110,11 +125,14 @@ def draw(sample: Sample) -> Image.Image:
     }
     phrases = [subject["phrase"] for subject in metadata["subjects"]]
     try:
-        masks = [decode_mask(subject["target_mask_rle"]) for subject in metadata["subjects"]]
-    except (ClipError, KeyError) as error:
+        masks = [
+            decode_mask(subject["target_mask_rle"]) if "target_mask_rle" in subject else None
+            for subject in metadata["subjects"]
+        ]
+    except ClipError as error:
         raise InputError(f"the sample {sample.key} has a mask that cannot be read ({error})") from error
     target = np.asarray(sample.target)
-    if any(mask.shape != target.shape[:2] for mask in masks):
+    if any(mask is not None and mask.shape != target.shape[:2] for mask in masks):
         raise InputError(f"the sample {sample.key} has a mask of another size than its picture")
     places = draw_frame(
         _references_in_place(sample, boxes["reference"]),
@@ -146,7 +164,9 @@ def _references_in_place(sample: Sample, boxes: Sequence[Box]) -> np.ndarray:
     width, height = sample.target.size
     canvas = Image.new("RGB", (width, height), (225, 225, 225))
     for cutout, box in zip(sample.references, boxes, strict=True):
-        x1, y1, _, _ = box_in_pixels(box, width, height)
+        x1, y1, x2, y2 = box_in_pixels(box, width, height)
+        if cutout.size != (x2 - x1, y2 - y1):  # of a reference picture of another size
+            cutout = cutout.resize((max(1, x2 - x1), max(1, y2 - y1)))
         canvas.paste(cutout, (x1, y1), cutout)
     return np.asarray(canvas)
 

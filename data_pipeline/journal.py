@@ -52,7 +52,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def fingerprint(file: VideoFile) -> str:
     """Changes when a clip changes: its size and time of change, its caption, its annotations sidecar."""
-    parts: list[Any] = [file.name, file.caption]
+    parts: list[Any] = [file.name, file.caption, *([file.details] if file.details else [])]
     for path in (file.path, file.path.with_name(f"{file.path.stem}.annotations.json")):
         try:
             status = path.stat()

@@ -154,6 +154,8 @@ class VideoFile:
     """Unique name without dots, used for the samples of this clip and for its done-marker."""
     path: Path
     caption: str | None
+    details: str = ""
+    """Changes with whatever else shapes the samples and is neither in the video's file nor in its sidecar."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -195,12 +195,17 @@ def draw_sample(sample: Sample, height: int = HEIGHT) -> Tile:
     """Cut-outs, then the target with its boxes and masks; and the caption. height: pixels of the target."""
     metadata = sample.metadata
     subjects = [
-        (subject["phrase"], tuple(subject["target_box"]), decode_mask(subject["target_mask_rle"]))
+        (
+            subject["phrase"],
+            tuple(subject["target_box"]),
+            decode_mask(subject["target_mask_rle"]) if "target_mask_rle" in subject else None,
+        )
         for subject in metadata["subjects"]
     ]
     cutouts = [draw_cut_out(picture, height // 2) for picture in sample.references]
-    similarity = ", ".join(f"{subject['match_similarity']:.2f}" for subject in metadata["subjects"])
-    text = printable(f"{metadata['caption']} [{sample.key}; similarity {similarity}]")
+    similarities = [subject["match_similarity"] for subject in metadata["subjects"]]
+    known = ", ".join(f"{value:.2f}" for value in similarities if value is not None)
+    text = printable(f"{metadata['caption']} [{sample.key}{f'; similarity {known}' if known else ''}]")
     return beside([*cutouts, draw_frame(np.asarray(sample.target), subjects, height)]), text
 
 

@@ -114,9 +114,10 @@ class Tally:
         self.histograms["subjects"].add(row["num_subjects"])
         for area in row["areas"]:
             self.histograms["area"].add(area)
-        self.histograms["similarity"].add(max(0.0, row["min_match_similarity"]))
         self.histograms["score"].add(row["min_detection_score"])
-        self.histograms["gap"].add(row["frame_gap_seconds"])
+        for name, column in (("similarity", "min_match_similarity"), ("gap", "frame_gap_seconds")):
+            if row[column] is not None:  # pairs that were imported, not mined
+                self.histograms[name].add(max(0.0, row[column]))
 
 
 def printable(text: str) -> str:

@@ -49,15 +49,17 @@ def run(
     workers: int,
     timeout: float,
     quiet: bool = False,
+    work: tuple[str, str] = ("mining", "clip"),
 ) -> None:
     """Mines the clips that the journal has not finished yet, with a progress bar.
 
     workers: processes; 0 works in this one, and then nothing can stop a decoder that hangs. timeout: seconds per clip.
+    work: what the progress bar calls the work and one piece of it.
     """
     finished, waiting = split_finished(files, journal)
     if not waiting:
         return
-    show_progress(_results(steps, waiting, journal, workers, timeout), finished, len(files), quiet)
+    show_progress(_results(steps, waiting, journal, workers, timeout), finished, len(files), quiet, work)
 
 
 def preloads(steps: Sequence[Step]) -> tuple[str, ...]:
@@ -100,19 +102,24 @@ def _results(
 
 
 def show_progress(
-    results: Iterable[tuple[str, Finished]], finished: Sequence[Finished], total: int, quiet: bool
+    results: Iterable[tuple[str, Finished]],
+    finished: Sequence[Finished],
+    total: int,
+    quiet: bool,
+    work: tuple[str, str] = ("mining", "clip"),
 ) -> None:
     """Runs through the results (name of the clip, what its worker says) behind a progress bar.
 
-    finished: what an earlier run has done of the ``total`` clips. The first unexpected error is shown in full;
-    MiningError after MOST_UNEXPECTED in a row, which are the fault of the program or of the machine.
+    finished: what an earlier run has done of the ``total`` clips. work: see ``run``. The first unexpected error is
+    shown in full; MiningError after MOST_UNEXPECTED in a row, which are the fault of the program or of the machine.
     """
     from tqdm import tqdm
 
     kept = sum(result.kept for result in finished)
     counts = {"kept": kept, "rejected": len(finished) - kept}
     shown, in_a_row = False, 0
-    with tqdm(total=total, initial=len(finished), desc="mining", unit="clip", disable=quiet, mininterval=0.5) as bar:
+    name_of_work, unit = work
+    with tqdm(total=total, initial=len(finished), desc=name_of_work, unit=unit, disable=quiet, mininterval=0.5) as bar:
         for name, result in results:
             counts["kept" if result.kept else "rejected"] += 1
             in_a_row = in_a_row + 1 if result.unexpected else 0

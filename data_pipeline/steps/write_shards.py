@@ -7,7 +7,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,15 +64,20 @@ class WriteShards(Step[TrainingPair, EncodedPair]):
         samples, blocks = [], []
         for name, reference, target, matches in directions:
             metadata = self.metadata(name, pair, reference, target, matches)
-            members = {"target.jpg": encode_jpeg(target.image, self.jpeg_quality)}
-            for i, match in enumerate(matches):
-                members[f"reference_{i}.png"] = encode_png(
-                    cut_out(reference.image, match.reference.mask, match.reference.box)
-                )
-            members["json"] = json.dumps(metadata, separators=(",", ":")).encode()
-            blocks += [tar_member(f"{name}.{suffix}", content) for suffix, content in members.items()]
+            cutouts = [cut_out(reference.image, match.reference.mask, match.reference.box) for match in matches]
+            blocks.append(self.encode(metadata, target.image, cutouts))
             samples.append(metadata)
         return EncodedPair(samples=tuple(samples), blocks=b"".join(blocks), dropped=pair.dropped)
+
+    def encode(self, metadata: Mapping[str, Any], target: np.ndarray, cutouts: Sequence[np.ndarray]) -> bytes:
+        """The members of one sample as tar blocks.
+
+        metadata: its json. target: uint8 (height, width, 3). cutouts: uint8 RGBA (h, w, 4), one for each subject.
+        """
+        members = {"target.jpg": encode_jpeg(target, self.jpeg_quality)}
+        members |= {f"reference_{i}.png": encode_png(cutout) for i, cutout in enumerate(cutouts)}
+        members["json"] = json.dumps(metadata, separators=(",", ":")).encode()
+        return b"".join(tar_member(f"{metadata['key']}.{suffix}", content) for suffix, content in members.items())
 
     def metadata(
         self, key: str, pair: TrainingPair, reference: Frame, target: Frame, matches: tuple[Match, ...]
