@@ -1,24 +1,28 @@
-"""Pairs dataset on disk -> records. The format is specified in ``docs/data_format.md``.
+"""One shard of a pairs dataset -> records and pictures. The format is specified in ``docs/data_format.md``.
 
-A dataset is a directory of WebDataset shards (``pairs-000000.tar``, ...). They are read by position: the headers of a
-shard are walked once, which gives the offset of every member, and a sample is then three or four small reads. That
-allows any order, any number of readers, and no unpacking. Arrays are numpy: torch is not needed to read pairs.
+A shard is a tar file of the WebDataset layout. It is read by position: its headers are walked once, which gives the
+offset of every member, and a sample is then three or four small reads. That allows any order, any number of readers,
+and no unpacking. Arrays are numpy: torch is not needed to read pairs. ``catalogue.py`` makes a dataset of shards.
 """
+
+from __future__ import annotations
 
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from data_pipeline.records import ClipError, decode_mask
 from msdiffusion.errors import DataError
+from msdiffusion.training.tar_index import ShardTable, walk_shard
 
 PAIRS_SCHEMA = "msdiffusion.pairs/1"
 """The one schema that this reader knows."""
@@ -40,9 +44,12 @@ class PairLocation:
 
     key: str
     """Unique in the dataset: names the members of the pair inside the tar file."""
-    shard: Path
+    shard: str | Path
+    """What messages call the shard: its path or URL."""
     members: Mapping[str, tuple[int, int]]
     """Suffix of the member (``json``, ``target.jpg``, ``reference_0.png``) -> (offset, size) in bytes."""
+    descriptor: int | None = None
+    """Of the open tar file; None: it is opened for every read, at the path ``shard``."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,59 @@ class Pair:
     """float32 (S, 4): the subjects in the target, normalised xyxy."""
     references: tuple[Image.Image, ...]
     """Per subject, RGBA: its cut-out from the other frame, cropped to the subject."""
+
+
+class OpenShard:
+    """A shard that is being read: an open file and where its members lie.
+
+    Reads leave the position of the file alone, so that processes forked from this one may go on with it.
+
+    Args:
+        file: the tar file, opened for binary reading; closed with this object.
+        name: what messages call the shard: its path or URL.
+        table: of the shard, where it was walked before.
+
+    Raises:
+        DataError: as ``walk_shard``; or if the file is another one than was walked.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, table: ShardTable | None = None) -> None:
+        self.name = name
+        self._file = file
+        if table is not None and os.fstat(file.fileno()).st_size != table.bytes:
+            raise DataError(f"{name} was changed while it was being read: it had {table.bytes} bytes")
+        self.table: ShardTable = table if table is not None else walk_shard(file.fileno(), name)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.table)
+
+    def location(self, place: int) -> PairLocation:
+        """Where pair number ``place`` of the shard lies."""
+        return PairLocation(self.table.keys[place], self.name, self.table.members(place), self._file.fileno())
+
+    def size_of_target(self, place: int) -> tuple[int, int]:
+        """(width, height) in pixels of a target, from the header of the picture.
+
+        Raises:
+            DataError: if the picture has no such header.
+        """
+        location = self.location(place)
+        try:
+            with Image.open(io.BytesIO(_read_member(location, "target.jpg"))) as picture:
+                return picture.size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise _undecodable(location, "target.jpg", error) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> OpenShard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def find_shards(directory: str | Path) -> list[Path]:
@@ -235,7 +295,9 @@ def _cut_from_target(location: PairLocation, record: dict[str, Any]) -> Pair:
 def _read_member(location: PairLocation, suffix: str) -> bytes:
     offset, size = location.members[suffix]
     try:
-        with location.shard.open("rb") as shard:
+        if location.descriptor is not None:
+            return os.pread(location.descriptor, size, offset)
+        with Path(location.shard).open("rb") as shard:
             shard.seek(offset)
             return shard.read(size)
     except OSError as error:
@@ -245,8 +307,16 @@ def _read_member(location: PairLocation, suffix: str) -> bytes:
 def _read_picture(location: PairLocation, suffix: str, mode: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(_read_member(location, suffix))).convert(mode)
-    except OSError as error:
-        raise DataError(f"{location.shard}: {suffix} of pair {location.key!r} cannot be decoded ({error})") from error
+    # Pillow raises SyntaxError for a broken png chunk, ValueError for impossible contents
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _undecodable(location, suffix, error) from error
+
+
+def _undecodable(location: PairLocation, suffix: str, error: Exception) -> DataError:
+    return DataError(
+        f"{location.shard}: {suffix} of pair {location.key!r} cannot be decoded ({error}). "
+        "python -m msdiffusion.training.catalogue DATASET --deep lists every damaged pair"
+    )
 
 
 def _uniform_of(key: str) -> float:

@@ -1,0 +1,193 @@
+"""The files of a dataset, on this machine or behind any URL that fsspec knows: names, sizes, small contents."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from msdiffusion.errors import DataError, RequestError, reason
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+_log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+SILENCE_SECONDS = 60.0
+"""A server that sends nothing for so long is taken for gone; a download as a whole may take any time."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file of a dataset, and what is known of it before it is read."""
+
+    place: str
+    """Path, or URL with its protocol."""
+    bytes: int | None = None
+    """Size, where the dataset or the server says it."""
+    sha256: str | None = None
+    """Of the content, where the dataset says it."""
+    stamp: str = ""
+    """What the server says that changes with the content (ETag, time of change), so that no stale copy is read."""
+
+    @property
+    def name(self) -> str:
+        """The last part of the place."""
+        return re.split(r"[?#]", self.place, maxsplit=1)[0].rstrip("/").rpartition("/")[2]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it must be fetched before it can be read at any position."""
+        return is_remote(self.place)
+
+
+def is_remote(place: str) -> bool:
+    """Whether a place is a URL of another machine or store (``https://``, ``s3://``, ``memory://``, ...)."""
+    return "://" in place and not place.startswith(("file://", "local://"))
+
+
+def local_path(place: str) -> str:
+    """The path of a local place, without ``file://``."""
+    return place.removeprefix("file://").removeprefix("local://")
+
+
+def joined(folder: str, name: str) -> str:
+    """The place of a file in a folder; what follows a ? or # in a URL stays at its end."""
+    if not is_remote(folder):
+        return str(Path(local_path(folder), name))
+    path, mark, rest = re.match(r"([^?#]*)([?#]?)(.*)", folder, re.DOTALL).groups()
+    return f"{path.rstrip('/')}/{name}{mark}{rest}"
+
+
+def parent_of(place: str) -> str:
+    """The folder that a file lies in; what follows a ? or # in a URL stays at its end."""
+    if not is_remote(place):
+        return str(Path(local_path(place)).parent)
+    path, mark, rest = re.match(r"([^?#]*)([?#]?)(.*)", place, re.DOTALL).groups()
+    return f"{path.rpartition('/')[0]}{mark}{rest}"
+
+
+def filesystem(place: str) -> tuple[AbstractFileSystem, str]:
+    """(fsspec's file system, the path in it) of a URL.
+
+    Raises:
+        RequestError: if fsspec does not know the protocol, or needs a package for it that is not installed.
+    """
+    import fsspec
+
+    options: dict[str, Any] = {}
+    if place.startswith(("http://", "https://")):
+        import aiohttp
+
+        # aiohttp ends any request after five minutes unless told otherwise: too little for a shard on a slow line
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+        options = {"client_kwargs": {"timeout": limits}}
+    try:
+        return fsspec.core.url_to_fs(place, **options)
+    except (ImportError, ValueError) as error:
+        raise RequestError(f"{place} cannot be read: {reason(error)}") from error
+
+
+def attempt(what: str, action: Callable[[], Result], attempts: int = 5, first_wait: float = 1.0) -> Result:
+    """The result of ``action()``, tried again with longer and longer waits while it fails.
+
+    Args:
+        what: what messages call it.
+        action: raises FileNotFoundError where trying again is of no use.
+        attempts: how often at most.
+        first_wait: seconds before the second attempt; every further wait is twice as long, 30 seconds at most.
+
+    Raises:
+        FileNotFoundError: from ``action``.
+        RequestError: from ``action``.
+        DataError: when every attempt failed, with the reason of the last one; at once if the disk is full.
+    """
+    for number in range(1, attempts + 1):
+        try:
+            return action()
+        except (FileNotFoundError, RequestError):
+            raise
+        except Exception as error:  # each store has errors of its own
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DataError(f"{what} does not fit on the disk: {error}") from error
+            why = f"{type(error).__name__}: {reason(error)}"
+            if number == attempts:
+                raise DataError(f"{what} could not be read in {attempts} attempts; the last one: {why}") from error
+            wait = min(first_wait * 2 ** (number - 1), 30.0)
+            _log.warning("%s: attempt %d of %d failed (%s), next one in %.1f s", what, number, attempts, why, wait)
+            time.sleep(wait)
+    raise RequestError(f"attempts must be at least 1, got {attempts}")
+
+
+def read_bytes(place: str) -> bytes:
+    """The whole content of a file, local or remote.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        DataError: if it cannot be read.
+    """
+    if not is_remote(place):
+        try:
+            return Path(local_path(place)).read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise DataError(f"{place} cannot be read: {error}") from error
+    system, path = filesystem(place)
+    return attempt(place, lambda: system.cat_file(path))
+
+
+def described(place: str) -> DataFile:
+    """A file with its size and stamp.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        DataError: if the server does not answer.
+    """
+    if not is_remote(place):
+        return DataFile(place, bytes=Path(local_path(place)).stat().st_size)
+    system, path = filesystem(place)
+    info = attempt(place, lambda: system.info(path))
+    return DataFile(place, bytes=info.get("size"), stamp=_stamp(info))
+
+
+def listed(folder: str, ending: str = ".tar") -> list[DataFile]:
+    """The files of a folder whose name ends so, in order of name.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or the server does not list it.
+        DataError: if the server does not answer.
+    """
+    if not is_remote(folder):
+        with os.scandir(local_path(folder)) as entries:
+            found = [DataFile(e.path, e.stat().st_size) for e in entries if e.name.endswith(ending) and e.is_file()]
+    else:
+        system, path = filesystem(folder)
+        found = [
+            DataFile(system.unstrip_protocol(entry["name"]), entry.get("size"), stamp=_stamp(entry))
+            for entry in attempt(folder, lambda: system.ls(path, detail=True))
+            if entry["type"] == "file" and entry["name"].endswith(ending)
+        ]
+    return sorted(found, key=lambda file: file.name)
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    names = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created")
+    return next((str(info[name]) for name in names if info.get(name)), "")
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hex digits of a file's sha256."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
