@@ -1,0 +1,384 @@
+"""The loaders of a training run: which pairs, in which order, in which process, from which place on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+
+from msdiffusion.errors import DataError, RequestError
+from msdiffusion.training.augmentation import Augmentation
+from msdiffusion.training.catalogue import Catalogue, read_catalogue, split_by_key
+from msdiffusion.training.collation import PairsCollator
+from msdiffusion.training.cropping import bucket_sizes, nearest_buckets
+from msdiffusion.training.dataset import PairsBatch, PairsDataset, TrainingSample
+from msdiffusion.training.encoded import EncodingStore
+from msdiffusion.training.loader import FixedSampler, PairsLoader, Place, PlanSampler
+from msdiffusion.training.local_sgd import WORLD, process_rank
+from msdiffusion.training.mixture import MixedStore, Mixture
+from msdiffusion.training.plan import EpochPlan, PlannedDataset, padded_order
+from msdiffusion.training.remote import ShardCache
+
+
+class PairsDataModule(pl.LightningDataModule):
+    """Loaders for the pairs datasets that ``data_pipeline.build`` writes.
+
+    The model must offer ``prepare_references(pictures) -> Tensor``, so that training sees references exactly as
+    generation will, and ``latent_shape(height, width) -> (C, h, w)`` of the latents of a picture.
+
+    Every sample of a run has a number, which decides all chance about it, and every place of the order follows from
+    ``seed``: see ``EpochPlan``. A resumed run goes on at the very sample where the checkpoint was written, also in the
+    middle of an epoch, with any number of workers, and of processes as long as their batches together are as large.
+
+    Args:
+        pairs: directory or address of the shards; or several of them with their weights, ``{source: weight}``: samples
+            are then taken from each in these proportions (see ``EpochPlan`` for what an epoch is).
+        resolution: side of the square training picture in pixels, a multiple of 8.
+        validation_pairs: other pairs, used whole for validation. Without it, a part of ``pairs`` is held out.
+        validation_fraction: that part, in [0, 1), by a hash of the key; 0 for no validation.
+        test_pairs: pairs for ``lightning test`` and ``lightning predict``. Without it, these take the validation pairs.
+        batch_size: per process.
+        max_subjects: subjects of one picture that are trained together; batches are padded to it.
+        bucket_step: 0 for square pictures. Else pictures of other aspects are cropped to the nearest of the sizes whose
+            sides are multiples of this number of pixels, whose area is at most resolution², and whose aspect is
+            between 1/2 and 2; a batch of all processes has one size.
+        crop: "random" or "center" part of the training picture; validation always takes the centre.
+        flip_probability: of mirroring the target and its boxes, in [0, 1].
+        minimum_visible: a subject of whose box the crop leaves less than this part is dropped, in [0, 1].
+        subject_dropout: per subject, the probability in [0, 1] that its box and its reference are left out while the
+            caption still names it. One subject always stays.
+        box_jitter: each edge of a box moves by up to this part of the box's side, in [0, 0.5).
+        reference_augmentation: strength in [0, 1] of small changes to the references: rotation up to 15 degrees,
+            shrinking by up to a quarter, brightness and contrast by up to 30 %.
+        reference_flip_probability: of mirroring a reference, in [0, 1].
+        lanes: from how many places of the dataset the samples come in turn; raised to a multiple of the number of
+            processes. See ``EpochPlan``.
+        shuffle_buffer: samples of a lane that are shuffled with one another.
+        num_workers: processes that load. 0 is right for small pictures held in memory, on few cores.
+        worker_start: how they start: "fork", "spawn" or "forkserver"; None for Python's own choice on this system.
+        cache_megabytes: memory, per loading process, for decoded pairs. 0 reads the shards every time.
+        encodings: what ``msdiffusion.training.precompute`` computed ahead: "auto" uses it where it is there,
+            "require" wants it, "off" doesn't.
+        skip_damaged: leave damaged shards and pairs out with a warning. Otherwise they are an error.
+        shard_folder: where shards from an address are kept; None for a folder in the user's cache.
+        shard_gigabytes: how much of them is kept there.
+        seed: of the order of the pairs and of all chance in training.
+        reference_frame: "other": references come from the other frame of the video, as the method wants it. "target":
+            from the target picture itself, for comparisons: such training teaches to copy and paste.
+
+    Raises:
+        RequestError: at construction, if a setting is out of range; when training starts, if the checkpoint that is to
+            be resumed was written with other data.
+        DataError: in ``setup``, if the dataset is missing (the message says which command makes one), damaged, or of
+            another schema.
+    """
+
+    def __init__(
+        self,
+        pairs: str | dict[str, float],
+        resolution: int,
+        validation_pairs: str | None = None,
+        validation_fraction: float = 0.05,
+        test_pairs: str | None = None,
+        batch_size: int = 8,
+        max_subjects: int = 4,
+        bucket_step: int = 0,
+        crop: Literal["random", "center"] = "center",
+        flip_probability: float = 0.0,
+        minimum_visible: float = 0.25,
+        subject_dropout: float = 0.0,
+        box_jitter: float = 0.0,
+        reference_augmentation: float = 0.0,
+        reference_flip_probability: float = 0.0,
+        lanes: int = 8,
+        shuffle_buffer: int = 2048,
+        num_workers: int = 0,
+        worker_start: Literal["fork", "spawn", "forkserver"] | None = None,
+        cache_megabytes: int = 1024,
+        encodings: Literal["auto", "require", "off"] = "auto",
+        skip_damaged: bool = False,
+        shard_folder: str | None = None,
+        shard_gigabytes: float = 64.0,
+        seed: int = 0,
+        reference_frame: Literal["other", "target"] = "other",
+    ) -> None:
+        super().__init__()
+        for name, number, least in (
+            ("batch_size", batch_size, 1), ("max_subjects", max_subjects, 1), ("lanes", lanes, 1),
+            ("shuffle_buffer", shuffle_buffer, 1), ("bucket_step", bucket_step, 0), ("num_workers", num_workers, 0),
+            ("cache_megabytes", cache_megabytes, 0), ("seed", seed, 0),
+        ):  # fmt: skip
+            if number < least:
+                raise RequestError(f"{name} must be at least {least}, got {number}")
+        if resolution < 8 or resolution % 8:
+            raise RequestError(f"resolution must be a positive multiple of 8, got {resolution}")
+        if bucket_step % 8:
+            raise RequestError(f"bucket_step must be a multiple of 8, or 0 for squares, got {bucket_step}")
+        if not 0 <= minimum_visible <= 1:
+            raise RequestError(f"minimum_visible must be in [0, 1], got {minimum_visible}")
+        if not shard_gigabytes > 0:
+            raise RequestError(f"shard_gigabytes must be above 0, got {shard_gigabytes}")
+        if not 0 <= validation_fraction < 1:
+            raise RequestError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
+        for name, choice, choices in (
+            ("reference_frame", reference_frame, ("other", "target")),
+            ("encodings", encodings, ("auto", "require", "off")),
+            ("worker_start", worker_start, (None, "fork", "spawn", "forkserver")),
+        ):
+            if choice not in choices:
+                raise RequestError(f"{name} must be {_either(choices)}, got {choice!r}")
+        self.sources = _sources(pairs)
+        # where all pictures are squares, the resolution needs to be no multiple of anything
+        self.sizes = bucket_sizes(resolution, bucket_step or resolution)
+        self.augmentation = Augmentation(
+            crop, flip_probability, subject_dropout, box_jitter, reference_augmentation, reference_flip_probability
+        )
+        self.reference_frame = reference_frame
+        self.pairs = pairs
+        self.resolution = resolution
+        self.validation_pairs = validation_pairs
+        self.validation_fraction = validation_fraction
+        self.test_pairs = test_pairs
+        self.batch_size = batch_size
+        self.max_subjects = max_subjects
+        self.bucket_step = bucket_step
+        self.minimum_visible = minimum_visible
+        self.lanes = lanes
+        self.shuffle_buffer = shuffle_buffer
+        self.num_workers = num_workers
+        self.worker_start = worker_start
+        self.cache_megabytes = cache_megabytes
+        self.encodings = encodings
+        self.skip_damaged = skip_damaged
+        self.shard_folder = shard_folder
+        self.shard_gigabytes = shard_gigabytes
+        self.seed = seed
+        self.training: PairsDataset | None = None
+        self.validation: PairsDataset | None = None
+        self.test: PairsDataset | None = None
+        self._digest = ""
+        self._sampler: PlanSampler | None = None
+        self._resumed: dict[str, Any] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find and index the shards. Lightning does this before the model loads: a missing dataset is told at once."""
+        if stage in ("test", "predict") and self.test_pairs is not None:
+            if self.test is None:
+                self.test = self._whole(self.test_pairs)
+            return
+        if self.training is not None:
+            return
+        mixture = Mixture([self._catalogue(source) for source in self.sources])
+        fraction = 0.0 if self.validation_pairs is not None else self.validation_fraction
+        splits = [split_by_key(catalogue, fraction) for catalogue in mixture.catalogues]
+        training, held_out = (
+            np.concatenate([split[side] + start for split, start in zip(splits, mixture.starts[:-1], strict=True)])
+            for side in (0, 1)
+        )
+        if stage in ("fit", None) and len(training) < self.batch_size * self._processes()[1]:
+            processes = f" in each of {self._processes()[1]} processes" if self._processes()[1] > 1 else ""
+            raise DataError(
+                f"{', '.join(self.sources)} has {len(training)} pairs to train on, fewer than one batch of "
+                f"{self.batch_size}{processes}; mine more clips, or train with a smaller data.init_args.batch_size"
+            )
+        self.training = self._dataset(mixture, training, self.augmentation)
+        self._digest = mixture.digest(training)
+        self.validation = (
+            self._dataset(mixture, held_out, None)
+            if self.validation_pairs is None
+            else self._whole(self.validation_pairs)
+        )
+
+    def train_dataloader(self) -> PairsLoader:
+        """All processes together see the batches of the plan, from the place on where a resumed run stopped.
+
+        Raises:
+            RequestError: if the checkpoint that is resumed was written with other data, or doesn't say where it was.
+        """
+        rank, num_processes = self._processes()
+        plan = self.plan(num_processes)
+        self._sampler = PlanSampler(plan, rank, num_processes, self._first_place(plan))
+        return self._loader(self.training, self._sampler, drop_last=True)
+
+    def val_dataloader(self) -> PairsLoader | list:
+        """In the order of the files; nothing where there is no validation pair."""
+        return self._fixed_loader(self.validation)
+
+    def test_dataloader(self) -> PairsLoader | list:
+        """The pairs of ``test_pairs``, or the validation pairs."""
+        return self._fixed_loader(self.validation if self.test is None else self.test)
+
+    def predict_dataloader(self) -> PairsLoader | list:
+        """As ``test_dataloader``."""
+        return self.test_dataloader()
+
+    def plan(self, num_processes: int) -> EpochPlan:
+        """The order of the run when so many processes share it; after ``setup``."""
+        dataset, shards = self.training, self.training.pairs.shards
+        parts = np.searchsorted(dataset.indices, dataset.pairs.starts)
+        plan = EpochPlan(
+            [
+                PlannedDataset(dataset.indices[start:end], shards[dataset.indices[start:end]], weight, source)
+                for (source, weight), start, end in zip(self.sources.items(), parts[:-1], parts[1:], strict=True)
+            ],
+            seed=self.seed,
+            global_batch=num_processes * self.batch_size,
+            lanes=-(-self.lanes // num_processes) * num_processes,
+            shuffle_buffer=self.shuffle_buffer,
+            buckets=dataset.buckets,
+        )
+        if lost := plan.pairs_never_trained():
+            named = ", ".join(f"{count} of {'x'.join(map(str, self.sizes[bucket]))}" for bucket, count in lost.items())
+            rank_zero_warn(
+                f"pairs that are never trained on, because their bucket has fewer than one batch of "
+                f"{plan.global_batch}: {named} pixels. A larger bucket_step makes fewer buckets."
+            )
+        return plan
+
+    def validation_samples(self, count: int) -> list[TrainingSample]:
+        """The first ``count`` validation pairs, the same every time, with pictures; fewer where there are fewer.
+
+        Where targets have several sizes, only pairs of the first one's: they shall fit into one batch.
+        """
+        indices = self.validation.indices
+        if len(indices) and self.validation.buckets is not None:
+            buckets = self.validation.buckets[indices]
+            return [self.validation[int(i)] for i in np.flatnonzero(buckets == buckets[0])[:count]]
+        return [self.validation[i] for i in range(min(count, len(indices)))]
+
+    def collate(self, samples: Sequence[TrainingSample]) -> PairsBatch:
+        """Samples to a batch, as the loaders do it."""
+        return self._collator()(samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place of the next batch, and what it is a place in. Lightning keeps it in every checkpoint."""
+        if self._sampler is None:
+            return {}
+        place = self._sampler.place
+        batches = place.start
+        if place.taken > place.start:
+            # the batch that was taken last counts when Lightning counts it: an exception may have come in between
+            progress = self.trainer.fit_loop.epoch_loop.batch_progress
+            total = progress.total
+            stepped = total.ready == total.started == total.processed
+            batches = place.taken - (0 if stepped else progress.current.ready - progress.current.completed)
+        epoch = place.epoch
+        if batches >= min(self._sampler.plan.batches_per_epoch, self.trainer.num_training_batches):
+            epoch, batches = epoch + 1, 0
+        return {"epoch": epoch, "batch": batches, "data": self._identity(self._sampler.plan)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Remember it until the loader of the training pairs is made."""
+        self._resumed = dict(state)
+
+    def _first_place(self, plan: EpochPlan) -> Place:
+        state, self._resumed = self._resumed, None
+        if state is None:
+            if self._sampler is not None:  # another fit of the same objects goes on with the next epoch
+                return Place(self._sampler.place.epoch + (self._sampler.place.taken > 0))
+            return Place()
+        mine, theirs = self._identity(plan), state.get("data", {})
+        differing = [name for name in mine if mine[name] != theirs.get(name)]
+        if differing:
+            told = "; ".join(f"{name} was {theirs.get(name)}, now {mine[name]}" for name in differing)
+            raise RequestError(
+                f"the checkpoint was written with other data, so there is no place in them to go on from: {told}. "
+                "Resume with the same data, or start a new run from its weights: without --ckpt_path, with "
+                "--model.init_args.adapter DIRECTORY"
+            )
+        return Place(state["epoch"], state["batch"], state["batch"])
+
+    def _identity(self, plan: EpochPlan) -> dict[str, Any]:
+        """What the order depends on. Not the augmentation: that may change in a resumed run."""
+        sizes = None if plan.buckets is None else np.bincount(plan.buckets).tolist()
+        return {
+            "pairs": {dataset.name: [len(dataset), dataset.weight] for dataset in plan.datasets},
+            "keys of the pairs": self._digest,
+            "samples of a batch of all processes": plan.global_batch,
+            "lanes": plan.lanes,
+            "shuffle_buffer": plan.shuffle_buffer,
+            "pairs of each picture size": sizes,
+            "seed": plan.seed,
+        }
+
+    def _processes(self) -> tuple[int, int]:
+        """(rank of this process, how many there are)."""
+        if WORLD in os.environ:
+            return process_rank(), int(os.environ[WORLD])
+        return getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
+
+    def _dataset(self, mixture: Mixture, indices: np.ndarray, augmentation: Augmentation | None) -> PairsDataset:
+        return PairsDataset(
+            mixture,
+            indices,
+            self.sizes,
+            self.max_subjects,
+            buckets=nearest_buckets(mixture.sizes, self.sizes) if len(self.sizes) > 1 else None,
+            augmentation=augmentation,
+            seed=self.seed,
+            minimum_visible=self.minimum_visible,
+            cache_bytes=self.cache_megabytes * 2**20,
+            reference_frame=self.reference_frame,
+        )
+
+    def _catalogue(self, source: str) -> Catalogue:
+        cache = ShardCache(self.shard_folder, int(self.shard_gigabytes * 2**30))
+        return read_catalogue(source, skip_damaged=self.skip_damaged, cache=cache)
+
+    def _whole(self, source: str) -> PairsDataset:
+        mixture = Mixture([self._catalogue(source)])
+        return self._dataset(mixture, np.arange(len(mixture)), None)
+
+    def _stores(self, dataset: PairsDataset) -> EncodingStore | None:
+        if self.encodings == "off":
+            return None
+        try:  # builder E's file; this guard goes when it is there
+            from msdiffusion.training.precompute import open_store
+        except ModuleNotFoundError:
+            return None
+        stores = [open_store(self, self.trainer.lightning_module, part) for part in dataset.pairs.catalogues]
+        return None if any(store is None for store in stores) else MixedStore(dataset.pairs, stores)
+
+    def _collator(self) -> PairsCollator:
+        model = self.trainer.lightning_module
+        shapes = {(h, w): model.latent_shape(h, w) for w, h in self.sizes.tolist()}
+        return PairsCollator(self.max_subjects, model.prepare_references, shapes)
+
+    def _loader(self, dataset: PairsDataset, sampler: PlanSampler | FixedSampler, **options: Any) -> PairsLoader:
+        return PairsLoader(
+            dataset.reading(self._stores(dataset)),
+            sampler,
+            self.batch_size,
+            self._collator(),
+            self.num_workers,
+            self.worker_start,
+            **options,
+        )
+
+    def _fixed_loader(self, dataset: PairsDataset) -> PairsLoader | list:
+        if len(dataset) == 0:
+            return []
+        # of the processes of local_sgd only the first one validates
+        rank, num_processes = (0, 1) if WORLD in os.environ else self._processes()
+        numbers, indices = padded_order(dataset.indices, num_processes, self.batch_size, dataset.buckets)
+        return self._loader(dataset, FixedSampler(numbers, indices, rank, num_processes))
+
+
+def _sources(pairs: str | dict[str, float]) -> dict[str, float]:
+    if isinstance(pairs, str):
+        return {pairs: 1.0}
+    if not pairs:
+        raise RequestError("pairs names no dataset; give a directory, or several as {directory: weight}")
+    for source, weight in pairs.items():
+        if not 0 < weight < float("inf"):
+            raise RequestError(f"pairs: the weight of {source!r} must be a number above 0, got {weight}")
+    return dict(pairs)
+
+
+def _either(choices: Sequence[str | None]) -> str:
+    *rest, last = [repr(choice) for choice in choices]
+    return f"{', '.join(rest)} or {last}"

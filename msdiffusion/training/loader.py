@@ -1,0 +1,163 @@
+"""The order of a run, handed out to its processes, and the loaders that follow it and know how far they came.
+
+Letters: R processes, B samples per process and batch, G = R * B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from msdiffusion.errors import DataError
+from msdiffusion.training.collation import PairsCollator
+from msdiffusion.training.dataset import LoadingFailure, PairsBatch, PairsDataset
+from msdiffusion.training.plan import EpochPlan
+
+
+@dataclass
+class Place:
+    """How far a run came in its data."""
+
+    epoch: int = 0
+    start: int = 0
+    """Batches of this epoch that an earlier run had already taken."""
+    taken: int = 0
+    """Batches of this epoch that were taken so far, those included."""
+
+
+class PlanSampler(DistributedSampler):
+    """Hands out (number of the sample, index of the pair) for the places of one process.
+
+    Lightning leaves a DistributedSampler alone and tells it each epoch. Its count of epochs is not that of the data,
+    though: it calls an epoch ended when ``max_steps`` ends a run in the middle of one. So a new epoch is begun here
+    when Lightning begins one and some batch of the old one was taken.
+
+    Args:
+        plan: of the whole run.
+        rank: of this process.
+        num_processes: R, a divisor of the plan's global batch.
+        place: where to begin. The loader moves it on.
+    """
+
+    def __init__(self, plan: EpochPlan, rank: int, num_processes: int, place: Place) -> None:
+        super().__init__(plan, num_replicas=num_processes, rank=rank, shuffle=False)
+        self.plan = plan
+        self.place = place
+        self._announced: int | None = None
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning begins its epoch of this number."""
+        if self._announced is not None and epoch != self._announced and self.place.taken > self.place.start:
+            self.place.epoch += 1
+            self.place.start = self.place.taken = 0
+        self._announced = epoch
+
+    def __len__(self) -> int:
+        """Samples of a whole epoch for this process, also where it begins in the middle of one."""
+        return self.plan.samples_per_epoch // self.num_replicas
+
+    def order(self) -> np.ndarray:
+        """int64 (samples_per_epoch,): the indices of this epoch, of all processes."""
+        if self._order is None or self._order[0] != self.place.epoch:
+            self._order = (self.place.epoch, self.plan.order(self.place.epoch))
+        return self._order[1]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """From the first batch that was not taken yet."""
+        order, before = self.order(), self.place.epoch * self.plan.samples_per_epoch
+        for place in range(self.place.start * self.plan.global_batch + self.rank, len(order), self.num_replicas):
+            yield before + place, int(order[place])
+
+
+class FixedSampler(DistributedSampler):
+    """Hands out the places of a validation, the same every time.
+
+    Args:
+        numbers: int64 (n,) from ``padded_order``.
+        indices: int64 (n,) likewise.
+        rank: of this process.
+        num_processes: R, a divisor of n.
+    """
+
+    def __init__(self, numbers: np.ndarray, indices: np.ndarray, rank: int, num_processes: int) -> None:
+        super().__init__(numbers, num_replicas=num_processes, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self.numbers = numbers
+        self.indices = indices
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """(number, index) of this process's samples."""
+        mine = np.s_[self.rank :: self.num_replicas]
+        return iter(zip(self.numbers[mine].tolist(), self.indices[mine].tolist(), strict=True))
+
+
+class PairsLoader(DataLoader):
+    """Loads batches in worker processes; the batches that a sampler's ``Place`` counts are those that were taken.
+
+    Args:
+        dataset: what is loaded.
+        sampler: the order.
+        batch_size: B.
+        collate_fn: samples to a batch.
+        num_workers: 0 loads in the process itself.
+        worker_start: how workers start, of the ``multiprocessing`` module; None for its own choice.
+        options: of ``DataLoader``.
+    """
+
+    PREFETCH = 1024
+    """Samples of this process whose shards are asked for ahead of time."""
+
+    def __init__(
+        self,
+        dataset: PairsDataset,
+        sampler: DistributedSampler,
+        batch_size: int,
+        collate_fn: PairsCollator,
+        num_workers: int = 0,
+        worker_start: str | None = None,
+        **options: Any,
+    ) -> None:
+        if num_workers > 0:
+            options = {"persistent_workers": True, "multiprocessing_context": worker_start} | options
+        # a generator of its own, so that nobody else's random numbers depend on loading
+        options = {"pin_memory": torch.cuda.is_available(), "generator": torch.Generator().manual_seed(0)} | options
+        super().__init__(
+            dataset, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=num_workers, **options
+        )
+
+    def __iter__(self) -> Iterator[PairsBatch]:
+        """Batches.
+
+        Raises:
+            DataError: if a pair cannot be read, with the words of the reader also where a worker met it.
+        """
+        place = self.sampler.place if isinstance(self.sampler, PlanSampler) else None
+        ahead = self._prefetching() if isinstance(self.sampler, PlanSampler) else None
+        for batch in super().__iter__():
+            if isinstance(batch, LoadingFailure):
+                raise DataError(batch.message)
+            if place is not None:
+                place.taken += 1
+                next(ahead, None)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module keeps the place. That there is this method tells Lightning that it is kept."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do, see ``state_dict``."""
+
+    def _prefetching(self) -> Iterator[None]:
+        sampler = self.sampler
+        order = sampler.order()[sampler.rank :: sampler.num_replicas]
+        first = sampler.place.start * self.batch_size
+        for start in range(first, len(order), self.PREFETCH):
+            self.dataset.pairs.prefetch(order[start : start + 2 * self.PREFETCH])
+            for _ in range(self.PREFETCH // self.batch_size):
+                yield
