@@ -3,8 +3,8 @@
 Nothing is remembered from one epoch to the next and nothing is exchanged between processes, so that every process
 finds its own part alone, a stopped run finds its place again, and two processes see what one would have seen.
 
-How the order of one dataset is made: its shards are put in random order and laid end to end; that row is cut into
-lanes of equal length; within each lane, samples are shuffled in blocks of ``shuffle_buffer``; then the lanes take
+How the order of one dataset is made: its shards are put in random order and laid in a ring, which is cut open
+anywhere, so that no pair comes early or late by habit; that row is cut into lanes of equal length; within each lane, samples are shuffled in blocks of ``shuffle_buffer``; then the lanes take
 turns. So place p belongs to lane p % lanes, and process r of R, which takes the places p % R == r, reads only from its
 own lanes, each of them nearly in the order of the files: that is what makes shards on a slow or distant disk bearable.
 
@@ -184,7 +184,7 @@ class EpochPlan:
         """int64 (N,): one pass through a dataset, lanes taking turns from ``first_lane`` on."""
         dataset = self.datasets[number]
         generator = generator_for(self.seed, ORDER, number, pass_number)
-        row = dataset.in_random_shards(generator)
+        row = np.roll(dataset.in_random_shards(generator), generator.integers(len(dataset)))
         order = np.empty_like(row)
         start = 0
         for lane in range(self.lanes):
