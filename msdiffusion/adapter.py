@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from msdiffusion.adapter_config import CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig
+from msdiffusion.adapter_config import CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig, read_checkpoint
 from msdiffusion.attention import (
     Backend,
     MultiSubjectAttnProcessor,
@@ -274,7 +274,9 @@ class MSAdapter(nn.Module):
         partial = directory / f"{WEIGHTS_NAME}.tmp"
         save_file(weights, partial, metadata={"format": "pt", "schema": SCHEMA})
         partial.replace(directory / WEIGHTS_NAME)
-        (directory / CONFIG_NAME).write_text(replace(self.config, **config).to_json(), encoding="utf-8")
+        partial = directory / f"{CONFIG_NAME}.tmp"
+        partial.write_text(replace(self.config, **config).to_json(), encoding="utf-8")
+        partial.replace(directory / CONFIG_NAME)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> MSAdapter:
@@ -293,6 +295,20 @@ class MSAdapter(nn.Module):
         except SafetensorError as error:
             raise WeightsError(f"{directory / WEIGHTS_NAME} is not a safetensors file: {error}") from None
         return cls._from_weights(config, weights, str(directory / WEIGHTS_NAME))
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> MSAdapter:
+        """Read the adapter out of a checkpoint of ``lightning fit``: the averaged weights where the run keeps them.
+
+        Optimizer and schedule are not read from the disk, and no code in the file is run.
+
+        Args:
+            path: a ``.ckpt`` file, ``checkpoints/last.ckpt`` or ``checkpoints/best.ckpt`` of a run.
+
+        Raises:
+            WeightsError: no such file, no checkpoint, one of something else than an adapter, or broken weights.
+        """
+        return cls._from_weights(*read_checkpoint(path), str(path))
 
     @classmethod
     def from_official(

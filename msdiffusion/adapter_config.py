@@ -1,4 +1,4 @@
-"""AdapterConfig: what config.json beside an adapter's weights says, and the names of the two files."""
+"""AdapterConfig: what config.json beside the weights of an adapter says; names of the files; both in one checkpoint."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from msdiffusion.errors import RequestError, WeightsError, shown
+import torch
+from torch import Tensor
+
+from msdiffusion.errors import RequestError, WeightsError, reason, shown
 from msdiffusion.request import check_settings
 from msdiffusion.resampler import ResamplerParams
 
 SCHEMA = "msdiffusion.adapter/1"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "adapter.safetensors"
+CHECKPOINT_SUFFIX = ".ckpt"
+CHECKPOINT_PREFIXES = ("averaged.module.", "adapter.")
+"""Where an adapter's weights are in a checkpoint's state_dict: the average before what it is the average of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,3 +119,40 @@ class AdapterConfig:
             return cls(**{**record, "resampler": ResamplerParams(**record["resampler"])})
         except (KeyError, TypeError) as error:
             raise WeightsError(f"{source} is incomplete or of another version: {error}") from None
+
+
+def read_checkpoint(path: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The adapter in a checkpoint of ``lightning fit``: the averaged weights where the run keeps them.
+
+    Optimizer and schedule are not read from the disk, and no code in the file is run.
+
+    Args:
+        path: a ``.ckpt`` file, such as ``checkpoints/last.ckpt`` or ``checkpoints/best.ckpt`` of a run.
+
+    Returns:
+        Its config, and its weights by the names of ``MSAdapter.state_dict``, on the CPU.
+
+    Raises:
+        WeightsError: no such file, no checkpoint, or one of something else than an adapter.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"no such file: {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # zip, pickle and torch each have exceptions of their own for a file that is none
+        raise WeightsError(f"{path} is no checkpoint that can be read: {reason(error)}") from error
+    record = checkpoint if isinstance(checkpoint, dict) else {}
+    weights, config = record.get("state_dict"), record.get("adapter_config")
+    if not isinstance(weights, dict) or not isinstance(config, str):
+        missing = "adapter_config" if isinstance(weights, dict) else "state_dict"
+        raise WeightsError(
+            f"{path} is no checkpoint of an adapter, for it has no {missing}: give one that `lightning fit -c "
+            "configs/msd.yaml` has written, or the run's folder"
+        )
+    prefix = next((name for name in CHECKPOINT_PREFIXES if any(key.startswith(name) for key in weights)), None)
+    if prefix is None:
+        raise WeightsError(f"{path} holds no weights of an adapter, but {shown(sorted(weights))}")
+    # copied, because the file may be replaced while they are in use
+    own = {key.removeprefix(prefix): tensor.clone() for key, tensor in weights.items() if key.startswith(prefix)}
+    return AdapterConfig.from_json(config, f"adapter_config in {path}"), own

@@ -77,14 +77,23 @@ def identify(
     Raises:
         WeightsError: there is no such adapter, or its config is broken.
     """
-    from msdiffusion.adapter_config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig
+    from msdiffusion.adapter_config import (
+        CHECKPOINT_SUFFIX,
+        CONFIG_NAME,
+        WEIGHTS_NAME,
+        AdapterConfig,
+        read_checkpoint,
+    )
     from msdiffusion.errors import WeightsError
     from msdiffusion.loading import find_adapter, model_sources
     from msdiffusion.provenance import file_sha256
     from msdiffusion.resampler import ResamplerParams
 
     place = find_adapter(model)
-    if place.is_file():  # the official file says nothing but weights
+    if place.suffix == CHECKPOINT_SUFFIX and place.is_file():
+        weights, (config, _) = place, read_checkpoint(place)
+        sources = model_sources(place.parent, config, base_model, image_encoder, base_config)
+    elif place.is_file():  # the official file says nothing but weights
         weights = place
         config = AdapterConfig(resampler=ResamplerParams(image_width=1, phrase_width=1, output_width=1))
         sources = model_sources(place, None, base_model, image_encoder, base_config)

@@ -88,7 +88,7 @@ def _convert(options: argparse.Namespace) -> None:
         found.adapter.save_pretrained(options.out, **vars(found.sources.absolute()))
         write_card(options.out, found.adapter, license=options.license)
         released = found.adapter.config.resampler.width == ResamplerParams.width
-        if options.head_width is None and not released and find_adapter(options.model).is_file():
+        if options.head_width is None and not released and find_adapter(options.model).suffix == ".bin":
             print(
                 "the official file does not tell the width of the resampler's heads. 64 was taken, as in the release, "
                 "but this adapter is of another size: where that is wrong, so are its pictures; --head-width says it",

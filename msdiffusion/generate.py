@@ -67,7 +67,8 @@ class MSDiffusion:
         """Load an adapter and the models it was trained on.
 
         Args:
-            model: an adapter's folder or hub repository, ours or official, or the official ``ms_adapter.bin``.
+            model: an adapter's folder or hub repository, ours or official; the official ``ms_adapter.bin``; a
+                checkpoint of ``lightning fit``, or the folder of a whole run (its best adapter by validation).
             base_model: another pipeline of the same architecture, such as a fine-tune: folder, hub name, or one
                 ``.safetensors`` file.
             image_encoder: another image encoder of the same widths: folder, hub name, or ``open_clip:MODEL``,

@@ -15,11 +15,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from msdiffusion.adapter import MSAdapter, cross_attentions
-from msdiffusion.adapter_config import CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig
+from msdiffusion.adapter_config import CHECKPOINT_SUFFIX, CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig
 from msdiffusion.errors import RequestError, WeightsError, reason
 from msdiffusion.official import OFFICIAL_NAME
 from msdiffusion.pretrained import absolute, encoder_widths, is_local, skeleton_unet
 from msdiffusion.single_file import names_single_file
+
+RUN_PLACES = ("best", "adapter", "checkpoints/best.ckpt", "checkpoints/last.ckpt")
+"""What a run leaves (``msdiffusion.training.checkpoints``), in the order in which it is wanted."""
 
 # CLIP encoders by the width of their tokens: what a message can recommend beside the adapter's own.
 _ENCODERS = {1664: "open_clip:ViT-bigG-14", 1280: "open_clip:ViT-H-14", 1024: "openai/clip-vit-large-patch14"}
@@ -67,7 +70,8 @@ def load_adapter(
     """An adapter on the CPU, checked against the configs of its backbone, with the places of the two frozen models.
 
     Args:
-        model: an adapter's folder or hub repository, ours or official, or the official ``ms_adapter.bin``.
+        model: an adapter's folder or hub repository, ours or official; the official ``ms_adapter.bin``; a checkpoint of
+            ``lightning fit``, or the folder of a whole run.
         base_model: in place of the one that the adapter names: folder, hub name, or ``.safetensors`` file.
         image_encoder: in place of the one that the adapter names: folder, hub name, or ``open_clip:...``.
         base_config: for a base model in one file, the pipeline that its configs and tokenizers come from. None: the
@@ -79,7 +83,7 @@ def load_adapter(
         RequestError: ``config`` is given for an adapter that has a config of its own.
     """
     place = find_adapter(model)
-    if place.is_file():
+    if place.is_file() and place.suffix != CHECKPOINT_SUFFIX:
         sources = model_sources(place, None, base_model, image_encoder, base_config)
         unet = skeleton_unet(sources.base_model, sources.base_config)
         adapter = MSAdapter.from_official(place, unet, **{**vars(sources), **config})
@@ -88,10 +92,13 @@ def load_adapter(
             raise RequestError(
                 f"{', '.join(config)} is for the official ms_adapter.bin; {model} says so itself, in its {CONFIG_NAME}"
             )
-        adapter = MSAdapter.from_pretrained(place)
-        sources = model_sources(place, adapter.config, base_model, image_encoder, base_config)
+        if place.is_file():
+            adapter, folder = MSAdapter.from_checkpoint(place), place.parent
+        else:
+            adapter, folder = MSAdapter.from_pretrained(place), place
+        sources = model_sources(folder, adapter.config, base_model, image_encoder, base_config)
         unet = skeleton_unet(sources.base_model, sources.base_config)
-        check_base(adapter, unet, sources.base_model, _place(place, adapter.config.base_model))
+        check_base(adapter, unet, sources.base_model, _place(folder, adapter.config.base_model))
     widths = encoder_widths(sources.base_model, sources.image_encoder, adapter.config.reference_features)
     check_encoders(adapter.config, *widths, sources)
     return LoadedAdapter(adapter, sources, unet)
@@ -155,7 +162,10 @@ def check_encoders(config: AdapterConfig, phrase_width: int, image_width: int, s
 
 
 def find_adapter(model: str | Path) -> Path:
-    """A folder with an adapter of ours, or an official ``ms_adapter.bin``; of a hub repository after downloading it.
+    """A folder with an adapter of ours, an official ``ms_adapter.bin``, or a checkpoint of ``lightning fit``.
+
+    Of a hub repository after downloading it. Of a run's folder (``runs/msd``) what lies in it: the best adapter by
+    validation, else the newest, else a checkpoint.
 
     Raises:
         WeightsError: there is nothing of that name, or no adapter in it.
@@ -163,12 +173,17 @@ def find_adapter(model: str | Path) -> Path:
     path = Path(model)
     if path.is_file():
         return path
-    if path.suffix == ".bin" and not path.is_dir():  # told before a hub or the base model is asked
+    if path.suffix in (".bin", CHECKPOINT_SUFFIX) and not path.is_dir():  # told before a hub or the base model is asked
         raise WeightsError(f"no such file: {model}")
     if not path.is_dir():
         path = _download(str(model))
     if not _is_ours(path) and (path / OFFICIAL_NAME).is_file():
         return path / OFFICIAL_NAME
+    if not (path / CONFIG_NAME).is_file():
+        for place in RUN_PLACES:
+            found = path / place
+            if found.is_file() or (found / WEIGHTS_NAME).is_file():
+                return found
     return path
 
 

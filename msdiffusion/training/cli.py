@@ -14,8 +14,15 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `lightning fit|validate|test|predict -c CONFIG [--key value ...]`.
 
+    An error that this project, or its user, can do something about is told in one message. With MSD_TRACEBACK=1 in the
+    environment Python's traceback comes instead.
+
     Args:
         arguments: command line without the program's name; sys.argv when None.
+
+    Raises:
+        SystemExit: 2 for a wrong setting, dataset or model; 1 for a run that could not go on; 128 and the signal's
+            number for one that was stopped, its state written.
     """
     # Threads that spin while they wait make everything beside them 5 to 7 times slower (docs/training.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -23,13 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     import pytorch_lightning as pl
-    from pytorch_lightning.cli import LightningCLI, SaveConfigCallback
+    from pytorch_lightning.cli import SaveConfigCallback
 
-    from msdiffusion.errors import MSDiffusionError
+    from msdiffusion.errors import MSDiffusionError, TrainingError
+    from msdiffusion.training.failures import FailureGuard, RunStoppedError
     from msdiffusion.training.local_sgd import process_rank
+    from msdiffusion.training.pictures import PredictionPictures
+    from msdiffusion.training.run_cli import RunCLI
 
+    guard = FailureGuard()
     try:
-        LightningCLI(
+        RunCLI(
             pl.LightningModule,
             pl.LightningDataModule,
             subclass_mode_model=True,
@@ -37,14 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # One process of a group keeps the record; the others have no logger and would write where they stand.
             save_config_callback=SaveConfigCallback if process_rank() == 0 else None,
             save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [guard, PredictionPictures()]},
             args=list(arguments) if arguments is not None else None,
         )
-    except (MSDiffusionError, ValueError) as error:
+    except RunStoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(128 + stopped.number) from None
+    except Exception as error:
         # What the constructor of a model or data module raises arrives as the cause of a ValueError of jsonargparse.
-        ours: BaseException | None = error
-        while ours is not None and not isinstance(ours, MSDiffusionError):
-            ours = ours.__cause__
-        if ours is None:
+        told: BaseException | None = guard.explanation or error
+        while told is not None and not isinstance(told, MSDiffusionError):
+            told = told.__cause__
+        if told is None or os.environ.get("MSD_TRACEBACK"):
             raise
-        print(f"error: {ours}", file=sys.stderr)
-        raise SystemExit(2) from error
+        print(f"error: {told}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(told, TrainingError) else 2) from error

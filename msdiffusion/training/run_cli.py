@@ -1,0 +1,153 @@
+"""LightningCLI whose command line means what it says: where a run goes on from, and with which settings."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from msdiffusion.errors import RequestError, WeightsError, reason
+from msdiffusion.training.checkpoints import BEST, FOLDER, LAST, existing
+
+NAMES = {"last": LAST, "best": BEST}
+"""What ``--ckpt_path`` may be besides a file: a name to the file in the run's ``checkpoints``."""
+
+
+class RunCLI(LightningCLI):
+    """The command line of runs.
+
+    ``--ckpt_path last`` and ``best`` are files of the run's directory, for every command; ``auto`` is ``last`` where
+    there is one, for jobs that are put back into a queue. The settings of the model are always those of the command
+    line: Lightning's own lets those in the file win. What differs is told.
+
+    Raises:
+        RequestError: there is no such checkpoint, or ``fit`` is asked to go on from weights alone.
+        WeightsError: the file is no checkpoint.
+    """
+
+    def _parse_ckpt_path(self) -> None:
+        command = self.config.get("subcommand")
+        if not command:
+            return
+        settings = self.config[command]
+        given = settings.get("ckpt_path")
+        if given is None:
+            if command != "fit":
+                _tell_untrained(command, settings)
+            return
+        path = find_checkpoint(str(given), settings.trainer.get("default_root_dir"), fit=command == "fit")
+        settings["ckpt_path"] = None if path is None else str(path)
+        if path is None or not path.is_file():  # some strategies write folders, which hold no settings
+            return
+        saved = read_settings(path)
+        if command == "fit" and saved["weights_only"]:
+            raise RequestError(
+                f"{path} holds weights alone, nothing to go on from: take --ckpt_path last; or start a new run from "
+                "these weights, with --model.init_args.adapter and the run's folder best/"
+            )
+        model = settings.get("model")
+        differing = differences(saved["settings"], model.as_dict() if hasattr(model, "as_dict") else dict(model or {}))
+        if differing:
+            _tell(f"{path} was written with other settings; those given now hold: {'; '.join(differing)}")
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "predict" and not self.config[subcommand].get("return_predictions"):
+            arguments["return_predictions"] = False  # they are written batch by batch; nobody reads a list here
+        return arguments
+
+
+def find_checkpoint(name: str, root: str | None, fit: bool) -> Path | None:
+    """The checkpoint that ``--ckpt_path`` means.
+
+    Args:
+        name: "last", "best", "auto", or a path.
+        root: the trainer's ``default_root_dir``; None: where the command stands.
+        fit: whether training shall go on from it.
+
+    Returns:
+        A file or folder that exists; None for "auto" where there is none yet.
+
+    Raises:
+        RequestError: there is none; the message lists those that are.
+    """
+    folder = Path(root or ".") / FOLDER
+    if name == "auto":
+        if not fit:
+            raise RequestError("--ckpt_path auto is for fit alone: give last, best, or a file")
+        return existing(folder / LAST)
+    path = existing(folder / NAMES[name]) if name in NAMES else existing(Path(name))
+    if path is not None:
+        return path
+    asked = f"--ckpt_path {name}" + (f" needs {folder / NAMES[name]}" if name in NAMES else " is no file")
+    present = sorted(str(file) for file in folder.glob("*.ckpt")) if folder.is_dir() else []
+    there = f"there are {', '.join(present)}" if present else f"there is no checkpoint in {folder}"
+    advice = "; leave it out to start anew, or give --ckpt_path auto" if fit else ""
+    where = "" if present else " (--trainer.default_root_dir says which run is meant)"
+    raise RequestError(f"{asked}, which does not exist; {there}{where}{advice}")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, without reading its tensors.
+
+    Returns:
+        "settings": the model's hyperparameters; "weights_only": whether it lacks the optimizer; "step".
+
+    Raises:
+        WeightsError: the file is no checkpoint of Lightning, or not safe to open.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # zip, pickle and torch each have exceptions of their own for a file that is none
+        raise WeightsError(f"{path} is no checkpoint that can be read: {reason(error)}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise WeightsError(f"{path} is no checkpoint of a training run: it lacks its state_dict")
+    return {
+        "settings": dict(checkpoint.get("hyper_parameters") or {}),
+        "weights_only": "optimizer_states" not in checkpoint,
+        "step": checkpoint.get("global_step"),
+    }
+
+
+def differences(saved: dict[str, Any], model: dict[str, Any]) -> list[str]:
+    """Settings that a checkpoint and a command line both have, with unequal values: "name was A, now B".
+
+    Args:
+        saved: hyperparameters in the checkpoint; of LightningCLI, with the class under "_class_path".
+        model: the config's "model": "class_path" and "init_args".
+    """
+    found = []
+    now = {"_class_path": model.get("class_path"), **(model.get("init_args") or {})}
+    for name, value in saved.items():
+        if name in now and _plain(value) != _plain(now[name]):
+            found.append(f"{'class' if name == '_class_path' else name} was {_plain(value)}, now {_plain(now[name])}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A value as a config file has it: tuples as lists, namespaces as dictionaries, without Nones in them."""
+    if hasattr(value, "as_dict"):
+        value = value.as_dict()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _tell_untrained(command: str, settings: Any) -> None:
+    arguments = (settings.get("model") or {}).get("init_args") or {}
+    if "adapter" in arguments and arguments["adapter"] is None:
+        _tell(
+            f"{command} without --ckpt_path and without model.init_args.adapter: this is a new adapter that has "
+            "learned nothing; --ckpt_path best takes the run's best weights"
+        )
+
+
+@rank_zero_only
+def _tell(message: str) -> None:
+    sys.stderr.write(f"note: {message}\n")
