@@ -199,6 +199,35 @@ class Backbone:
         return ((latents - mean) * (self.vae.config.scaling_factor / deviation)).to(self.dtype)
 
     @torch.no_grad()
+    def latent_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the autoencoder says about pixels (B, 3, h, w) in [-1, 1], scaled for the UNet, in float32.
+
+        Returns:
+            Mean and standard deviation, each (B, c, h / f, w / f): mean + deviation * noise is what
+            ``encode_pictures`` samples. The deviation is None where the autoencoder knows one answer only.
+        """
+        with self._full_precision_vae() as vae:
+            posterior = vae.encode(pixels.to(_execution_device(vae), vae.dtype)).latent_dist
+        latents, spread = posterior.mean.float(), getattr(posterior, "std", None)
+        mean, deviation = self._latent_statistics(latents)
+        factor = self.vae.config.scaling_factor / deviation
+        return (latents - mean) * factor, None if spread is None else spread.float() * factor
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(channels, rows, columns) of the latents of a picture of so many pixels.
+
+        Raises:
+            RequestError: a side is no multiple of ``latent_factor``.
+        """
+        factor = self.latent_factor
+        if height < factor or width < factor or height % factor or width % factor:
+            raise RequestError(
+                f"a picture of {height} x {width} pixels (height x width) has no latents: both sides must be multiples "
+                f"of {factor} for this base"
+            )
+        return self.vae.config.latent_channels, height // factor, width // factor
+
+    @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of latents scaled for the UNet, (B, c, h, w)."""
         mean, deviation = self._latent_statistics(latents)

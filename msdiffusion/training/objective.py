@@ -1,4 +1,4 @@
-"""What the adapter is trained on: the noise, the targets, the drops and the loss. Pure functions of tensors.
+"""What the adapter is trained on, beside the noise: drops, and the errors of each sample. Pure functions of tensors.
 
 Shape letters: B batch, S subjects, C latent channels, h w latent rows and columns.
 """
@@ -6,16 +6,11 @@ Shape letters: B batch, S subjects, C latent channels, h w latent rows and colum
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from msdiffusion.errors import RequestError, WeightsError
+from msdiffusion.errors import RequestError
 from msdiffusion.layout import patch_masks
-
-if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, SchedulerMixin
 
 
 @dataclass(frozen=True)
@@ -48,80 +43,21 @@ class DropRates:
             )
 
 
-def draw_drops(rates: DropRates, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def draw_drops(rates: DropRates, condition: Tensor, grounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which samples of a batch lose what.
 
     Args:
         rates: see there.
-        count: B.
-        generator: of the CPU; None for torch's own.
+        condition: (B,) uniform in [0, 1), which decides about references and prompt.
+        grounding: (B,) uniform in [0, 1), which decides about the grounding.
 
     Returns:
-        Three bool tensors (B,) on the CPU: image dropped, text dropped, grounding dropped.
+        Three bool tensors (B,) on the same device: image dropped, text dropped, grounding dropped.
     """
-    draw = torch.rand(count, generator=generator)
-    image_only = draw < rates.image
-    text_only = (draw >= rates.image) & (draw < rates.image + rates.text)
-    both = (draw >= rates.image + rates.text) & (draw < rates.image + rates.text + rates.both)
-    grounding = torch.rand(count, generator=generator) < rates.grounding
-    return image_only | both, text_only | both, grounding
-
-
-def draw_timesteps(
-    count: int, num_timesteps: int, exponent: float = 1.0, generator: torch.Generator | None = None
-) -> Tensor:
-    """Timesteps T * u ** exponent of uniform u: 1 is uniform, below 1 favours the noisy ones, where layout is decided.
-
-    Returns:
-        int64 (B,) on the CPU, in [0, num_timesteps).
-    """
-    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
-    return (uniform**exponent * num_timesteps).long().clamp(max=num_timesteps - 1)
-
-
-def training_schedule(scheduler: SchedulerMixin) -> DDPMScheduler:
-    """The noise of training for the base's own sampler, whichever that is.
-
-    Samplers such as Euler's put noise on in their own parametrisation; the network was trained on that of DDPM with the
-    same betas.
-
-    Raises:
-        WeightsError: if the base predicts something other than the noise or the velocity.
-    """
-    from diffusers import DDPMScheduler
-
-    kept = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "prediction_type",
-        "rescale_betas_zero_snr",
-    )
-    schedule = DDPMScheduler(**{name: scheduler.config[name] for name in kept if name in scheduler.config})
-    if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise WeightsError(
-            f"the base predicts {schedule.config.prediction_type!r}; training knows 'epsilon' and 'v_prediction'"
-        )
-    return schedule
-
-
-def prediction_target(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the UNet should say about noisy latents: the noise, or the velocity where the base predicts that.
-
-    Args:
-        schedule: from ``training_schedule``.
-        latents: (B, C, h, w) without noise, scaled.
-        noise: (B, C, h, w) standard normal.
-        timesteps: int64 (B,).
-
-    Returns:
-        (B, C, h, w).
-    """
-    if schedule.config.prediction_type == "epsilon":
-        return noise
-    return schedule.get_velocity(latents, noise, timesteps)
+    image_only = condition < rates.image
+    text_only = (condition >= rates.image) & (condition < rates.image + rates.text)
+    both = (condition >= rates.image + rates.text) & (condition < rates.image + rates.text + rates.both)
+    return image_only | both, text_only | both, grounding < rates.grounding
 
 
 def subject_area(boxes: Tensor, height: int, width: int) -> Tensor:
@@ -130,16 +66,22 @@ def subject_area(boxes: Tensor, height: int, width: int) -> Tensor:
     return covered.view(-1, 1, height, width).float()
 
 
-def weighted_error(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Mean square error with a weight per cell; weights of one everywhere give the plain mean.
+def sample_errors(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean square error of each sample, with a weight per cell.
+
+    Every sample is divided by its own weights, so that the loss of a batch is the mean of the losses of its parts: two
+    processes with half a batch each learn what one learns from the whole.
 
     Args:
         prediction: (B, C, h, w), any float type.
         target: (B, C, h, w).
-        weights: (B, 1, h, w), not all zero.
+        weights: (B, 1, h, w) of at least 0; None for one everywhere. They move the attention within a sample, not the
+            size of the step.
 
     Returns:
-        float32 scalar. The sum is divided by the sum of the weights, so a weight moves attention, not the step size.
+        float32 (B,); 0 for a sample whose weights are all zero.
     """
     error = (prediction.float() - target.float()).square().mean(dim=1, keepdim=True)
-    return (error * weights).sum() / weights.sum()
+    if weights is None:
+        return error.flatten(1).mean(dim=1)
+    return (error * weights).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1).clamp(min=1e-6)

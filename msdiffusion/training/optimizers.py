@@ -1,17 +1,26 @@
-"""Muon: momentum whose update is orthogonalised, for the weight matrices of the embedded base.
+"""Optimizers and courses of the learning rate: AdamW for the adapter, Muon for the embedded base.
 
-Source: Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale that makes
-its update as large as AdamW's is from Liu et al., "Muon is Scalable for LLM Training" (2025), section 2.2. The Muon of
-torch takes matrices only; here convolution kernels are flattened to (out, in * height * width).
+Muon is momentum whose update is orthogonalised, for weight matrices. Source: Keller Jordan et al., "Muon: An optimizer
+for hidden layers in neural networks" (2024); the scale that makes its update as large as AdamW's is from Liu et al.,
+"Muon is Scalable for LLM Training" (2025), section 2.2. The Muon of torch takes matrices only; here convolution kernels
+are flattened to (out, in * height * width).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from msdiffusion.errors import RequestError
+
+OptimizerName = Literal["adamw", "adamw_8bit"]
+Decay = Literal["none", "linear", "linear_half", "cosine"]
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -117,3 +126,92 @@ class Muon(torch.optim.Optimizer):
         mean = state["mean"] / (1 - beta1 ** state["step"])
         root = (state["square"] / (1 - beta2 ** state["step"])).sqrt_().add_(1e-8)
         parameter.addcdiv_(mean, root, value=-group["lr"])
+
+
+def check_optimizer(name: str, fused: bool | None) -> None:
+    """Refuse settings of ``make_optimizer`` before anything is loaded.
+
+    Raises:
+        RequestError: an unknown name, a library that is missing, or ``fused`` where it means nothing.
+    """
+    if name not in ("adamw", "adamw_8bit"):
+        raise RequestError(f"optimizer must be 'adamw' or 'adamw_8bit', got {name!r}")
+    if name == "adamw_8bit":
+        if fused is not None:
+            raise RequestError("fused is a setting of optimizer='adamw': leave it out with 'adamw_8bit'")
+        if find_spec("bitsandbytes") is None:
+            raise RequestError(
+                "optimizer='adamw_8bit' needs the library bitsandbytes, which is not installed: pip install "
+                "bitsandbytes, or train with optimizer='adamw'"
+            )
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter],
+    name: OptimizerName = "adamw",
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    fused: bool | None = None,
+) -> torch.optim.Optimizer:
+    """AdamW with torch's default betas (.9, .999).
+
+    Args:
+        parameters: what it trains, on the device it is trained on.
+        name: "adamw" is torch's. "adamw_8bit" is that of bitsandbytes, whose two averages take one byte each per weight
+            in place of four (Dettmers et al. 2021, arXiv 2110.02861); tensors of less than 4096 weights stay as they
+            are.
+        learning_rate: before its course.
+        weight_decay: decoupled.
+        fused: one kernel for the whole step; None: where the device has one.
+
+    Raises:
+        RequestError: as ``check_optimizer``; also where the device has no fused kernel that was asked for, and for
+            8 bits of weights that are split over processes.
+    """
+    check_optimizer(name, fused)
+    parameters = list(parameters)
+    settings = {"lr": learning_rate, "weight_decay": weight_decay}
+    if name == "adamw_8bit":
+        if any(isinstance(parameter, DTensor) for parameter in parameters):
+            raise RequestError(
+                "optimizer='adamw_8bit' cannot train weights that are split over processes: use optimizer='adamw', or "
+                "a strategy that keeps them whole, such as ddp"
+            )
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **settings)
+    if fused is False:
+        return torch.optim.AdamW(parameters, **settings)
+    try:
+        optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
+    except RuntimeError as error:
+        if fused:
+            raise RequestError(
+                f"fused=True cannot be had for weights on {parameters[0].device} ({error}): leave fused out"
+            ) from None
+        return torch.optim.AdamW(parameters, **settings)
+    # A loss scaler then divides the gradients itself, before they are clipped; Lightning refuses to clip otherwise.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
+
+
+def learning_rate_course(warmup_steps: int, decay: Decay, total_steps: float) -> Callable[[int], float]:
+    """Optimizer step -> factor of the learning rate.
+
+    Args:
+        warmup_steps: the factor rises linearly to 1 over so many steps.
+        decay: then "none" keeps it, "linear" and "cosine" lower it to 0 over the rest, "linear_half" over the last half
+            of the run.
+        total_steps: of the run.
+    """
+    start = total_steps / 2 if decay == "linear_half" else warmup_steps
+
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / (warmup_steps + 1))
+        if decay == "none" or step < start:
+            return warm
+        left = min(1.0, max(0.0, (total_steps - step) / max(1.0, total_steps - start)))
+        return warm * (0.5 - 0.5 * math.cos(math.pi * left) if decay == "cosine" else left)
+
+    return factor

@@ -1,22 +1,18 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from hypothesis import given
+from hypothesis import strategies as st
 
-from msdiffusion.errors import RequestError, WeightsError
-from msdiffusion.training.objective import (
-    DropRates,
-    draw_drops,
-    draw_timesteps,
-    prediction_target,
-    subject_area,
-    training_schedule,
-    weighted_error,
-)
+from msdiffusion.errors import RequestError
+from msdiffusion.training.objective import DropRates, draw_drops, sample_errors, subject_area
+
+
+def uniforms(count):
+    return torch.rand(2, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind()
 
 
 def test_drops_come_at_their_rates():
-    count = 200_000
-    image, text, grounding = draw_drops(DropRates(), count, torch.Generator().manual_seed(0))
+    image, text, grounding = draw_drops(DropRates(), *uniforms(200_000))
     rates = {
         "image alone": (image & ~text).float().mean(),
         "text alone": (text & ~image).float().mean(),
@@ -30,10 +26,19 @@ def test_drops_come_at_their_rates():
 
 
 def test_drops_can_be_switched_off_and_forced():
-    off = draw_drops(DropRates(image=0, text=0, both=0, grounding=0), 1000)
+    off = draw_drops(DropRates(image=0, text=0, both=0, grounding=0), *uniforms(1000))
     assert not any(drop.any() for drop in off)
-    forced = draw_drops(DropRates(image=0, text=0, both=1, grounding=1), 1000)
+    forced = draw_drops(DropRates(image=0, text=0, both=1, grounding=1), *uniforms(1000))
     assert all(drop.all() for drop in forced)
+
+
+def test_drops_are_a_function_of_their_uniforms():
+    condition, grounding = uniforms(64)
+    first, second = (draw_drops(DropRates(image=0.3), condition, grounding) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    order = torch.arange(63, -1, -1)
+    turned = draw_drops(DropRates(image=0.3), condition[order], grounding[order])
+    assert all(torch.equal(a[order], b) for a, b in zip(first, turned, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -49,49 +54,6 @@ def test_impossible_drop_rates_are_refused(rates, message):
         DropRates(**rates)
 
 
-def test_timesteps_are_uniform_or_tilted():
-    generator = torch.Generator().manual_seed(0)
-    uniform = draw_timesteps(100_000, 1000, generator=generator)
-    assert (uniform.min(), uniform.max()) == (0, 999)
-    assert uniform.float().mean() == pytest.approx(499.5, abs=4)
-    noisy = draw_timesteps(100_000, 1000, exponent=0.5, generator=generator)
-    assert noisy.max() == 999
-    assert noisy.float().mean() == pytest.approx(666, abs=4)  # the mean of u ** .5 is 2 / 3
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("sampler", [DDIMScheduler, EulerDiscreteScheduler])
-def test_the_schedule_is_ddpm_with_the_bases_betas(sampler, prediction):
-    base = sampler(beta_schedule="scaled_linear", beta_start=0.001, beta_end=0.02, prediction_type=prediction)
-    schedule = training_schedule(base)
-    assert isinstance(schedule, DDPMScheduler)
-    assert schedule.config.prediction_type == prediction
-    torch.testing.assert_close(schedule.alphas_cumprod, base.alphas_cumprod)
-
-
-def test_a_base_that_predicts_the_picture_is_refused():
-    with pytest.raises(WeightsError, match="predicts 'sample'"):
-        training_schedule(DDIMScheduler(prediction_type="sample"))
-
-
-def test_epsilon_target_is_the_noise():
-    schedule = training_schedule(DDIMScheduler())
-    latents, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    assert prediction_target(schedule, latents, noise, torch.tensor([0, 999])) is noise
-
-
-def test_velocity_target_gives_back_picture_and_noise():
-    schedule = training_schedule(DDIMScheduler(prediction_type="v_prediction"))
-    latents, noise = torch.randn(3, 3, 4, 4), torch.randn(3, 3, 4, 4)
-    timesteps = torch.tensor([10, 500, 900])
-    velocity = prediction_target(schedule, latents, noise, timesteps)
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    signal = schedule.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
-    sigma = (1 - schedule.alphas_cumprod[timesteps]).sqrt().view(-1, 1, 1, 1)
-    torch.testing.assert_close(signal * noisy - sigma * velocity, latents, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sigma * noisy + signal * velocity, noise, rtol=1e-4, atol=1e-5)
-
-
 def test_area_covers_the_boxes_and_no_padding():
     boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]], [[0.5, 0.5, 1.0, 1.0], [0.0, 0.5, 0.5, 1.0]]])
     area = subject_area(boxes, 2, 4)
@@ -99,21 +61,38 @@ def test_area_covers_the_boxes_and_no_padding():
     assert area[:, 0].tolist() == [[[1, 1, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [1, 1, 1, 1]]]
 
 
-def test_weights_of_one_give_the_plain_mean():
-    prediction, target = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    expected = torch.nn.functional.mse_loss(prediction, target)
-    torch.testing.assert_close(weighted_error(prediction, target, torch.ones(2, 1, 4, 4)), expected)
+def test_weights_of_one_give_the_plain_mean_of_each_sample():
+    prediction, target = torch.randn(2, 3, 4, 6), torch.randn(2, 3, 4, 6)
+    expected = torch.nn.functional.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
+    torch.testing.assert_close(sample_errors(prediction, target, torch.ones(2, 1, 4, 6)), expected)
+    torch.testing.assert_close(sample_errors(prediction, target), expected)
 
 
-def test_weights_move_the_attention():
+def test_weights_move_the_attention_within_a_sample():
     target = torch.zeros(1, 2, 1, 2)
     prediction = torch.tensor([1.0, 3.0]).expand(1, 2, 1, 2)  # errors 1 and 9
-    assert weighted_error(prediction, target, torch.tensor([[[[1.0, 3.0]]]])) == pytest.approx((1 + 27) / 4)
-    assert weighted_error(prediction, target, torch.tensor([[[[1.0, 0.0]]]])) == pytest.approx(1)
+    assert sample_errors(prediction, target, torch.tensor([[[[1.0, 3.0]]]])).item() == pytest.approx((1 + 27) / 4)
+    assert sample_errors(prediction, target, torch.tensor([[[[1.0, 0.0]]]])).item() == pytest.approx(1)
+    assert sample_errors(prediction, target, torch.zeros(1, 1, 1, 2)).item() == 0
 
 
 def test_half_precision_predictions_are_compared_in_float32():
     prediction = torch.full((1, 1, 64, 64), 300.0, dtype=torch.float16)  # its square overflows float16
-    error = weighted_error(prediction, torch.zeros(1, 1, 64, 64), torch.ones(1, 1, 64, 64))
+    error = sample_errors(prediction, torch.zeros(1, 1, 64, 64), torch.ones(1, 1, 64, 64))
     assert error.dtype == torch.float32
-    assert error == pytest.approx(90_000)
+    assert error.item() == pytest.approx(90_000)
+
+
+@given(count=st.integers(2, 8), parts=st.integers(2, 4), seed=st.integers(0, 2**16))
+def test_the_loss_of_a_batch_is_the_mean_of_its_equal_parts(count, parts, seed):
+    """So processes that share a batch learn what one learns, however their boxes and weights differ."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count * parts, 2, 3, 3)
+    prediction, target = torch.randn(2, *shape, generator=generator).unbind()
+    weights = torch.rand(shape[0], 1, 3, 3, generator=generator) * torch.rand(shape[0], 1, 1, 1, generator=generator)
+    whole = sample_errors(prediction, target, weights).mean()
+    halves = [
+        sample_errors(*three).mean()
+        for three in zip(prediction.chunk(parts), target.chunk(parts), weights.chunk(parts), strict=True)
+    ]
+    torch.testing.assert_close(torch.stack(halves).mean(), whole, rtol=1e-5, atol=1e-6)
