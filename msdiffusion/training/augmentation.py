@@ -143,7 +143,8 @@ def change_reference(picture: Image.Image, strength: float, flip: bool, uniforms
     picture = _light(picture, 1 + (2 * brightness - 1) * LIGHT * strength, 1 + (2 * contrast - 1) * LIGHT * strength)
     # Pillow weights the colours by alpha here, so that what lies under transparent pixels is not drawn in
     turned = picture.rotate((2 * rotation - 1) * ROTATION * strength, Image.Resampling.BICUBIC, expand=True)
-    visible = turned.getchannel("A").getbbox()
+    # the resampling spreads a trace of alpha over some pixels more
+    visible = turned.getchannel("A").point([0] * 8 + [255] * 248).getbbox()
     turned = picture if visible is None else turned.crop(visible)
     factor = 1 / (1 - shrink * SHRINK * strength)
     width, height = (math.ceil(side * factor) for side in turned.size)

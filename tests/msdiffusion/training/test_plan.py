@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -79,7 +81,7 @@ def test_a_shuffle_of_one_keeps_the_order_within_shards():
     order = EpochPlan([make([5, 5, 5])], seed=0, global_batch=1, lanes=1, shuffle_buffer=1).order(0)
     for shard in range(3):
         places = [index % 5 for index in order if index // 5 == shard]
-        turns = sum(later != earlier + 1 for earlier, later in zip(places, places[1:], strict=False))
+        turns = sum(later != earlier + 1 for earlier, later in itertools.pairwise(places))
         assert turns == (1 if order[0] // 5 == shard and order[0] % 5 else 0)
 
 
