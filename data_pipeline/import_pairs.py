@@ -187,11 +187,11 @@ def check_items(arguments: argparse.Namespace, spool: Spool, files: Sequence[Ite
             f"--boxes normalised, but the boxes of all {sum(fractions.values())} items have numbers above 2: they look "
             "like pixels, so leave the option out"
         )
-    if arguments.importer == "images" and not spool.boxes and not any(spool_file.caption for spool_file in files):
-        raise InputError(
-            f"no picture in {arguments.source} has a caption or boxes: docs/importing_pairs.md says where they go"
-        )
-    if arguments.importer == "images" and not spool.boxes:
+    if arguments.importer == "images" and not spool.boxes and not spool.broken:
+        if not any(file.caption for file in files):
+            raise InputError(
+                f"no picture in {arguments.source} has a caption or boxes: docs/importing_pairs.md says where they go"
+            )
         raise InputError(
             f"no picture in {arguments.source} has boxes: give metadata.jsonl with the columns file_name, text, boxes "
             "and phrases, or --annotations COCO_FILE, or PICTURE.annotations.json beside each"

@@ -150,6 +150,8 @@ class Spool:
         self._found: list[dict[str, Any]] = []
         self.boxes: Counter[tuple[bool, str]] = Counter()
         """Items by what their boxes are said to be (normalised or not) and what they look like."""
+        self.broken = 0
+        """Items that could not be read."""
         self.pictures = 0
         """Items whose target picture is there."""
         self.wanted = 0
@@ -168,6 +170,7 @@ class Spool:
             return
         if self._file is not None:
             self._file.write(line + b"\n")
+        self.broken += isinstance(item, Broken)
         name = _printable(item.name if isinstance(item, Broken) else item.target)
         self._seen[name] += 1
         if self._seen[name] > 1:  # one picture with several captions
