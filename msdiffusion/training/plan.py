@@ -6,8 +6,8 @@ finds its own part alone, a stopped run finds its place again, and two processes
 How the order of one dataset is made: its shards are put in random order and laid in a ring, which is cut open
 anywhere, so that no pair comes early or late by habit; that row is cut into lanes of equal length; within each lane,
 samples are shuffled in blocks of ``shuffle_buffer``; then the lanes take turns. So place p belongs to lane p % lanes,
-and process r of R, which takes the places p % R == r, reads only from its own lanes, each of them nearly in the order of
-the files: that is what makes shards on a slow or distant disk bearable.
+and process r of R, which takes the places p % R == r, reads only from its own lanes, each of them nearly in the order
+of the files: that is what makes shards on a slow or distant disk bearable.
 
 Letters: N pairs, L lanes, R processes, B samples per process and batch, G = R * B samples of a batch of all processes.
 A place counts the samples of an epoch over all processes. Indices are those of the pairs in their catalogue.
