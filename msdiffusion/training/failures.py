@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import threading
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
@@ -102,6 +103,7 @@ class FailureGuard(pl.Callback):
         """The signal by which all processes have agreed to stop after this step."""
         self.explanation: TrainingError | None = None
         """Of the exception that ended the run, where there is one."""
+        self._seen_step = 0
         self._batch: Described | None = None
         self._watched: list[_Watched] = []
         self._handlers: dict[int, Any] = {}
@@ -109,6 +111,7 @@ class FailureGuard(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on, signals wait for the end of the step."""
         self.requested = self.stopping = None
+        self._seen_step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
@@ -143,7 +146,10 @@ class FailureGuard(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """All processes agree whether this was the last step."""
+        """All processes agree whether this was the last step. Between accumulated batches there is none to end at."""
+        if trainer.global_step == self._seen_step:
+            return
+        self._seen_step = trainer.global_step
         if any(getattr(callback, "exchanges", False) for callback in trainer.callbacks):
             return  # local_sgd.WeightAveraging agrees when the weights are exchanged
         wanted = self.requested is not None
@@ -239,7 +245,7 @@ def explain(exception: BaseException, trainer: pl.Trainer, batch: Described | No
             "model.init_args.gradient_checkpointing: true, trainer.precision: bf16-mixed, encodings made ahead "
             "(python -m msdiffusion.training.precompute), a smaller resolution or max_subjects"
         )
-    if isinstance(exception, RuntimeError) and re.search(r"DataLoader worker .*(exited unexpectedly|killed)", text):
+    if is_dead_loader(exception):
         at = "" if batch is None else f" after {batch}"
         return TrainingError(
             f"a process that loads pairs has died{at} ({_first_line(text)}); {last_good(trainer)}. Mostly the "
@@ -257,6 +263,16 @@ def is_out_of_memory(exception: BaseException) -> bool:
     return isinstance(exception, RuntimeError) and bool(
         re.search("out of memory|DefaultCPUAllocator|alloc_cpu|CUBLAS_STATUS_ALLOC_FAILED", str(exception))
     )
+
+
+def is_dead_loader(exception: BaseException) -> bool:
+    """Whether an exception says that a process that loads pairs was killed: torch's, or that of a line it left open."""
+    if isinstance(exception, RuntimeError):
+        return bool(re.search(r"DataLoader worker .*(exited unexpectedly|killed)", str(exception)))
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(exception.__traceback__)]
+    # tensors come from a worker through a socket of its own, which may break before torch sees that the worker is gone
+    through = any(name.replace(os.sep, "/").endswith("torch/multiprocessing/reductions.py") for name in frames)
+    return through and isinstance(exception, (ConnectionError, EOFError, FileNotFoundError))
 
 
 def _first_line(text: str, limit: int = 160) -> str:
