@@ -203,7 +203,10 @@ class Spool:
     def files(self) -> list[ItemFile]:
         """All items, in order, each with a key of its own."""
         keys = make_keys(each["name"] for each in self._found)
-        return [ItemFile(key=keys[each["name"]] or "item", spool=self._path, **each) for each in self._found]
+        for name, key in keys.items():
+            if not key:  # ".png": nothing but a suffix
+                keys[name] = f"item-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return [ItemFile(key=keys[each["name"]], spool=self._path, **each) for each in self._found]
 
 
 def read_item(file: ItemFile) -> ImportItem:
