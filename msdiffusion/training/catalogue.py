@@ -97,8 +97,9 @@ class Catalogue:
         if self._sizes is None:
             sizes = np.empty((len(self), 2), dtype=np.int32)
             ends = np.cumsum(self.shard_sizes)
+            starts = ends - self.shard_sizes
             for number, _ in enumerate(bar(self.shards, "reading the sizes of pictures", self.progress)):
-                for i in range(ends[number] - self.shard_sizes[number], ends[number]):
+                for i in range(starts[number], ends[number]):
                     sizes[i] = self._opened(number).size_of_target(int(self.place[i]))
             self._sizes = sizes
         return self._sizes
@@ -160,10 +161,12 @@ class Catalogue:
         return location
 
     def _opened(self, number: int) -> OpenShard:
+        shard = self.shards[number]
         if number in self._files:
             self._files.move_to_end(number)
+            if shard.file.is_remote:
+                self._files[number].stay()
             return self._files[number]
-        shard = self.shards[number]
         table = self._tables.get(number)
         if table is None:
             opened = open_shard(shard, self.cache)

@@ -112,7 +112,9 @@ def from_index(source: Source, cache: ShardCache | None) -> Columns | None:
     shard = shard[order]
     starts = np.searchsorted(shard, np.arange(len(source.shards)))
     place = (np.arange(len(shard)) - starts[shard]).astype(np.int32)
-    return Columns(source.shards, shard, place, keys.take(order), sizes[order])
+    if len(order) < len(keys) or (np.diff(order) < 0).any():
+        keys, sizes = keys.take(order), sizes[order]
+    return Columns(source.shards, shard, place, keys, sizes)
 
 
 def _read_index(file: DataFile, cache: ShardCache | None) -> tuple[list[str], np.ndarray, KeyColumn, np.ndarray]:
@@ -129,11 +131,10 @@ def _read_index(file: DataFile, cache: ShardCache | None) -> tuple[list[str], np
     for name in columns:
         if name not in table.column_names or table[name].null_count:
             raise DataError(f"{file.place} has no complete column {name!r}: build the dataset again")
-    shard = table["shard"].unify_dictionaries().combine_chunks()
-    if isinstance(shard, pyarrow.ChunkedArray):  # a column without any row stays in its chunks
-        shard = pyarrow.concat_arrays(shard.chunks) if shard.num_chunks else shard.cast(shard.type)
-    keys = table["key"].cast(pyarrow.large_string())
-    keys = pyarrow.concat_arrays(keys.chunks) if keys.num_chunks else pyarrow.array([], pyarrow.large_string())
+    if not table.num_rows:
+        return [], np.zeros(0, np.int32), KeyColumn.of([]), np.zeros((0, 2), np.int32)
+    shard = pyarrow.concat_arrays(table["shard"].unify_dictionaries().chunks)
+    keys = pyarrow.concat_arrays(table["key"].cast(pyarrow.large_string()).chunks)
     sizes = np.stack([table[name].to_numpy().astype(np.int32) for name in ("width", "height")], axis=1)
     return shard.dictionary.to_pylist(), shard.indices.to_numpy(), _key_column(keys), sizes
 

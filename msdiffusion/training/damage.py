@@ -13,8 +13,9 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -108,7 +109,9 @@ def known_damage(source: Source, cache: ShardCache | None) -> tuple[Damage, ...]
     if not isinstance(content, dict) or content.get("schema") != DAMAGE_SCHEMA:
         schema = content.get("schema") if isinstance(content, dict) else None
         raise DataError(f"{path} has schema {shown(schema)}, but this version reads {DAMAGE_SCHEMA!r}: remove it")
-    seen = content["shards"]
+    seen, damages = content.get("shards"), content.get("damaged")
+    if not isinstance(seen, dict) or not isinstance(damages, list) or not all(map(_is_damage, damages)):
+        raise DataError(f"{path} is not complete: remove it, or look for damage again")
     now: dict[str, int | None] = {shard.name: shard.bytes for shard in source.shards}
     now |= {damage.shard: None for damage in source.damaged}
     changed = [name for name, size in now.items() if name not in seen or seen[name] != size]
@@ -117,7 +120,11 @@ def known_damage(source: Source, cache: ShardCache | None) -> tuple[Damage, ...]
             f"{path} was written before {changed[0]} became what it is now ({len(changed)} shards differ); look for "
             "damage again (python -m msdiffusion.training.catalogue DATASET --deep --write), or remove that file"
         )
-    return tuple(Damage(**damage) for damage in content["damaged"] if damage["shard"] in now)
+    return tuple(Damage(**damage) for damage in damages if damage["shard"] in now)
+
+
+def _is_damage(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.keys() == {field.name for field in fields(Damage)}
 
 
 def write_damage(found: Verification, cache: ShardCache | None) -> Path:

@@ -155,7 +155,18 @@ def described(place: str) -> DataFile:
     if not is_remote(place):
         return DataFile(place, bytes=Path(local_path(place)).stat().st_size)
     system, path = filesystem(place)
-    info = attempt(place, lambda: system.info(path))
+
+    def ask() -> dict[str, Any]:
+        try:
+            return system.info(path)
+        except FileNotFoundError as error:
+            if not place.startswith(("http://", "https://")):
+                raise
+            # fsspec says so of every answer that is no success; reading a byte tells missing files from tired servers
+            system.cat_file(path, 0, 1)
+            raise OSError(f"its server does not describe it: {error}") from error
+
+    info = attempt(place, ask)
     return DataFile(place, bytes=info.get("size"), stamp=_stamp(info))
 
 
@@ -180,7 +191,18 @@ def listed(folder: str, ending: str = ".tar") -> list[DataFile]:
 
 
 def _stamp(info: dict[str, Any]) -> str:
-    names = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created")
+    names = (
+        "ETag",
+        "etag",
+        "md5Hash",
+        "Content-MD5",
+        "Digest",
+        "generation",
+        "LastModified",
+        "last_modified",
+        "mtime",
+        "created",
+    )
     return next((str(info[name]) for name in names if info.get(name)), "")
 
 

@@ -65,7 +65,11 @@ class ShardCache:
         self._background = _Background()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_background": _Background()}
+        return {name: value for name, value in self.__dict__.items() if name != "_background"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._background = _Background()
 
     def open(self, file: DataFile) -> BinaryIO:
         """A file for reading at any position, fetched first where it is not here.
@@ -91,20 +95,25 @@ class ShardCache:
         return self._is_here(self.path_of(file), file)
 
     def prefetch(self, files: Sequence[DataFile]) -> None:
-        """Fetch files in the background, in this order, and forget what an earlier call asked for and has not got yet.
+        """Fetch files in the background, in this order, after those that an earlier call asked for.
 
-        No more than half of the cache is fetched ahead, so that what is being read stays. A download that fails is
-        tried again, and told, when the file is opened.
+        No more than half of the cache waits to be fetched, so that what is being read stays; what is beyond that is
+        left to a later call. A download that fails is tried again, and told, when the file is opened.
         """
-        known = [file.bytes for file in files if file.bytes is not None]
+        waiting = self._background.waiting()
+        known = [file.bytes for file in (*waiting, *files) if file.bytes is not None]
         usual = sum(known) // len(known) if known else 0
-        ahead, room = [], self.max_bytes // 2
+        room = self.max_bytes // 2
+        room -= sum(file.bytes if file.bytes is not None else usual for file in waiting)
+        ahead: list[DataFile] = []
         for file in files:
+            if file in waiting or file in ahead or self.has(file):
+                continue
             room -= file.bytes if file.bytes is not None else usual
-            if room < 0 and ahead:
+            if room < 0 and (ahead or waiting):
                 break
             ahead.append(file)
-        self._background.replace(ahead, self._fetch_ahead)
+        self._background.add(ahead, self._fetch_ahead)
 
     def wait(self) -> None:
         """Wait until everything that ``prefetch`` was asked for is here, or has failed."""
@@ -207,12 +216,17 @@ class _Background:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def replace(self, files: Sequence[DataFile], work: Callable[[DataFile], None]) -> None:
-        """Work through these files instead of those that still wait."""
+    def waiting(self) -> tuple[DataFile, ...]:
+        """What is to be done still."""
         if self._process != os.getpid():  # threads and locks of the parent are worth nothing after a fork
             self._start()
         with self._changed:
-            self._waiting = deque(files)
+            return tuple(self._waiting)
+
+    def add(self, files: Sequence[DataFile], work: Callable[[DataFile], None]) -> None:
+        """Work through these files too; after ``waiting``."""
+        with self._changed:
+            self._waiting.extend(files)
             if self._thread is None and self._waiting:
                 self._thread = threading.Thread(target=self._run, args=(work,), name="prefetch", daemon=True)
                 self._thread.start()

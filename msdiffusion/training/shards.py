@@ -7,21 +7,19 @@ and no unpacking. Arrays are numpy: torch is not needed to read pairs. ``catalog
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
-import tarfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from data_pipeline.records import ClipError, decode_mask
-from msdiffusion.errors import DataError
+from msdiffusion.errors import DataError, shown
 from msdiffusion.training.tar_index import ShardTable, walk_shard
 
 PAIRS_SCHEMA = "msdiffusion.pairs/1"
@@ -30,12 +28,8 @@ PAIRS_SCHEMA = "msdiffusion.pairs/1"
 SWAPPED_SUFFIX = "-swapped"
 """Ends the key of a pair that is another pair the other way round: reference frame and target frame exchanged."""
 
-HOW_TO_MAKE_PAIRS = (
-    "Make one with:\n"
-    "  python -m data_pipeline.world --out data/world/clips --count 3000\n"
-    "  python -m data_pipeline.build --videos data/world/clips --out {directory}\n"
-    "or give --videos a directory of your own captioned videos."
-)
+STAY_SECONDS = 30.0
+"""A file that is being read is marked as used no more often than that."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +38,12 @@ class PairLocation:
 
     key: str
     """Unique in the dataset: names the members of the pair inside the tar file."""
-    shard: str | Path
+    shard: str
     """What messages call the shard: its path or URL."""
     members: Mapping[str, tuple[int, int]]
     """Suffix of the member (``json``, ``target.jpg``, ``reference_0.png``) -> (offset, size) in bytes."""
-    descriptor: int | None = None
-    """Of the open tar file; None: it is opened for every read, at the path ``shard``."""
+    descriptor: int
+    """Of the tar file, which must stay open."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +81,7 @@ class OpenShard:
         self._file = file
         if table is not None and os.fstat(file.fileno()).st_size != table.bytes:
             raise DataError(f"{name} was changed while it was being read: it had {table.bytes} bytes")
+        self._stayed = time.monotonic()
         self.table: ShardTable = table if table is not None else walk_shard(file.fileno(), name)
 
     def __len__(self) -> int:
@@ -110,6 +105,13 @@ class OpenShard:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise _undecodable(location, "target.jpg", error) from error
 
+    def stay(self) -> None:
+        """Say that the file is in use, for a cache that removes what was not used for the longest time."""
+        now = time.monotonic()
+        if now > self._stayed + STAY_SECONDS:
+            os.utime(self._file.fileno())
+            self._stayed = now
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -119,89 +121,6 @@ class OpenShard:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def find_shards(directory: str | Path) -> list[Path]:
-    """The shards of a pairs dataset, in order of name.
-
-    Raises:
-        DataError: if there is no such directory or it holds no shard; the message says which commands make one.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise DataError(
-            f"no pairs dataset: {directory} does not exist. " + HOW_TO_MAKE_PAIRS.format(directory=directory)
-        )
-    shards = sorted(directory.glob("*.tar"))
-    if not shards:
-        raise DataError(
-            f"no pairs dataset: {directory} holds no .tar shard. " + HOW_TO_MAKE_PAIRS.format(directory=directory)
-        )
-    return shards
-
-
-def index_shards(shards: Sequence[Path]) -> list[PairLocation]:
-    """Walk the headers of the shards; nothing is decoded, but the schema of each shard's first pair is checked.
-
-    Raises:
-        DataError: if a shard is not a tar file, is cut off, holds no pair, a pair lacks its json or its target, or a
-            key occurs twice.
-    """
-    locations: dict[str, PairLocation] = {}
-    for shard in shards:
-        members: dict[str, dict[str, tuple[int, int]]] = {}
-        try:
-            with tarfile.open(shard, "r:") as archive:
-                for member in archive:
-                    if member.isfile():
-                        # as WebDataset does: the key ends at the first dot of the file name
-                        folder, _, name = member.name.rpartition("/")
-                        stem, _, suffix = name.partition(".")
-                        key = f"{folder}/{stem}" if folder else stem
-                        members.setdefault(key, {})[suffix] = (member.offset_data, member.size)
-        except (tarfile.TarError, EOFError) as error:
-            raise DataError(f"{shard} is not a complete tar file ({error}); build the dataset again") from error
-        if not members:
-            raise DataError(f"{shard} holds no pair; build the dataset again, or remove the file")
-        size_on_disk = shard.stat().st_size
-        for key, found in members.items():
-            if missing := [suffix for suffix in ("json", "target.jpg") if suffix not in found]:
-                raise DataError(f"{shard}: pair {key!r} has no {' and no '.join(missing)}, only {sorted(found)}")
-            if any(offset + size > size_on_disk for offset, size in found.values()):
-                raise DataError(f"{shard} is cut off inside pair {key!r}; build the dataset again")
-            if key in locations:
-                raise DataError(f"pair {key!r} is both in {locations[key].shard} and in {shard}; keys must be unique")
-            locations[key] = PairLocation(key, shard, found)
-        read_record(locations[next(iter(members))])
-    return list(locations.values())
-
-
-def split_by_key(locations: Sequence[PairLocation], fraction: float) -> tuple[list[PairLocation], list[PairLocation]]:
-    """(training pairs, validation pairs); which one a pair belongs to is a pure function of its key.
-
-    So the split stays the same when a dataset grows, is sharded differently, or is read in another order. A pair and
-    the same pair swapped are on one side: they share their pictures. A fraction above 0 gives at least one validation
-    pair.
-
-    Args:
-        locations: at least two pairs where fraction is above 0.
-        fraction: share of the keys for validation, in [0, 1).
-
-    Raises:
-        DataError: if no training pair would be left.
-    """
-    if fraction == 0:
-        return list(locations), []
-    draws = {location.key: _uniform_of(location.key.removesuffix(SWAPPED_SUFFIX)) for location in locations}
-    threshold = max(fraction, min(draws.values(), default=0.0))  # so that the smallest draw is always held out
-    training = [location for location in locations if draws[location.key] > threshold]
-    validation = [location for location in locations if draws[location.key] <= threshold]
-    if not training:
-        raise DataError(
-            f"{len(locations)} pairs leave none to train on with validation_fraction={fraction}; "
-            "give more pairs, a smaller fraction, or validation_fraction=0"
-        )
-    return training, validation
 
 
 def read_record(location: PairLocation) -> dict[str, Any]:
@@ -223,48 +142,69 @@ def read_record(location: PairLocation) -> dict[str, Any]:
         )
     if missing := [name for name in ("caption", "subjects") if name not in record]:
         raise DataError(f"{where} lacks {missing}")
-    if not record["subjects"]:
+    if not isinstance(record["caption"], str):
+        raise DataError(f"{where} has the caption {shown(record['caption'])}, which is no text")
+    if not isinstance(record["subjects"], list) or not record["subjects"]:
         raise DataError(f"{where} has no subject; a pair needs at least one")
     for number, subject in enumerate(record["subjects"]):
-        if missing := [name for name in ("phrase", "target_box") if name not in subject]:
+        given = subject if isinstance(subject, dict) else {}
+        if missing := [name for name in ("phrase", "target_box") if name not in given]:
             raise DataError(f"{where}, subject {number} lacks {missing}")
+        if not isinstance(subject["phrase"], str):
+            raise DataError(f"{where}, subject {number} has the phrase {shown(subject['phrase'])}, which is no text")
         if f"reference_{number}.png" not in location.members:
             raise DataError(f"{where} has {len(record['subjects'])} subjects, but no reference_{number}.png")
-        box = subject["target_box"]
-        if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-            raise DataError(f"{where}, subject {number}: target_box {box} is not a normalised xyxy box inside [0, 1]")
+        if not _is_box(subject["target_box"]):
+            raise DataError(
+                f"{where}, subject {number}: target_box {shown(subject['target_box'])} is not a normalised xyxy box "
+                "inside [0, 1]"
+            )
     return record
+
+
+def _is_box(box: Any) -> bool:
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(edge, int | float) for edge in box):
+        return False
+    return 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
 
 
 def read_pair(location: PairLocation, reference_frame: str = "other") -> Pair:
     """Read and decode one pair.
 
     Args:
-        location: from ``index_shards``.
+        location: from an ``OpenShard``.
         reference_frame: "other": the cut-outs of the pair's reference frame. "target": the same subjects cut out of
             the target picture itself, as when there is no video.
 
     Raises:
-        DataError: as ``read_record``, or if a picture cannot be decoded, or if a mask that is needed is missing or of
-            another size than the target.
+        DataError: as ``read_record``, or if a picture cannot be decoded, if the target has another size than its
+            record says, or if a mask that is needed is missing or of another size than the target.
     """
     record = read_record(location)
     subjects = record["subjects"]
+    target = _read_picture(location, "target.jpg", "RGB")
+    said = (record.get("width", target.width), record.get("height", target.height))
+    if target.size != said:
+        raise DataError(
+            f"{location.shard}: the target of pair {location.key!r} has {target.size} pixels, and its json says "
+            f"{said}; build the dataset again"
+        )
     if reference_frame == "target":
-        return _cut_from_target(location, record)
+        references = _cut_from_target(location, record, target)
+    else:
+        references = [_read_picture(location, f"reference_{i}.png", "RGBA") for i in range(len(subjects))]
     return Pair(
         key=location.key,
         caption=record["caption"],
-        target=_read_picture(location, "target.jpg", "RGB"),
+        target=target,
         phrases=tuple(subject["phrase"] for subject in subjects),
         boxes=np.array([subject["target_box"] for subject in subjects], dtype=np.float32),
-        references=tuple(_read_picture(location, f"reference_{i}.png", "RGBA") for i in range(len(subjects))),
+        references=tuple(references),
     )
 
 
-def _cut_from_target(location: PairLocation, record: dict[str, Any]) -> Pair:
-    """The pair with references cut out of its target by the target's masks."""
-    target = _read_picture(location, "target.jpg", "RGB")
+def _cut_from_target(location: PairLocation, record: dict[str, Any], target: Image.Image) -> list[Image.Image]:
+    """The subjects of a pair, RGBA, cut out of its target by the target's masks."""
     pixels = np.asarray(target)
     references = []
     for number, subject in enumerate(record["subjects"]):
@@ -282,26 +222,18 @@ def _cut_from_target(location: PairLocation, record: dict[str, Any]) -> Pair:
         cut = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         alpha = np.where(mask[cut], np.uint8(255), np.uint8(0))[..., None]
         references.append(Image.fromarray(np.concatenate([pixels[cut] * (alpha > 0), alpha], -1)))
-    return Pair(
-        key=location.key,
-        caption=record["caption"],
-        target=target,
-        phrases=tuple(subject["phrase"] for subject in record["subjects"]),
-        boxes=np.array([subject["target_box"] for subject in record["subjects"]], dtype=np.float32),
-        references=tuple(references),
-    )
+    return references
 
 
 def _read_member(location: PairLocation, suffix: str) -> bytes:
     offset, size = location.members[suffix]
     try:
-        if location.descriptor is not None:
-            return os.pread(location.descriptor, size, offset)
-        with Path(location.shard).open("rb") as shard:
-            shard.seek(offset)
-            return shard.read(size)
+        content = os.pread(location.descriptor, size, offset)
     except OSError as error:
-        raise DataError(f"{location.shard} could be read when training started, but no longer: {error}") from error
+        raise DataError(f"{location.shard}: {suffix} of pair {location.key!r} cannot be read: {error}") from error
+    if len(content) < size:
+        raise DataError(f"{location.shard} became shorter while it was being read: pair {location.key!r} is cut off")
+    return content
 
 
 def _read_picture(location: PairLocation, suffix: str, mode: str) -> Image.Image:
@@ -317,8 +249,3 @@ def _undecodable(location: PairLocation, suffix: str, error: Exception) -> DataE
         f"{location.shard}: {suffix} of pair {location.key!r} cannot be decoded ({error}). "
         "python -m msdiffusion.training.catalogue DATASET --deep lists every damaged pair"
     )
-
-
-def _uniform_of(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone (Python's own hash changes from run to run)."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56

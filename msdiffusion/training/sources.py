@@ -227,9 +227,11 @@ def _read_build(folder: str) -> dict[str, Any] | None:
     """build.json of a folder, checked; None where there is none."""
     place = joined(folder, "build.json")
     try:
-        content = json.loads(read_bytes(place))
+        encoded = read_bytes(place)
     except FileNotFoundError:
         return None
+    try:
+        content = json.loads(encoded)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is no json ({error}): build or copy the dataset again") from error
     schema = content.get("schema") if isinstance(content, dict) else None

@@ -6,6 +6,7 @@ Shape letters: n pairs of one shard, m members of one shard, N pairs of a datase
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 from msdiffusion.errors import DataError
 
 BLOCK = tarfile.BLOCKSIZE
+_AT_ONCE = 100_000
 REFERENCE = ("reference_", ".png")
 """Before and after the number of a subject, in the name of the member that shows it."""
 
@@ -69,11 +71,17 @@ class KeyColumn(Sequence[str]):
 
     def take(self, indices: np.ndarray) -> KeyColumn:
         """The strings of these numbers, in this order."""
+        indices = np.asarray(indices, dtype=np.int64)
         lengths = np.diff(self.ends)[indices]
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        # every byte of the result: where its string began before, plus how far into its string it stands
-        within = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
-        return KeyColumn(self.content[np.repeat(self.ends[:-1][indices], lengths) + within], ends)
+        content = np.empty(ends[-1], dtype=np.uint8)
+        for first in range(0, len(indices), _AT_ONCE):
+            rows = slice(first, first + _AT_ONCE)
+            begin, end = ends[first], ends[min(first + _AT_ONCE, len(indices))]
+            # every byte of the result: where its string began before, plus how far into its string it stands
+            within = np.arange(begin, end) - np.repeat(ends[:-1][rows], lengths[rows])
+            content[begin:end] = self.content[np.repeat(self.ends[indices[rows]], lengths[rows]) + within]
+        return KeyColumn(content, ends)
 
     def first_repeated(self) -> tuple[int, int] | None:
         """Numbers (first, second) of the first string that is there twice, or None; compared exactly, in arrays."""
@@ -201,12 +209,13 @@ def _walk_plain(descriptor: int, size_of_file: int) -> Iterator[tuple[str, int, 
             said = -1
         if sum(block) - sum(block[148:156]) + 8 * ord(" ") != said:
             raise ValueError("is not a complete tar file" if position == 0 else f"is damaged after byte {position}")
-        if block[257:262] != b"ustar" or block[156:157] not in b"0\x005" or block[124] >= 0x80:
+        digits = block[124:136].strip(b" \0") or b"0"
+        if block[257:262] != b"ustar" or block[156:157] not in b"0\x005" or not re.fullmatch(rb"[0-7]+", digits):
             raise _UnusualHeaderError
         name = block[:100].partition(b"\0")[0]
         if block[262] == 0 and block[345]:
             name = block[345:500].partition(b"\0")[0] + b"/" + name
-        size = int(block[124:136].strip(b" \0") or b"0", 8)
+        size = int(digits, 8)
         if block[156:157] != b"5":
             yield name.decode("utf-8", "surrogateescape"), position + BLOCK, size
         position += BLOCK + -(-size // BLOCK) * BLOCK

@@ -1,8 +1,13 @@
 """A pairs dataset of the documented schema, written here by hand: training must not need mining to be tested."""
 
+import functools
+import hashlib
+import http.server
 import io
 import json
 import tarfile
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +89,100 @@ def few_pairs_dir(tmp_path_factory) -> Path:
 def shard_writer():
     """(write_shard, make_record), for datasets with something wrong in them."""
     return write_shard, make_record
+
+
+def finish(directory):
+    """Write the build.json and the index.parquet that a finished mining run leaves beside its shards."""
+    import pyarrow
+    import pyarrow.parquet
+
+    shards, rows = [], []
+    for path in sorted(directory.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            records = [json.load(archive.extractfile(m)) for m in archive if m.name.endswith(".json")]
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        shards.append({"name": path.name, "samples": len(records), "bytes": len(content), "sha256": digest})
+        names = ("key", "width", "height", "caption")
+        rows += [{"shard": path.name} | {name: record[name] for name in names} for record in records]
+    build = {"schema": "data_pipeline.build/1", "shards": shards, "counts": {"samples": len(rows)}}
+    (directory / "build.json").write_text(json.dumps(build))
+    # small row groups, so that more than one is read
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / "index.parquet", row_group_size=7)
+    return directory
+
+
+@pytest.fixture
+def finished_dir(tmp_path) -> Path:
+    """24 pairs in three shards as mining leaves them, to be damaged at will."""
+    return finish(write_pairs(tmp_path / "finished", 24))
+
+
+@pytest.fixture
+def finisher():
+    """finish, for other datasets."""
+    return finish
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder on this machine, and misbehaves as it is told.
+
+    requests: (method, file name) of each so far. failures: file name -> how many GETs of it to answer with 503.
+    slow: seconds after every 4096 bytes of a body. unlisted: asking for the folder itself is answered with 404.
+    headless: every HEAD is answered with 503.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder):
+        server = self
+        self.requests, self.failures, self.slow, self.unlisted, self.headless = [], {}, 0.0, False, False
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def send_head(self):
+                name = self.path.rpartition("/")[2].partition("?")[0]
+                server.requests.append((self.command, name))
+                if server.failures.get(name, 0) > 0 and self.command == "GET":
+                    server.failures[name] -= 1
+                    self.send_error(503)
+                    return None
+                if server.headless and self.command == "HEAD":
+                    self.send_error(503)
+                    return None
+                if server.unlisted and not name:
+                    self.send_error(404)
+                    return None
+                return super().send_head()
+
+            def copyfile(self, source, outputfile):
+                while block := source.read(4096):
+                    outputfile.write(block)
+                    time.sleep(server.slow)
+
+            def log_message(self, *_):
+                pass
+
+        super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_):
+        """A client that was killed is what a test wants."""
+
+    def gets(self, name):
+        return self.requests.count(("GET", name))
+
+
+@pytest.fixture
+def serve():
+    """folder -> Server of it, running."""
+    servers = []
+
+    def start(folder):
+        servers.append(Server(folder))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -1,23 +1,34 @@
-import tarfile
+import os
 
 import numpy as np
 import pytest
 
 from data_pipeline.records import encode_mask
 from msdiffusion.errors import DataError
-from msdiffusion.training.shards import PairLocation, find_shards, index_shards, read_pair, split_by_key
+from msdiffusion.training.shards import OpenShard, read_pair, read_record
 
 BOX = (0.25, 0.25, 0.75, 0.75)
 
 
-def locations_of(keys):
-    return [PairLocation(key, None, {}) for key in keys]
+@pytest.fixture
+def opened():
+    """path -> OpenShard, closed after the test."""
+    shards = []
+
+    def open_it(path):
+        shards.append(OpenShard(path.open("rb"), str(path)))
+        return shards[-1]
+
+    yield open_it
+    for shard in shards:
+        shard.close()
 
 
-def test_reads_what_was_written(pairs_dir):
-    locations = index_shards(find_shards(pairs_dir))
-    assert [location.key for location in locations] == [f"clip_{i:06d}" for i in range(24)]
-    pair = read_pair(locations[13])
+def test_reads_what_was_written(pairs_dir, opened):
+    shard = opened(pairs_dir / "pairs-000001.tar")
+    assert list(shard.table.keys) == [f"clip_{i:06d}" for i in range(10, 20)]
+    pair = read_pair(shard.location(3))
+    assert pair.key == "clip_000013"
     assert pair.caption == "a dog and a cat on the beach"
     assert pair.phrases == ("dog", "cat")
     assert pair.target.size == (96, 64)
@@ -30,38 +41,18 @@ def test_reads_what_was_written(pairs_dir):
     np.testing.assert_allclose(inside, np.asarray(pair.references[0])[0, 0, :3], atol=6)
 
 
-@pytest.mark.parametrize("make_directory", [False, True])
-def test_missing_dataset_says_which_command_makes_one(tmp_path, make_directory):
-    directory = tmp_path / "pairs"
-    if make_directory:
-        directory.mkdir()
-    with pytest.raises(
-        DataError, match=r"(?s)no pairs dataset.*data_pipeline\.world.*data_pipeline\.build.*--out"
-    ) as error:
-        find_shards(directory)
-    assert str(directory) in str(error.value)
-
-
-def test_unknown_schema_is_refused(tmp_path, shard_writer):
+def test_unknown_schema_is_refused(tmp_path, shard_writer, opened):
     write_shard, make_record = shard_writer
-    write_shard(tmp_path / "pairs-000000.tar", [("a", make_record("a", [BOX], (96, 64), schema="msdiffusion.pairs/9"))])
+    write_shard(tmp_path / "p.tar", [("a", make_record("a", [BOX], (96, 64), schema="msdiffusion.pairs/9"))])
     with pytest.raises(DataError, match=r"msdiffusion\.pairs/9.*reads 'msdiffusion\.pairs/1'"):
-        index_shards(find_shards(tmp_path))
+        read_record(opened(tmp_path / "p.tar").location(0))
 
 
-@pytest.mark.parametrize("left_out", ["json", "target.jpg"])
-def test_pair_without_a_member_is_refused(tmp_path, shard_writer, left_out):
-    write_shard, make_record = shard_writer
-    write_shard(tmp_path / "p.tar", [("a", make_record("a", [BOX], (96, 64)))], leave_out=[left_out])
-    with pytest.raises(DataError, match=f"pair 'a' has no {left_out}"):
-        index_shards(find_shards(tmp_path))
-
-
-def test_missing_reference_is_refused(tmp_path, shard_writer):
+def test_missing_reference_is_refused(tmp_path, shard_writer, opened):
     write_shard, make_record = shard_writer
     write_shard(tmp_path / "p.tar", [("a", make_record("a", [BOX, BOX], (96, 64)))], leave_out=["reference_1.png"])
     with pytest.raises(DataError, match=r"2 subjects, but no reference_1\.png"):
-        index_shards(find_shards(tmp_path))
+        read_record(opened(tmp_path / "p.tar").location(0))
 
 
 @pytest.mark.parametrize(
@@ -70,118 +61,54 @@ def test_missing_reference_is_refused(tmp_path, shard_writer):
         ({"subjects": []}, "has no subject"),
         ({"subjects": [{"phrase": "dog"}]}, r"subject 0 lacks \['target_box'\]"),
         ({"schema": None}, "schema None"),
+        ({"subjects": {"phrase": "dog"}}, "has no subject"),
+        ({"subjects": ["dog"]}, r"subject 0 lacks \['phrase', 'target_box'\]"),
+        ({"subjects": [{"phrase": 7, "target_box": BOX}]}, "the phrase 7, which is no text"),
+        ({"caption": None}, "the caption None, which is no text"),
         *(
             ({"subjects": [{"phrase": "dog", "target_box": box}]}, "not a normalised xyxy box")
-            for box in ([0.5, 0.2, 0.5, 0.8], [0.8, 0.2, 0.5, 0.8], [-0.1, 0.2, 0.5, 0.8], [0.1, 0.2, 0.5])
+            for box in (
+                [0.5, 0.2, 0.5, 0.8],
+                [0.8, 0.2, 0.5, 0.8],
+                [-0.1, 0.2, 0.5, 0.8],
+                [0.1, 0.2, 0.5],
+                [0.1, 0.2, 0.5, float("nan")],
+                "box!",
+                7,
+            )
         ),
     ],
 )
-def test_record_that_breaks_the_schema_is_refused(tmp_path, shard_writer, changes, message):
+def test_record_that_breaks_the_schema_is_refused(tmp_path, shard_writer, changes, message, opened):
     write_shard, make_record = shard_writer
     write_shard(tmp_path / "p.tar", [("a", make_record("a", [BOX], (96, 64)))], **changes)
     with pytest.raises(DataError, match=message):
-        index_shards(find_shards(tmp_path))
+        read_record(opened(tmp_path / "p.tar").location(0))
 
 
-def test_record_without_caption_is_refused(tmp_path, shard_writer):
+def test_record_without_caption_is_refused(tmp_path, shard_writer, opened):
     write_shard, make_record = shard_writer
     record = make_record("a", [BOX], (96, 64))
     del record["caption"]
     write_shard(tmp_path / "p.tar", [("a", record)])
     with pytest.raises(DataError, match=r"lacks \['caption'\]"):
-        index_shards(find_shards(tmp_path))
+        read_record(opened(tmp_path / "p.tar").location(0))
 
 
-def test_json_that_is_none_is_refused(tmp_path, pairs_dir):
+def test_json_that_is_none_is_refused(tmp_path, pairs_dir, opened):
     shard = tmp_path / "p.tar"
-    content = find_shards(pairs_dir)[0].read_bytes()
+    content = (pairs_dir / "pairs-000000.tar").read_bytes()
     shard.write_bytes(content.replace(b'{"schema"', b'*"schema"'))
     with pytest.raises(DataError, match="its json cannot be read"):
-        index_shards([shard])
+        read_record(opened(shard).location(0))
 
 
-def test_picture_that_is_none_is_refused(tmp_path, pairs_dir):
+def test_picture_that_is_none_is_refused(tmp_path, pairs_dir, opened):
     shard = tmp_path / "p.tar"
-    content = find_shards(pairs_dir)[0].read_bytes()
+    content = (pairs_dir / "pairs-000000.tar").read_bytes()
     shard.write_bytes(content.replace(b"\x89PNG", b"\x89GNP", 1))
     with pytest.raises(DataError, match=r"reference_0\.png of pair 'clip_000000' cannot be decoded"):
-        read_pair(index_shards([shard])[0])
-
-
-def test_shard_that_vanished_is_told(tmp_path, pairs_dir):
-    shard = tmp_path / "p.tar"
-    shard.write_bytes(find_shards(pairs_dir)[0].read_bytes())
-    locations = index_shards([shard])
-    shard.unlink()
-    with pytest.raises(DataError, match="but no longer"):
-        read_pair(locations[0])
-
-
-@pytest.mark.parametrize("content", [b"no tar file", b""])
-def test_file_that_is_no_shard_is_refused(tmp_path, content):
-    shard = tmp_path / "p.tar"
-    shard.write_bytes(content)
-    with pytest.raises(DataError, match=r"p\.tar is not a complete tar file"):
-        index_shards([shard])
-
-
-def test_empty_shard_is_refused(tmp_path):
-    shard = tmp_path / "p.tar"
-    tarfile.open(shard, "w").close()
-    with pytest.raises(DataError, match="holds no pair"):
-        index_shards([shard])
-
-
-def test_cut_off_shard_is_refused(tmp_path, pairs_dir):
-    shard = tmp_path / "p.tar"
-    content = find_shards(pairs_dir)[0].read_bytes()
-    locations = index_shards(find_shards(pairs_dir)[:1])
-    offset, size = locations[-1].members["target.jpg"]
-    shard.write_bytes(content[: offset + size // 2])
-    with pytest.raises(DataError, match=r"no json|cut off|not a complete tar file"):
-        index_shards([shard])
-
-
-def test_key_in_two_shards_is_refused(tmp_path, pairs_dir):
-    content = find_shards(pairs_dir)[0].read_bytes()
-    for name in ("a.tar", "b.tar"):
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=r"'clip_000000' is both in .*a\.tar and in .*b\.tar"):
-        index_shards(find_shards(tmp_path))
-
-
-def test_split_depends_on_the_key_alone():
-    keys = [f"clip_{i}" for i in range(1000)]
-    training, validation = split_by_key(locations_of(keys), 0.1)
-    assert len(training) + len(validation) == 1000
-    assert 60 < len(validation) < 140
-    held_out = {location.key for location in validation}
-    _, later = split_by_key(locations_of([*reversed(keys), *(f"new_{i}" for i in range(500))]), 0.1)
-    assert {location.key for location in later if location.key in keys} == held_out
-
-
-def test_a_pair_and_its_swap_are_on_one_side():
-    keys = [f"clip_{i}" for i in range(200)]
-    training, validation = split_by_key(locations_of([*keys, *(f"{key}-swapped" for key in keys)]), 0.3)
-    for side in (training, validation):
-        assert {f"{location.key}-swapped" for location in side if location.key in keys} == {
-            location.key for location in side if location.key not in keys
-        }
-
-
-def test_small_dataset_still_has_a_validation_pair():
-    training, validation = split_by_key(locations_of("abc"), 0.001)
-    assert (len(training), len(validation)) == (2, 1)
-
-
-def test_no_fraction_no_validation():
-    training, validation = split_by_key(locations_of("a"), 0.0)
-    assert (len(training), len(validation)) == (1, 0)
-
-
-def test_split_that_leaves_nothing_to_train_on_is_refused():
-    with pytest.raises(DataError, match="leave none to train on"):
-        split_by_key(locations_of("a"), 0.5)
+        read_pair(opened(shard).location(0))
 
 
 def write_masked(path, shard_writer, mask=None, **subject):
@@ -193,11 +120,11 @@ def write_masked(path, shard_writer, mask=None, **subject):
         mask[20:40, 30:60] = True
     record["subjects"][0] |= {"target_mask_rle": encode_mask(mask)} | subject
     write_shard(path, [("a", record)])
-    return index_shards([path])[0]
+    return path
 
 
-def test_references_can_be_cut_out_of_the_target_itself(tmp_path, shard_writer):
-    location = write_masked(tmp_path / "p.tar", shard_writer)
+def test_references_can_be_cut_out_of_the_target_itself(tmp_path, shard_writer, opened):
+    location = opened(write_masked(tmp_path / "p.tar", shard_writer)).location(0)
     pair, usual = read_pair(location, "target"), read_pair(location)
     target = np.asarray(pair.target)
     (reference,) = pair.references
@@ -210,10 +137,11 @@ def test_references_can_be_cut_out_of_the_target_itself(tmp_path, shard_writer):
     assert not np.array_equal(np.asarray(usual.references[0]), pixels)
 
 
-def test_cut_outs_are_empty_outside_the_mask(tmp_path, shard_writer):
+def test_cut_outs_are_empty_outside_the_mask(tmp_path, shard_writer, opened):
     mask = np.zeros((64, 96), bool)
     mask[20, 30] = mask[21, 31] = True
-    (reference,) = read_pair(write_masked(tmp_path / "p.tar", shard_writer, mask), "target").references
+    shard = opened(write_masked(tmp_path / "p.tar", shard_writer, mask))
+    (reference,) = read_pair(shard.location(0), "target").references
     assert np.asarray(reference)[..., 3].tolist() == [[255, 0], [0, 255]]
     assert (np.asarray(reference)[0, 1] == 0).all()
 
@@ -226,12 +154,57 @@ def test_cut_outs_are_empty_outside_the_mask(tmp_path, shard_writer):
         (None, {"target_mask_rle": {"size": [64, 96], "counts": [3]}}, "unreadable mask"),
     ],
 )
-def test_masks_that_do_not_fit_the_target_are_refused(tmp_path, shard_writer, mask, subject, message):
-    location = write_masked(tmp_path / "p.tar", shard_writer, mask, **subject)
+def test_masks_that_do_not_fit_the_target_are_refused(tmp_path, shard_writer, mask, subject, message, opened):
+    location = opened(write_masked(tmp_path / "p.tar", shard_writer, mask, **subject)).location(0)
     with pytest.raises(DataError, match=message):
         read_pair(location, "target")
 
 
-def test_a_pair_without_masks_cannot_be_cut_from_its_target(pairs_dir):
+def test_a_pair_without_masks_cannot_be_cut_from_its_target(pairs_dir, opened):
     with pytest.raises(DataError, match="no target_mask_rle"):
-        read_pair(index_shards(find_shards(pairs_dir))[0], "target")
+        read_pair(opened(pairs_dir / "pairs-000000.tar").location(0), "target")
+
+
+def test_picture_of_another_size_than_its_record_is_told(tmp_path, shard_writer, opened):
+    write_shard, make_record = shard_writer
+    write_shard(tmp_path / "p.tar", [("a", make_record("a", [BOX], (96, 64)))], width=97)
+    with pytest.raises(DataError, match=r"target of pair 'a' has \(96, 64\) pixels, and its json says \(97, 64\)"):
+        read_pair(opened(tmp_path / "p.tar").location(0))
+
+
+def test_sizes_come_from_the_header_of_the_picture(pairs_dir, tmp_path, opened):
+    assert opened(pairs_dir / "pairs-000000.tar").size_of_target(2) == (96, 64)
+    shard = tmp_path / "p.tar"
+    shard.write_bytes(
+        (pairs_dir / "pairs-000000.tar").read_bytes().replace(b"JFIF", b"none").replace(b"\xff\xd8", b"  ")
+    )
+    with pytest.raises(DataError, match=r"target\.jpg of pair 'clip_000000' cannot be decoded"):
+        opened(shard).size_of_target(0)
+
+
+def test_shard_that_shrinks_while_it_is_read_is_told(tmp_path, pairs_dir, opened):
+    path = tmp_path / "p.tar"
+    path.write_bytes((pairs_dir / "pairs-000000.tar").read_bytes())
+    shard = opened(path)
+    location = shard.location(9)
+    os.truncate(path, location.members["target.jpg"][0] + 10)
+    with pytest.raises(DataError, match=r"p\.tar became shorter.*'clip_000009'"):
+        read_pair(location)
+
+
+def test_known_table_of_another_file_is_refused(pairs_dir, opened):
+    table = opened(pairs_dir / "pairs-000000.tar").table
+    with (pairs_dir / "pairs-000002.tar").open("rb") as file, pytest.raises(DataError, match="was changed while"):
+        OpenShard(file, "pairs-000002.tar", table)
+
+
+def test_use_is_marked_on_the_file_now_and_then(tmp_path, pairs_dir, opened, monkeypatch):
+    path = tmp_path / "p.tar"
+    path.write_bytes((pairs_dir / "pairs-000000.tar").read_bytes())
+    os.utime(path, (1, 1))
+    shard = opened(path)
+    shard.stay()
+    assert path.stat().st_mtime == 1
+    monkeypatch.setattr("msdiffusion.training.shards.STAY_SECONDS", -1.0)
+    shard.stay()
+    assert path.stat().st_mtime > 1
