@@ -1,10 +1,12 @@
-"""Muon: the update is orthogonal, both groups descend, the guard fires."""
+"""AdamW as the adapter takes it and the course of its learning rate; Muon: its update, its groups, its guard."""
 
 import pytest
 import torch
 from torch import nn
 
-from msdiffusion.training.optimizers import Muon, orthogonalize
+from msdiffusion.errors import RequestError
+from msdiffusion.training import optimizers
+from msdiffusion.training.optimizers import Muon, learning_rate_course, make_optimizer, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
@@ -80,3 +82,78 @@ def test_parameters_without_a_gradient_are_left_alone():
     parameter = nn.Parameter(torch.ones(4, 4))
     Muon([parameter], [], lr=0.1).step()
     assert torch.equal(parameter, torch.ones(4, 4))
+
+
+def train(make, steps=60):
+    """Loss at the start and at the end, and the optimizer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 64))
+    inputs, target = torch.randn(64, 128), torch.randn(64, 64)
+    optimizer = make(model.parameters())
+    losses = []
+    for _ in range(steps):
+        loss = nn.functional.mse_loss(model(inputs), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses[0], losses[-1], optimizer
+
+
+@pytest.mark.parametrize("fused", [None, True, False])
+def test_adamw_is_torchs_fused_where_it_can_be(fused):
+    first, last, optimizer = train(lambda p: make_optimizer(p, learning_rate=1e-3, weight_decay=0.02, fused=fused))
+    assert last < 0.1 * first
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (1e-3, 0.02, (0.9, 0.999))
+    assert bool(group["fused"]) == (fused is not False)
+    _, plain, _ = train(lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.02))
+    assert last == pytest.approx(plain, rel=1e-3)
+
+
+def test_a_fused_optimizer_lets_gradients_be_clipped():
+    """Lightning refuses to clip for optimizers that would undo the scaling of a loss themselves."""
+    from lightning_fabric.plugins.precision.amp import _optimizer_handles_unscaling
+
+    parameters = [nn.Parameter(torch.zeros(3))]
+    assert _optimizer_handles_unscaling(torch.optim.AdamW(parameters, fused=True))
+    assert not _optimizer_handles_unscaling(make_optimizer(parameters, learning_rate=1.0, weight_decay=0.0))
+
+
+def test_weights_without_a_fused_kernel_get_the_plain_one():
+    def parameters():
+        return [nn.Parameter(torch.zeros(3, dtype=torch.complex64))]
+
+    optimizer = make_optimizer(parameters(), learning_rate=1.0, weight_decay=0.0)
+    assert not optimizer.param_groups[0]["fused"]
+    with pytest.raises(RequestError, match="fused=True cannot be had for weights on cpu .* leave fused out"):
+        make_optimizer(parameters(), learning_rate=1.0, weight_decay=0.0, fused=True)
+
+
+def test_eight_bits_train_alike_and_take_a_byte_per_number():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    first, last, optimizer = train(lambda p: make_optimizer(p, "adamw_8bit", learning_rate=1e-3, weight_decay=0.01))
+    assert last < 0.1 * first
+    state = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    assert {state["state1"].dtype, state["state2"].dtype} == {torch.uint8}
+
+
+def test_eight_bits_are_refused_for_split_weights(monkeypatch):
+    monkeypatch.setattr(optimizers, "find_spec", lambda name: name)
+    monkeypatch.setattr(optimizers, "DTensor", nn.Parameter)
+    with pytest.raises(RequestError, match="cannot train weights that are split over processes"):
+        make_optimizer([nn.Parameter(torch.zeros(3))], "adamw_8bit", learning_rate=1.0, weight_decay=0.0)
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("none", {0: 1 / 5, 4: 1, 50: 1, 99: 1}),
+        ("linear", {0: 1 / 5, 4: 1, 52: 0.5, 100: 0}),
+        ("linear_half", {0: 1 / 5, 4: 1, 50: 1, 75: 0.5, 100: 0}),
+        ("cosine", {0: 1 / 5, 4: 1, 28: 0.5 + 0.5**1.5, 52: 0.5, 100: 0, 101: 0}),
+    ],
+)
+def test_course_of_the_learning_rate(decay, expected):
+    factor = learning_rate_course(4, decay, 100)
+    assert {step: factor(step) for step in expected} == pytest.approx(expected)
