@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 
 from msdiffusion.errors import RequestError
 from msdiffusion.training.every_n_steps import EveryNSteps, in_root
+from msdiffusion.training.inputs import make_condition
 
 if TYPE_CHECKING:
     from msdiffusion.training.dataset import PairsBatch, TrainingSample
@@ -148,13 +149,7 @@ def draw_batch(
         B RGB pictures of the size of the targets.
     """
     backbone = module.backbone
-    inputs = module.encode(batch)
-    condition = module.trained_adapter(
-        inputs.image_tokens.float(),
-        inputs.phrase_embeddings.float(),
-        inputs.boxes,
-        scale=scale,
-    )
+    condition = make_condition(module.trained_adapter, module.encode(batch), scale=scale)
     height, width = batch.size
     backbone.pipeline.set_progress_bar_config(disable=True)
     latents = backbone.pipeline(
