@@ -17,9 +17,10 @@ from msdiffusion.training.collation import PairsCollator
 from msdiffusion.training.cropping import bucket_sizes, nearest_buckets
 from msdiffusion.training.dataset import PairsBatch, PairsDataset, TrainingSample
 from msdiffusion.training.encoded import EncodingStore
-from msdiffusion.training.loader import FixedSampler, PairsLoader, Place, PlanSampler
+from msdiffusion.training.loader import FixedSampler, PairsLoader, PlanSampler
 from msdiffusion.training.local_sgd import WORLD, process_rank
 from msdiffusion.training.mixture import MixedStore, Mixture
+from msdiffusion.training.place import Place, tell_lightning
 from msdiffusion.training.plan import EpochPlan, PlannedDataset, padded_order
 from msdiffusion.training.remote import ShardCache
 
@@ -258,18 +259,9 @@ class PairsDataModule(pl.LightningDataModule):
         """The place of the next batch, and what it is a place in. Lightning keeps it in every checkpoint."""
         if self._sampler is None:
             return {}
-        place = self._sampler.place
-        batches = place.start
-        if place.taken > place.start:
-            # the batch that was taken last counts when Lightning counts it: an exception may have come in between
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress
-            total = progress.total
-            stepped = total.ready == total.started == total.processed
-            batches = place.taken - (0 if stepped else progress.current.ready - progress.current.completed)
-        epoch = place.epoch
-        if batches >= min(self._sampler.plan.batches_per_epoch, self.trainer.num_training_batches):
-            epoch, batches = epoch + 1, 0
-        return {"epoch": epoch, "batch": batches, "data": self._identity(self._sampler.plan)}
+        plan = self._sampler.plan
+        epoch, batch = self._sampler.place.to_resume(self.trainer.fit_loop, plan.batches_per_epoch)
+        return {"epoch": epoch, "batch": batch, "data": self._identity(plan)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Remember it until the loader of the training pairs is made."""
@@ -290,7 +282,9 @@ class PairsDataModule(pl.LightningDataModule):
                 "Resume with the same data, or start a new run from its weights: without --ckpt_path, with "
                 "--model.init_args.adapter DIRECTORY"
             )
-        return Place(state["epoch"], state["batch"], state["batch"])
+        place = Place(state["epoch"], state["batch"], state["batch"])
+        tell_lightning(self.trainer.fit_loop, place)
+        return place
 
     def _identity(self, plan: EpochPlan) -> dict[str, Any]:
         """What the order depends on. Not the augmentation: that may change in a resumed run."""

@@ -6,7 +6,6 @@ Letters: R processes, B samples per process and batch, G = R * B.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,26 +15,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 from msdiffusion.errors import DataError
 from msdiffusion.training.collation import PairsCollator
 from msdiffusion.training.dataset import LoadingFailure, PairsBatch, PairsDataset
+from msdiffusion.training.place import Place
 from msdiffusion.training.plan import EpochPlan
-
-
-@dataclass
-class Place:
-    """How far a run came in its data."""
-
-    epoch: int = 0
-    start: int = 0
-    """Batches of this epoch that an earlier run had already taken."""
-    taken: int = 0
-    """Batches of this epoch that were taken so far, those included."""
 
 
 class PlanSampler(DistributedSampler):
     """Hands out (number of the sample, index of the pair) for the places of one process.
 
-    Lightning leaves a DistributedSampler alone and tells it each epoch. Its count of epochs is not that of the data,
-    though: it calls an epoch ended when ``max_steps`` ends a run in the middle of one. So a new epoch is begun here
-    when Lightning begins one and some batch of the old one was taken.
+    Lightning leaves a DistributedSampler alone and tells it each epoch, whose number means nothing here: see ``Place``.
 
     Args:
         plan: of the whole run.
@@ -53,9 +40,8 @@ class PlanSampler(DistributedSampler):
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning begins its epoch of this number."""
-        if self._announced is not None and epoch != self._announced and self.place.taken > self.place.start:
-            self.place.epoch += 1
-            self.place.start = self.place.taken = 0
+        if self._announced is not None and epoch != self._announced:
+            self.place.begin_epoch()
         self._announced = epoch
 
     def __len__(self) -> int:

@@ -1,0 +1,72 @@
+"""How far a run came in its data, and how that stands to what Lightning counts.
+
+Lightning's count of epochs is not that of the data: it takes an epoch for ended when ``max_steps`` or a stop comes in
+the middle of one, and goes on with its next epoch when such a run is resumed; and when a run of ``max_steps`` is
+resumed from a checkpoint of the very end of an epoch, it trains one batch of the old one more. Here the place in the
+data is what counts, and Lightning is told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytorch_lightning.loops import _FitLoop
+
+
+@dataclass
+class Place:
+    """A place in the order of a run; the loader moves it on."""
+
+    epoch: int = 0
+    start: int = 0
+    """Batches of this epoch that were taken before this run began, or before the epoch was begun again."""
+    taken: int = 0
+    """Batches of this epoch that were taken so far, those included."""
+
+    def begin_epoch(self) -> None:
+        """Lightning begins another epoch: so does the data, if anything of the old one was taken."""
+        if self.taken > self.start:
+            self.epoch += 1
+            self.start = self.taken = 0
+
+    def to_resume(self, fit_loop: _FitLoop, batches_per_epoch: int) -> tuple[int, int]:
+        """(epoch, batch) where a run goes on that is resumed from a checkpoint of this moment.
+
+        A batch counts as trained when Lightning will not train it again: when its step is done, also where the
+        checkpoint is written before Lightning has counted it (in ``on_train_batch_end``); but not where an exception
+        came in between.
+
+        Args:
+            fit_loop: of the trainer.
+            batches_per_epoch: of the data; Lightning may be told to train fewer.
+        """
+        batch = self.start
+        if self.taken > self.start:
+            progress = fit_loop.epoch_loop.batch_progress
+            stepped = progress.total.ready == progress.total.started == progress.total.processed
+            batch = min(self.taken, progress.current.ready if stepped else progress.current.completed)
+        if batch >= min(batches_per_epoch, fit_loop.max_batches):
+            return self.epoch + 1, 0
+        return self.epoch, batch
+
+
+def tell_lightning(fit_loop: _FitLoop, place: Place) -> None:
+    """Correct what a resumed Lightning believes about its epoch, before the first batch is asked for.
+
+    Args:
+        fit_loop: of a trainer that has read a checkpoint, but has not begun.
+        place: where the data go on.
+    """
+    epochs = fit_loop.epoch_progress
+    if not 0 < epochs.current.ready == epochs.current.processed:
+        return  # the checkpoint is from within an epoch: there Lightning is right
+    if place.start > 0:
+        for count in (epochs.current, epochs.total):
+            count.processed = count.completed = count.ready - 1
+        fit_loop.restarting = True  # now Lightning finds the epoch unfinished
+    elif fit_loop.restarting:
+        for count in (epochs.current, epochs.total):
+            count.completed = count.processed
+        fit_loop.epoch_loop.restarting = False  # so that it begins an epoch, with all its counts at 0
