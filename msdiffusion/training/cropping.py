@@ -46,7 +46,7 @@ def bucket_sizes(resolution: int, step: int) -> np.ndarray:
 
 
 def nearest_buckets(sizes: np.ndarray, buckets: np.ndarray) -> np.ndarray:
-    """The bucket whose aspect is nearest to that of each picture, by ratio; of two equally near ones the larger.
+    """The bucket whose aspect is nearest to that of each picture, by ratio; of two equally near ones the higher.
 
     Args:
         sizes: (N, 2) width, height of the pictures.
@@ -55,10 +55,8 @@ def nearest_buckets(sizes: np.ndarray, buckets: np.ndarray) -> np.ndarray:
     Returns:
         int64 (N,).
     """
-    by_area = np.argsort(-buckets.prod(1), kind="stable")
-    aspects = np.log(buckets[by_area, 0] / buckets[by_area, 1])
-    asked, inverse = np.unique(np.log(sizes[:, 0] / sizes[:, 1]), return_inverse=True)
-    return by_area[np.abs(asked[:, None] - aspects).argmin(1)][inverse]
+    aspects = buckets[:, 0] / buckets[:, 1]
+    return np.searchsorted(np.sqrt(aspects[1:] * aspects[:-1]), sizes[:, 0] / sizes[:, 1])
 
 
 def crop_boxes(
