@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from msdiffusion.errors import RequestError
+from msdiffusion.errors import RequestError, reason
 
 OptimizerName = Literal["adamw", "adamw_8bit"]
 Decay = Literal["none", "linear", "linear_half", "cosine"]
@@ -181,19 +181,26 @@ def make_optimizer(
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, **settings)
-    if fused is False:
+    missing = None if fused is False else _why_not_fused(parameters[0])
+    if fused and missing is not None:
+        raise RequestError(f"fused=True cannot be had on {parameters[0].device} ({missing}): leave fused out")
+    if fused is False or missing is not None:
         return torch.optim.AdamW(parameters, **settings)
-    try:
-        optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
-    except RuntimeError as error:
-        if fused:
-            raise RequestError(
-                f"fused=True cannot be had for weights on {parameters[0].device} ({error}): leave fused out"
-            ) from None
-        return torch.optim.AdamW(parameters, **settings)
+    optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
     # A loss scaler then divides the gradients itself, before they are clipped; Lightning refuses to clip otherwise.
     optimizer._step_supports_amp_scaling = False
     return optimizer
+
+
+def _why_not_fused(parameter: nn.Parameter) -> str | None:
+    """What torch says of a fused step of one number of this type on this device; None if it just does it."""
+    probe = nn.Parameter(torch.zeros(1, dtype=parameter.dtype, device=parameter.device))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        torch.optim.AdamW([probe], fused=True).step()
+    except (RuntimeError, NotImplementedError) as error:
+        return reason(error)
+    return None
 
 
 def learning_rate_course(warmup_steps: int, decay: Decay, total_steps: float) -> Callable[[int], float]:
