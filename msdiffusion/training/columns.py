@@ -125,7 +125,9 @@ def _read_index(file: DataFile, cache: ShardCache | None) -> tuple[list[str], np
     columns = ("key", "shard", "width", "height")
     with open_file(file, cache) as content:
         try:
-            table = pyarrow.parquet.read_table(content, columns=list(columns), read_dictionary=["shard"])
+            with pyarrow.parquet.ParquetFile(content, read_dictionary=["shard"]) as index:
+                there = set(index.schema_arrow.names)
+                table = index.read([name for name in columns if name in there])
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{file.place} cannot be read ({reason(error)}): copy it again") from error
     for name in columns:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,8 @@ class ShardCache:
         with self._locked(path):
             if not self._is_here(path, file):
                 self._fetch(file, path)
-            os.utime(path)
+            now = time.time_ns()  # the kernel's own clock for files counts in steps of milliseconds
+            os.utime(path, ns=(now, now))
             return path.open("rb")
 
     def path_of(self, file: DataFile) -> Path:

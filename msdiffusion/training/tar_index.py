@@ -219,8 +219,8 @@ def _walk_plain(descriptor: int, size_of_file: int) -> Iterator[tuple[str, int, 
         if block[156:157] != b"5":
             yield name.decode("utf-8", "surrogateescape"), position + BLOCK, size
         position += BLOCK + -(-size // BLOCK) * BLOCK
-    if size_of_file == 0:
-        raise ValueError("is not a complete tar file: it is empty")
+    if size_of_file < BLOCK:
+        raise ValueError(f"is not a complete tar file: it has {size_of_file} bytes")
 
 
 def _walk_any(descriptor: int) -> list[tuple[str, int, int]]:
