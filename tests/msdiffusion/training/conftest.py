@@ -186,3 +186,49 @@ def serve():
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+RESAMPLER = {"width": 32, "depth": 1, "heads": 2, "head_width": 16}
+
+
+@pytest.fixture
+def make_module(tiny_model_dir):
+    """Function: settings -> MSDiffusionModule on the miniature of SDXL, nothing loaded yet."""
+    from msdiffusion.training.module import MSDiffusionModule
+
+    def make(**settings):
+        folders = {"base_model": str(tiny_model_dir / "base"), "image_encoder": str(tiny_model_dir / "image_encoder")}
+        if "adapter" not in settings:
+            folders["resampler"] = RESAMPLER
+        return MSDiffusionModule(**folders | settings)
+
+    return make
+
+
+@pytest.fixture
+def configured(make_module, pairs_dir):
+    """Function: settings -> (module with its networks, a batch of pairs with one and two subjects); no run.
+
+    ``data`` are settings of the data module, ``rows`` which pairs make the batch.
+    """
+    import pytorch_lightning as pl
+    import torch
+
+    from msdiffusion.training.datamodule import PairsDataModule
+
+    def make(data=None, rows=(0, 1), **settings):
+        torch.manual_seed(0)
+        module = make_module(**settings)
+        defaults = {"pairs": str(pairs_dir), "resolution": 32, "batch_size": 4, "max_subjects": 2}
+        datamodule = PairsDataModule(**defaults | {"validation_fraction": 0} | (data or {}))
+        trainer = pl.Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        datamodule.trainer = trainer
+        trainer.strategy.connect(module)
+        datamodule.setup("fit")
+        module.configure_model()
+        return module, datamodule.collate([datamodule.training[row] for row in rows])
+
+    return make
