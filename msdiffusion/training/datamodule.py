@@ -17,12 +17,16 @@ from msdiffusion.training.collation import PairsCollator
 from msdiffusion.training.cropping import bucket_sizes, nearest_buckets
 from msdiffusion.training.dataset import PairsBatch, PairsDataset, TrainingSample
 from msdiffusion.training.encoded import EncodingStore
+from msdiffusion.training.encoding_store import open_store
 from msdiffusion.training.loader import FixedSampler, PairsLoader, PlanSampler
 from msdiffusion.training.local_sgd import WORLD, process_rank
 from msdiffusion.training.mixture import MixedStore, Mixture
-from msdiffusion.training.place import Place, tell_lightning
+from msdiffusion.training.place import Place, resumed_place
 from msdiffusion.training.plan import EpochPlan, PlannedDataset, padded_order
 from msdiffusion.training.remote import ShardCache
+
+SINGLE_FRAMES = 0.1
+"""A greater share of pairs whose references come from the target picture itself is worth a warning."""
 
 
 class PairsDataModule(pl.LightningDataModule):
@@ -62,8 +66,9 @@ class PairsDataModule(pl.LightningDataModule):
         num_workers: processes that load. 0 is right for small pictures held in memory, on few cores.
         worker_start: how they start: "fork", "spawn" or "forkserver"; None for Python's own choice on this system.
         cache_megabytes: memory, per loading process, for decoded pairs. 0 reads the shards every time.
-        encodings: what ``msdiffusion.training.precompute`` computed ahead: "auto" uses it where it is there,
-            "require" wants it, "off" doesn't.
+        encodings: what ``msdiffusion.training.precompute`` computed ahead: "auto" uses what is there and refuses what
+            does not fit the run, "require" is an error where nothing is there, "off" looks for nothing.
+        encodings_folder: the ``--out`` of that command; None: beside the shards.
         skip_damaged: leave damaged shards and pairs out with a warning. Otherwise they are an error.
         shard_folder: where shards from an address are kept; None for a folder in the user's cache.
         shard_gigabytes: how much of them is kept there.
@@ -73,7 +78,7 @@ class PairsDataModule(pl.LightningDataModule):
 
     Raises:
         RequestError: at construction, if a setting is out of range; when training starts, if the checkpoint that is to
-            be resumed was written with other data.
+            be resumed was written with other data, or a size of the pictures does not fit the model.
         DataError: in ``setup``, if the dataset is missing (the message says which command makes one), damaged, or of
             another schema.
     """
@@ -101,6 +106,7 @@ class PairsDataModule(pl.LightningDataModule):
         worker_start: Literal["fork", "spawn", "forkserver"] | None = None,
         cache_megabytes: int = 1024,
         encodings: Literal["auto", "require", "off"] = "auto",
+        encodings_folder: str | None = None,
         skip_damaged: bool = False,
         shard_folder: str | None = None,
         shard_gigabytes: float = 64.0,
@@ -154,6 +160,7 @@ class PairsDataModule(pl.LightningDataModule):
         self.worker_start = worker_start
         self.cache_megabytes = cache_megabytes
         self.encodings = encodings
+        self.encodings_folder = encodings_folder
         self.skip_damaged = skip_damaged
         self.shard_folder = shard_folder
         self.shard_gigabytes = shard_gigabytes
@@ -163,7 +170,7 @@ class PairsDataModule(pl.LightningDataModule):
         self.test: PairsDataset | None = None
         self._digest = ""
         self._sampler: PlanSampler | None = None
-        self._resumed: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Find and index the shards. Lightning does this before the model loads: a missing dataset is told at once."""
@@ -188,6 +195,8 @@ class PairsDataModule(pl.LightningDataModule):
             )
         self.training = self._dataset(mixture, training, self.augmentation)
         self._digest = mixture.digest(training)
+        if stage in ("fit", None) and self.reference_frame == "other":
+            _warn_of_single_frames(mixture)
         self.validation = (
             self._dataset(mixture, held_out, None)
             if self.validation_pairs is None
@@ -201,6 +210,13 @@ class PairsDataModule(pl.LightningDataModule):
             RequestError: if the checkpoint that is resumed was written with other data, or doesn't say where it was.
         """
         rank, num_processes = self._processes()
+        hparams = getattr(self.trainer.lightning_module, "hparams", {})
+        if self.augmentation.changes_references and hparams.get("cache_encodings", False):
+            raise RequestError(
+                "cache_encodings keeps the encoding of every reference, but reference_augmentation or "
+                "reference_flip_probability make each one another picture every time, so memory would fill with "
+                "encodings that nobody asks for again; set one of them off"
+            )
         plan = self.plan(num_processes)
         self._sampler = PlanSampler(plan, rank, num_processes, self._first_place(plan))
         return self._loader(self.training, self._sampler, drop_last=True)
@@ -241,15 +257,18 @@ class PairsDataModule(pl.LightningDataModule):
         return plan
 
     def validation_samples(self, count: int) -> list[TrainingSample]:
-        """The first ``count`` validation pairs, the same every time, with pictures; fewer where there are fewer.
+        """The first ``count`` validation pairs, the same every time, with pictures; fewer where there are fewer."""
+        return [self.validation[i] for i in range(min(count, len(self.validation)))]
 
-        Where targets have several sizes, only pairs of the first one's: they shall fit into one batch.
-        """
-        indices = self.validation.indices
-        if len(indices) and self.validation.buckets is not None:
-            buckets = self.validation.buckets[indices]
-            return [self.validation[int(i)] for i in np.flatnonzero(buckets == buckets[0])[:count]]
-        return [self.validation[i] for i in range(min(count, len(indices)))]
+    def catalogues(self) -> list[Catalogue]:
+        """Every dataset of the run, each once: those to train on, to validate on and to test on; after ``setup``."""
+        datasets = [dataset for dataset in (self.training, self.validation, self.test) if dataset is not None]
+        found = [catalogue for dataset in datasets for catalogue in dataset.pairs.catalogues]
+        return list({id(catalogue): catalogue for catalogue in found}.values())
+
+    def fixed_dataset(self, catalogue: Catalogue) -> PairsDataset:
+        """All pairs of a dataset as validation sees them, by their numbers in the catalogue."""
+        return self._dataset(Mixture([catalogue]), np.arange(len(catalogue)), None)
 
     def collate(self, samples: Sequence[TrainingSample]) -> PairsBatch:
         """Samples to a batch, as the loaders do it."""
@@ -268,36 +287,14 @@ class PairsDataModule(pl.LightningDataModule):
         self._resumed = dict(state)
 
     def _first_place(self, plan: EpochPlan) -> Place:
-        state, self._resumed = self._resumed, None
-        if state is None:
-            if self._sampler is not None:  # another fit of the same objects goes on with the next epoch
-                return Place(self._sampler.place.epoch + (self._sampler.place.taken > 0))
-            return Place()
-        mine, theirs = self._identity(plan), state.get("data", {})
-        differing = [name for name in mine if mine[name] != theirs.get(name)]
-        if differing:
-            told = "; ".join(f"{name} was {theirs.get(name)}, now {mine[name]}" for name in differing)
-            raise RequestError(
-                f"the checkpoint was written with other data, so there is no place in them to go on from: {told}. "
-                "Resume with the same data, or start a new run from its weights: without --ckpt_path, with "
-                "--model.init_args.adapter DIRECTORY"
-            )
-        place = Place(state["epoch"], state["batch"], state["batch"])
-        tell_lightning(self.trainer.fit_loop, place)
-        return place
+        fit_loop = getattr(self.trainer, "fit_loop", None)
+        if fit_loop is None or not fit_loop.is_resuming:
+            # another fit of the same trainer goes on with the next epoch
+            return Place(0 if fit_loop is None else fit_loop.epoch_progress.current.processed)
+        return resumed_place(self._resumed, self._identity(plan), fit_loop)
 
     def _identity(self, plan: EpochPlan) -> dict[str, Any]:
-        """What the order depends on. Not the augmentation: that may change in a resumed run."""
-        sizes = None if plan.buckets is None else np.bincount(plan.buckets).tolist()
-        return {
-            "pairs": {dataset.name: [len(dataset), dataset.weight] for dataset in plan.datasets},
-            "keys of the pairs": self._digest,
-            "samples of a batch of all processes": plan.global_batch,
-            "lanes": plan.lanes,
-            "shuffle_buffer": plan.shuffle_buffer,
-            "pairs of each picture size": sizes,
-            "seed": plan.seed,
-        }
+        return plan.identity() | {"keys of the pairs": self._digest}
 
     def _processes(self) -> tuple[int, int]:
         """(rank of this process, how many there are)."""
@@ -330,11 +327,8 @@ class PairsDataModule(pl.LightningDataModule):
     def _stores(self, dataset: PairsDataset) -> EncodingStore | None:
         if self.encodings == "off":
             return None
-        try:  # builder E's file; this guard goes when it is there
-            from msdiffusion.training.precompute import open_store
-        except ModuleNotFoundError:
-            return None
-        stores = [open_store(self, self.trainer.lightning_module, part) for part in dataset.pairs.catalogues]
+        model = self.trainer.lightning_module
+        stores = [open_store(self, model, catalogue) for catalogue in dataset.pairs.catalogues]
         return None if any(store is None for store in stores) else MixedStore(dataset.pairs, stores)
 
     def _collator(self) -> PairsCollator:
@@ -376,3 +370,13 @@ def _sources(pairs: str | dict[str, float]) -> dict[str, float]:
 def _either(choices: Sequence[str | None]) -> str:
     *rest, last = [repr(choice) for choice in choices]
     return f"{', '.join(rest)} or {last}"
+
+
+def _warn_of_single_frames(mixture: Mixture) -> None:
+    shares = [catalogue.single_frame(64) for catalogue in mixture.catalogues]
+    if max(shares) > SINGLE_FRAMES:
+        rank_zero_warn(
+            f"about {max(shares):.0%} of the pairs of a dataset have references from the target picture itself: such "
+            "training teaches to copy and paste. Mine pairs from videos where you can, or mix them in with a greater "
+            "weight"
+        )

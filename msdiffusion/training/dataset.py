@@ -28,6 +28,7 @@ from msdiffusion.training.cropping import choose_crop, crop_boxes, size_that_cov
 from msdiffusion.training.draws import OBJECTIVE, VALIDATION, SampleDraws, number_of
 from msdiffusion.training.encoded import EncodedPairs, EncodedSample, EncodingStore
 from msdiffusion.training.mixture import Mixture
+from msdiffusion.training.shards import Pair
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,13 @@ class PairsDataset(Dataset[TrainingSample]):
         width, height = self.sizes[0 if self.buckets is None else self.buckets[index]].tolist()
         return width, height
 
+    def centred_target(self, pair: Pair, index: int) -> np.ndarray:
+        """uint8 (H, W, 3): the target of a pair as every epoch shows it where the crop is the centre, and no flip."""
+        crop = self.size_of(index)
+        size = size_that_covers(*pair.target.size, crop)
+        (top, left), _ = choose_crop(pair.boxes, size, crop, self.minimum_visible, None)
+        return np.ascontiguousarray(_resize(pair.target, size)[top : top + crop[1], left : left + crop[0]])
+
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> list[TrainingSample | LoadingFailure]:
         """The samples of a batch. What cannot be read is handed on as a message: the loader raises it where it is seen.
 
@@ -323,10 +331,7 @@ class PairsDataset(Dataset[TrainingSample]):
         pair = self.pairs.read(index, self.reference_frame)
         width, height = pair.target.size
         size = size_that_covers(width, height, crop)
-        pixels = None
-        if target:
-            picture = pair.target if size == pair.target.size else pair.target.resize(size, Image.Resampling.LANCZOS)
-            pixels = np.asarray(picture)
+        pixels = _resize(pair.target, size) if target else None
         return _ResizedPair(
             caption=pair.caption,
             target=pixels,
@@ -336,3 +341,8 @@ class PairsDataset(Dataset[TrainingSample]):
             boxes=pair.boxes,
             references=pair.references if references else None,
         )
+
+
+def _resize(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (height, width, 3)."""
+    return np.asarray(picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS))

@@ -22,6 +22,13 @@ Part = Literal["latents", "references", "text"]
 
 PARTS: tuple[Part, ...] = ("latents", "references", "text")
 
+FIELDS: dict[Part, tuple[str, ...]] = {
+    "latents": ("latent_mean", "latent_deviation"),
+    "references": ("image_tokens",),
+    "text": ("prompt_states", "pooled", "phrase_embeddings"),
+}
+"""Fields of ``EncodedSample`` and ``EncodedPairs`` that belong together."""
+
 SUBJECT_FIELDS = ("phrase_embeddings", "image_tokens")
 """Fields of ``EncodedSample`` with one row per subject."""
 
@@ -81,6 +88,12 @@ class EncodedSample(_Encodings):
     """(s, E)."""
     image_tokens: Tensor | None
     """(s, N, D)."""
+
+    def only(self, parts: frozenset[Part]) -> EncodedSample:
+        """The same without other parts."""
+        return replace(self, **{
+            name: None for part in PARTS if part not in parts for name in FIELDS[part]
+        })  # fmt: skip
 
     def subjects(self, kept: Sequence[int]) -> EncodedSample:
         """The same with only these subjects, in this order."""

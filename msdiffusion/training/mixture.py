@@ -83,7 +83,7 @@ class Mixture:
             keys = catalogue.keys.take(part)
             digest.update(keys.ends.astype("<i8").tobytes())
             digest.update(keys.content.tobytes())
-        return digest.hexdigest()
+        return digest.hexdigest()[:16]
 
     def split(self, indices: np.ndarray) -> list[np.ndarray]:
         """Increasing indices of pairs -> their indices in each of the catalogues."""
@@ -105,19 +105,20 @@ class MixedStore:
 
     Args:
         mixture: whose pairs are encoded.
-        stores: one per catalogue, all with the same parts.
+        stores: one per catalogue.
     """
 
     def __init__(self, mixture: Mixture, stores: Sequence[EncodingStore]) -> None:
         self._starts = mixture.starts
         self._stores = tuple(stores)
+        self._parts = frozenset.intersection(*(store.parts for store in stores))
 
     @property
     def parts(self) -> frozenset[Part]:
-        """What every one of them holds."""
-        return frozenset.intersection(*(store.parts for store in self._stores))
+        """What every one of them holds; what only some hold is not read."""
+        return self._parts
 
     def read(self, index: int) -> EncodedSample:
         """The encodings of a pair of the mixture."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._stores[number].read(index - int(self._starts[number]))
+        return self._stores[number].read(index - int(self._starts[number])).only(self.parts)
