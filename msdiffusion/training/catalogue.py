@@ -273,8 +273,9 @@ def split_by_key(catalogue: Catalogue, fraction: float) -> tuple[np.ndarray, np.
     """
     if fraction == 0:
         return np.arange(len(catalogue), dtype=np.int64), np.zeros(0, dtype=np.int64)
+    suffix = SWAPPED_SUFFIX.encode()
     draws = np.fromiter(
-        (_uniform_of(key.removesuffix(SWAPPED_SUFFIX)) for key in catalogue.keys), np.float64, len(catalogue)
+        (_uniform_of(key.removesuffix(suffix)) for key in catalogue.keys.encoded()), np.float64, len(catalogue)
     )
     held_out = draws <= max(fraction, draws.min(initial=1.0))  # so that the smallest draw is always held out
     if held_out.all():
@@ -285,10 +286,9 @@ def split_by_key(catalogue: Catalogue, fraction: float) -> tuple[np.ndarray, np.
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def _uniform_of(key: str) -> float:
+def _uniform_of(key: bytes) -> float:
     """A number in [0, 1) that depends on the key alone (Python's own hash changes from run to run)."""
-    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:7], "big") / 2**56
+    return int.from_bytes(hashlib.sha256(key).digest()[:7], "big") / 2**56
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ Shape letters: n pairs of one shard, m members of one shard, N pairs of a datase
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import tarfile
@@ -56,6 +57,18 @@ class KeyColumn(Sequence[str]):
         """Number of strings."""
         return len(self.ends) - 1
 
+    def encoded(self) -> Iterator[bytes]:
+        """All strings in UTF-8, one after the other."""
+        for first in range(0, len(self), _AT_ONCE):
+            ends = self.ends[first : first + _AT_ONCE + 1]
+            piece = self.content[ends[0] : ends[-1]].tobytes()
+            numbers = (ends - ends[0]).tolist()
+            for start, end in itertools.pairwise(numbers):
+                yield piece[start:end]
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.decode("utf-8", "surrogateescape") for key in self.encoded())
+
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
@@ -90,6 +103,7 @@ class KeyColumn(Sequence[str]):
         buffers = [None, pyarrow.py_buffer(self.ends), pyarrow.py_buffer(np.ascontiguousarray(self.content))]
         codes = pyarrow.Array.from_buffers(pyarrow.large_binary(), len(self), buffers).dictionary_encode().indices
         codes = codes.to_numpy()  # equal strings have equal codes, and codes count up as new strings come
+        pyarrow.default_memory_pool().release_unused()  # the table of all strings, hundreds of megabytes at full size
         fresh = np.maximum.accumulate(codes, dtype=np.int64) if len(codes) else codes
         repeated = np.flatnonzero(np.diff(fresh, prepend=-1) == 0)
         if not len(repeated):

@@ -43,6 +43,8 @@ def contents(path, table):
 def test_a_column_is_a_list_of_strings(texts, data):
     column = KeyColumn.of(texts)
     assert list(column) == texts
+    assert list(column.encoded()) == [text.encode() for text in texts]
+    assert [column[i] for i in range(len(texts))] == texts
     assert column[1:-1] == texts[1:-1]
     rows = data.draw(st.lists(st.integers(0, len(texts) - 1), max_size=30)) if texts else []
     assert list(column.take(np.array(rows, dtype=np.int64))) == [texts[row] for row in rows]
@@ -62,6 +64,7 @@ def test_taking_from_a_column_in_pieces_gives_the_same(monkeypatch):
     texts = [str(i) * (i % 4) for i in range(20)]
     rows = np.random.default_rng(0).integers(0, 20, 17)
     assert list(KeyColumn.of(texts).take(rows)) == [texts[row] for row in rows]
+    assert list(KeyColumn.of(texts)) == texts
 
 
 @pytest.mark.parametrize("number", [2, -3])
