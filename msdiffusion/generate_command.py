@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--request", type=Path, metavar="FILE", help="many pictures: a YAML or JSON file, see docs/inference.md")
     add("--from-png", type=Path, metavar="FILE", help="draw a PNG of this command again, exactly")
     add = parser.add_argument_group("what draws").add_argument
-    add("--model", default=str(DEFAULT_MODEL), help="adapter: folder, hub name, or ms_adapter.bin")
+    add("--model", default=str(DEFAULT_MODEL), help="adapter: folder, hub name, ms_adapter.bin, or a run or checkpoint")
     add("--base-model", help="another base model of the same architecture")
     add("--base-config", help="configs for a base model in one .safetensors file")
     add("--image-encoder", help="another image encoder of the same architecture")

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import msdiffusion.loading
 from msdiffusion.adapter import MSAdapter
 from msdiffusion.adapter_config import AdapterConfig
 from msdiffusion.backbone import Backbone
-from msdiffusion.errors import WeightsError
+from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.generate import MSDiffusion
 from msdiffusion.loading import Sources, check_encoders, find_adapter, load_adapter
 from msdiffusion.resampler import ResamplerParams
@@ -286,3 +287,110 @@ def test_sources_know_what_is_of_this_machine(tmp_path, monkeypatch):
     assert Sources("base", "owner/name", "owner/xl").absolute() == Sources(
         str(tmp_path / "base"), "owner/name", "owner/xl"
     )
+
+
+# Checkpoints and runs
+
+
+@pytest.fixture
+def checkpoint(tiny_model_dir, tmp_path):
+    """Function: changes -> a file like those of ``lightning fit``; the average is twice as large as the weights."""
+
+    def write(name="last.ckpt", **changes):
+        adapter = MSAdapter.from_pretrained(tiny_model_dir)
+        weights = adapter.state_dict()
+        config = replace(
+            adapter.config, base_model=str(tiny_model_dir / "base"), image_encoder=str(tiny_model_dir / "image_encoder")
+        )
+        record = {
+            "state_dict": {f"adapter.{key}": value for key, value in weights.items()}
+            | {f"averaged.module.{key}": 2 * value for key, value in weights.items()}
+            | {"averaged.n_averaged": torch.tensor(3)},
+            "adapter_config": config.to_json(),
+            "optimizer_states": [],
+        }
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({key: value for key, value in {**record, **changes}.items() if value is not None}, path)
+        return path
+
+    return write
+
+
+def test_a_checkpoint_is_loaded_with_its_averaged_weights(tiny_model_dir, checkpoint, light):
+    found = load_adapter(checkpoint())
+    assert found.sources == Sources(str(tiny_model_dir / "base"), str(tiny_model_dir / "image_encoder"))
+    for name, weight in MSAdapter.from_pretrained(tiny_model_dir).state_dict().items():
+        assert torch.equal(found.adapter.state_dict()[name], 2 * weight), name
+
+
+def test_without_an_average_the_weights_themselves_are_taken(tiny_model_dir, checkpoint):
+    weights = MSAdapter.from_pretrained(tiny_model_dir).state_dict()
+    path = checkpoint(state_dict={f"adapter.{key}": value for key, value in weights.items()})
+    for name, weight in load_adapter(path).adapter.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_a_checkpoint_that_is_replaced_keeps_what_was_loaded(checkpoint):
+    path = checkpoint()
+    adapter = load_adapter(path).adapter
+    before = {name: weight.clone() for name, weight in adapter.state_dict().items()}
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert all(torch.equal(weight, before[name]) for name, weight in adapter.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter_config": None}, r"no checkpoint of an adapter, for it has no adapter_config: give one"),
+        ({"state_dict": None}, r"it has no state_dict"),
+        ({"state_dict": {"unet.weight": torch.ones(1)}}, r"no weights of an adapter, but \['unet\.weight'\]"),
+        ({"state_dict": {"adapter.layers.x.to_k.weight": torch.ones(2, 2)}}, r"missing \["),
+        ({"adapter_config": '{"schema": "other/1"}'}, r"adapter_config in .*last\.ckpt has schema 'other/1'"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_told(checkpoint, changes, message):
+    with pytest.raises(WeightsError, match=message):
+        load_adapter(checkpoint(**changes))
+
+
+def test_a_file_that_is_no_checkpoint_is_told(tmp_path):
+    with pytest.raises(WeightsError, match=r"no such file: .*none\.ckpt"):
+        load_adapter(tmp_path / "none.ckpt")
+    path = tmp_path / "text.ckpt"
+    path.write_text("not a checkpoint")
+    with pytest.raises(WeightsError, match=r"text\.ckpt is no checkpoint that can be read"):
+        load_adapter(path)
+    torch.save([1, 2], path)
+    with pytest.raises(WeightsError, match="it has no state_dict"):
+        load_adapter(path)
+
+
+def test_a_malicious_checkpoint_never_runs(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "broken_into"), "w"))
+
+    torch.save({"state_dict": Malicious()}, tmp_path / "evil.ckpt")
+    with pytest.raises(WeightsError, match=r"evil\.ckpt is no checkpoint that can be read: it is a pickle"):
+        load_adapter(tmp_path / "evil.ckpt")
+    assert not (tmp_path / "broken_into").exists()
+
+
+def test_settings_of_the_official_file_are_refused_for_a_checkpoint(checkpoint):
+    with pytest.raises(RequestError, match="head_width is for the official"):
+        load_adapter(checkpoint(), head_width=16)
+
+
+def test_of_a_run_the_best_adapter_is_taken_then_the_newest_then_a_checkpoint(tiny_model_dir, checkpoint, tmp_path):
+    run = tmp_path / "run"
+    last = checkpoint("run/checkpoints/last.ckpt")
+    assert find_adapter(run) == last
+    best = checkpoint("run/checkpoints/best.ckpt")
+    assert find_adapter(run) == best
+    for folder in ("adapter", "best"):
+        MSAdapter.from_pretrained(tiny_model_dir).save_pretrained(run / folder)
+        assert find_adapter(run) == run / folder
+    # a folder that is an adapter is not searched for another one
+    MSAdapter.from_pretrained(tiny_model_dir).save_pretrained(run)
+    assert find_adapter(run) == run

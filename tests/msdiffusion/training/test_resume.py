@@ -1,0 +1,121 @@
+"""A run that was killed and resumed ends exactly as one that never was: bit for bit, on a CPU with one thread."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROGRAM = Path(__file__).with_name("resume_program.py")
+
+
+@pytest.fixture
+def runs(tiny_model_dir, pairs_dir, tmp_path):
+    """Function: a list of runs and what the plan has besides -> their exit codes."""
+
+    def start(runs, **plan):
+        runs = [{**one, "root": str(tmp_path / one["root"])} for one in runs]
+        path = tmp_path / "plan.json"
+        path.write_text(json.dumps({"model": str(tiny_model_dir), "pairs": str(pairs_dir), "runs": runs, **plan}))
+        done = subprocess.run(
+            [sys.executable, str(PROGRAM), str(path)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1].removeprefix("codes: ")), done.stderr
+
+    return start
+
+
+def state(root):
+    return torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_equal(one, other, name=""):
+    """Nested, tensors bit for bit."""
+    assert type(one) is type(other), name
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), name
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), name
+        for key in one:
+            assert_equal(one[key], other[key], f"{name}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), name
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_equal(*pair, f"{name}/{index}")
+    else:
+        assert one == other, name
+
+
+def validations(root):
+    """Step to what its validation said; where it was done twice, both said the same."""
+    found = {}
+    for line in (root / "metrics.jsonl").read_text().splitlines():
+        step, values = json.loads(line)
+        assert found.setdefault(step, values) == values, f"validation of step {step}"
+    return found
+
+
+def assert_same_run(whole, resumed):
+    expected, found = state(whole), state(resumed)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "callbacks",
+                 "PairsDataModule", "hyper_parameters", "adapter_config"):  # fmt: skip
+        assert_equal(expected[part], found[part], part)
+    assert any(name.startswith("averaged.") for name in found["state_dict"])
+    best = [torch.load(root / "checkpoints" / "best.ckpt", weights_only=True) for root in (whole, resumed)]
+    assert best[0]["global_step"] == best[1]["global_step"]
+    assert_equal(best[0]["state_dict"], best[1]["state_dict"], "best")
+    assert validations(whole) == validations(resumed)
+    pictures = sorted(path.name for path in (whole / "pictures").iterdir())
+    assert len(pictures) > 2
+    assert pictures == sorted(path.name for path in (resumed / "pictures").iterdir())
+    for name in pictures:
+        assert (whole / "pictures" / name).read_bytes() == (resumed / "pictures" / name).read_bytes(), name
+
+
+KILLED = -signal.SIGKILL
+PLACES = {"backward": 24, "step": 12, "batch end": 24, "validation": 8, "saving": 6}
+"""Where a run may be killed, and how often it comes by in 12 steps of two batches."""
+
+
+def places(seed, count):
+    """``count`` kills, at random places of a run; the later ones come by as often at most as the run has left."""
+    rng = random.Random(seed)
+    kills = []
+    for number in range(count):
+        where = rng.choice(sorted(PLACES))
+        kills.append([where, rng.randint(1, max(1, PLACES[where] // (number + 1)))])
+    return kills
+
+
+@pytest.mark.slow
+def test_a_killed_run_that_is_resumed_ends_like_one_that_never_was(runs, tmp_path):
+    """At random places, in the middle of epochs, of accumulations, of validations, and of writing a checkpoint."""
+    seeds = range(3)
+    plan = [{"root": "whole"}]
+    for seed in seeds:
+        first, second = places(seed, 2)
+        plan += [
+            {"root": f"run{seed}", "kill": first, "resume": False},
+            {"root": f"run{seed}", "kill": second, "resume": True, "seed": 5},
+            {"root": f"run{seed}", "resume": True, "seed": 6},
+        ]
+    codes, errors = runs(plan)
+    assert codes[0] == 0, errors
+    for seed in seeds:
+        first, second, last = codes[1 + 3 * seed : 4 + 3 * seed]
+        assert first == KILLED, (seed, errors)
+        assert second in (KILLED, 0), (seed, errors)
+        assert last == 0, (seed, errors)
+    assert KILLED in codes[2::3]
+    for seed in seeds:
+        assert_same_run(tmp_path / "whole", tmp_path / f"run{seed}")
