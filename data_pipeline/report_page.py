@@ -226,11 +226,12 @@ def page(
     their picture, where there is one. examples: stage and reason to a few lines of rejected.jsonl.
     """
     rejected = tally.videos - tally.kept_videos
+    name, one = ("Import", "items") if "importer" in build else ("Mining", "videos")
     parts = [
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Mining report</title>',
-        f"<style>{STYLE}</style><h1>Mining report</h1>",
-        f"<p>{tally.videos:,} videos gave {tally.samples:,} samples with {tally.subjects:,} subjects; "
-        f"{rejected:,} videos were rejected (all in <code>rejected.jsonl</code>).</p>",
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name} report</title>',
+        f"<style>{STYLE}</style><h1>{name} report</h1>",
+        f"<p>{tally.videos:,} {one} gave {tally.samples:,} samples with {tally.subjects:,} subjects; "
+        f"{rejected:,} {one} were rejected (all in <code>rejected.jsonl</code>).</p>",
         "<h2>Funnel</h2>",
         funnel(tally, notes.get("seconds", {})),
     ]
@@ -248,12 +249,12 @@ def page(
         "kept": "Kept: the reference cut-outs, and the target with its boxes and masks",
         "rejected": "Rejected: reference and target frame, with what had been found in them",
     }
-    for name, source in sheets.items():
-        parts.append(f'<h2>{titles[name]}</h2><img src="{source}" alt="Contact sheet of {name} clips">')
+    for sheet, source in sheets.items():
+        parts.append(f'<h2>{titles[sheet]}</h2><img src="{source}" alt="Contact sheet of {sheet} clips">')
     if rejected and "rejected" not in sheets:
         parts.append("<p><small>Of the rejected clips there are no pictures: no frame had been decoded.</small></p>")
     if examples:
-        parts.append("<h2>Examples of rejected videos</h2>")
+        parts.append(f"<h2>Examples of rejected {one}</h2>")
     for (stage, reason), entries in examples.items():
         rows = [
             (escape(printable(entry["video"])), f"<code>{escape(printable(_short(entry['evidence'])))}</code>")

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -133,6 +133,12 @@ def unit_of_boxes(item: ImportItem) -> str:
     return "fractions" if numbers and all(0 <= number <= 1 for number in numbers) else ""
 
 
+def _fields(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, ImportItem | ImportSubject | Broken):
+        return vars(value)
+    raise TypeError(f"a {type(value).__name__}")
+
+
 def _printable(name: str) -> str:
     try:
         return readable_name(name) or "item"
@@ -161,9 +167,9 @@ class Spool:
 
     def add(self, item: ImportItem | Broken) -> None:
         """Writes one item down."""
-        content: Mapping[str, Any] = {"broken": asdict(item)} if isinstance(item, Broken) else asdict(item)
-        try:
-            line = json.dumps(content, separators=(",", ":")).encode()
+        content = {"broken": item} if isinstance(item, Broken) else item
+        try:  # vars() and not asdict(), which would copy every number of a mask
+            line = json.dumps(content, separators=(",", ":"), default=_fields).encode()
         except (TypeError, ValueError) as error:
             name = item.name if isinstance(item, Broken) else item.target
             self.add(Broken(name=name, reason=UNREADABLE, evidence={"error": f"not to be written as json: {error}"}))
