@@ -1,7 +1,7 @@
 """Training in two CPU processes (gloo): the same weights as one process with twice the batch, and what may go wrong.
 
-This file is its own program, too: ``torchrun --nproc-per-node 2 test_distributed.py FOLDER MODEL PAIRS HELD_OUT`` runs
-``session`` in both processes, all experiments one after the other, because starting costs more than training here.
+This file is its own program, too: ``torchrun --nproc-per-node 2 test_distributed.py EXPERIMENT FOLDER MODEL PAIRS
+HELD_OUT``. ``session`` runs all that need no process of their own, because starting costs more than training here.
 """
 
 import json
@@ -23,6 +23,8 @@ RESAMPLER = {"width": 32, "depth": 1, "heads": 2, "head_width": 16}
 GLOBAL_BATCH = 4
 EPOCHS, BATCHES = 2, 6
 """24 pairs to train on: six batches in each epoch."""
+CLIP = 0.01
+"""Less than the norm of any gradient here, so that every one is clipped."""
 INTERRUPTION = 8
 """After so many steps a checkpoint is written: in the middle of the second epoch."""
 
@@ -32,7 +34,11 @@ class Recorder(pl.Callback):
 
     def __init__(self, folder, name):
         self.folder, self.name = folder, name
-        self.seen, self.validations = [], []
+        self.seen, self.validations, self.norms = [], [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in pl_module.adapter.parameters() if p.grad is not None])
+        self.norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.seen.append([trainer.current_epoch, batch_idx, batch.keys, batch.numbers.tolist()])
@@ -51,6 +57,7 @@ class Recorder(pl.Callback):
         record = {
             "seen": self.seen,
             "validations": self.validations,
+            "norms": self.norms,
             "shapes": {name: [list(p.shape), list(parameters[name].shape)] for name, p in pl_module.named_parameters()},
             "unet": [is_sharded(pl_module.backbone.unet), sum(_local_size(p) for p in _unet_parameters(pl_module))],
             "optimizer": sum(_local_size(s["exp_avg"]) for s in trainer.optimizers[0].state.values()),
@@ -66,21 +73,22 @@ def _local_size(tensor):
     return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()
 
 
-def fit(folder, name, model, pairs, held_out, *, strategy, processes, workers=0, resume=None, callbacks=()):
+def fit(folder, name, model, pairs, held_out, *, strategy, processes, workers=0, resume=None, **settings):
     """A run of two epochs with everything on that could differ between processes."""
     pl.seed_everything(0, verbose=False)
+    batch_size = GLOBAL_BATCH // processes // settings.get("accumulate_grad_batches", 1)
     module = MSDiffusionModule(
         f"{model}/base", f"{model}/image_encoder", resampler=RESAMPLER, learning_rate=1e-3, ema_decay=0.9
     )
     data = PairsDataModule(
-        str(pairs), 32, validation_pairs=str(held_out), batch_size=GLOBAL_BATCH // processes, max_subjects=2,
+        str(pairs), 32, validation_pairs=str(held_out), batch_size=batch_size, max_subjects=2,
         crop="random", flip_probability=0.5, num_workers=workers,
     )  # fmt: skip
     trainer = pl.Trainer(
-        accelerator="cpu", strategy=strategy, devices=processes, max_epochs=EPOCHS, gradient_clip_val=0.5,
-        default_root_dir=folder, callbacks=[*callbacks, Recorder(folder, name)],
+        accelerator="cpu", strategy=strategy, devices=processes, max_epochs=EPOCHS, gradient_clip_val=CLIP,
+        default_root_dir=folder, callbacks=[Recorder(folder, name)],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=0, **settings,
     )  # fmt: skip
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=None if resume is None else True)
     return module
@@ -99,15 +107,20 @@ def session(folder, *places):
     fit(folder, "all_sharded", *places, strategy=ShardedAdapter(shard_unet=True), **two)
 
 
-def torchrun(*arguments, timeout=500):
-    """Two processes on this machine; they have OMP_NUM_THREADS=1 from torchrun itself."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=_environment())
+def spawned(folder, *places):
+    """Processes that Lightning makes itself."""
+    fit(Path(folder), "spawned", *places, strategy="ddp_spawn", processes=2)
 
 
-def _environment():
-    # found without being installed, from wherever the tests run
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+EXPERIMENTS = {"session": session, "spawned": spawned}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def run(*command):
+    """A command that must succeed; the package is found without being installed, from wherever the tests run."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +129,8 @@ def runs(tmp_path_factory, tiny_model_dir, pairs_dir, few_pairs_dir):
     folder = tmp_path_factory.mktemp("runs")
     places = (tiny_model_dir, pairs_dir, few_pairs_dir)
     fit(folder, "one", *places, strategy="auto", processes=1)
-    done = torchrun(__file__, str(folder), *map(str, places))
-    assert done.returncode == 0, done.stderr[-4000:]
+    run(*TORCHRUN, __file__, "session", str(folder), *map(str, places))
+    run(sys.executable, __file__, "spawned", str(folder), *map(str, places))
     return folder
 
 
@@ -140,7 +153,7 @@ def assert_same_state(ours, theirs, **tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "ddp_resumed", "sharded", "sharded_resumed", "all_sharded"])
+@pytest.mark.parametrize("name", ["ddp", "spawned", "ddp_resumed", "sharded", "sharded_resumed", "all_sharded"])
 def test_two_processes_equal_one_with_twice_the_batch(runs, name):
     one, two = checkpoint(runs, "one"), checkpoint(runs, name)
     assert any(key.startswith("averaged.") for key in one["state_dict"])
@@ -148,6 +161,9 @@ def test_two_processes_equal_one_with_twice_the_batch(runs, name):
     validations = record(runs, "one")["validations"]
     ours = record(runs, name)["validations"]
     assert ours == pytest.approx(validations[-len(ours) :], rel=1e-5)
+    norms, ours = record(runs, "one")["norms"], record(runs, name, 1)["norms"]
+    assert ours == pytest.approx(norms[-len(ours) :], rel=1e-4)
+    assert min(ours) > CLIP
 
 
 @pytest.mark.slow
@@ -209,6 +225,13 @@ def test_one_process_goes_on_where_two_stopped(runs, start, tmp_path, tiny_model
 
 
 @pytest.mark.slow
+def test_accumulated_gradients_equal_a_larger_batch(runs, tmp_path, tiny_model_dir, pairs_dir, few_pairs_dir):
+    places = (tiny_model_dir, pairs_dir, few_pairs_dir)
+    fit(tmp_path, "small", *places, strategy="auto", processes=1, accumulate_grad_batches=2)
+    assert_same_state(checkpoint(tmp_path, "small"), checkpoint(runs, "one"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_each_process_holds_its_part_alone(runs):
     parts = [record(runs, "sharded", rank) for rank in (0, 1)]
     names = parts[0]["shapes"].keys()
@@ -248,4 +271,4 @@ def test_a_sharded_run_leaves_an_adapter(runs, tiny_model_dir):
 
 
 if __name__ == "__main__":
-    session(*sys.argv[1:])
+    EXPERIMENTS[sys.argv[1]](*sys.argv[2:])
