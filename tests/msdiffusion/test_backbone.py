@@ -132,6 +132,38 @@ def test_latent_statistics_of_the_config_are_used(backbone):
         backbone.vae.register_to_config(latents_mean=None, latents_std=None)
 
 
+@pytest.mark.parametrize("statistics", [(None, None), ([1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0])])
+def test_the_posterior_is_what_is_sampled(backbone, statistics):
+    pixels = torch.rand(2, 3, 32, 48) * 2 - 1
+    backbone.vae.register_to_config(latents_mean=statistics[0], latents_std=statistics[1])
+    try:
+        mean, deviation = backbone.latent_posterior(pixels)
+        assert mean.dtype == deviation.dtype == torch.float32
+        assert mean.shape == deviation.shape == (2, *backbone.latent_shape(32, 48)) == (2, 4, 16, 24)
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+        sampled = backbone.encode_pictures(pixels, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(mean + deviation * noise, sampled)
+    finally:
+        backbone.vae.register_to_config(latents_mean=None, latents_std=None)
+
+
+def test_an_autoencoder_with_one_answer_has_no_deviation(backbone, monkeypatch):
+    from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
+
+    monkeypatch.setattr(backbone.pipeline, "vae", PixelUnshuffleAutoencoder())
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    mean, deviation = backbone.latent_posterior(pixels)
+    assert deviation is None
+    assert torch.equal(mean, backbone.encode_pictures(pixels))
+    assert mean.shape[1:] == backbone.latent_shape(16, 16)
+
+
+@pytest.mark.parametrize("size", [(33, 32), (32, 33), (0, 32)])
+def test_pictures_that_have_no_latents_are_refused(backbone, size):
+    with pytest.raises(RequestError, match=rf"{size[0]} x {size[1]} pixels .* multiples of 2 for this base"):
+        backbone.latent_shape(*size)
+
+
 def test_an_autoencoder_that_overflows_is_upcast_for_the_moment(backbone):
     backbone.vae.register_to_config(force_upcast=True)
     backbone.vae.to(torch.float16)
