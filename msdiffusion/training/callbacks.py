@@ -5,12 +5,14 @@ from msdiffusion.training.failures import FailureGuard
 from msdiffusion.training.local_sgd import WeightAveraging
 from msdiffusion.training.pictures import PredictionPictures, ValidationPictures
 from msdiffusion.training.progress import RunProgress
+from msdiffusion.training.run_curves import RunCurves
 
 __all__ = [
     "AdapterExport",
     "FailureGuard",
     "PredictionPictures",
     "RunCheckpoint",
+    "RunCurves",
     "RunProgress",
     "ValidationPictures",
     "WeightAveraging",

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -19,6 +20,7 @@ from msdiffusion.training.checkpoints import RunCheckpoint
 from msdiffusion.training.datamodule import PairsDataModule
 from msdiffusion.training.module import MSDiffusionModule
 from msdiffusion.training.pictures import ValidationPictures
+from msdiffusion.training.run_curves import RunCurves
 
 MODULE = {
     "resampler": {"width": 32, "depth": 1, "heads": 2, "head_width": 16},
@@ -43,7 +45,8 @@ DATA = {
     "box_jitter": 0.1,
     "reference_augmentation": 0.5,
 }
-TRAINER = {"max_steps": 12, "accumulate_grad_batches": 2, "val_check_interval": 5, "gradient_clip_val": 1.0}
+TRAINER = {"max_steps": 12, "accumulate_grad_batches": 2, "val_check_interval": 5, "gradient_clip_val": 1.0,
+           "log_every_n_steps": 1}  # fmt: skip
 
 
 class Record(pl.Callback):
@@ -51,7 +54,7 @@ class Record(pl.Callback):
 
     def on_validation_end(self, trainer, module):
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if "validation" in name}
-        with open(os.path.join(trainer.default_root_dir, "metrics.jsonl"), "a") as file:
+        with Path(trainer.default_root_dir, "metrics.jsonl").open("a") as file:
             file.write(json.dumps([trainer.global_step, values]) + "\n")
 
 
@@ -85,11 +88,11 @@ class Kill(pl.Callback):
 
 def run(plan, one):
     torch.set_num_threads(1)
-    there = os.path.exists(os.path.join(one["root"], "checkpoints", "last.ckpt"))
+    there = Path(one["root"], "checkpoints", "last.ckpt").exists()
     # nothing but the first weights may depend on torch's own generators
     pl.seed_everything(one.get("seed", 0) if there else 0, verbose=False)
-    os.makedirs(one["root"], exist_ok=True)
-    callbacks = [ValidationPictures(every_n_steps=4, count=1, num_steps=1), Record()]
+    Path(one["root"]).mkdir(exist_ok=True)
+    callbacks = [ValidationPictures(every_n_steps=4, count=1, num_steps=1), RunCurves(), Record()]
     if one.get("kill"):
         callbacks.append(Kill(*one["kill"]))
     callbacks.append(RunCheckpoint(every_n_steps=plan.get("every_n_steps", 2)))
@@ -107,8 +110,7 @@ def run(plan, one):
 
 
 def main(path):
-    with open(path) as file:
-        plan = json.load(file)
+    plan = json.loads(Path(path).read_text())
     codes = []
     for one in plan["runs"]:
         child = os.fork()

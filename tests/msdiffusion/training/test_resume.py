@@ -75,8 +75,9 @@ def assert_same_run(whole, resumed):
     assert best[0]["global_step"] == best[1]["global_step"]
     assert_equal(best[0]["state_dict"], best[1]["state_dict"], "best")
     assert validations(whole) == validations(resumed)
+    assert (whole / "metrics.csv").read_bytes() == (resumed / "metrics.csv").read_bytes()
     pictures = sorted(path.name for path in (whole / "pictures").iterdir())
-    assert len(pictures) > 2
+    assert len(pictures) >= 2
     assert pictures == sorted(path.name for path in (resumed / "pictures").iterdir())
     for name in pictures:
         assert (whole / "pictures" / name).read_bytes() == (resumed / "pictures" / name).read_bytes(), name
@@ -119,3 +120,21 @@ def test_a_killed_run_that_is_resumed_ends_like_one_that_never_was(runs, tmp_pat
     assert KILLED in codes[2::3]
     for seed in seeds:
         assert_same_run(tmp_path / "whole", tmp_path / f"run{seed}")
+
+
+@pytest.mark.slow
+def test_so_it_is_with_kept_encodings_and_loading_processes(runs, tmp_path):
+    """Checkpoints at every step, also those that are validated; the encodings that were kept are asked for anew."""
+    kills = {"kept": ["validation", 4], "early": ["saving", 3], "late": ["batch end", 9]}
+    plan = [{"root": "whole"}]
+    for root, kill in kills.items():
+        plan += [{"root": root, "kill": kill}, {"root": root, "resume": True, "seed": 4, "data": {"num_workers": 2}}]
+    codes, errors = runs(
+        plan,
+        every_n_steps=1,
+        module={"cache_encodings": True},
+        trainer={"max_steps": 6, "val_check_interval": 4},
+    )
+    assert codes == [0, *[KILLED, 0] * len(kills)], errors
+    for root in kills:
+        assert_same_run(tmp_path / "whole", tmp_path / root)
