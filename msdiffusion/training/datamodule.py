@@ -256,6 +256,11 @@ class PairsDataModule(pl.LightningDataModule):
             )
         return plan
 
+    def teardown(self, stage: str | None = None) -> None:
+        """Close the shards; reading opens them again."""
+        for catalogue in self.catalogues():
+            catalogue.close()
+
     def validation_samples(self, count: int) -> list[TrainingSample]:
         """The first ``count`` validation pairs, the same every time, with pictures; fewer where there are fewer."""
         return [self.validation[i] for i in range(min(count, len(self.validation)))]

@@ -9,10 +9,14 @@ data is what counts, and Lightning is told.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from msdiffusion.errors import RequestError
 
 if TYPE_CHECKING:
     from pytorch_lightning.loops import _FitLoop
+
+ANEW = "Start a new run from its weights: without --ckpt_path, with --model.init_args.adapter DIRECTORY"
 
 
 @dataclass
@@ -70,3 +74,31 @@ def tell_lightning(fit_loop: _FitLoop, place: Place) -> None:
         for count in (epochs.current, epochs.total):
             count.completed = count.processed
         fit_loop.epoch_loop.restarting = False  # so that it begins an epoch, with all its counts at 0
+
+
+def resumed_place(state: dict[str, Any], identity: dict[str, Any], fit_loop: _FitLoop) -> Place:
+    """The place that a checkpoint names; Lightning is told.
+
+    Args:
+        state: "epoch", "batch", and "data": what they are a place in. Empty where the checkpoint names none.
+        identity: of the data of this run.
+        fit_loop: of a trainer that has read the checkpoint, but has not begun.
+
+    Raises:
+        RequestError: if there is no place, or the data are others than those of the checkpoint.
+    """
+    if not state:
+        raise RequestError(
+            f"the checkpoint does not say how far it came in its data, so nothing can go on from it. {ANEW}"
+        )
+    theirs = state["data"]
+    differing = [name for name in identity if identity[name] != theirs.get(name)]
+    if differing:
+        told = "; ".join(f"{name}: {theirs.get(name)} then, {identity[name]} now" for name in differing)
+        raise RequestError(
+            f"the checkpoint was written with other data, so there is no place in these to go on from ({told}). "
+            f"Resume with the same data. Or: {ANEW}"
+        )
+    place = Place(state["epoch"], state["batch"], state["batch"])
+    tell_lightning(fit_loop, place)
+    return place

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -163,6 +164,17 @@ class EpochPlan:
             return {}
         counts = np.bincount(np.concatenate([self.buckets[dataset.indices] for dataset in self.datasets]))
         return {int(bucket): int(n) for bucket, n in enumerate(counts) if 0 < n < self.global_batch}
+
+    def identity(self) -> dict[str, Any]:
+        """What the order follows from, but for the names of the pairs: as JSON knows it."""
+        return {
+            "pairs and weight of each dataset": [[len(dataset), float(dataset.weight)] for dataset in self.datasets],
+            "samples of a batch of all processes": self.global_batch,
+            "lanes": self.lanes,
+            "shuffle_buffer": self.shuffle_buffer,
+            "pairs of each picture size": None if self.buckets is None else np.bincount(self.buckets).tolist(),
+            "seed": self.seed,
+        }
 
     def rows_before(self, dataset: int, epoch: int) -> int:
         """Rows that a dataset of a mixture has had in all epochs before this one."""
