@@ -218,7 +218,9 @@ class MSDiffusionModule(pl.LightningModule):
             weight_decay=hparams.weight_decay,
             fused=hparams.fused,
         )
-        total_steps = self.trainer.estimated_stepping_batches
+        # only where it matters: to count the steps of an epoch Lightning makes the loader, before a resumed run knows
+        # its place
+        total_steps = math.inf if hparams.decay == "none" else self.trainer.estimated_stepping_batches
         if hparams.decay != "none" and math.isinf(total_steps):
             raise RequestError(
                 f"decay={hparams.decay!r} needs to know where the run ends: give trainer.max_steps or "
@@ -356,7 +358,8 @@ class MSDiffusionModule(pl.LightningModule):
             no_grounding: bool (B,), see ``DropRates``; None for none.
             layout: looks on in the attention layers; None for nobody.
         """
-        condition = make_condition(adapter, inputs, no_grounding)
+        # said outright: a batch filled up with repetitions may look like one with guidance
+        condition = make_condition(adapter, inputs, no_grounding, guidance=False)
         dtype = self.backbone.unet.dtype
         prediction = self.backbone.unet(
             self.schedule.noisy(inputs.latents, noise, timesteps).to(dtype),
