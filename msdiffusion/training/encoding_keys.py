@@ -57,7 +57,7 @@ class PartKey:
         theirs, found = manifest.get("models", {}), []
         for name in sorted({*self.models, *theirs}):
             if self.models.get(name) != theirs.get(name):
-                found.append(f"it was made with another {name}")
+                found.append(f"it was made with another {name}, or the same in another precision")
         theirs = manifest.get("settings", {})
         for name in sorted({*self.settings, *theirs}):
             if self.settings.get(name) != theirs.get(name):

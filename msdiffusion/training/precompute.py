@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,8 @@ def load_run(config: str, arguments: Sequence[str], device: str) -> tuple[PairsD
     from msdiffusion.training.datamodule import PairsDataModule
     from msdiffusion.training.module import MSDiffusionModule
 
+    # the command line is ours, and given as a list
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     alone = ["--trainer.devices", "1", "--trainer.num_nodes", "1", "--trainer.strategy", "auto"]
     cli = LightningCLI(
         pl.LightningModule,
