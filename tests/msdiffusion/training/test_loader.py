@@ -1,0 +1,266 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from msdiffusion.errors import DataError
+from msdiffusion.training.augmentation import Augmentation
+from msdiffusion.training.catalogue import read_catalogue
+from msdiffusion.training.collation import PairsCollator
+from msdiffusion.training.dataset import PairsDataset
+from msdiffusion.training.loader import FixedSampler, PairsLoader, PlanSampler
+from msdiffusion.training.mixture import Mixture
+from msdiffusion.training.place import Place
+from msdiffusion.training.plan import EpochPlan, PlannedDataset, padded_order
+
+BOX = [(0.1, 0.1, 0.9, 0.9)]
+
+
+def no_pixels(pictures):
+    """Stands in for the image encoder's preprocessing."""
+    return torch.zeros(len(pictures), 3, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def pairs(pairs_dir):
+    return Mixture([read_catalogue(str(pairs_dir))])
+
+
+@pytest.fixture(scope="module")
+def dataset(pairs):
+    return PairsDataset(pairs, np.arange(24), np.array([[16, 16]]), 2, augmentation=Augmentation())
+
+
+@pytest.fixture
+def plan(pairs):
+    return EpochPlan([PlannedDataset(np.arange(24), pairs.shards)], seed=0, global_batch=4, lanes=4)
+
+
+@pytest.fixture
+def make_loader(dataset):
+    def make(sampler, data=dataset, **options):
+        collate = PairsCollator(2, no_pixels, {(16, 16): (4, 2, 2)})
+        return PairsLoader(data, sampler, options.pop("batch_size", 4), collate, **options)
+
+    return make
+
+
+def test_processes_share_every_batch_of_the_plan(plan):
+    samplers = [PlanSampler(plan, rank, 2, Place(3)) for rank in range(2)]
+    whole = list(PlanSampler(plan, 0, 1, Place(3)))
+    assert [len(sampler) for sampler in samplers] == [12, 12]
+    parts = [list(sampler) for sampler in samplers]
+    assert parts == [whole[0::2], whole[1::2]]
+    assert [number for number, _ in whole] == list(range(72, 96))
+    assert [index for _, index in whole] == plan.order(3).tolist()
+
+
+def test_a_sampler_begins_where_it_is_told_to(plan):
+    whole = list(PlanSampler(plan, 0, 1, Place()))
+    sampler = PlanSampler(plan, 0, 1, Place(0, 2, 2))
+    assert list(sampler) == whole[8:]
+    assert len(sampler) == 24, "Lightning counts whole epochs"
+
+
+def test_lightning_numbers_epochs_as_it_likes(plan):
+    sampler = PlanSampler(plan, 0, 1, Place(5, 1, 1))
+    sampler.set_epoch(0)
+    assert next(iter(sampler))[0] == 5 * 24 + 4
+    sampler.set_epoch(1)  # nothing was taken yet
+    assert next(iter(sampler))[0] == 5 * 24 + 4
+    sampler.place.taken = 6
+    sampler.set_epoch(1)  # said twice
+    assert sampler.place == Place(5, 1, 6)
+    sampler.set_epoch(2)
+    assert next(iter(sampler))[0] == 6 * 24
+
+
+def test_the_loader_counts_what_was_taken_and_not_what_was_loaded_ahead(plan, make_loader):
+    sampler = PlanSampler(plan, 0, 1, Place())
+    batches = iter(make_loader(sampler, num_workers=2, prefetch_factor=3))
+    for count in range(1, 4):
+        next(batches)
+        assert sampler.place.taken == count
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_load_the_same(plan, make_loader, workers):
+    alone, shared = (list(make_loader(PlanSampler(plan, 0, 1, Place()), num_workers=count)) for count in (0, workers))
+    assert len(alone) == len(shared) == 6
+    for one, other in zip(alone, shared, strict=True):
+        assert one.keys == other.keys
+        torch.testing.assert_close(one.targets, other.targets, rtol=0, atol=0)
+        torch.testing.assert_close(one.draws.noise, other.draws.noise, rtol=0, atol=0)
+
+
+@pytest.fixture
+def damaged(shard_writer, tmp_path):
+    """A dataset whose second pair does not decode."""
+    write_shard, make_record = shard_writer
+    shard = tmp_path / "pairs-000000.tar"
+    write_shard(shard, [(key, make_record(key, BOX, (96, 64))) for key in "abcd"])
+    content = bytearray(shard.read_bytes())
+    start = [i for i in range(len(content)) if content[i : i + 3] == b"\xff\xd8\xff"][1]
+    content[start : start + 200] = bytes(200)
+    shard.write_bytes(content)
+    return PairsDataset(Mixture([read_catalogue(str(tmp_path))]), np.arange(4), np.array([[16, 16]]), 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_pair_arrives_as_the_readers_words(damaged, make_loader, workers):
+    sampler = FixedSampler(*padded_order(np.arange(4), 1, 1), 0, 1)
+    batches = iter(make_loader(sampler, damaged, batch_size=1, num_workers=workers))
+    assert next(batches).keys == ["a"]
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    assert "'b'" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_validation_is_shared_and_padded(make_loader, pairs):
+    data = PairsDataset(pairs, np.arange(9), np.array([[16, 16]]), 2)
+    numbers, indices = padded_order(np.arange(9), 2, 2)
+    loaders = [make_loader(FixedSampler(numbers, indices, rank, 2), data, batch_size=2) for rank in range(2)]
+    batches = [list(loader) for loader in loaders]
+    assert [[len(batch) for batch in part] for part in batches] == [[2, 2, 1], [2, 2, 1]]
+    seen = [
+        (number, key)
+        for part in batches for batch in part
+        for number, key, weight in zip(batch.numbers.tolist(), batch.keys, batch.weights.tolist(), strict=True)
+        if weight
+    ]  # fmt: skip
+    assert sorted(seen) == [(i, f"clip_{i:06d}") for i in range(9)]
+    for _ in range(2):  # every time the same
+        assert [batch.keys for batch in loaders[0]] == [batch.keys for batch in batches[0]]
+
+
+def test_nobody_elses_random_numbers_depend_on_loading(plan, make_loader):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    for _ in make_loader(PlanSampler(plan, 0, 1, Place()), num_workers=1):
+        pass
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+def test_shards_are_asked_for_ahead(plan, make_loader, pairs, monkeypatch):
+    asked = []
+    monkeypatch.setattr(PairsLoader, "PREFETCH", 8)
+    monkeypatch.setattr(pairs.catalogues[0], "prefetch", lambda part: asked.append(part.tolist()))
+    order = plan.order(0).tolist()
+    for taken, _ in enumerate(make_loader(PlanSampler(plan, 0, 1, Place())), start=1):
+        # what comes next was asked for before it is needed
+        assert set(order[4 * taken : 4 * taken + 8]) <= set(asked[-1])
+    asked.clear()
+    next(iter(make_loader(PlanSampler(plan, 1, 2, Place(0, 2, 2)), batch_size=2)))
+    assert asked == [order[9::2]]
+
+
+PROGRAM = """
+import json, sys
+import pytorch_lightning as pl, torch
+from msdiffusion.training.datamodule import PairsDataModule
+from msdiffusion.training.loader import PairsLoader
+
+class Recorder(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen, self.validated = [], []
+    def prepare_references(self, pictures):
+        return torch.zeros(len(pictures), 3, 2, 2)
+    def latent_shape(self, height, width):
+        return 4, height // 8, width // 8
+    def training_step(self, batch, batch_index):
+        self.seen.append([batch.numbers.tolist(), batch.keys, batch.draws.timestep.tolist()])
+        return self.weight.sum()
+    def validation_step(self, batch, batch_index):
+        self.validated.append([batch.numbers.tolist(), batch.weights.tolist(), batch.draws.timestep.tolist()])
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+class Note(pl.Callback):
+    def on_train_end(self, trainer, module):
+        trainer.save_checkpoint(options["out"] + ".ckpt")
+        with open(f"{options['out']}-{trainer.global_rank}.json", "w") as file:
+            json.dump([module.seen, module.validated], file)
+
+if __name__ == "__main__":
+    options = json.loads(sys.argv[1])
+    for run in options["runs"]:
+        options["out"] = run["out"]
+        trainer = pl.Trainer(
+            accelerator="cpu", strategy=run["strategy"], devices=run["processes"], max_steps=run["steps"], logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+            callbacks=[Note()], check_val_every_n_epoch=None, val_check_interval=run["steps"],
+            limit_val_batches=run.get("validation"),
+        )
+        data = PairsDataModule(
+            options["pairs"], 16, batch_size=4 // run["processes"], validation_fraction=0.3, encodings="off",
+            num_workers=run["workers"], worker_start=run["start"],
+        )
+        module = Recorder()
+        trainer.fit(module, data, ckpt_path=run.get("resume"))
+"""
+
+
+@pytest.fixture
+def run_program(tmp_path, pairs_dir):
+    """Function: runs -> for each, what its processes saw: [(seen, validated) per process]."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def start(*runs):
+        for name, run in enumerate(runs):
+            run |= {"out": str(tmp_path / str(name))}
+            if "resume" in run:
+                run["resume"] = str(tmp_path / run["resume"])
+        done = subprocess.run(
+            [sys.executable, "program.py", json.dumps({"pairs": str(pairs_dir), "runs": runs})],
+            cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return [
+            [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(run["processes"])]
+            for name, run in enumerate(runs)
+        ]
+
+    return start
+
+
+def together(processes, which=0):
+    """Batches of all processes together, samples in the order of their numbers."""
+    batches = []
+    for parts in zip(*[process[which] for process in processes], strict=True):
+        rows = [row for part in parts for row in zip(*part, strict=True)]
+        batches.append(sorted(rows))
+    return batches
+
+
+@pytest.mark.slow
+def test_two_processes_see_what_one_sees_also_when_resumed(run_program):
+    one = {"strategy": "auto", "processes": 1, "workers": 0, "start": None}
+    two = {"strategy": "ddp_fork", "processes": 2, "workers": 1, "start": None}
+    whole, doubled, first, second, third = run_program(
+        one | {"steps": 10},
+        two | {"steps": 10},
+        two | {"steps": 3},
+        two | {"steps": 7, "resume": "2.ckpt"},
+        one | {"steps": 10, "resume": "3.ckpt"},  # the rest alone, with batches of twice the size
+    )
+    assert together(doubled) == together(whole)
+    assert together(first) + together(second) + together(third) == together(whole)
+    counted = [row for batch in together(doubled, 1) for row in batch if row[1] == 1]
+    assert sorted(counted) == sorted(row for batch in together(whole, 1) for row in batch)
+    assert len({len(process[1]) for process in doubled}) == 1
+
+
+@pytest.mark.slow
+def test_workers_may_be_spawned(run_program):
+    base = {"strategy": "auto", "processes": 1, "steps": 3, "validation": 0}
+    plain, spawned = run_program(base | {"workers": 0, "start": None}, base | {"workers": 1, "start": "spawn"})
+    assert spawned == plain
