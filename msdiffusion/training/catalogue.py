@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from msdiffusion.errors import DataError, MSDiffusionError
+from msdiffusion.errors import DataError, MSDiffusionError, RequestError
 from msdiffusion.training.columns import Columns, bar, from_headers, from_index, open_file, open_shard
 from msdiffusion.training.damage import known_damage, verify, write_damage
 from msdiffusion.training.remote import ShardCache
@@ -135,13 +135,15 @@ class Catalogue:
         nothing is fetched only to ask.
 
         Raises:
+            RequestError: if ``limit`` is below 1.
             DataError: if a record cannot be read.
         """
+        if limit < 1:
+            raise RequestError(f"limit must be at least 1, got {limit}")
         known = int(self.shard_sizes[0]) if self.shards[0].file.is_remote else len(self)
         rows = np.unique(np.linspace(0, known - 1, min(limit, known)).round().astype(np.int64))
-        records = [self.record(int(row)) for row in rows]
-        marked = [bool((record.get("source") or {}).get("single_frame")) for record in records]
-        return sum(marked) / len(marked)
+        sources = [self.record(int(row)).get("source") for row in rows]
+        return sum(isinstance(source, dict) and source.get("single_frame") is True for source in sources) / len(rows)
 
     def close(self) -> None:
         """Close the files that are open; reading opens them again."""

@@ -175,11 +175,14 @@ def listed(folder: str, ending: str = ".tar") -> list[DataFile]:
 
     Raises:
         FileNotFoundError: if there is no such folder, or the server does not list it.
-        DataError: if the server does not answer.
+        DataError: if the folder cannot be read or the server does not answer.
     """
     if not is_remote(folder):
-        with os.scandir(local_path(folder)) as entries:
-            found = [DataFile(e.path, e.stat().st_size) for e in entries if e.name.endswith(ending) and e.is_file()]
+        try:
+            with os.scandir(local_path(folder)) as entries:
+                found = [DataFile(e.path, e.stat().st_size) for e in entries if e.name.endswith(ending) and e.is_file()]
+        except (PermissionError, NotADirectoryError) as error:
+            raise DataError(f"{folder} cannot be read: {error}") from error
     else:
         system, path = filesystem(folder)
         found = [

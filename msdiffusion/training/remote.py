@@ -76,16 +76,20 @@ class ShardCache:
         """A file for reading at any position, fetched first where it is not here.
 
         Raises:
-            DataError: if it cannot be fetched, or is not what the dataset says it is; the message names the place.
+            DataError: if it cannot be fetched, or is not what the dataset says it is, or if the folder cannot be
+                written; the message names the place.
         """
         path = self.path_of(file)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._locked(path):
-            if not self._is_here(path, file):
-                self._fetch(file, path)
-            now = time.time_ns()  # the kernel's own clock for files counts in steps of milliseconds
-            os.utime(path, ns=(now, now))
-            return path.open("rb")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._locked(path):
+                if not self._is_here(path, file):
+                    self._fetch(file, path)
+                now = time.time_ns()  # the kernel's own clock for files counts in steps of milliseconds
+                os.utime(path, ns=(now, now))
+                return path.open("rb")
+        except OSError as error:
+            raise DataError(f"{self.folder} cannot be used as a cache: {error}; choose another folder") from error
 
     def path_of(self, file: DataFile) -> Path:
         """Where a file is kept; other content, by its sha256 or else its place and stamp, gives another path."""

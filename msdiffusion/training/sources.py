@@ -99,7 +99,7 @@ def locate(source: str) -> Source:
 
     Args:
         source: a folder; the URL of a folder; or a path or URL of shards, in which ``{000000..000012}`` and ``{a,b}``
-            are written out and ``*`` and ``[...]`` match what there is.
+            are written out and ``*``, ``[...]`` and, in a path, ``?`` match what there is.
 
     Raises:
         RequestError: if a pattern cannot be read, or the protocol of a URL is unknown here.
@@ -133,7 +133,15 @@ def locate(source: str) -> Source:
 
 def is_pattern(source: str) -> bool:
     """Whether a source names shards, and not the folder that holds them."""
-    return not Path(local_path(source)).is_dir() and bool(re.search(r"\.tar($|[?#])|[*\[{]", source))
+    if Path(local_path(source)).is_dir():
+        return False
+    return "{" in source or _is_glob(source) or re.search(r"\.tar($|[?#])", source) is not None
+
+
+def _is_glob(source: str) -> bool:
+    """Whether it matches what there is. In a URL ? begins a query, and a host may be an address in brackets."""
+    signs = r"[*\[]" if is_remote(source) else r"[*?\[]"
+    return re.search(signs, re.sub(r"^[^/]*://[^/]*", "", source)) is not None
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -170,7 +178,7 @@ def expand_braces(pattern: str) -> list[str]:
 def _matching(pattern: str) -> list[DataFile]:
     files: list[DataFile] = []
     for one in expand_braces(pattern):
-        if not re.search(r"[*\[]", one):
+        if not _is_glob(one):
             files.append(DataFile(one if is_remote(one) else local_path(one)))
         elif is_remote(one):
             system, path = filesystem(one)
@@ -288,6 +296,8 @@ def _source(
         place = asked[name].place if asked is not None else joined(folder, name)
         try:
             found = there.get(name) if there is not None else _found(place, known=entry is not None)
+            if found is not None and entry is None and found.bytes is None:
+                found = described(place)  # a web server lists names only
         except FileNotFoundError:
             found = None
         samples = entry["samples"] if entry is not None else None

@@ -11,7 +11,7 @@ import pytest
 import webdataset
 from torch.utils.data import DataLoader
 
-from msdiffusion.errors import DataError
+from msdiffusion.errors import DataError, RequestError
 from msdiffusion.training import catalogue as catalogue_module
 from msdiffusion.training.catalogue import Catalogue, main, read_catalogue, split_by_key
 from msdiffusion.training.columns import Columns
@@ -324,7 +324,7 @@ class Keys:
         return repr(content_of(self.catalogue.read(i)))  # a loader turns tuples into lists, text it leaves alone
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_loading_processes_read_remote_shards(finished_dir, serve, cache, start):
     expected = contents_of(read_catalogue(str(finished_dir)))
     server = serve(finished_dir)
@@ -351,6 +351,11 @@ def test_share_of_pairs_from_a_single_frame(tmp_path, shard_writer, limit, share
     records = [make_record(str(i), [BOX], (96, 64), source={"single_frame": i >= 5}) for i in range(10)]
     write_shard(tmp_path / "p.tar", [(str(i), record) for i, record in enumerate(records)])
     assert read_catalogue(str(tmp_path)).single_frame(limit) == share
+
+
+def test_the_share_needs_a_record(pairs_dir):
+    with pytest.raises(RequestError, match="limit must be at least 1"):
+        read_catalogue(str(pairs_dir)).single_frame(0)
 
 
 def test_mined_pairs_are_not_from_a_single_frame(pairs_dir, finished_dir, serve, cache):

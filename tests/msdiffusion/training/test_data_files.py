@@ -121,6 +121,8 @@ def test_only_shards_are_listed(tmp_path, serve):
     (tmp_path / "d.tar").mkdir()
     assert [(file.name, file.bytes) for file in listed(str(tmp_path))] == [("a.tar", 4), ("b.tar", 4)]
     assert [file.name for file in listed(serve(tmp_path).url)] == ["a.tar", "b.tar"]
+    with pytest.raises(DataError, match="cannot be read"):
+        listed(str(tmp_path / "a.tar"))
     for folder in (str(tmp_path / "none"), "memory://none"):
         with pytest.raises(FileNotFoundError):
             listed(folder)

@@ -145,6 +145,12 @@ def test_a_file_larger_than_the_cache_is_refused(folder, serve, tmp_path):
     assert server.requests == []
 
 
+def test_a_folder_that_cannot_be_written_is_told(folder, serve, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataError, match=r"file/cache cannot be used as a cache: .*choose another folder"):
+        ShardCache(tmp_path / "file" / "cache").open(file_of(serve(folder), folder, "0.tar"))
+
+
 def test_a_copy_of_another_size_is_fetched_again(folder, serve, tmp_path):
     server = serve(folder)
     cache = ShardCache(tmp_path / "cache")

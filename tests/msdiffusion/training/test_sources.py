@@ -8,7 +8,7 @@ from webdataset.shardlists import expand_urls
 
 from msdiffusion.errors import DataError, RequestError
 from msdiffusion.training import sources
-from msdiffusion.training.sources import expand_braces, locate
+from msdiffusion.training.sources import expand_braces, is_pattern, locate
 
 
 def names(source):
@@ -50,6 +50,7 @@ def test_a_finished_dataset_knows_its_shards(finished_dir):
         ("pairs-00000{2,0}.tar", [2, 0]),
         ("*.tar", [0, 1, 2]),
         ("pairs-00000[01].tar", [0, 1]),
+        ("pairs-00000?.tar", [0, 1, 2]),
     ],
 )
 @pytest.mark.parametrize("finished", [False, True])
@@ -202,7 +203,16 @@ def test_a_web_server_that_lists_its_folder(finished_dir, serve):
     server = serve(finished_dir)
     assert names(locate(server.url)) == [f"pairs-00000{i}.tar" for i in range(3)]
     (finished_dir / "build.json").unlink()
-    assert names(locate(server.url)) == [f"pairs-00000{i}.tar" for i in range(3)]
+    found = locate(server.url)
+    assert names(found) == [f"pairs-00000{i}.tar" for i in range(3)]
+    # it lists no sizes, so each file was asked for its own
+    assert [shard.bytes for shard in found.shards] == [p.stat().st_size for p in sorted(finished_dir.glob("*.tar"))]
+
+
+def test_the_address_of_a_host_is_no_pattern():
+    assert not is_pattern("http://[::1]:8000/pairs")
+    assert not is_pattern("https://host/pairs?version=1")
+    assert is_pattern("http://[::1]:8000/pairs/*")
 
 
 def test_a_web_server_without_a_list_needs_build_json(finished_dir, serve, monkeypatch):
