@@ -18,7 +18,7 @@ from msdiffusion.training.cropping import bucket_sizes, nearest_buckets
 from msdiffusion.training.dataset import PairsBatch, PairsDataset, TrainingSample
 from msdiffusion.training.encoded import EncodingStore
 from msdiffusion.training.encoding_store import open_store
-from msdiffusion.training.loader import FixedSampler, PairsLoader, PlanSampler
+from msdiffusion.training.loader import FixedSampler, PairsLoader, PlanSampler, make_loader
 from msdiffusion.training.local_sgd import WORLD, process_rank
 from msdiffusion.training.mixture import MixedStore, Mixture
 from msdiffusion.training.place import Place, resumed_place
@@ -219,7 +219,7 @@ class PairsDataModule(pl.LightningDataModule):
             )
         plan = self.plan(num_processes)
         self._sampler = PlanSampler(plan, rank, num_processes, self._first_place(plan))
-        return self._loader(self.training, self._sampler, drop_last=True)
+        return self._loader(self.training, self._sampler)
 
     def val_dataloader(self) -> PairsLoader | list:
         """In the order of the files; nothing where there is no validation pair."""
@@ -341,16 +341,9 @@ class PairsDataModule(pl.LightningDataModule):
         shapes = {(h, w): model.latent_shape(h, w) for w, h in self.sizes.tolist()}
         return PairsCollator(self.max_subjects, model.prepare_references, shapes)
 
-    def _loader(self, dataset: PairsDataset, sampler: PlanSampler | FixedSampler, **options: Any) -> PairsLoader:
-        return PairsLoader(
-            dataset.reading(self._stores(dataset)),
-            sampler,
-            self.batch_size,
-            self._collator(),
-            self.num_workers,
-            self.worker_start,
-            **options,
-        )
+    def _loader(self, dataset: PairsDataset, sampler: PlanSampler | FixedSampler) -> PairsLoader:
+        dataset = dataset.reading(self._stores(dataset))
+        return make_loader(dataset, sampler, self.batch_size, self._collator(), self.num_workers, self.worker_start)
 
     def _fixed_loader(self, dataset: PairsDataset) -> PairsLoader | list:
         if len(dataset) == 0:

@@ -83,38 +83,14 @@ class FixedSampler(DistributedSampler):
 
 
 class PairsLoader(DataLoader):
-    """Loads batches in worker processes; the batches that a sampler's ``Place`` counts are those that were taken.
+    """Loads batches, and moves the ``Place`` of its sampler on with each batch that is taken.
 
-    Args:
-        dataset: what is loaded.
-        sampler: the order.
-        batch_size: B.
-        collate_fn: samples to a batch.
-        num_workers: 0 loads in the process itself.
-        worker_start: how workers start, of the ``multiprocessing`` module; None for its own choice.
-        options: of ``DataLoader``.
+    It has the arguments of ``DataLoader`` and no others, because Lightning makes loaders anew for prediction: see
+    ``make_loader``.
     """
 
     PREFETCH = 1024
     """Samples of this process whose shards are asked for ahead of time."""
-
-    def __init__(
-        self,
-        dataset: PairsDataset,
-        sampler: DistributedSampler,
-        batch_size: int,
-        collate_fn: PairsCollator,
-        num_workers: int = 0,
-        worker_start: str | None = None,
-        **options: Any,
-    ) -> None:
-        if num_workers > 0:
-            options = {"persistent_workers": True, "multiprocessing_context": worker_start} | options
-        # a generator of its own, so that nobody else's random numbers depend on loading
-        options = {"pin_memory": torch.cuda.is_available(), "generator": torch.Generator().manual_seed(0)} | options
-        super().__init__(
-            dataset, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=num_workers, **options
-        )
 
     def __iter__(self) -> Iterator[PairsBatch]:
         """Batches.
@@ -147,3 +123,40 @@ class PairsLoader(DataLoader):
             self.dataset.pairs.prefetch(order[start : start + 2 * self.PREFETCH])
             for _ in range(self.PREFETCH // self.batch_size):
                 yield
+
+
+def make_loader(
+    dataset: PairsDataset,
+    sampler: PlanSampler | FixedSampler,
+    batch_size: int,
+    collate: PairsCollator,
+    num_workers: int = 0,
+    worker_start: str | None = None,
+    prefetch_factor: int = 2,
+) -> PairsLoader:
+    """A loader of the pairs in a sampler's order.
+
+    Args:
+        dataset: what is loaded.
+        sampler: the order; of a plan, only whole batches are loaded.
+        batch_size: B.
+        collate: samples to a batch.
+        num_workers: processes that load and stay from epoch to epoch; 0 loads in this one.
+        worker_start: how they start, a name of the ``multiprocessing`` module; None for its own choice.
+        prefetch_factor: batches that each of them loads ahead.
+    """
+    workers = {} if num_workers == 0 else {
+        "num_workers": num_workers, "persistent_workers": True, "multiprocessing_context": worker_start,
+        "prefetch_factor": prefetch_factor,
+    }  # fmt: skip
+    return PairsLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=collate,
+        drop_last=isinstance(sampler, PlanSampler),
+        pin_memory=torch.cuda.is_available(),
+        # a generator of its own, so that nobody else's random numbers depend on loading
+        generator=torch.Generator().manual_seed(0),
+        **workers,
+    )

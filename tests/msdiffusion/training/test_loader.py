@@ -12,7 +12,7 @@ from msdiffusion.training.augmentation import Augmentation
 from msdiffusion.training.catalogue import read_catalogue
 from msdiffusion.training.collation import PairsCollator
 from msdiffusion.training.dataset import PairsDataset
-from msdiffusion.training.loader import FixedSampler, PairsLoader, PlanSampler
+from msdiffusion.training.loader import FixedSampler, PairsLoader, PlanSampler, make_loader
 from msdiffusion.training.mixture import Mixture
 from msdiffusion.training.place import Place
 from msdiffusion.training.plan import EpochPlan, PlannedDataset, padded_order
@@ -41,10 +41,11 @@ def plan(pairs):
 
 
 @pytest.fixture
-def make_loader(dataset):
-    def make(sampler, data=dataset, **options):
-        collate = PairsCollator(2, no_pixels, {(16, 16): (4, 2, 2)})
-        return PairsLoader(data, sampler, options.pop("batch_size", 4), collate, **options)
+def make(dataset):
+    """Function: sampler, another dataset, options -> loader."""
+
+    def make(sampler, data=dataset, batch_size=4, **options):
+        return make_loader(data, sampler, batch_size, PairsCollator(2, no_pixels, {(16, 16): (4, 2, 2)}), **options)
 
     return make
 
@@ -79,17 +80,17 @@ def test_lightning_numbers_epochs_as_it_likes(plan):
     assert next(iter(sampler))[0] == 6 * 24
 
 
-def test_the_loader_counts_what_was_taken_and_not_what_was_loaded_ahead(plan, make_loader):
+def test_the_loader_counts_what_was_taken_and_not_what_was_loaded_ahead(plan, make):
     sampler = PlanSampler(plan, 0, 1, Place())
-    batches = iter(make_loader(sampler, num_workers=2, prefetch_factor=3))
+    batches = iter(make(sampler, num_workers=2, prefetch_factor=3))
     for count in range(1, 4):
         next(batches)
         assert sampler.place.taken == count
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_load_the_same(plan, make_loader, workers):
-    alone, shared = (list(make_loader(PlanSampler(plan, 0, 1, Place()), num_workers=count)) for count in (0, workers))
+def test_workers_load_the_same(plan, make, workers):
+    alone, shared = (list(make(PlanSampler(plan, 0, 1, Place()), num_workers=count)) for count in (0, workers))
     assert len(alone) == len(shared) == 6
     for one, other in zip(alone, shared, strict=True):
         assert one.keys == other.keys
@@ -111,9 +112,9 @@ def damaged(shard_writer, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_pair_arrives_as_the_readers_words(damaged, make_loader, workers):
+def test_a_damaged_pair_arrives_as_the_readers_words(damaged, make, workers):
     sampler = FixedSampler(*padded_order(np.arange(4), 1, 1), 0, 1)
-    batches = iter(make_loader(sampler, damaged, batch_size=1, num_workers=workers))
+    batches = iter(make(sampler, damaged, batch_size=1, num_workers=workers))
     assert next(batches).keys == ["a"]
     with pytest.raises(DataError) as caught:
         next(batches)
@@ -121,10 +122,10 @@ def test_a_damaged_pair_arrives_as_the_readers_words(damaged, make_loader, worke
     assert "Traceback" not in str(caught.value)
 
 
-def test_validation_is_shared_and_padded(make_loader, pairs):
+def test_validation_is_shared_and_padded(make, pairs):
     data = PairsDataset(pairs, np.arange(9), np.array([[16, 16]]), 2)
     numbers, indices = padded_order(np.arange(9), 2, 2)
-    loaders = [make_loader(FixedSampler(numbers, indices, rank, 2), data, batch_size=2) for rank in range(2)]
+    loaders = [make(FixedSampler(numbers, indices, rank, 2), data, batch_size=2) for rank in range(2)]
     batches = [list(loader) for loader in loaders]
     assert [[len(batch) for batch in part] for part in batches] == [[2, 2, 1], [2, 2, 1]]
     seen = [
@@ -138,25 +139,25 @@ def test_validation_is_shared_and_padded(make_loader, pairs):
         assert [batch.keys for batch in loaders[0]] == [batch.keys for batch in batches[0]]
 
 
-def test_nobody_elses_random_numbers_depend_on_loading(plan, make_loader):
+def test_nobody_elses_random_numbers_depend_on_loading(plan, make):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    for _ in make_loader(PlanSampler(plan, 0, 1, Place()), num_workers=1):
+    for _ in make(PlanSampler(plan, 0, 1, Place()), num_workers=1):
         pass
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
 
 
-def test_shards_are_asked_for_ahead(plan, make_loader, pairs, monkeypatch):
+def test_shards_are_asked_for_ahead(plan, make, pairs, monkeypatch):
     asked = []
     monkeypatch.setattr(PairsLoader, "PREFETCH", 8)
     monkeypatch.setattr(pairs.catalogues[0], "prefetch", lambda part: asked.append(part.tolist()))
     order = plan.order(0).tolist()
-    for taken, _ in enumerate(make_loader(PlanSampler(plan, 0, 1, Place())), start=1):
+    for taken, _ in enumerate(make(PlanSampler(plan, 0, 1, Place())), start=1):
         # what comes next was asked for before it is needed
         assert set(order[4 * taken : 4 * taken + 8]) <= set(asked[-1])
     asked.clear()
-    next(iter(make_loader(PlanSampler(plan, 1, 2, Place(0, 2, 2)), batch_size=2)))
+    next(iter(make(PlanSampler(plan, 1, 2, Place(0, 2, 2)), batch_size=2)))
     assert asked == [order[9::2]]
 
 
