@@ -5,6 +5,10 @@
 Exchanging gradients every step over gloo doubles the CPU time of a small model's step, and two threads in one process
 wait for each other. Averaging weights every 12 steps (local SGD, Stich 2019) costs next to nothing. On a GPU use
 Lightning's own strategies.
+
+The processes share the order of the samples like ranks of any other run (``PairsDataModule``), and differ in their
+weights between two exchanges only. A resumed run starts all of them from the first one's state, optimizer included, so
+it is a good continuation, not an exact one.
 """
 
 from __future__ import annotations
@@ -22,6 +26,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from msdiffusion.errors import RequestError
+from msdiffusion.training.failures import FailureGuard
+
+GRACE_SECONDS = 60
+"""After one process has failed, the others have so long to end by themselves."""
 RANK, WORLD, STORE = "MSD_LOCAL_SGD_RANK", "MSD_LOCAL_SGD_WORLD", "MSD_LOCAL_SGD_STORE"
 
 
@@ -33,18 +42,29 @@ def process_rank() -> int:
 class WeightAveraging(pl.Callback):
     """Averages the trained weights of all processes; does nothing in an ordinary run.
 
-    Only rank 0 logs, validates, saves and exports. The clock of `BudgetedTraining` is set to the slowest process's, so
-    that all decide to stop at the same step.
+    Their moving averages, which are what is validated and exported, are averaged with them: the mean of the averages is
+    the average of the means. The last step of a run is always an exchange. Only rank 0 logs, validates, saves and
+    exports. The clock of `BudgetedTraining` is set to the slowest process's, so that all decide to stop at the same
+    step; and a signal to one of them ends all after the next exchange.
 
     Args:
         every_n_steps: steps between two exchanges.
+
+    Raises:
+        RequestError: if it is less than 1.
     """
 
     def __init__(self, every_n_steps: int = 12) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+            raise RequestError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.active = WORLD in os.environ
+        self._exchanged = -1
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether the processes agree on stopping here, and not among the ranks of Lightning."""
+        return self.active
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Joins the group; other ranks than 0 lose their logger, checkpoints, progress bar and validation."""
@@ -58,12 +78,13 @@ class WeightAveraging(pl.Callback):
             world_size=int(os.environ[WORLD]),
         )
         if process_rank() > 0:
-            trainer.callbacks = [self]
+            trainer.callbacks = [self, *_guards(trainer)]
             trainer.loggers = []
             trainer.limit_val_batches = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gives every process its own randomness, another one after each resume."""
+        self._exchanged = trainer.global_step
         if self.active:
             torch.manual_seed(1_000_003 * trainer.global_step + process_rank() + 1)
 
@@ -72,14 +93,21 @@ class WeightAveraging(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Every `every_n_steps` steps: weights become their mean over the processes."""
-        if not self.active or trainer.global_step % self.every_n_steps:
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 or 0 < trainer.max_steps <= step
+        if not self.active or not due or step == self._exchanged:  # the same step again: gradients are accumulated
             return
-        trained = [p for p in pl_module.parameters() if p.requires_grad]
-        flat = torch.cat([p.flatten() for p in trained])
+        self._exchanged = step
+        shared = exchanged_weights(pl_module)
+        flat = torch.cat([p.flatten() for p in shared])
         torch.distributed.all_reduce(flat)
         flat /= int(os.environ[WORLD])
-        pieces = flat.split([p.numel() for p in trained])
-        torch._foreach_copy_(trained, [v.view_as(p) for v, p in zip(pieces, trained, strict=True)])
+        pieces = flat.split([p.numel() for p in shared])
+        torch._foreach_copy_(shared, [v.view_as(p) for v, p in zip(pieces, shared, strict=True)])
+        wanted = torch.tensor(max([0, *(guard.requested or 0 for guard in _guards(trainer))]))
+        torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX)
+        for guard in _guards(trainer) if wanted else ():
+            guard.stopping = int(wanted)
         if hasattr(pl_module, "elapsed"):  # a BudgetedTraining; other modules stop by steps alone
             clock = torch.tensor(pl_module.elapsed)
             torch.distributed.all_reduce(clock, op=torch.distributed.ReduceOp.MAX)
@@ -89,6 +117,19 @@ class WeightAveraging(pl.Callback):
         """Leaves the group."""
         if self.active:
             torch.distributed.destroy_process_group()
+
+
+def exchanged_weights(module: pl.LightningModule) -> list[torch.Tensor]:
+    """What is averaged over the processes: the trained weights, and their moving averages where there are any."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    averaged = getattr(module, "averaged", None)  # of MSDiffusionModule
+    if averaged is not None:
+        trained += list(averaged.parameters())
+    return trained + list(getattr(module, "average", {}).values())  # of BudgetedTraining
+
+
+def _guards(trainer: pl.Trainer) -> list[FailureGuard]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, FailureGuard)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,9 +153,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 child.terminate()
 
         signal.signal(signal.SIGTERM, stop)
+        # Ctrl-C reaches the processes by itself; they end after an exchange, and this one waits for them
+        signal.signal(signal.SIGINT, lambda *_: None)
+        failed_at: float | None = None
         while any(child.poll() is None for child in children):
-            if any(child.poll() not in (None, 0) for child in children):
+            if failed_at is None and any(child.poll() not in (None, 0) for child in children):
+                failed_at = time.monotonic()
                 stop()
+            if failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
+                for child in children:
+                    child.kill()
             time.sleep(0.5)
     return max(abs(child.returncode) for child in children)
 
