@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from msdiffusion.errors import DataError, MSDiffusionError, RequestError
-from msdiffusion.training.columns import Columns, bar, from_headers, from_index, open_file, open_shard
+from msdiffusion.training.columns import Columns, bar, from_headers, from_index, open_shard
 from msdiffusion.training.damage import known_damage, verify, write_damage
 from msdiffusion.training.remote import ShardCache
 from msdiffusion.training.shards import SWAPPED_SUFFIX, OpenShard, Pair, PairLocation, read_pair, read_record
@@ -169,11 +169,7 @@ class Catalogue:
             if shard.file.is_remote:
                 self._files[number].stay()
             return self._files[number]
-        table = self._tables.get(number)
-        if table is None:
-            opened = open_shard(shard, self.cache)
-        else:
-            opened = OpenShard(open_file(shard.file, self.cache), shard.place, table)
+        opened = open_shard(shard, self.cache, self._tables.get(number))
         self._files[number] = opened
         self._tables[number] = opened.table
         self._tables.move_to_end(number)

@@ -21,7 +21,7 @@ from msdiffusion.training.data_files import DataFile, described, local_path
 from msdiffusion.training.remote import ShardCache
 from msdiffusion.training.shards import OpenShard, read_record
 from msdiffusion.training.sources import Shard, Source
-from msdiffusion.training.tar_index import KeyColumn
+from msdiffusion.training.tar_index import KeyColumn, ShardTable
 
 PATIENCE_SECONDS = 3.0
 """What takes longer shows a progress bar."""
@@ -181,16 +181,16 @@ def from_headers(
     )
 
 
-def open_shard(shard: Shard, cache: ShardCache | None) -> OpenShard:
-    """A shard for reading, its headers walked.
+def open_shard(shard: Shard, cache: ShardCache | None, table: ShardTable | None = None) -> OpenShard:
+    """A shard for reading, its headers walked unless ``table`` already says where its members lie.
 
     Raises:
-        DataError: if it cannot be fetched or opened, is no complete tar file, or has another number of samples than
-            build.json says.
+        DataError: if it cannot be fetched or opened, is no complete tar file, has another number of samples than
+            build.json says, or another size than when the table was made.
     """
     file = open_file(shard.file, cache)
     try:
-        opened = OpenShard(file, shard.place)
+        opened = OpenShard(file, shard.place, table)
         if shard.samples is not None and len(opened) != shard.samples:
             raise DataError(
                 f"{shard.place} holds {len(opened)} samples, and build.json says {shard.samples}: copy both again"

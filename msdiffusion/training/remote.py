@@ -133,7 +133,7 @@ class ShardCache:
 
     def _is_here(self, path: Path, file: DataFile) -> bool:
         try:
-            return file.bytes is None or path.stat().st_size == file.bytes if path.exists() else False
+            return file.bytes in (None, path.stat().st_size)
         except FileNotFoundError:
             return False
 

@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader
 
 from msdiffusion.errors import DataError, RequestError
 from msdiffusion.training import catalogue as catalogue_module
+from msdiffusion.training import shards as shards_module
 from msdiffusion.training.catalogue import Catalogue, main, read_catalogue, split_by_key
 from msdiffusion.training.columns import Columns
+from msdiffusion.training.damage import verify
 from msdiffusion.training.remote import ShardCache
 from msdiffusion.training.sources import Shard
 from msdiffusion.training.tar_index import KeyColumn
@@ -97,6 +99,23 @@ def test_few_files_stay_open(pairs_dir, monkeypatch):
     assert open_files() == before
     assert catalogue.read(3).key == "clip_000003"
     catalogue.close()
+
+
+def test_headers_are_walked_once(finished_dir, monkeypatch):
+    monkeypatch.setattr(catalogue_module, "OPEN_FILES", 1)
+    walked = []
+    walk = shards_module.walk_shard
+    monkeypatch.setattr(shards_module, "walk_shard", lambda fd, name: walked.append(name) or walk(fd, name))
+    catalogue = read_catalogue(str(finished_dir))
+    for i in (0, 10, 1, 11):
+        assert catalogue.read(i).key == f"clip_{i:06d}"
+    assert len(walked) == 2
+    with (finished_dir / "pairs-000000.tar").open("ab") as file:
+        file.write(bytes(512))
+    before = open_files()
+    with pytest.raises(DataError, match=r"pairs-000000\.tar was changed while it was being read"):
+        catalogue.read(2)
+    assert open_files() == before
 
 
 def test_shards_stay_readable_by_webdataset(pairs_dir):
@@ -249,6 +268,15 @@ def test_shards_without_a_usable_pair_are_refused(tmp_path, shard_writer):
 
 
 # ------------------------------------------------------------------------------------------------------------ remote
+
+
+def test_without_a_cache_the_users_own_is_taken(finished_dir, serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    server = serve(finished_dir)
+    assert read_catalogue(server.url).read(23).key == "clip_000023"
+    assert verify(server.url).pairs == 24
+    assert server.gets("pairs-000002.tar") == 1
+    assert len(list((tmp_path / "own" / "msdiffusion" / "shards").glob("*.tar"))) == 3
 
 
 @pytest.mark.parametrize("finished", [False, True])

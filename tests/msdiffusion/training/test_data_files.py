@@ -94,7 +94,7 @@ def test_local_and_remote_files_read_the_same(tmp_path, serve):
     for place in (str(tmp_path / "a.json"), f"file://{tmp_path}/a.json", f"{server.url}/a.json"):
         assert read_bytes(place) == b"content"
         assert described(place).bytes == 7
-    for place in (str(tmp_path / "b.json"), f"{server.url}/b.json"):
+    for place in (str(tmp_path / "b.json"), f"{server.url}/b.json", "memory://b.json"):
         with pytest.raises(FileNotFoundError):
             read_bytes(place)
         with pytest.raises(FileNotFoundError):

@@ -128,6 +128,16 @@ def test_the_bound_holds_where_sizes_are_unknown_too(folder, serve, tmp_path):
     assert kept(cache) == ["3.tar", "4.tar"]
 
 
+def test_what_vanishes_while_room_is_made_does_no_harm(folder, serve, tmp_path):
+    cache = ShardCache(tmp_path / "cache", max_bytes=150_000)
+    cache.folder.mkdir()
+    (cache.folder / "gone.tar").symlink_to("nowhere")
+    server = serve(folder)
+    for name in ("0.tar", "1.tar"):
+        assert read(cache, file_of(server, folder, name)) == (folder / name).read_bytes()
+    assert not cache.has(file_of(server, folder, "0.tar"))
+
+
 def test_what_is_removed_can_be_read_to_its_end(folder, serve, tmp_path):
     server = serve(folder)
     cache = ShardCache(tmp_path / "cache", max_bytes=150_000)

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -190,6 +191,12 @@ def test_shard_that_shrinks_while_it_is_read_is_told(tmp_path, pairs_dir, opened
     os.truncate(path, location.members["target.jpg"][0] + 10)
     with pytest.raises(DataError, match=r"p\.tar became shorter.*'clip_000009'"):
         read_pair(location)
+
+
+def test_a_disk_that_fails_is_told(pairs_dir, opened):
+    location = replace(opened(pairs_dir / "pairs-000000.tar").location(0), descriptor=-1)
+    with pytest.raises(DataError, match=r"pairs-000000\.tar: json of pair 'clip_000000' cannot be read"):
+        read_record(location)
 
 
 def test_known_table_of_another_file_is_refused(pairs_dir, opened):

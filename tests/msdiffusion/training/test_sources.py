@@ -199,6 +199,15 @@ def test_a_remote_dataset_that_was_never_finished_is_refused(pairs_dir, in_memor
         locate(url)
 
 
+def test_a_store_that_refuses_to_answer_has_no_journal(pairs_dir, in_memory, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("not yours")
+
+    url = in_memory(pairs_dir)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "exists", refuse)
+    assert len(locate(url).shards) == 3
+
+
 def test_a_web_server_that_lists_its_folder(finished_dir, serve):
     server = serve(finished_dir)
     assert names(locate(server.url)) == [f"pairs-00000{i}.tar" for i in range(3)]
