@@ -78,11 +78,13 @@ def fit(folder, name, model, pairs, held_out, *, strategy, processes, workers=0,
     pl.seed_everything(0, verbose=False)
     batch_size = GLOBAL_BATCH // processes // settings.get("accumulate_grad_batches", 1)
     module = MSDiffusionModule(
-        f"{model}/base", f"{model}/image_encoder", resampler=RESAMPLER, learning_rate=1e-3, ema_decay=0.9
-    )
+        f"{model}/base", f"{model}/image_encoder", resampler=RESAMPLER, learning_rate=1e-3, ema_decay=0.9,
+        drop_image=0.2, drop_text=0.2, drop_grounding=0.3,
+    )  # fmt: skip
     data = PairsDataModule(
         str(pairs), 32, validation_pairs=str(held_out), batch_size=batch_size, max_subjects=2,
-        crop="random", flip_probability=0.5, num_workers=workers,
+        crop="random", flip_probability=0.5, subject_dropout=0.2, box_jitter=0.1, reference_augmentation=0.5,
+        num_workers=workers,
     )  # fmt: skip
     trainer = pl.Trainer(
         accelerator="cpu", strategy=strategy, devices=processes, max_epochs=EPOCHS, gradient_clip_val=CLIP,
