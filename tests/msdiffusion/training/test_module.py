@@ -1,26 +1,23 @@
+"""The module: what it trains and what it leaves alone, its loss, its validation, what it writes."""
+
 import json
+from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
+from msdiffusion.adapter_config import AdapterConfig
 from msdiffusion.errors import RequestError, WeightsError
-from msdiffusion.training.dataset import PairsDataModule
+from msdiffusion.training.datamodule import PairsDataModule
 from msdiffusion.training.module import MSDiffusionModule
+from msdiffusion.training.schedules import draw_shares, training_schedule
 
 RESAMPLER = {"width": 32, "depth": 1, "heads": 2, "head_width": 16}
-
-
-@pytest.fixture
-def make_module(tiny_model_dir):
-    def make(**settings):
-        folders = {"base_model": str(tiny_model_dir / "base"), "image_encoder": str(tiny_model_dir / "image_encoder")}
-        if "adapter" not in settings:
-            folders["resampler"] = RESAMPLER
-        return MSDiffusionModule(**folders | settings)
-
-    return make
+NO_DROPS = {"drop_image": 0, "drop_text": 0, "drop_both": 0, "drop_grounding": 0}
 
 
 def make_data(pairs_dir, **settings):
@@ -41,21 +38,15 @@ def make_trainer(**settings):
     return pl.Trainer(**defaults | settings)
 
 
-@pytest.fixture
-def configured(make_module, pairs_dir):
-    """Function: settings -> (module with its networks, a batch); no trainer is running."""
-
-    def make(**settings):
-        torch.manual_seed(0)
-        module = make_module(**settings)
-        data = make_data(pairs_dir, validation_fraction=0)
-        data.trainer = trainer = make_trainer()
-        trainer.strategy.connect(module)
-        data.setup("fit")
-        module.configure_model()
-        return module, data.collate([data.training[0], data.training[1]])
-
-    return make
+def rows_of(value, rows):
+    """The same rows of everything in a batch."""
+    if isinstance(value, Tensor):
+        return value[rows]
+    if isinstance(value, list):
+        return [value[row] for row in rows]
+    if hasattr(value, "__dataclass_fields__"):
+        return replace(value, **{f.name: rows_of(getattr(value, f.name), rows) for f in fields(value)})
+    return value
 
 
 def frozen_weights(module):
@@ -74,9 +65,16 @@ def frozen_weights(module):
     }
 
 
-def test_only_the_adapter_is_trained(make_module, pairs_dir):
+EVERYTHING = {
+    "ema_decay": 0.9, "loss_weighting": "min_snr", "noise_offset": 0.1, "layout_loss_weight": 0.5,
+    "gradient_checkpointing": True, "attention": "softmax", "cache_encodings": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["defaults", "everything"])
+def test_only_the_adapter_is_trained(make_module, pairs_dir, settings):
     pl.seed_everything(0)
-    module = make_module(learning_rate=1e-2)
+    module = make_module(learning_rate=1e-2, drop_grounding=0.5, **settings)
     before = {}
 
     class Snapshot(pl.Callback):
@@ -115,7 +113,7 @@ def test_an_adapter_for_stable_diffusion_1x_is_trained(tiny_sd1_model_dir, pairs
 
 
 def test_the_optimizer_holds_exactly_the_adapter(make_module, pairs_dir):
-    module = make_module(ema_decay=0.9)
+    module = make_module(ema_decay=0.9, layout_loss_weight=1.0)
     trainer = make_trainer(max_steps=1)
     trainer.fit(module, make_data(pairs_dir))
     held = [parameter for group in trainer.optimizers[0].param_groups for parameter in group["params"]]
@@ -193,170 +191,313 @@ def test_checkpoint_holds_no_frozen_weight_and_loads_safely(make_module, pairs_d
         assert torch.equal(tensor, loaded.adapter.state_dict()[name])
 
 
-def in_order(batch):
-    """The same batch sorted by key, each sample's subjects sorted by name."""
-    rows = sorted(range(len(batch)), key=batch.keys.__getitem__)
-    slots = [sorted(range(2), key=lambda i, ids=batch.reference_ids[row]: ids[i] or "~") for row in rows]
-    for name in ("targets", "original_sizes", "crops_top_left"):
-        setattr(batch, name, getattr(batch, name)[rows])
-    for name in ("boxes", "present", "references"):
-        tensor = getattr(batch, name)
-        setattr(batch, name, torch.stack([tensor[row][order] for row, order in zip(rows, slots, strict=True)]))
-    for name in ("phrases", "reference_ids"):
-        lists = getattr(batch, name)
-        setattr(batch, name, [[lists[row][i] for i in order] for row, order in zip(rows, slots, strict=True)])
-    for name in ("captions", "keys"):
-        setattr(batch, name, [getattr(batch, name)[row] for row in rows])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(make_module, pairs_dir, tmp_path):
+    """Four steps at once, and two and two, give the same weights bit for bit: the data alone decide what happens."""
 
-
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(make_module, few_pairs_dir, tmp_path):
-    """Four steps at once, and two and two, give the same weights: everything that a step depends on is restored.
-
-    What a checkpoint does not hold is the state of the random generators: here each step seeds them.
-    """
-
-    class SameBatchAndNoise(pl.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            in_order(batch)
-            pl.seed_everything(trainer.global_step, verbose=False)
-
-    def run(max_steps, ckpt_path=None):
+    def run(max_steps, seed, ckpt_path=None):
         pl.seed_everything(7, verbose=False)
         module = make_module(ema_decay=0.9, warmup_steps=3, drop_grounding=0.5, learning_rate=1e-2)
-        trainer = make_trainer(max_steps=max_steps, callbacks=[SameBatchAndNoise()])
-        # one batch is the whole dataset, so that the order of the pairs decides nothing
-        trainer.fit(module, make_data(few_pairs_dir, validation_fraction=0), ckpt_path=ckpt_path)
+        trainer = make_trainer(max_steps=max_steps)
+        module.on_train_start = lambda: pl.seed_everything(seed, verbose=False)  # no generator carries anything
+        trainer.fit(module, make_data(pairs_dir, validation_fraction=0), ckpt_path=ckpt_path)
         return trainer, module
 
-    straight, expected = run(4)
-    half, _ = run(2)
+    straight, expected = run(4, seed=1)
+    half, _ = run(2, seed=2)
     half.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, module = run(4, ckpt_path=tmp_path / "half.ckpt")
+    resumed, module = run(4, seed=3, ckpt_path=tmp_path / "half.ckpt")
     assert straight.global_step == resumed.global_step == 4
     assert int(module.averaged.n_averaged) == 4
     for name, tensor in expected.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+        assert torch.equal(module.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_loss_is_that_of_the_bases_prediction(configured, prediction_type, monkeypatch):
-    from msdiffusion.training.objective import training_schedule
+def flow_scheduler():
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
+    return FlowMatchEulerDiscreteScheduler(shift=2.0)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
+def test_the_unet_is_asked_for_the_bases_prediction(configured, kind, monkeypatch):
     module, batch = configured()
-    module.backbone.pipeline.scheduler.register_to_config(prediction_type=prediction_type)
-    module.schedule = training_schedule(module.backbone.pipeline.scheduler)
-    inputs = module.encode(batch)
-    noise = torch.randn_like(inputs.latents)
-    timesteps = torch.tensor([100, 700])
-    signal = module.schedule.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
-    sigma = (1 - module.schedule.alphas_cumprod[timesteps]).sqrt().view(-1, 1, 1, 1)
-    truth = noise if prediction_type == "epsilon" else signal * noise - sigma * inputs.latents
-    answers, asked = [truth, truth + 2.0], []
+    scheduler = module.backbone.pipeline.scheduler
+    if kind == "flow":
+        scheduler = flow_scheduler()
+    else:
+        scheduler.register_to_config(prediction_type=kind)
+    module.schedule = training_schedule(scheduler)
+    inputs, noise = module.encode(batch), batch.draws.noise
+    asked = []
 
-    def answer(noisy, *arguments, **keywords):
-        asked.append(noisy)
-        return (answers.pop(0),)
+    def answer(noisy, timesteps, **keywords):
+        asked.append((noisy, timesteps))
+        return (torch.zeros_like(noisy),)
 
     monkeypatch.setattr(module.backbone.unet, "forward", answer)
-    loss, inside = module._loss(module.adapter, inputs, noise, timesteps, None)
-    off, _ = module._loss(module.adapter, inputs, noise, timesteps, None)
-    assert loss == pytest.approx(0, abs=1e-6)
-    assert inside == pytest.approx(0, abs=1e-6)
-    assert off == pytest.approx(4, abs=1e-4)
-    torch.testing.assert_close(asked[0], signal * inputs.latents + sigma * noise)
+    timesteps = torch.tensor([100, 700])
+    _, target = module.predict_noise(module.adapter, inputs, noise, timesteps)
+    share = (timesteps / 1000).view(-1, 1, 1, 1)
+    if kind == "flow":
+        expected, truth = (1 - share) * inputs.latents + share * noise, noise - inputs.latents
+    else:
+        kept = module.schedule.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        expected = kept.sqrt() * inputs.latents + (1 - kept).sqrt() * noise
+        velocity = kept.sqrt() * noise - (1 - kept).sqrt() * inputs.latents
+        truth = {"epsilon": noise, "v_prediction": velocity, "sample": inputs.latents}[kind]
+    torch.testing.assert_close(asked[0][0], expected)
+    torch.testing.assert_close(target, truth)
+    # and training: its timesteps are those of the base's kind, and it has a gradient
+    monkeypatch.undo()
+    module.training_step(batch, 0).backward()
+    assert any(parameter.grad.any() for parameter in module.adapter.parameters())
 
 
-def test_weight_inside_the_boxes(configured):
-    module, batch = configured(box_loss_weight=3.0)
-    inputs = module.encode(batch)
-    noise = torch.randn_like(inputs.latents)
-    timesteps = torch.tensor([300, 600])
-    weighted, inside = module._loss(module.adapter, inputs, noise, timesteps, None)
-    module.hparams.box_loss_weight = 1.0
-    plain, same_inside = module._loss(module.adapter, inputs, noise, timesteps, None)
-    assert inside == same_inside
-    low, high = sorted((float(plain.detach()), float(inside)))
-    assert low < float(weighted.detach()) < high
+def watch(module, monkeypatch, off=1.0):
+    """The UNet is wrong by ``off`` everywhere; returns (noise, timesteps, no_grounding) of each call."""
+    asked = []
+
+    def predict(adapter, inputs, noise, timesteps, no_grounding=None, layout=None):
+        asked.append((noise, timesteps, no_grounding))
+        target = module.schedule.target(inputs.latents, noise, timesteps)
+        return target + off, target
+
+    monkeypatch.setattr(module, "predict_noise", predict)
+    module.log = lambda *arguments, **keywords: None
+    return asked
 
 
-def test_dropped_image_is_zero_pixels_and_dropped_text_the_empty_prompt(configured):
-    module, batch = configured()
-    everything = module.encode(batch)
-    dropped = module.encode(batch, torch.tensor([True, False]), torch.tensor([True, False]))
-    zero = module.backbone.encode_references(torch.zeros_like(batch.references[0, :1]))[0]
-    for slot in range(2):
-        torch.testing.assert_close(dropped.image_tokens[0, slot], zero)
-    torch.testing.assert_close(dropped.image_tokens[1], everything.image_tokens[1])
-    states, _ = module.backbone.encode_prompts([""])
-    torch.testing.assert_close(dropped.prompt_states[0], states[0])
-    assert not torch.allclose(everything.prompt_states[0], states[0])
-    torch.testing.assert_close(dropped.prompt_states[1], everything.prompt_states[1])
-    # the phrases ground the subjects all the same
-    torch.testing.assert_close(dropped.phrase_embeddings, everything.phrase_embeddings)
-    assert torch.equal(dropped.boxes, everything.boxes)
-
-
-def test_cached_encodings_change_nothing(configured):
-    fresh, batch = configured(cache_encodings=False)
-    kept, _ = configured(cache_encodings=True)
-    first, second, third = (
-        module.encode(batch, generator=torch.Generator().manual_seed(0)) for module in (fresh, kept, kept)
+@pytest.mark.parametrize(("sampling", "exponent"), [("uniform", 1.0), ("uniform", 0.75), ("logit_normal", 1.0)])
+def test_all_chance_comes_with_the_batch(configured, monkeypatch, sampling, exponent):
+    module, batch = configured(timestep_sampling=sampling, timestep_exponent=exponent, drop_grounding=0.5)
+    draws = replace(
+        batch.draws, timestep=torch.tensor([0.2, 0.9], dtype=torch.float64), grounding=torch.tensor([0.4, 0.6])
     )
-    for name in ("latents", "prompt_states", "image_tokens", "phrase_embeddings", "boxes"):
-        torch.testing.assert_close(getattr(second, name), getattr(first, name), msg=name)
-        assert torch.equal(getattr(second, name), getattr(third, name))
+    asked = watch(module, monkeypatch)
+    before = torch.get_rng_state()
+    module.training_step(replace(batch, draws=draws), 0)
+    assert torch.equal(torch.get_rng_state(), before)
+    noise, timesteps, no_grounding = asked[0]
+    assert torch.equal(noise, draws.noise)
+    assert torch.equal(timesteps, module.schedule.timesteps(draw_shares(draws.timestep, sampling, exponent)))
+    assert no_grounding.tolist() == [True, False]
 
 
-def test_size_conditions(configured, monkeypatch):
-    module, batch = configured()
-    given = {}
-    monkeypatch.setattr(
-        module.backbone, "added_conditions", lambda pooled, *sizes: given.update(sizes=[s.tolist() for s in sizes])
-    )
-    module.encode(batch)
-    assert given["sizes"] == [[[64, 96]] * 2, [[0, 8]] * 2, [[32, 32]] * 2]
-    module.hparams.size_condition = "resolution"
-    module.encode(batch)
-    assert given["sizes"] == [[[32, 32]] * 2, [[0, 0]] * 2, [[32, 32]] * 2]
-
-
-def test_validation_repeats_itself_and_training_does_not(configured):
-    module, batch = configured()
+def test_drops_follow_the_batch(configured, monkeypatch):
+    module, batch = configured(rows=(0, 1, 2, 3), drop_image=0.2, drop_text=0.2, drop_both=0.2)
+    draws = replace(batch.draws, condition=torch.tensor([0.1, 0.3, 0.5, 0.7], dtype=torch.float64))
+    watch(module, monkeypatch)
     seen = []
-    module.log = lambda name, value, **keywords: seen.append((name, float(value.detach())))
-    for _ in range(2):
-        with torch.no_grad():
-            module.validation_step(batch, 3)
-    assert seen[:2] == seen[2:]
-    assert [name for name, _ in seen[:2]] == ["validation/loss", "validation/loss_in_boxes"]
-    losses = [float(module.training_step(batch, 0).detach()) for _ in range(2)]
-    assert losses[0] != losses[1]
+    original = module.encode
+    monkeypatch.setattr(module, "encode", lambda batch, *drops: seen.append(drops) or original(batch, *drops))
+    module.training_step(replace(batch, draws=draws), 0)
+    assert seen == [([True, False, True, False], [False, True, True, False])]
 
 
-def test_average_follows_the_weights(make_module, pairs_dir):
+def test_noise_offset_and_min_snr(configured, monkeypatch):
+    module, batch = configured(loss_weighting="min_snr", min_snr_gamma=2.0, noise_offset=0.1, **NO_DROPS)
+    asked = watch(module, monkeypatch, off=3.0)
+    loss = module.training_step(batch, 0)
+    noise, timesteps, _ = asked[0]
+    torch.testing.assert_close(noise, batch.draws.noise + 0.1 * batch.draws.offset)
+    weights = module.schedule.min_snr_weights(timesteps, 2.0)
+    assert 0 < weights.min() < weights.max()
+    torch.testing.assert_close(loss, 9.0 * weights.mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_weight_inside_the_boxes(configured, monkeypatch):
+    module, batch = configured(**NO_DROPS)
+    logged = {}
+    module.log = lambda name, value, **keywords: logged.update({name: float(value)})
+    plain, inside = float(module.training_step(batch, 0).detach()), logged["training/loss_in_boxes"]
+    module.hparams.box_loss_weight = 3.0
+    weighted = float(module.training_step(batch, 0).detach())
+    assert logged["training/loss_in_boxes"] == inside
+    assert logged["training/loss"] == weighted
+    low, high = sorted((plain, inside))
+    assert low < weighted < high
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"box_loss_weight": 4.0, "loss_weighting": "min_snr", "layout_loss_weight": 1.0, "noise_offset": 0.1},
+])  # fmt: skip
+def test_halves_of_a_batch_teach_on_average_what_the_whole_does(configured, settings):
+    """So two processes learn what one learns from twice the batch: losses, and gradients."""
+    module, batch = configured(rows=(0, 1, 2, 3), drop_grounding=0.5, **settings)
+    module.log = lambda *arguments, **keywords: None
+
+    def learn(rows):
+        module.adapter.zero_grad()
+        loss = module.training_step(rows_of(batch, rows), 0)
+        loss.backward()
+        return float(loss.detach()), [p.grad.clone() for p in module.adapter.parameters() if p.grad is not None]
+
+    whole, gradients = learn([0, 1, 2, 3])
+    # of different numbers of subjects, and so of different sizes
+    (first, ours), (second, theirs) = learn([0, 2]), learn([1, 3])
+    assert whole == pytest.approx((first + second) / 2, rel=1e-5)
+    for gradient, a, b in zip(gradients, ours, theirs, strict=True):
+        torch.testing.assert_close((a + b) / 2, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_validation_is_the_plain_error_at_fixed_timesteps(configured, monkeypatch):
+    """Nothing is dropped or weighted, and each pair has the timestep of its number."""
+    recipe = {"box_loss_weight": 4.0, "loss_weighting": "min_snr", "noise_offset": 0.5, "drop_image": 1.0}
+    module, batch = configured(
+        rows=(0, 1, 2), validation_timesteps=[50, 600], drop_text=0, drop_both=0, drop_grounding=1.0, **recipe
+    )
+    batch = replace(batch, numbers=torch.tensor([0, 1, 4]), weights=torch.tensor([1.0, 1.0, 1.0]))
+    asked = watch(module, monkeypatch, off=2.0)
+    logged = {}
+    module.log = lambda name, value, **keywords: logged.update({name: value})
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda sums, reduce_op: sums))
+    module.on_validation_epoch_start()
+    module.validation_step(batch, 0)
+    module.on_validation_epoch_end()
+    noise, timesteps, no_grounding = asked[0]
+    assert timesteps.tolist() == [50, 600, 50]
+    assert torch.equal(noise, batch.draws.noise)
+    assert no_grounding is None
+    assert logged == pytest.approx(dict.fromkeys(
+        ("validation/loss", "validation/loss_in_boxes", "validation/loss_t50", "validation/loss_t600"), 4.0
+    ), rel=1e-5)  # fmt: skip
+
+
+def test_validation_and_test_do_not_depend_on_the_batches(make_module, pairs_dir, few_pairs_dir):
+    """Also where the last batch is filled up with repetitions, which have no weight."""
+    seen = []
+    module = make_module(ema_decay=0.5)
+    for batch_size in (1, 3):
+        data = make_data(pairs_dir, validation_pairs=str(few_pairs_dir), batch_size=batch_size)
+        trainer = make_trainer(limit_val_batches=1.0)
+        seen.append(trainer.validate(module, data, verbose=False)[0])
+        tested = trainer.test(module, data, verbose=False)[0]
+        assert {name.replace("test/", "validation/"): value for name, value in tested.items()} == seen[-1]
+    assert set(seen[0]) == {
+        "validation/loss", "validation/loss_in_boxes", *(f"validation/loss_t{t}" for t in (100, 300, 500, 700))
+    }  # fmt: skip
+    assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+
+
+def test_a_batch_filled_up_with_repetitions_is_validated(configured):
+    """Two equal halves are no guidance."""
+    module, batch = configured(rows=(1, 1))
+    inputs = module.encode(batch)
+    timesteps = torch.tensor([300, 300])
+    with torch.no_grad():
+        prediction, _ = module.predict_noise(module.adapter, inputs, batch.draws.noise, timesteps)
+    assert torch.equal(inputs.latents[0], inputs.latents[1])
+    torch.testing.assert_close(prediction[0], prediction[1])
+
+
+def test_predictions_are_pictures(make_module, few_pairs_dir):
+    module = make_module(defaults={"scale": 0.9, "steps": 2, "guidance_scale": 2.0})
+    data = make_data(few_pairs_dir, validation_pairs=str(few_pairs_dir), batch_size=2)
+    pictures = [p for batch in make_trainer().predict(module, data) for p in batch]
+    assert [(p.size, p.mode) for p in pictures] == [((32, 32), "RGB")] * 4
+    assert len({p.tobytes() for p in pictures}) == 4
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_average_moves_once_with_every_step(make_module, pairs_dir, accumulate):
+    """Inside the step, so that every callback, which may write a checkpoint, sees both of the same step."""
     module = make_module(ema_decay=0.5, learning_rate=1e-2)
-    make_trainer(max_steps=3, accumulate_grad_batches=2).fit(module, make_data(pairs_dir))
-    assert int(module.averaged.n_averaged) == 3
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append((trainer.global_step, int(pl_module.averaged.n_averaged)))
+
+    make_trainer(max_steps=3, accumulate_grad_batches=accumulate, callbacks=[Look()]).fit(module, make_data(pairs_dir))
+    assert all(step == averaged for step, averaged in seen)
+    assert seen[-1] == (3, 3)
     assert module.trained_adapter is module.averaged.module
     averaged, weights = module.trained_adapter.state_dict(), module.adapter.state_dict()
     assert any(not torch.equal(averaged[name], weights[name]) for name in weights)
-    difference = max(float((averaged[name] - weights[name]).abs().max()) for name in weights)
-    assert difference < 0.1
+    assert max(float((averaged[name] - weights[name]).abs().max()) for name in weights) < 0.1
 
 
-@pytest.mark.parametrize(
-    ("decay", "expected"),
-    [
-        ("none", {0: 1 / 5, 4: 1, 50: 1, 99: 1}),
-        ("linear", {0: 1 / 5, 4: 1, 52: 0.5, 100: 0}),
-        ("linear_half", {0: 1 / 5, 4: 1, 50: 1, 75: 0.5, 100: 0}),
-    ],
-)
-def test_course_of_the_learning_rate(decay, expected):
-    from msdiffusion.training.module import _learning_rate_course
+def test_a_checkpoint_says_what_adapter_it_holds(make_module, pairs_dir, tmp_path, tiny_model_dir):
+    module = make_module(reference_fit="pad", defaults={"scale": 0.9})
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(module, make_data(pairs_dir))
+    trainer.save_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    config = AdapterConfig.from_json(checkpoint["adapter_config"])
+    assert config.resampler == module.adapter.config.resampler
+    assert config.reference_fit == "pad"
+    assert config.training_resolution == 32
+    assert config.defaults["scale"] == 0.9
+    assert Path(config.base_model).is_absolute()
+    assert Path(config.base_model) == (tiny_model_dir / "base").resolve()
+    assert Path(config.image_encoder) == (tiny_model_dir / "image_encoder").resolve()
 
-    factor = _learning_rate_course(4, decay, 100)
-    assert {step: factor(step) for step in expected} == pytest.approx(expected)
+
+def test_models_of_a_hub_keep_their_names(make_module):
+    module = make_module()
+    module.configure_model()
+    module.hparams.base_model = "someone/some-base"
+    assert module.exported_config()["base_model"] == "someone/some-base"
+    assert module.exported_config("anywhere")["base_model"] == "someone/some-base"
+
+
+def eight_subjects(path, shard_writer):
+    write_shard, make_record = shard_writer
+    boxes = [(x / 4, y / 2, x / 4 + 0.25, y / 2 + 0.5) for y in range(2) for x in range(4)]
+    words = ("dog", "cat", "teapot", "hat") * 2
+    subjects = [{"phrase": word, "target_box": list(box)} for word, box in zip(words, boxes, strict=True)]
+    path.mkdir()
+    entries = [(f"clip_{i}", make_record(f"clip_{i}", [], (64, 64), subjects=subjects)) for i in range(4)]
+    write_shard(path / "pairs-000000.tar", entries, (64, 64))
+    return path
+
+
+def test_eight_subjects_are_trained(make_module, shard_writer, tmp_path):
+    pairs = eight_subjects(tmp_path / "pairs", shard_writer)
+    counts = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            counts.extend(batch.present.sum(dim=1).tolist())
+
+    trainer = make_trainer(max_steps=1, callbacks=[Look()])
+    trainer.fit(make_module(), make_data(pairs, validation_fraction=0, max_subjects=8))
+    assert counts == [8] * 4
+    assert torch.isfinite(trainer.callback_metrics["training/loss"])
+
+
+@pytest.mark.parametrize(("units", "dtype"), [("AMX", torch.bfloat16), (None, torch.float32)])
+def test_the_base_follows_the_precision_of_the_hardware(make_module, few_pairs_dir, monkeypatch, units, dtype):
+    from msdiffusion.training import precision
+
+    monkeypatch.setattr(precision, "bfloat16_units", lambda device: units)
+    module = make_module()
+    trainer = make_trainer(max_steps=1, plugins=[precision.HardwarePrecision()], gradient_clip_val=1.0)
+    trainer.fit(module, make_data(few_pairs_dir, validation_fraction=0))
+    assert module.backbone.unet.dtype == dtype
+    assert module.backbone.vae.dtype == torch.float32
+    assert {parameter.dtype for parameter in module.adapter.parameters()} == {torch.float32}
+
+
+def test_compiled_blocks_say_the_same(configured, monkeypatch):
+    """Traced only: to compile for real takes minutes."""
+    from diffusers import UNet2DConditionModel
+
+    original = UNet2DConditionModel.compile_repeated_blocks
+    monkeypatch.setattr(
+        UNet2DConditionModel, "compile_repeated_blocks", lambda unet: original(unet, backend="eager", fullgraph=True)
+    )
+    losses = []
+    for setting in (False, True):
+        module, batch = configured(compile=setting)
+        module.log = lambda *arguments, **keywords: None
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        losses.append([loss.detach(), *(p.grad for p in module.adapter.parameters())])
+        compiled = [part for part in module.backbone.unet.modules() if part._compiled_call_impl is not None]
+        assert bool(compiled) == setting
+    for ours, theirs in zip(*losses, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_decay_needs_an_end(configured):
@@ -370,11 +511,8 @@ def test_checkpointed_gradients_are_the_same(configured):
     gradients = []
     for setting in (False, True):
         module, batch = configured(gradient_checkpointing=setting)
-        inputs = module.encode(batch)
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(inputs.latents.shape, generator=generator)
-        loss, _ = module._loss(module.adapter, inputs, noise, torch.tensor([300, 600]), None)
-        loss.backward()
+        module.log = lambda *arguments, **keywords: None
+        module.training_step(batch, 0).backward()
         gradients.append([parameter.grad for parameter in module.adapter.parameters() if parameter.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 0
     for ours, theirs in zip(*gradients, strict=True):
@@ -419,28 +557,6 @@ def test_missing_base_is_told(pairs_dir):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
-        ({"box_loss_weight": 0.0}, "box_loss_weight must be above 0"),
-        ({"timestep_exponent": -1.0}, "timestep_exponent must be above 0"),
-        ({"weight_decay": -0.1}, "weight_decay must not be below 0"),
-        ({"warmup_steps": -1}, "warmup_steps must not be below 0"),
-        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
-        ({"drop_text": 2.0}, "drop_text must be in"),
-        ({"decay": "cosine"}, "decay must be one of"),
-        ({"size_condition": "none"}, "size_condition must be one of"),
-        ({"base_dtype": "int8"}, "base_dtype must be one of"),
-        ({"attention": "flash"}, "attention must be one of"),
-    ],
-)
-def test_bad_settings_are_told_at_construction(settings, message):
-    with pytest.raises(RequestError, match=message):
-        MSDiffusionModule(**{"base_model": "base", "image_encoder": "encoder"} | settings)
-
-
-@pytest.mark.parametrize(
     ("settings", "features"),
     [
         ({"resampler": {**RESAMPLER, "grounding": False}}, (64 + 1, 24)),
@@ -451,16 +567,11 @@ def test_bad_settings_are_told_at_construction(settings, message):
 def test_ablations_train_save_and_load(configured, tmp_path, settings, features):
     from msdiffusion.generate import MSDiffusion
 
-    module, batch = configured(**settings)
+    module, batch = configured(**NO_DROPS, **settings)
     inputs = module.encode(batch)
     assert tuple(inputs.image_tokens.shape[-2:]) == features
-    loss, _ = module._loss(
-        module.adapter,
-        inputs,
-        torch.randn_like(inputs.latents),
-        torch.full((len(batch),), 500),
-        torch.zeros(len(batch), dtype=torch.bool),
-    )
+    module.log = lambda *arguments, **keywords: None
+    loss = module.training_step(batch, 0)
     loss.backward()
     unused = {"resampler.null_queries"} if settings.get("resampler", {}).get("grounding", True) else set()
     without = {name for name, p in module.adapter.named_parameters() if p.grad is None or not p.grad.any()}
