@@ -273,6 +273,22 @@ def test_a_forked_process_fetches_ahead_by_itself(folder, serve, tmp_path):
     assert [server.gets(f"{number}.tar") for number in range(3)] == [1, 1, 1]
 
 
+def test_a_process_forked_under_a_lock_does_not_keep_it(tmp_path):
+    cache = ShardCache(tmp_path)
+    context = multiprocessing.get_context("fork")
+    end = context.Event()
+    with cache._locked(tmp_path / "0.tar"):
+        child = context.Process(target=end.wait, args=(60,))
+        child.start()
+        with cache._locked(tmp_path / "0.tar", wait=False) as free:
+            assert not free
+    with cache._locked(tmp_path / "0.tar", wait=False) as free:
+        assert child.is_alive()
+        assert free
+    end.set()
+    child.join()
+
+
 def test_a_killed_process_leaves_a_partial_file_that_the_next_one_removes(folder, serve, tmp_path):
     server = serve(folder)
     server.slow = 0.05
