@@ -111,6 +111,8 @@ def jitter_boxes(boxes: np.ndarray, share: float, uniforms: np.ndarray) -> np.nd
     Returns:
         float32 (s, 4), none empty.
     """
+    if share == 0:
+        return boxes
     sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
     moved = np.clip(boxes + (2 * uniforms - 1) * share * sides, 0, 1).astype(np.float32)
     # a box as thin as the spacing of float32 might be rounded to nothing

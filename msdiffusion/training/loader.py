@@ -5,6 +5,7 @@ Letters: R processes, B samples per process and batch, G = R * B.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,14 +99,15 @@ class PairsLoader(DataLoader):
         Raises:
             DataError: if a pair cannot be read, with the words of the reader also where a worker met it.
         """
-        place = self.sampler.place if isinstance(self.sampler, PlanSampler) else None
-        ahead = self._prefetching() if isinstance(self.sampler, PlanSampler) else None
-        for batch in super().__iter__():
+        batches = super().__iter__()  # before threads are started to fetch shards: this may fork
+        ahead = self._prefetching() if isinstance(self.sampler, PlanSampler) else itertools.repeat(None)
+        next(ahead, None)
+        for batch in batches:
             if isinstance(batch, LoadingFailure):
                 raise DataError(batch.message)
-            if place is not None:
-                place.taken += 1
-                next(ahead, None)
+            if isinstance(self.sampler, PlanSampler):
+                self.sampler.place.taken += 1
+            next(ahead, None)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
