@@ -146,7 +146,7 @@ class _Window:
         self._file = io.TextIOWrapper(file, encoding="utf-8-sig")
         self._text, self._place = "", 0
 
-    def _more(self, size: int = BLOCK) -> bool:
+    def _more(self, size: int) -> bool:
         try:
             block = self._file.read(size)
         except UnicodeDecodeError as error:
@@ -162,7 +162,7 @@ class _Window:
                 self._place = found.start()
                 return found[0]
             self._place = len(self._text)
-            if not self._more():
+            if not self._more(BLOCK):
                 return ""
 
     def ahead(self) -> str:

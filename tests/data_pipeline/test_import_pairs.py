@@ -858,6 +858,22 @@ def test_wrong_command_lines(tmp_path, pictures, capsys):
         assert not out.exists(), command
 
 
+def test_a_file_that_may_not_be_read(tmp_path, pictures, monkeypatch, capsys):
+    (tmp_path / "items.jsonl").write_text(json.dumps(item(0)))
+    opened = Path.open
+
+    def forbidden(self, *rest, **named):
+        if self.name == "items.jsonl" and self.parent == tmp_path:
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *rest, **named)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    command = ["--from", "official", str(tmp_path / "items.jsonl"), "--images", str(pictures)]
+    assert main([*command, "--out", str(tmp_path / "out"), "--quiet"]) == 2
+    assert "items.jsonl: [Errno 13] Permission denied" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_without_pictures(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["--from", "images", str(tmp_path / "empty"), "--out", str(tmp_path / "out"), "--quiet"]) == 2
@@ -893,3 +909,21 @@ def test_as_a_command_with_workers_and_a_bar(tmp_path, pictures):
     assert done.returncode == 0, done.stderr
     assert "importing" in done.stderr and "item/s" in done.stderr
     assert done.stdout.startswith("2 samples with 4 subjects from 2 items, 0 rejected")
+
+
+def test_the_help_loads_nothing_heavy():
+    heavy = ["torch", "cv2", "spacy", "transformers", "pyarrow", "av", "webdataset"]
+    code = f"""
+import runpy, sys
+sys.argv = ["import_pairs", "--help"]
+try:
+    runpy.run_module("data_pipeline.import_pairs", run_name="__main__")
+except SystemExit as stop:
+    assert stop.code == 0, stop.code
+print("loaded:", *sorted(set({heavy!r}) & set(sys.modules)))
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded:"
+    assert "--mask-threshold VALUE" in done.stdout
