@@ -1,0 +1,207 @@
+"""The ``lightning`` command, in this process: what it does, leaves and says."""
+
+import os
+import signal
+
+import pytest
+import torch
+import yaml
+
+from msdiffusion.training import cli
+from msdiffusion.training.curves import read_curves
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model_dir, pairs_dir, tmp_path_factory):
+    """Function: folder of the run -> the path of a config for it."""
+
+    def write(root):
+        root.mkdir(parents=True, exist_ok=True)
+        callbacks = {
+            "RunProgress": {}, "RunCurves": {}, "AdapterExport": {"every_n_steps": 2},
+            "ValidationPictures": {"every_n_steps": 2, "count": 1, "num_steps": 1},
+            "RunCheckpoint": {"every_n_steps": 2},
+        }  # fmt: skip
+        record = {
+            "seed_everything": 0,
+            "trainer": {
+                "default_root_dir": str(root), "accelerator": "cpu", "max_steps": 2, "val_check_interval": 2,
+                "check_val_every_n_epoch": None, "num_sanity_val_steps": 0, "enable_model_summary": False,
+                "log_every_n_steps": 1,
+                "callbacks": [
+                    {"class_path": f"msdiffusion.training.callbacks.{name}", "init_args": settings}
+                    for name, settings in callbacks.items()
+                ],
+            },
+            "model": {"class_path": "msdiffusion.training.module.MSDiffusionModule", "init_args": {
+                "base_model": str(tiny_model_dir / "base"), "image_encoder": str(tiny_model_dir / "image_encoder"),
+                "resampler": {"width": 32, "depth": 1, "heads": 2, "head_width": 16}, "learning_rate": 0.01,
+                "defaults": {"steps": 1, "scale": 1.0},
+            }},
+            "data": {"class_path": "msdiffusion.training.datamodule.PairsDataModule", "init_args": {
+                "pairs": str(pairs_dir), "resolution": 32, "batch_size": 4, "max_subjects": 2,
+                "validation_fraction": 0.2,
+            }},
+        }  # fmt: skip
+        (root / "config.yaml").write_text(yaml.safe_dump(record))
+        return root / "config.yaml"
+
+    return write
+
+
+def lightning(command, config, *more):
+    cli.main([command, "-c", str(config), *more])
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    """The config of a run of two steps. Tests may read what is in its folder."""
+    path = config(tmp_path_factory.mktemp("run"))
+    lightning("fit", path)
+    return path
+
+
+def state(root):
+    return torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_a_run_leaves_everything_in_its_folder(trained):
+    names = {item.name for item in trained.parent.iterdir()} - {"predictions"}
+    assert names == {
+        "adapter",
+        "best",
+        "checkpoints",
+        "config.yaml",
+        "curves.png",
+        "lightning_logs",
+        "metrics.csv",
+        "pictures",
+    }
+    curves = read_curves(trained.parent / "metrics.csv")
+    for name in ("training/loss", "training/learning_rate", "training/waiting_share", "training/samples_per_second",
+                 "validation/loss", "validation/loss_in_boxes"):  # fmt: skip
+        assert curves[name], name
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_validate_and_test_measure_a_checkpoint(trained, capsys, name):
+    lightning("validate", trained, "--ckpt_path", name)
+    said = capsys.readouterr()
+    validated = read_curves(trained.parent / "metrics.csv")["validation/loss"][-1][1]
+    assert "validation/loss" in said.out
+    assert str(validated)[:8] in said.out
+    assert "6/6" in said.err or "100%" in said.err
+    lightning("test", trained, "--ckpt_path", str(trained.parent / "checkpoints" / f"{name}.ckpt"))
+    said = capsys.readouterr().out
+    assert "test/loss" in said
+    assert str(validated)[:8] in said
+
+
+def test_predict_writes_pictures(trained, capsys):
+    lightning("predict", trained, "--ckpt_path", "best")
+    written = {path.name for path in (trained.parent / "predictions").iterdir()}
+    assert "grid.png" in written
+    assert len(written) > 2
+    assert "pictures" in capsys.readouterr().err
+
+
+def test_without_a_checkpoint_it_is_said_that_nothing_was_learned(trained, capsys):
+    lightning("validate", trained)
+    assert "note: validate without --ckpt_path" in capsys.readouterr().err
+
+
+def test_a_resumed_run_follows_the_command_line(config, tmp_path, capsys):
+    """The old run's settings, which the checkpoint holds, used to win."""
+    path = config(tmp_path / "run")
+    lightning("fit", path, "--model.init_args.decay", "linear")
+    capsys.readouterr()
+    more = ["--trainer.max_steps", "4", "--model.init_args.learning_rate", "0.002", "--model.init_args.decay", "none"]
+    lightning("fit", path, "--ckpt_path", str(tmp_path / "run" / "checkpoints" / "last.ckpt"), *more)
+    said = capsys.readouterr().err
+    assert "learning_rate was 0.01, now 0.002" in said
+    assert "decay was linear, now none" in said
+    assert state(tmp_path / "run")["global_step"] == 4
+    curves = read_curves(tmp_path / "run" / "metrics.csv")["training/learning_rate"]
+    assert [rate for _, rate in curves[2:]] == pytest.approx([0.002, 0.002])
+    assert state(tmp_path / "run")["hyper_parameters"]["learning_rate"] == 0.002
+
+
+def fails(code, capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        lightning(*arguments)
+    assert stop.value.code == code
+    return capsys.readouterr().err
+
+
+def test_wrong_demands_are_told_in_one_message(trained, config, tmp_path, capsys):
+    empty = config(tmp_path / "empty")
+    said = fails(2, capsys, "fit", empty, "--ckpt_path", "last")
+    assert "error: --ckpt_path last needs" in said
+    assert "Traceback" not in said
+    said = fails(2, capsys, "fit", trained, "--ckpt_path", "best")
+    assert "best.ckpt holds weights alone, nothing to go on from: take --ckpt_path last" in said
+    said = fails(2, capsys, "validate", trained, "--model.init_args.learning_rate", "-1")
+    assert "error: learning_rate must be above 0, got -1" in said
+    said = fails(2, capsys, "validate", trained, "--model.init_args.learning_rat", "1")
+    assert "learning_rat" in said
+
+
+def test_a_traceback_can_be_had(config, tmp_path, monkeypatch):
+    from msdiffusion.errors import RequestError
+
+    monkeypatch.setenv("MSD_TRACEBACK", "1")
+    with pytest.raises(RequestError, match="--ckpt_path last needs"):
+        lightning("fit", config(tmp_path / "run"), "--ckpt_path", "last")
+
+
+def during_step(monkeypatch, act):
+    """``act()`` in the second step of a run."""
+    from msdiffusion.training.module import MSDiffusionModule
+
+    original = MSDiffusionModule.training_step
+
+    def step(self, batch, index):
+        loss = original(self, batch, index)
+        return loss if self.global_step < 1 else act(loss)
+
+    monkeypatch.setattr(MSDiffusionModule, "training_step", step)
+
+
+def test_a_loss_that_is_no_number_ends_the_command_with_one_message(config, tmp_path, capsys, monkeypatch):
+    during_step(monkeypatch, lambda loss: loss * float("nan"))
+    said = fails(1, capsys, "fit", config(tmp_path / "run"))
+    assert "error: the loss is nan at step 2, epoch 0, learning rate 0.01; 4 samples of 32 x 32 pixels" in said
+    assert "pairs clip_0" in said
+    assert "Traceback" not in said
+
+
+def test_memory_that_is_used_up_does_too(config, tmp_path, capsys, monkeypatch):
+    def burst(loss):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    during_step(monkeypatch, burst)
+    path = config(tmp_path / "run")
+    said = fails(1, capsys, "fit", path, "--trainer.callbacks", "null")  # the guard is there all the same
+    assert "error: the memory is used up at step 2" in said
+    assert "Traceback" not in said
+
+
+def test_a_signal_ends_the_command_with_its_state_written(config, tmp_path, capsys, monkeypatch):
+    def stop(loss):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    during_step(monkeypatch, stop)
+    path = config(tmp_path / "run")
+    said = fails(128 + signal.SIGTERM, capsys, "fit", path, "--trainer.max_steps", "9")
+    assert "stopped by SIGTERM after step 2; the last good checkpoint is" in said
+    assert state(tmp_path / "run")["global_step"] == 2
+
+
+def test_other_errors_keep_their_traceback(config, tmp_path, monkeypatch):
+    def odd(loss):
+        raise KeyError("odd")
+
+    during_step(monkeypatch, odd)
+    with pytest.raises(KeyError, match="odd"):
+        lightning("fit", config(tmp_path / "run"))

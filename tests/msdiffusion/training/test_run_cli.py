@@ -1,0 +1,106 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from msdiffusion.errors import RequestError, WeightsError
+from msdiffusion.training.run_cli import differences, find_checkpoint, read_settings
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder.parent
+
+
+def touch(root, name):
+    path = root / "checkpoints" / name
+    path.touch()
+    return path
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_names_are_files_of_the_runs_directory(root, fit):
+    for name in ("last", "best"):
+        path = touch(root, f"{name}.ckpt")
+        assert find_checkpoint(name, str(root), fit) == path
+
+
+def test_without_a_directory_they_are_looked_for_here(root, monkeypatch):
+    touch(root, "last.ckpt")
+    monkeypatch.chdir(root)
+    assert find_checkpoint("last", None, fit=True) == Path("checkpoints/last.ckpt")
+
+
+def test_auto_is_last_where_there_is_one(root):
+    assert find_checkpoint("auto", str(root), fit=True) is None
+    assert find_checkpoint("auto", str(root), fit=True) is None
+    path = touch(root, "last.ckpt")
+    assert find_checkpoint("auto", str(root), fit=True) == path
+    with pytest.raises(RequestError, match="auto is for fit alone"):
+        find_checkpoint("auto", str(root), fit=False)
+
+
+def test_what_a_kill_between_two_renames_has_left_is_found(root):
+    path = touch(root, "last.ckpt.old")
+    assert find_checkpoint("last", str(root), fit=True) == path
+
+
+def test_a_file_is_taken_as_it_is(root, tmp_path):
+    path = touch(root, "other.ckpt")
+    assert find_checkpoint(str(path), None, fit=True) == path
+
+
+@pytest.mark.parametrize(
+    ("name", "fit", "message"),
+    [
+        ("last", True, r"--ckpt_path last needs .*last\.ckpt.*no checkpoint in .*checkpoints.*default_root_dir.*auto"),
+        ("best", False, r"--ckpt_path best needs .*best\.ckpt.*default_root_dir.*meant\)$"),
+        ("no.ckpt", False, r"--ckpt_path no\.ckpt is no file, which does not exist"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_told(root, name, fit, message):
+    with pytest.raises(RequestError, match=message):
+        find_checkpoint(name, str(root), fit)
+
+
+def test_those_that_are_there_are_named(root):
+    path = touch(root, "last.ckpt")
+    with pytest.raises(RequestError, match=f"there are {path}$"):
+        find_checkpoint("best", str(root), fit=False)
+
+
+def test_settings_are_read_without_the_tensors(tmp_path):
+    path = tmp_path / "a.ckpt"
+    record = {"state_dict": {"a": torch.ones(2)}, "hyper_parameters": {"learning_rate": 0.1}, "global_step": 5}
+    torch.save(record, path)
+    assert read_settings(path) == {"settings": {"learning_rate": 0.1}, "weights_only": True, "step": 5}
+    torch.save({**record, "optimizer_states": []}, path)
+    assert not read_settings(path)["weights_only"]
+
+
+def test_what_is_no_checkpoint_is_told(tmp_path):
+    path = tmp_path / "a.ckpt"
+    for content in ({"a": 1}, [1]):
+        torch.save(content, path)
+        with pytest.raises(WeightsError, match="lacks its state_dict"):
+            read_settings(path)
+    path.write_text("text")
+    with pytest.raises(WeightsError, match="no checkpoint that can be read"):
+        read_settings(path)
+
+
+def test_settings_that_differ_are_named_with_both_values():
+    saved = {
+        "_class_path": "a.Model",
+        "learning_rate": 0.1,
+        "sizes": (1, 2),
+        "old": 1,
+        "resampler": {"width": 3, "x": None},
+    }
+    same = {"class_path": "a.Model", "init_args": {"learning_rate": 0.1, "sizes": [1, 2], "resampler": {"width": 3}}}
+    assert differences(saved, same) == []
+    other = {"class_path": "b.Model", "init_args": {"learning_rate": 0.2, "sizes": [1, 2], "new": 5}}
+    assert differences(saved, other) == ["class was a.Model, now b.Model", "learning_rate was 0.1, now 0.2"]
+    assert differences({}, other) == []
