@@ -14,6 +14,9 @@ from msdiffusion.training.shards import Pair
 if TYPE_CHECKING:
     from msdiffusion.training.catalogue import Catalogue
 
+CHUNK = 65536
+"""Keys that are hashed at once: of millions of pairs, no copy is made. A part of what the digest means."""
+
 
 class Mixture:
     """The pairs of all catalogues: those of the first, then those of the second, and so on.
@@ -80,9 +83,10 @@ class Mixture:
         """A name for the keys of these pairs, in this order: increasing."""
         digest = hashlib.sha256()
         for catalogue, part in zip(self.catalogues, self.split(indices), strict=True):
-            keys = catalogue.keys.take(part)
-            digest.update(keys.ends.astype("<i8").tobytes())
-            digest.update(keys.content.tobytes())
+            for start in range(0, len(part), CHUNK):
+                keys = catalogue.keys.take(part[start : start + CHUNK])
+                digest.update(keys.ends.astype("<i8").tobytes())
+                digest.update(keys.content.tobytes())
         return digest.hexdigest()[:16]
 
     def split(self, indices: np.ndarray) -> list[np.ndarray]:
