@@ -43,22 +43,6 @@ class Inputs:
     """int64 (n,): places of the subjects that are there among the B * S, in order."""
 
 
-@dataclass(frozen=True)
-class BatchNote:
-    """What a message can say about a batch; kept on the host, so that nobody waits for the device to say it."""
-
-    keys: tuple[str, ...]
-    size: tuple[int, int]
-    """(height, width) in pixels of the training pictures."""
-    subjects: tuple[int, ...]
-    """Number of subjects of each sample."""
-
-    @classmethod
-    def of(cls, batch: PairsBatch) -> BatchNote:
-        """Take it down."""
-        return cls(tuple(batch.keys), batch.size, tuple(map(len, subject_slots(batch))))
-
-
 def subject_slots(batch: PairsBatch) -> list[list[int]]:
     """B lists of the slots that hold a subject: what ``present`` says, without waiting for the device."""
     return [[slot for slot, name in enumerate(names) if name] for names in batch.reference_ids]
