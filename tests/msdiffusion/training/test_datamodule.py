@@ -299,6 +299,24 @@ def test_encodings_are_not_looked_for_when_off(pairs_dir, monkeypatch):
     assert next(iter(datamodule.train_dataloader())).encoded is None
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_remote_dataset_gives_the_same_batches(finished_dir, serve, tmp_path, workers):
+    server = serve(finished_dir)
+    local = attached(finished_dir, batch_size=4, encodings="off")
+    remote = attached(
+        server.url, batch_size=4, encodings="off", num_workers=workers, shard_folder=str(tmp_path / "cache")
+    )
+    loaders = [remote.train_dataloader(), local.train_dataloader()]
+    for one, other in zip(*loaders, strict=True):
+        assert one.keys == other.keys
+        torch.testing.assert_close(one.targets, other.targets, rtol=0, atol=0)
+        torch.testing.assert_close(one.draws.noise, other.draws.noise, rtol=0, atol=0)
+    assert remote._digest == local._digest, "a run may be resumed from another place of the same pairs"
+    assert [server.gets(f"pairs-{number:06d}.tar") for number in range(3)] == [1, 1, 1]
+    if workers:
+        loaders[0]._iterator._shutdown_workers()
+
+
 def test_missing_dataset(tmp_path):
     with pytest.raises(DataError, match=r"(?s)nowhere.*python -m data_pipeline\.build"):
         attached(tmp_path / "nowhere")
