@@ -6,6 +6,7 @@ from msdiffusion.training.local_sgd import WeightAveraging
 from msdiffusion.training.pictures import PredictionPictures, ValidationPictures
 from msdiffusion.training.progress import RunProgress
 from msdiffusion.training.run_curves import RunCurves
+from msdiffusion.training.world_scores import WorldScores
 
 __all__ = [
     "AdapterExport",
@@ -16,4 +17,5 @@ __all__ = [
     "RunProgress",
     "ValidationPictures",
     "WeightAveraging",
+    "WorldScores",
 ]
