@@ -140,8 +140,9 @@ class FailureGuard(pl.Callback):
         gradients = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
         gradients = [gradient for gradient in gradients if gradient.numel()]
         if gradients:
-            # the greatest magnitude, not a norm: a sum of squares would overflow before the numbers do
-            self._look(trainer, "a gradient", torch.stack(torch._foreach_norm(gradients, float("inf"))).sum())
+            # the norm, as clipping takes it: five times faster on a CPU than to look at every number. It overflows for
+            # gradients beyond 1e19, of which no step is to be had either
+            self._look(trainer, "the norm of the gradients", torch.stack(torch._foreach_norm(gradients)).sum())
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
