@@ -123,18 +123,13 @@ def test_a_killed_run_that_is_resumed_ends_like_one_that_never_was(runs, tmp_pat
 
 
 @pytest.mark.slow
-def test_so_it_is_with_kept_encodings_and_loading_processes(runs, tmp_path):
-    """Checkpoints at every step, also those that are validated; the encodings that were kept are asked for anew."""
-    kills = {"kept": ["validation", 4], "early": ["saving", 3], "late": ["batch end", 9]}
+def test_so_it_is_with_loading_processes_and_a_checkpoint_at_every_step(runs, tmp_path):
+    """Also at steps that are validated; and processes may load the rest."""
+    kills = {"validated": ["validation", 4], "early": ["saving", 3], "late": ["batch end", 9]}
     plan = [{"root": "whole"}]
     for root, kill in kills.items():
         plan += [{"root": root, "kill": kill}, {"root": root, "resume": True, "seed": 4, "data": {"num_workers": 2}}]
-    codes, errors = runs(
-        plan,
-        every_n_steps=1,
-        module={"cache_encodings": True},
-        trainer={"max_steps": 6, "val_check_interval": 4},
-    )
+    codes, errors = runs(plan, every_n_steps=1, trainer={"max_steps": 6, "val_check_interval": 4})
     assert codes == [0, *[KILLED, 0] * len(kills)], errors
     for root in kills:
         assert_same_run(tmp_path / "whole", tmp_path / root)
