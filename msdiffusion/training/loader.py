@@ -6,6 +6,7 @@ Letters: R processes, B samples per process and batch, G = R * B.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -144,11 +145,12 @@ def make_loader(
         batch_size: B.
         collate: samples to a batch.
         num_workers: processes that load and stay from epoch to epoch; 0 loads in this one.
-        worker_start: how they start, a name of the ``multiprocessing`` module; None for its own choice.
+        worker_start: how they start, a name of the ``multiprocessing`` module. None: forked on Linux, where nothing needs
+            to be sent to them and the catalogue is shared; elsewhere by that module's own choice.
         prefetch_factor: batches that each of them loads ahead.
     """
     workers = {} if num_workers == 0 else {
-        "num_workers": num_workers, "persistent_workers": True, "multiprocessing_context": worker_start,
+        "num_workers": num_workers, "persistent_workers": True, "multiprocessing_context": worker_start or ("fork" if sys.platform == "linux" else None),
         "prefetch_factor": prefetch_factor,
     }  # fmt: skip
     return PairsLoader(

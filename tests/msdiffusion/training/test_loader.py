@@ -104,6 +104,15 @@ def test_workers_load_the_same(plan, make, workers):
         torch.testing.assert_close(one.draws.noise, other.draws.noise, rtol=0, atol=0)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Python decides")
+def test_workers_are_forked_unless_something_else_is_asked_for(plan, make):
+    starts = [
+        make(PlanSampler(plan, 0, 1, Place()), num_workers=1, worker_start=start).multiprocessing_context
+        for start in (None, "spawn", "forkserver")
+    ]
+    assert [context.get_start_method() for context in starts] == ["fork", "spawn", "forkserver"]
+
+
 @pytest.fixture
 def damaged(shard_writer, tmp_path):
     """A dataset whose second pair does not decode."""
