@@ -64,8 +64,8 @@ class PairsDataModule(pl.LightningDataModule):
             processes. See ``EpochPlan``.
         shuffle_buffer: samples of a lane that are shuffled with one another.
         num_workers: processes that load. 0 is right for small pictures held in memory, on few cores.
-        worker_start: how they start: "fork", "spawn" or "forkserver"; None for "fork" on Linux and Python's own choice on
-            other systems. Those that are not forked are sent the catalogue and what the model prepares references with.
+        worker_start: how they start: "fork", "spawn" or "forkserver"; None for "fork" on Linux and Python's own choice
+            elsewhere. Those that are not forked are sent the catalogue and what the model prepares references with.
         cache_megabytes: memory, per loading process, for decoded pairs. 0 reads the shards every time.
         encodings: what ``msdiffusion.training.precompute`` computed ahead: "auto" uses what is there and refuses what
             does not fit the run, "require" is an error where nothing is there, "off" looks for nothing.

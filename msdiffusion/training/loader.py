@@ -145,14 +145,14 @@ def make_loader(
         batch_size: B.
         collate: samples to a batch.
         num_workers: processes that load and stay from epoch to epoch; 0 loads in this one.
-        worker_start: how they start, a name of the ``multiprocessing`` module. None: forked on Linux, where nothing needs
-            to be sent to them and the catalogue is shared; elsewhere by that module's own choice.
+        worker_start: how they start, a name of the ``multiprocessing`` module. None: forked on Linux, where nothing
+            needs to be sent to them and the catalogue is shared; elsewhere by that module's own choice.
         prefetch_factor: batches that each of them loads ahead.
     """
-    workers = {} if num_workers == 0 else {
-        "num_workers": num_workers, "persistent_workers": True, "multiprocessing_context": worker_start or ("fork" if sys.platform == "linux" else None),
-        "prefetch_factor": prefetch_factor,
-    }  # fmt: skip
+    workers: dict[str, Any] = {}
+    if num_workers > 0:
+        start = worker_start or ("fork" if sys.platform == "linux" else None)
+        workers = {"persistent_workers": True, "multiprocessing_context": start, "prefetch_factor": prefetch_factor}
     return PairsLoader(
         dataset,
         batch_size=batch_size,
@@ -162,5 +162,6 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         # a generator of its own, so that nobody else's random numbers depend on loading
         generator=torch.Generator().manual_seed(0),
+        num_workers=num_workers,
         **workers,
     )
