@@ -7,18 +7,19 @@ Rajbhandari et al. 2020; PyTorch's ``fully_shard``). docs/distributed_training.m
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
-from pytorch_lightning.strategies import ModelParallelStrategy
+from pytorch_lightning.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -88,6 +89,63 @@ class ShardedAdapter(ModelParallelStrategy):
         # The optimizer asked for the length of the run, for which Lightning made the loader. Only now is a checkpoint
         # read, which says where the loader has to begin: it is made again.
         trainer.fit_loop._combined_loader = None
+
+
+class OffloadedAdapter(DeepSpeedStrategy):
+    """DeepSpeed, stage 2: gradients and optimizer states are split, and the latter may lie in main memory.
+
+    For GPUs too small for ``ShardedAdapter`` alone. A checkpoint is a folder, which only the same number of processes
+    goes on from; the exported adapter is as ever.
+
+    Args:
+        offload: keep the optimizer's states in main memory, where the step is then computed.
+        process_group_backend: of torch.distributed; None for that of the device.
+
+    Raises:
+        RequestError: at construction, if DeepSpeed is not installed; in ``setup``, if the trainer's precision is not
+            "32-true": with others DeepSpeed makes weights and average 16 bits wide, which small steps do not move. Its
+            arithmetic is bfloat16 all the same.
+    """
+
+    def __init__(self, offload: bool = True, process_group_backend: str | None = None) -> None:
+        if importlib.util.find_spec("deepspeed") is None:
+            raise RequestError("OffloadedAdapter needs DeepSpeed: pip install deepspeed, or take ShardedAdapter")
+        stage: dict[str, Any] = {"stage": 2}
+        if offload:
+            stage["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        super().__init__(
+            process_group_backend=process_group_backend,
+            config={
+                "zero_optimization": stage,
+                # the optimizer is the module's, not one of DeepSpeed's
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
+                # for reports of its speed alone; left out, Lightning asks for a batch before there is a model
+                "train_micro_batch_size_per_gpu": 1,
+            },
+        )
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Hand the model over to DeepSpeed."""
+        check_precision(str(trainer.precision))
+        # batches hold what has to stay as it is, such as uniform numbers in float64
+        self.precision_plugin.convert_input = lambda data: data
+        super().setup(trainer)
+        trainer.fit_loop._combined_loader = None  # as in ShardedAdapter
+
+
+def check_precision(precision: str) -> None:
+    """Raise unless the trainer's precision keeps weights float32 under DeepSpeed; see ``OffloadedAdapter``.
+
+    Raises:
+        RequestError: it is not "32-true".
+    """
+    if precision != "32-true":
+        raise RequestError(
+            f"OffloadedAdapter needs trainer.precision 32-true, got {precision}: the arithmetic is bfloat16, but "
+            "weights and optimizer have to be float32; set model.init_args.base_dtype bfloat16 for the frozen networks"
+        )
 
 
 def shard_adapter(adapter: MSAdapter, mesh: DeviceMesh) -> None:

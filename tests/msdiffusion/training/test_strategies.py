@@ -1,4 +1,6 @@
 import copy
+import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,18 @@ from torch.distributed.tensor import DTensor
 from msdiffusion.adapter import MSAdapter
 from msdiffusion.errors import RequestError
 from msdiffusion.resampler import ResamplerParams
-from msdiffusion.training.strategies import ShardedAdapter, is_sharded, shard_adapter, shard_unet, whole_weights
+from msdiffusion.training.strategies import (
+    OffloadedAdapter,
+    ShardedAdapter,
+    check_precision,
+    is_sharded,
+    shard_adapter,
+    shard_unet,
+    whole_weights,
+)
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
 @pytest.fixture
@@ -191,3 +204,50 @@ def test_a_compiled_unet_is_not_split(adapter, unet, mesh):
     module.hparams = SimpleNamespace(compile=True)
     with pytest.raises(RequestError, match="shard_unet does not go together with compile"):
         strategy_of(module, mesh, shard_unet=True).setup(None)
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Function: a file of configs/strategies -> settings of the SDXL run with it, everything made but the trainer."""
+    monkeypatch.setattr("sys.argv", ["lightning"])  # LightningCLI warns where both it and its caller have arguments
+    from msdiffusion.training.cli import main
+    from msdiffusion.training.run_cli import RunCLI
+
+    made = []
+    monkeypatch.setattr(RunCLI, "instantiate_trainer", lambda cli: None)
+    monkeypatch.setattr(RunCLI, "_run_subcommand", lambda cli, subcommand: made.append(cli))
+
+    def run(name):
+        main(["fit", "-c", str(CONFIGS / "msd_sdxl.yaml"), "-c", str(CONFIGS / "strategies" / name)])
+        return made.pop().config_init["fit"]
+
+    return run
+
+
+def test_the_config_for_sharding(parse):
+    settings = parse("sharded.yaml")
+    assert type(settings["trainer"]["strategy"]) is ShardedAdapter
+    assert not settings["trainer"]["strategy"].shard_unet
+
+
+@pytest.mark.skipif(HAS_DEEPSPEED, reason="DeepSpeed is installed")
+def test_the_config_for_deepspeed_says_what_to_install(parse):
+    # jsonargparse tells it as a ValueError among the other types that a strategy may have
+    with pytest.raises(ValueError, match="OffloadedAdapter needs DeepSpeed: pip install deepspeed"):
+        parse("deepspeed.yaml")
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed: pip install deepspeed")
+def test_the_config_for_deepspeed(parse):
+    settings = parse("deepspeed.yaml")
+    strategy = settings["trainer"]["strategy"]
+    assert type(strategy) is OffloadedAdapter
+    assert strategy.config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    check_precision(settings["trainer"]["precision"])
+    assert settings["model"].hparams["base_dtype"] == "bfloat16"
+
+
+def test_deepspeed_is_not_let_near_16_bit_weights():
+    check_precision("32-true")
+    with pytest.raises(RequestError, match="needs trainer.precision 32-true, got bf16-mixed"):
+        check_precision("bf16-mixed")
