@@ -46,21 +46,32 @@ def read_curves(path: str | Path) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted(points) for name, points in sorted(curves.items())}
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Leave out of a table what comes after a step; nothing where there is none.
+def keep_until(path: Path, step: int, lines: int | None = None) -> int:
+    """Leave out of a table what a run has written after the state that it goes on from; nothing where there is none.
+
+    Args:
+        path: of ``metrics.csv``.
+        step: of that state.
+        lines: that it had then; None, or more than it has: not known, then all lines up to the step are kept.
+
+    Returns:
+        Number of lines that are kept.
 
     Raises:
         DataError: it is no such table.
     """
     if not path.exists():
-        return
-    kept = [line for line in _lines(path) if line[0] <= step]
+        return 0
+    present = _lines(path)
+    known = lines is not None and lines <= len(present)
+    kept = present[:lines] if known else [line for line in present if line[0] <= step]
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(HEADER)
         writer.writerows((at, name, repr(value)) for at, name, value in kept)
     partial.replace(path)
+    return len(kept)
 
 
 def _lines(path: Path) -> list[tuple[int, str, float]]:

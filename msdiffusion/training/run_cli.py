@@ -38,6 +38,10 @@ class RunCLI(LightningCLI):
         if given is None:
             if command != "fit":
                 _tell_untrained(command, settings)
+            elif (
+                earlier := existing(Path(settings.trainer.get("default_root_dir") or ".") / FOLDER / LAST)
+            ) is not None:
+                _tell(f"this run replaces {earlier} of an earlier one; --ckpt_path last would go on with that")
             return
         path = find_checkpoint(str(given), settings.trainer.get("default_root_dir"), fit=command == "fit")
         settings["ckpt_path"] = None if path is None else str(path)

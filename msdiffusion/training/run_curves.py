@@ -19,10 +19,24 @@ class RunCurves(pl.Callback):
     with them; those of a validation when it ends. Only the first process writes.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines = 0
+        self._resumed: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many lines there are: those that come later are not of a run that is resumed from here."""
+        return {"lines": self._lines}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``state_dict``."""
+        self._resumed = state_dict["lines"]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A resumed run keeps the lines up to its step."""
+        """A resumed run keeps the lines up to the state that it goes on from."""
         if trainer.is_global_zero:
-            keep_until(in_root(trainer, TABLE), trainer.global_step)
+            self._lines = keep_until(in_root(trainer, TABLE), trainer.global_step, self._resumed)
+        self._resumed = None
         self._written = trainer.global_step
 
     def on_train_batch_end(
@@ -57,6 +71,7 @@ class RunCurves(pl.Callback):
             writer = csv.writer(file)
             writer.writerows([HEADER] if new else [])
             writer.writerows((trainer.global_step, name, repr(value)) for name, value in numbers.items())
+        self._lines += len(numbers)
 
     def _draw(self, trainer: pl.Trainer) -> None:
         path = in_root(trainer, TABLE)

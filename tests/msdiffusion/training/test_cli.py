@@ -126,6 +126,17 @@ def test_a_resumed_run_follows_the_command_line(config, tmp_path, capsys):
     assert state(tmp_path / "run")["hyper_parameters"]["learning_rate"] == 0.002
 
 
+def test_a_new_run_in_the_folder_of_another_says_so(config, tmp_path, capsys, monkeypatch):
+    path = config(tmp_path / "run")
+    monkeypatch.setattr("pytorch_lightning.Trainer.fit", lambda *arguments, **named: None)
+    lightning("fit", path)
+    assert "note:" not in capsys.readouterr().err
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
+    lightning("fit", path)
+    assert "note: this run replaces" in capsys.readouterr().err
+
+
 def fails(code, capsys, *arguments):
     with pytest.raises(SystemExit) as stop:
         lightning(*arguments)

@@ -34,7 +34,11 @@ def test_a_resumed_run_goes_on_from_its_step(tmp_path):
     path = write(tmp_path / "metrics.csv", *LINES, "40,training/lo", end="")
     keep_until(path, 20)
     assert path.read_text().splitlines() == ["step,name,value", *LINES[:2], "20,validation/loss,0.001"]
-    keep_until(tmp_path / "none.csv", 3)
+    assert keep_until(path, 10, lines=2) == 2
+    assert path.read_text().splitlines() == ["step,name,value", *LINES[:2]]
+    assert keep_until(path, 10, lines=3) == 1  # of another table
+    assert path.read_text().splitlines() == ["step,name,value", LINES[0]]
+    assert keep_until(tmp_path / "none.csv", 3) == 0
     assert [item.name for item in tmp_path.iterdir()] == ["metrics.csv"]
 
 

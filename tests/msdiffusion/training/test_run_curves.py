@@ -67,6 +67,18 @@ def test_a_resumed_run_goes_on_with_the_table(fit, tmp_path):
     assert (tmp_path / "metrics.csv").read_text() == whole
 
 
+def test_a_validation_between_accumulated_batches_is_there_once(fit, tmp_path):
+    """It has the step of the state before it, so the step alone doesn't tell what came later."""
+    settings = {"accumulate_grad_batches": 2, "val_check_interval": 3}
+    fit(max_steps=4, **settings)
+    whole = (tmp_path / "metrics.csv").read_text()
+    fit(max_steps=1, **settings)
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("1,validation/loss,0.5\n")  # as a kill in the next step leaves it
+    fit(max_steps=4, ckpt_path="last", **settings)
+    assert (tmp_path / "metrics.csv").read_text() == whole
+
+
 def test_nothing_is_written_by_a_run_that_logs_nothing(fit, tmp_path):
     fit(log_every_n_steps=50, limit_val_batches=0)
     assert not (tmp_path / "metrics.csv").exists()
