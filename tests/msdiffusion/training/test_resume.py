@@ -1,4 +1,8 @@
-"""A run that was killed and resumed ends exactly as one that never was: bit for bit, on a CPU with one thread."""
+"""A run that was killed and resumed ends exactly as one that never was: bit for bit, on a CPU with one thread.
+
+This file is its own program, too: ``python test_resume.py PLAN.json`` makes runs of one small training, each in a
+process of its own, so that it may kill itself. The libraries are loaded once; every run is a fork.
+"""
 
 import json
 import os
@@ -6,12 +10,129 @@ import random
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
-PROGRAM = Path(__file__).with_name("resume_program.py")
+from msdiffusion.training.checkpoints import RunCheckpoint
+from msdiffusion.training.datamodule import PairsDataModule
+from msdiffusion.training.module import MSDiffusionModule
+from msdiffusion.training.pictures import ValidationPictures
+from msdiffusion.training.run_curves import RunCurves
+
+MODULE = {
+    "resampler": {"width": 32, "depth": 1, "heads": 2, "head_width": 16},
+    "learning_rate": 1e-3,
+    "warmup_steps": 3,
+    "decay": "linear_half",
+    "ema_decay": 0.9,
+    "drop_image": 0.2,
+    "drop_text": 0.2,
+    "drop_both": 0.1,
+    "drop_grounding": 0.3,
+    "noise_offset": 0.1,
+}
+DATA = {
+    "resolution": 32,
+    "batch_size": 2,
+    "max_subjects": 2,
+    "validation_fraction": 0.2,
+    "crop": "random",
+    "flip_probability": 0.5,
+    "subject_dropout": 0.3,
+    "box_jitter": 0.1,
+    "reference_augmentation": 0.5,
+}
+TRAINER = {"max_steps": 12, "accumulate_grad_batches": 2, "val_check_interval": 5, "gradient_clip_val": 1.0,
+           "log_every_n_steps": 1}  # fmt: skip
+
+
+class Record(pl.Callback):
+    """Writes every validation's metrics with its step, so that runs can be compared whatever they overwrite."""
+
+    def on_validation_end(self, trainer, module):
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if "validation" in name}
+        with Path(trainer.default_root_dir, "metrics.jsonl").open("a") as file:
+            file.write(json.dumps([trainer.global_step, values]) + "\n")
+
+
+class Kill(pl.Callback):
+    """SIGKILL to this process, the count-th time that it comes to a place."""
+
+    def __init__(self, where, count):
+        self.where, self.left = where, count
+
+    def _reached(self, where):
+        if where == self.where:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_before_backward(self, *arguments):
+        self._reached("backward")
+
+    def on_before_zero_grad(self, *arguments):
+        self._reached("step")
+
+    def on_train_batch_end(self, *arguments):
+        self._reached("batch end")
+
+    def on_validation_batch_end(self, *arguments):
+        self._reached("validation")
+
+    def on_save_checkpoint(self, *arguments):
+        self._reached("saving")
+
+
+def run(plan, one):
+    torch.set_num_threads(1)
+    there = Path(one["root"], "checkpoints", "last.ckpt").exists()
+    # nothing but the first weights may depend on torch's own generators
+    pl.seed_everything(one.get("seed", 0) if there else 0, verbose=False)
+    Path(one["root"]).mkdir(exist_ok=True)
+    callbacks = [
+        ValidationPictures(every_n_steps=4, count=1, num_steps=1),
+        RunCurves(),
+        Record(),
+    ]
+    if one.get("kill"):
+        callbacks.append(Kill(*one["kill"]))
+    callbacks.append(RunCheckpoint(every_n_steps=plan.get("every_n_steps", 2)))
+    trainer = pl.Trainer(
+        callbacks=callbacks, default_root_dir=one["root"], accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, check_val_every_n_epoch=None,
+        **TRAINER | plan.get("trainer", {}),
+    )  # fmt: skip
+    model = plan["model"]
+    module = MSDiffusionModule(
+        base_model=f"{model}/base",
+        image_encoder=f"{model}/image_encoder",
+        **MODULE | plan.get("module", {}),
+    )
+    data = PairsDataModule(plan["pairs"], **DATA | plan.get("data", {}) | one.get("data", {}))
+    trainer.fit(module, data, ckpt_path="last" if one.get("resume") else None)
+
+
+def main(path):
+    plan = json.loads(Path(path).read_text())
+    codes = []
+    for one in plan["runs"]:
+        child = os.fork()
+        if child == 0:
+            try:
+                run(plan, one)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print("codes:", json.dumps(codes))
+
+
+# The tests
 
 
 @pytest.fixture
@@ -21,9 +142,18 @@ def runs(tiny_model_dir, pairs_dir, tmp_path):
     def start(runs, **plan):
         runs = [{**one, "root": str(tmp_path / one["root"])} for one in runs]
         path = tmp_path / "plan.json"
-        path.write_text(json.dumps({"model": str(tiny_model_dir), "pairs": str(pairs_dir), "runs": runs, **plan}))
+        path.write_text(
+            json.dumps(
+                {
+                    "model": str(tiny_model_dir),
+                    "pairs": str(pairs_dir),
+                    "runs": runs,
+                    **plan,
+                }
+            )
+        )
         done = subprocess.run(
-            [sys.executable, str(PROGRAM), str(path)],
+            [sys.executable, __file__, str(path)],
             capture_output=True,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -125,11 +255,22 @@ def test_a_killed_run_that_is_resumed_ends_like_one_that_never_was(runs, tmp_pat
 @pytest.mark.slow
 def test_so_it_is_with_loading_processes_and_a_checkpoint_at_every_step(runs, tmp_path):
     """Also at steps that are validated; and processes may load the rest."""
-    kills = {"validated": ["validation", 4], "early": ["saving", 3], "late": ["batch end", 9]}
+    kills = {
+        "validated": ["validation", 4],
+        "early": ["saving", 3],
+        "late": ["batch end", 9],
+    }
     plan = [{"root": "whole"}]
     for root, kill in kills.items():
-        plan += [{"root": root, "kill": kill}, {"root": root, "resume": True, "seed": 4, "data": {"num_workers": 2}}]
+        plan += [
+            {"root": root, "kill": kill},
+            {"root": root, "resume": True, "seed": 4, "data": {"num_workers": 2}},
+        ]
     codes, errors = runs(plan, every_n_steps=1, trainer={"max_steps": 6, "val_check_interval": 4})
     assert codes == [0, *[KILLED, 0] * len(kills)], errors
     for root in kills:
         assert_same_run(tmp_path / "whole", tmp_path / root)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
