@@ -218,9 +218,12 @@ class MSDiffusionModule(pl.LightningModule):
             weight_decay=hparams.weight_decay,
             fused=hparams.fused,
         )
-        # only where it matters: to count the steps of an epoch Lightning makes the loader, before a resumed run knows
-        # its place
-        total_steps = math.inf if hparams.decay == "none" else self.trainer.estimated_stepping_batches
+        total_steps = math.inf
+        if hparams.decay != "none":
+            total_steps = self.trainer.estimated_stepping_batches
+            # Lightning may have made the loader to count the steps, before a resumed run knows its place in the data.
+            # It has no public way to say so: without this, it would begin at the first pair again.
+            self.trainer.fit_loop._combined_loader = None
         if hparams.decay != "none" and math.isinf(total_steps):
             raise RequestError(
                 f"decay={hparams.decay!r} needs to know where the run ends: give trainer.max_steps or "

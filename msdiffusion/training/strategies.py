@@ -86,9 +86,6 @@ class ShardedAdapter(ModelParallelStrategy):
                 raise RequestError("shard_unet does not go together with compile: set one of them to false")
             shard_unet(module.backbone.unet, mesh)
         super().setup(trainer)
-        # The optimizer asked for the length of the run, for which Lightning made the loader. Only now is a checkpoint
-        # read, which says where the loader has to begin: it is made again.
-        trainer.fit_loop._combined_loader = None
 
 
 class OffloadedAdapter(DeepSpeedStrategy):
@@ -132,7 +129,6 @@ class OffloadedAdapter(DeepSpeedStrategy):
         # batches hold what has to stay as it is, such as uniform numbers in float64
         self.precision_plugin.convert_input = lambda data: data
         super().setup(trainer)
-        trainer.fit_loop._combined_loader = None  # as in ShardedAdapter
 
 
 def check_precision(precision: str) -> None:

@@ -79,7 +79,7 @@ def fit(folder, name, model, pairs, held_out, *, strategy, processes, workers=0,
     batch_size = GLOBAL_BATCH // processes // settings.get("accumulate_grad_batches", 1)
     module = MSDiffusionModule(
         f"{model}/base", f"{model}/image_encoder", resampler=RESAMPLER, learning_rate=1e-3, ema_decay=0.9,
-        drop_image=0.2, drop_text=0.2, drop_grounding=0.3,
+        warmup_steps=2, decay="linear", drop_image=0.2, drop_text=0.2, drop_grounding=0.3,
     )  # fmt: skip
     data = PairsDataModule(
         str(pairs), 32, validation_pairs=str(held_out), batch_size=batch_size, max_subjects=2,
