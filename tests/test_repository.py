@@ -204,8 +204,9 @@ def test_every_imported_package_is_declared() -> None:
     # Both opencv packages provide cv2; groundingdino-py asks for one, overrides.txt says why the other is installed.
     ordinary |= {"opencv-python", "opencv-python-headless"}
     # An extra is imported inside functions, behind a check that says how to get it.
-    for_mining = ordinary | {canonicalize_name(requirement.name) for requirement in declared("ray")}
-    for folder, allowed in [("msdiffusion", ordinary), ("data_pipeline", for_mining), ("tests", ordinary | for_tests)]:
+    with_ray = ordinary | {canonicalize_name(requirement.name) for requirement in declared("ray")}
+    for_training = with_ray | {canonicalize_name(requirement.name) for requirement in declared("training")}
+    for folder, allowed in [("msdiffusion", for_training), ("data_pipeline", with_ray), ("tests", ordinary | for_tests)]:
         undeclared = {name: path for name, path in imported_distributions(folder).items() if name not in allowed}
         assert undeclared == {}, f"{folder} imports what setup.cfg does not declare"
 
