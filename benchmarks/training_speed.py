@@ -237,7 +237,6 @@ def fit_run(variant: Variant, task: dict[str, Any]) -> dict[str, float]:
     from pytorch_lightning.cli import LightningCLI
 
     warnings.filterwarnings("ignore")
-    clock = make_clock(task["warmup"])
     with patched(variant.patch):
         cli = LightningCLI(
             pl.LightningModule,
@@ -253,36 +252,40 @@ def fit_run(variant: Variant, task: dict[str, Any]) -> dict[str, float]:
                 f"{TRAINER}callbacks={json.dumps(CALLBACKS)}", f"{TRAINER}accelerator=cpu",
             ],
         )  # fmt: skip
-        cli.trainer.callbacks.append(clock)
+        clock = Clock(cli.model, task["warmup"])
         cli.trainer.fit(cli.model, cli.datamodule)
     return clock.result
 
 
-def make_clock(warmup: int) -> Any:
-    """A callback that measures the steps after the first ones."""
-    import pytorch_lightning as pl
+class Clock:
+    """Measures the steps of a fit after the first ones, by hooks of the model.
 
-    class Clock(pl.Callback):
-        def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
-            if trainer.global_step == warmup:
-                self.start, self.cpu = time.perf_counter(), time.process_time()
-                self.ended, self.waited, self.samples = self.start, 0.0, 0
-            elif trainer.global_step > warmup:
-                self.waited += time.perf_counter() - self.ended
+    Not a callback: the processes of local_sgd but the first have none but its own.
 
-        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
-            if trainer.global_step > warmup:
-                self.ended = time.perf_counter()
-                self.samples += len(batch)
-                wall = self.ended - self.start
-                self.result = {
-                    "samples": self.samples,
-                    "wall": wall,
-                    "cpu": time.process_time() - self.cpu,
-                    "waiting": self.waited / wall,
-                }
+    Args:
+        model: that is trained.
+        warmup: steps that are not counted.
+    """
 
-    return Clock()
+    def __init__(self, model: Any, warmup: int) -> None:
+        self.model, self.warmup, self.result = model, warmup, {}
+        model.on_train_batch_start, model.on_train_batch_end = self.begin, self.end
+
+    def begin(self, batch: Any, index: int) -> None:
+        """The batch is there."""
+        if self.model.global_step == self.warmup:
+            self.start, self.cpu = time.perf_counter(), time.process_time()
+            self.ended, self.waited, self.samples = self.start, 0.0, 0
+        elif self.model.global_step > self.warmup:
+            self.waited += time.perf_counter() - self.ended
+
+    def end(self, outputs: Any, batch: Any, index: int) -> None:
+        """The optimizer has made its step."""
+        if self.model.global_step > self.warmup:
+            self.ended = time.perf_counter()
+            self.samples += len(batch)
+            wall, cpu = self.ended - self.start, time.process_time() - self.cpu
+            self.result = {"samples": self.samples, "wall": wall, "cpu": cpu, "waiting": self.waited / wall}
 
 
 class patched:  # noqa: N801 - a context manager
