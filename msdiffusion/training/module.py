@@ -221,14 +221,14 @@ class MSDiffusionModule(pl.LightningModule):
         total_steps = math.inf
         if hparams.decay != "none":
             total_steps = self.trainer.estimated_stepping_batches
+            if math.isinf(total_steps):
+                raise RequestError(
+                    f"decay={hparams.decay!r} needs to know where the run ends: give trainer.max_steps or "
+                    "trainer.max_epochs, or decay='none'"
+                )
             # Lightning may have made the loader to count the steps, before a resumed run knows its place in the data.
             # It has no public way to say so: without this, it would begin at the first pair again.
             self.trainer.fit_loop._combined_loader = None
-        if hparams.decay != "none" and math.isinf(total_steps):
-            raise RequestError(
-                f"decay={hparams.decay!r} needs to know where the run ends: give trainer.max_steps or "
-                "trainer.max_epochs, or decay='none'"
-            )
         course = learning_rate_course(hparams.warmup_steps, hparams.decay, total_steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, course)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
