@@ -79,17 +79,20 @@ class FrozenEncodings:
         known: dict[Hashable, tuple[Tensor, ...]],
         encode: Callable[[list[int]], tuple[Tensor, ...]],
     ) -> tuple[Tensor, ...]:
-        """One row per name; ``encode`` is called with the first row of each name that is not known yet."""
+        """One row per name; ``encode`` is asked for the first row of each name that is not known yet."""
         known = known if self.keep else {}
         first_rows: dict[Hashable, int] = {}
         for row, name in enumerate(names):
             if name not in known:
                 first_rows.setdefault(name, row)
-        if first_rows:
+        if self.keep:
+            # One at a time: the last bits of an answer depend on how many are asked together, and a run that was
+            # resumed would meet them in other company.
+            for name, row in first_rows.items():
+                known[name] = tuple(answer[0].to("cpu", copy=True) for answer in encode([row]))
+        elif first_rows:
             answers = encode(list(first_rows.values()))
             for i, name in enumerate(first_rows):
-                rows = tuple(answer[i] for answer in answers)
-                # a copy is kept: the row of a batch would hold the whole batch in memory
-                known[name] = tuple(row.to("cpu", copy=True) for row in rows) if self.keep else rows
+                known[name] = tuple(answer[i] for answer in answers)
         columns = zip(*(known[name] for name in names), strict=True)
         return tuple(torch.stack(column).to(self.backbone.device) for column in columns)
