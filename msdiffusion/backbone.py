@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,8 +171,7 @@ class Backbone:
         Raises:
             RequestError: unknown ``fit``.
         """
-        squares = [_square(flatten(reference, background), background, fit) for reference in references]
-        return self.image_processor(images=squares, return_tensors="pt").pixel_values
+        return ReferencePreparation(self.image_processor, tuple(background), fit)(references)
 
     @torch.no_grad()
     def encode_references(self, pixel_values: Tensor, features: str = "tokens") -> Tensor:
@@ -277,6 +277,22 @@ class Backbone:
             for pair in (original_size, crop_top_left, target_size)
         ]
         return {"text_embeds": pooled, "time_ids": torch.cat(pairs, dim=1)}
+
+
+@dataclass(frozen=True)
+class ReferencePreparation:
+    """``Backbone.prepare_references`` without the networks: small enough to be handed to loading processes."""
+
+    image_processor: CLIPImageProcessor
+    background: tuple[int, ...]
+    """RGB, 0-255."""
+    fit: str
+    """"pad" or "squash"."""
+
+    def __call__(self, references: Sequence[Image.Image]) -> Tensor:
+        """PIL pictures -> (N, 3, h, w) float32 on the CPU; RequestError for an unknown ``fit``."""
+        squares = [_square(flatten(reference, self.background), self.background, self.fit) for reference in references]
+        return self.image_processor(images=squares, return_tensors="pt").pixel_values
 
 
 def flatten(reference: Image.Image, background: Sequence[int]) -> Image.Image:

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+OVERLAYS = sorted((REPOSITORY / "configs" / "strategies").glob("*.yaml"))
+"""Given after a run's config, they change its strategy; tests/msdiffusion/training/test_strategies.py parses them."""
+CONFIGS = sorted(set((REPOSITORY / "configs").rglob("*.yaml")) - set(OVERLAYS))
 
 
 @pytest.fixture

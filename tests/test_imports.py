@@ -55,7 +55,7 @@ RANKS = {
     "demo": 11,
     "cli": 12,
 }
-# What a room must not know although its rank would allow it: pictures are drawn without training, and the other way round.
+# What a room must not know although its rank would allow it.
 STRANGERS = {("training", "generate")}
 # The only parts of data_pipeline that msdiffusion may know.
 SHARED_WITH_MSDIFFUSION = ("data_pipeline.records", "data_pipeline.world")

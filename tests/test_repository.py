@@ -206,7 +206,8 @@ def test_every_imported_package_is_declared() -> None:
     # An extra is imported inside functions, behind a check that says how to get it.
     with_ray = ordinary | {canonicalize_name(requirement.name) for requirement in declared("ray")}
     for_training = with_ray | {canonicalize_name(requirement.name) for requirement in declared("training")}
-    for folder, allowed in [("msdiffusion", for_training), ("data_pipeline", with_ray), ("tests", ordinary | for_tests)]:
+    folders = {"msdiffusion": for_training, "data_pipeline": with_ray, "tests": ordinary | for_tests}
+    for folder, allowed in folders.items():
         undeclared = {name: path for name, path in imported_distributions(folder).items() if name not in allowed}
         assert undeclared == {}, f"{folder} imports what setup.cfg does not declare"
 

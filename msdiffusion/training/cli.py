@@ -28,7 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import warnings
 
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for message in (
+        ".*does not have many workers.*",
+        # between Lightning and torch; nothing that a user could do about it
+        r".*isinstance\(treespec, LeafSpec\).*",
+        # said of the processes of local_sgd, of which only the first validates
+        ".*It is recommended to use `self.log.*sync_dist=True.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
     import pytorch_lightning as pl
     from pytorch_lightning.cli import SaveConfigCallback
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from msdiffusion.adapter import MSAdapter
-from msdiffusion.backbone import Backbone, quiet_loading
+from msdiffusion.backbone import Backbone, ReferencePreparation, quiet_loading
 from msdiffusion.errors import RequestError
 from msdiffusion.request import FALLBACKS
 from msdiffusion.training.averaging import AveragedAdapter
@@ -147,6 +147,7 @@ class MSDiffusionModule(pl.LightningModule):
         if self.adapter is not None:
             return
         hparams = self.hparams
+        self._check_precision()
         quiet_loading()
         # Lightning says that the module moves batches, not the data module: which is so
         warnings.filterwarnings("ignore", message="You have overridden `transfer_batch_to_device`")
@@ -174,6 +175,14 @@ class MSDiffusionModule(pl.LightningModule):
         self.encoder = BatchEncoder(backbone, self.encodings, hparams.size_condition)
         self.phrase_tokens = PhraseTokens(backbone.tokenizer)
 
+    def _check_precision(self) -> None:
+        precision = "32-true" if self._trainer is None else str(self.trainer.precision)
+        if precision in ("16-true", "bf16-true"):
+            raise RequestError(
+                f"trainer.precision {precision} would make the trained weights 16 bits wide, which small steps do not "
+                "move: take bf16-mixed, and model.init_args.base_dtype bfloat16 for less memory"
+            )
+
     def _base_dtype(self, device: torch.device) -> torch.dtype:
         name = self.hparams.base_dtype
         if name == "auto":
@@ -189,10 +198,16 @@ class MSDiffusionModule(pl.LightningModule):
         """The adapter as it is validated and exported: the averaged weights where they are kept."""
         return self.adapter if self.averaged is None else self.averaged.module
 
-    def prepare_references(self, pictures: list[Image.Image]) -> Tensor:
-        """Pictures -> float32 (N, 3, h, w) for the image encoder, as generation with this adapter prepares them."""
+    @property
+    def prepare_references(self) -> ReferencePreparation:
+        """Pictures -> float32 (N, 3, h, w) for the image encoder, as generation with this adapter prepares them.
+
+        It knows the image processor alone, so that loading processes can be given it.
+        """
         config = self.adapter.config
-        return self.backbone.prepare_references(pictures, config.reference_background, config.reference_fit)
+        return ReferencePreparation(
+            self.backbone.image_processor, tuple(config.reference_background), config.reference_fit
+        )
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a picture of so many pixels.
@@ -333,7 +348,7 @@ class MSDiffusionModule(pl.LightningModule):
             num_steps=settings["steps"],
             guidance_scale=settings["guidance_scale"],
             scale=settings["scale"],
-            seed=batch_index * 1000,
+            seeds=batch.numbers.tolist(),
         )
 
     def encode(

@@ -102,7 +102,7 @@ def log_picture(trainer: pl.Trainer, name: str, picture: Image.Image) -> None:
 
 
 def draw_samples(
-    module: MSDiffusionModule, datamodule: Any, samples: Sequence[TrainingSample], **settings: Any
+    module: MSDiffusionModule, datamodule: Any, samples: Sequence[TrainingSample], seed: int, **settings: Any
 ) -> list[Image.Image]:
     """Pictures for samples of any sizes, in their order.
 
@@ -110,7 +110,8 @@ def draw_samples(
         module: see ``draw_batch``.
         datamodule: its ``collate`` makes batches of them.
         samples: at least one; those of one size are drawn together.
-        settings: of ``draw_batch``.
+        seed: of the noise: that of sample i is ``seed + i``.
+        settings: others of ``draw_batch``.
 
     Returns:
         One RGB picture per sample, as large as its target.
@@ -121,7 +122,8 @@ def draw_samples(
     pictures: dict[int, Image.Image] = {}
     for indices in by_size.values():
         batch = datamodule.collate([samples[index] for index in indices]).to(module.device)
-        pictures.update(zip(indices, draw_batch(module, batch, **settings), strict=True))
+        drawn = draw_batch(module, batch, seeds=[seed + index for index in indices], **settings)
+        pictures.update(zip(indices, drawn, strict=True))
     return [pictures[index] for index in range(len(samples))]
 
 
@@ -133,7 +135,7 @@ def draw_batch(
     num_steps: int,
     guidance_scale: float,
     scale: float,
-    seed: int,
+    seeds: Sequence[int],
 ) -> list[Image.Image]:
     """Pictures for the captions, references and boxes of a batch, by the base's own diffusers pipeline.
 
@@ -143,7 +145,7 @@ def draw_batch(
         num_steps: of the sampler.
         guidance_scale: of classifier-free guidance.
         scale: weight of the subjects.
-        seed: of the noise, drawn on the CPU: that of picture i is ``seed + i``.
+        seeds: of the noise, drawn on the CPU, one per picture.
 
     Returns:
         B RGB pictures of the size of the targets.
@@ -159,7 +161,7 @@ def draw_batch(
         width=width,
         num_inference_steps=num_steps,
         guidance_scale=guidance_scale,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(batch))],
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         cross_attention_kwargs={"subjects": condition},
         output_type="latent",
     ).images

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -591,3 +592,37 @@ def batch_reference():
     from PIL import Image
 
     return Image.new("RGBA", (20, 20), (200, 30, 30, 255))
+
+
+def test_loading_processes_are_given_the_preparation_alone(configured):
+    """A collator that held the networks could not be handed to a spawned process, or only with all their weights."""
+    import pickle
+
+    from msdiffusion.training.collation import PairsCollator
+
+    module, _ = configured()
+    collator = PairsCollator(2, module.prepare_references, {(32, 32): module.latent_shape(32, 32)})
+    data = pickle.dumps(collator)
+    assert len(data) < 100_000
+    again = pickle.loads(data)
+    assert torch.equal(again.prepare_references([batch_reference()]), module.prepare_references([batch_reference()]))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_trained_weights_are_never_16_bits_wide(make_module, pairs_dir, precision):
+    with pytest.raises(RequestError, match=f"trainer.precision {precision} would make the trained weights 16 bits"):
+        make_trainer(precision=precision).fit(make_module(), make_data(pairs_dir))
+
+
+def test_predictions_do_not_depend_on_the_batch_size(make_module, pairs_dir):
+    torch.manual_seed(0)
+    module = make_module(defaults={"steps": 1, "guidance_scale": 1.0})
+    drawn = []
+    for batch_size in (1, 2):
+        data = make_data(pairs_dir, batch_size=batch_size, validation_fraction=0.3)
+        batches = make_trainer(limit_predict_batches=2 // batch_size).predict(module, data)
+        drawn.append([picture for batch in batches for picture in batch])
+    assert len(drawn[0]) == len(drawn[1]) == 2
+    for one, other in zip(*drawn, strict=True):
+        difference = np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int))
+        assert difference.max() <= 2
