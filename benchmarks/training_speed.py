@@ -10,6 +10,12 @@ within each turn. The first steps of a run are not counted. The plain loop is ``
 real fits of the config by Lightning, with its average of the weights, clipping and logging, and with its callbacks but
 those that write pictures, exports and checkpoints every so many steps.
 
+    python benchmarks/training_speed.py --step-by-step                     # on a machine that others use too
+
+``--step-by-step`` puts all variants into one process of one thread, where they take turns after every single step
+(loader, step, optimizer, average), and counts CPU time: no other load can favour one of them. It says nothing about
+threads and processes.
+
 Beside the wall clock stands the CPU time of all processes together: on a machine that others use too, its ratio is the
 steadier one. "waiting" is the share of the wall time between the end of a step and the start of the next one, in which
 the loader is at work.
@@ -26,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,6 +118,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="for --sdxl")
     parser.add_argument("--batch-size", type=int, default=8, help="for --sdxl")
     parser.add_argument("--miniature", action="store_true", help="with --sdxl: tiny networks, to try the script")
+    parser.add_argument("--step-by-step", action="store_true", help="one process, CPU time, turns after every step")
     parser.add_argument("--one-run", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one_run:
@@ -123,6 +131,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(options.pairs)
+        if options.step_by_step and not (pairs / "encodings").is_dir():
+            parser.error("--step-by-step needs --pairs with encodings beside them: run msdiffusion.training.precompute")
+        if options.step_by_step:
+            step_by_step([name for name in options.variants if name in STEPWISE], pairs, options)
+            return
         if not (pairs / "encodings").is_dir():
             pairs = encoded_copy(pairs, Path(folder, "pairs"))
         measured = {name: Measured() for name in options.variants}
@@ -286,6 +299,87 @@ class Clock:
             self.samples += len(batch)
             wall, cpu = self.ended - self.start, time.process_time() - self.cpu
             self.result = {"samples": self.samples, "wall": wall, "cpu": cpu, "waiting": self.waited / wall}
+
+
+STEPWISE = ("plain", "plain3", "ours", "kept", "asked", "padded", "sdpa", "channels_last", "batch16")
+"""Variants that differ in more than threads and processes."""
+
+
+def step_by_step(names: list[str], pairs: Path, options: argparse.Namespace) -> None:
+    """CPU milliseconds per sample of every variant, in one process of one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    steps = {name: plain_stepper(VARIANTS[name], pairs) if VARIANTS[name].plain_slots
+             else our_stepper(VARIANTS[name], pairs) for name in names}  # fmt: skip
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(options.warmup + options.steps * options.repeats):
+        for name, step in steps.items():
+            start = time.process_time()
+            samples = step()
+            if turn >= options.warmup:
+                times[name].append(1e3 * (time.process_time() - start) / samples)
+    print(f"load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, {len(times[names[0]])} steps each, in turns\n")
+    print("| variant | CPU ms per sample: median | fastest | slowest | plain / this |\n|---|---|---|---|---|")
+    for name, values in times.items():
+        ratio = statistics.median(a / b for a, b in zip(times[names[0]], values, strict=True))
+        title = (
+            VARIANTS[name].title.replace(", two threads", "").replace(", two processes of one thread (local_sgd)", "")
+        )
+        print(f"| {title} | {statistics.median(values):.1f} | {min(values):.1f} | {max(values):.1f} | {ratio:.2f} |")
+
+
+def plain_stepper(variant: Variant, pairs: Path) -> Callable[[], int]:
+    """A function that makes a step of the plain loop and says of how many samples."""
+    from training_plain_loop import PlainPairs, PlainTraining
+
+    resampler = {"width": 192, "depth": 3, "heads": 6, "head_width": 32}
+    training = PlainTraining("checkpoints/tiny/base", "checkpoints/tiny/image_encoder", resampler)
+    batches = training.batches(PlainPairs(pairs, 64, variant.plain_slots, training.processor), 32)
+
+    def step() -> int:
+        training.step(next(batches))
+        return 32
+
+    return step
+
+
+def our_stepper(variant: Variant, pairs: Path) -> Callable[[], int]:
+    """The same of ours: what a fit does at every step, without Lightning's own share."""
+    import torch
+
+    from msdiffusion.training import module as module_room
+    from msdiffusion.training.optimizers import make_optimizer
+    from msdiffusion.training.precompute import load_run
+
+    settings = [*variant.settings, f"{DATA}pairs={pairs}"]
+    with patched(variant.patch):
+        datamodule, model = load_run(CONFIG, settings, "cpu")
+        make_condition = module_room.make_condition
+    model.log = lambda *_, **__: None
+    optimizer = make_optimizer(model.adapter.parameters(), learning_rate=1e-3, weight_decay=0.01)
+    loader = datamodule.train_dataloader()
+
+    def endless() -> Iterator[Any]:
+        while True:
+            yield from loader
+
+    batches = endless()
+
+    def step() -> int:
+        usual, module_room.make_condition = module_room.make_condition, make_condition
+        batch = next(batches)
+        loss = model.training_step(batch, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.adapter.parameters(), 1.0)
+        optimizer.step()
+        if model.averaged is not None:
+            model.averaged.update(model.adapter)
+        module_room.make_condition = usual
+        return len(batch)
+
+    return step
 
 
 class patched:  # noqa: N801 - a context manager
