@@ -5,9 +5,10 @@ finds its own part alone, a stopped run finds its place again, and two processes
 
 How the order of one dataset is made: its shards are put in random order and laid in a ring, which is cut open
 anywhere, so that no pair comes early or late by habit; that row is cut into lanes of equal length; within each lane,
-samples are shuffled in blocks of ``shuffle_buffer``; then the lanes take turns. So place p belongs to lane p % lanes,
-and process r of R, which takes the places p % R == r, reads only from its own lanes, each of them nearly in the order
-of the files: that is what makes shards on a slow or distant disk bearable.
+samples are shuffled in blocks of ``shuffle_buffer``; then the lanes take turns. So place p belongs to lane p % lanes
+(in a mixture, places are counted through all epochs for that), and process r of R, which takes the places p % R == r,
+reads only from its own lanes, each of them nearly in the order of the files: that is what makes shards on a slow or
+distant disk bearable.
 
 Letters: N pairs, L lanes, R processes, B samples per process and batch, G = R * B samples of a batch of all processes.
 A place counts the samples of an epoch over all processes. Indices are those of the pairs in their catalogue.
@@ -78,15 +79,18 @@ class EpochPlan:
     With one dataset an epoch is one pass: every pair once, but for those that would make an incomplete batch of all
     processes at the end (other ones in each epoch).
 
-    A mixture takes rows of L places in turn from its datasets, evenly spread, so that after any number of epochs each
-    has had its share exactly, to one row. An epoch has as many rows as all datasets have pairs together (and no broken
-    one). Each dataset runs through passes of its own, which do not stop at the ends of epochs: no pair comes again
-    before every other of its dataset came.
+    A mixture is one endless row of places: rows of L places in turn from its datasets, evenly spread. A round has as
+    many rows as all datasets have pairs together (and no broken one); after each round every dataset has had its share
+    exactly, to one row, and at any place to fewer rows than there are datasets, and one. An epoch is as many whole
+    batches as fit into a round, and the next one goes on where it ended: nothing is left out. Each dataset runs
+    through passes of its own, which do not stop at the ends of epochs: no pair comes again before every other of its
+    dataset came.
 
     With buckets, every batch of all processes has pairs of one bucket. Pairs wait until their batch is full, so the
-    order within a bucket stays; what does not fill a batch by the end of the epoch is left out of it. In a mixture the
-    share of the buckets changes from epoch to epoch: so that all epochs are equally long, the last batches are left
-    out there, at most one per bucket.
+    order within a bucket stays; what does not fill a batch by the end of the epoch is left out of it. In a mixture
+    with buckets an epoch is made of one round, and the share of the buckets changes from epoch to epoch: so that all
+    epochs are equally long, the last batches are left out too. Together that is fewer than G samples per bucket, and G
+    more, in each epoch: the passes go on as if these had been trained, so shares and passes hold only nearly there.
 
     Args:
         datasets: at least one.
@@ -153,6 +157,8 @@ class EpochPlan:
 
     def order(self, epoch: int) -> np.ndarray:
         """int64 (samples_per_epoch,): the index of the pair at each place."""
+        if len(self.datasets) > 1 and self.buckets is None:
+            return self._mixture_places(epoch * self.samples_per_epoch, (epoch + 1) * self.samples_per_epoch)
         places = self._pass(0, epoch, 0) if len(self.datasets) == 1 else self._mixture(epoch)
         if self.buckets is not None:
             places = self._in_batches_of_one_bucket(places)
@@ -167,7 +173,7 @@ class EpochPlan:
 
     def identity(self) -> dict[str, Any]:
         """What the order follows from, but for the names of the pairs: as JSON knows it."""
-        return {
+        identity = {
             "pairs and weight of each dataset": [[len(dataset), float(dataset.weight)] for dataset in self.datasets],
             "samples of a batch of all processes": self.global_batch,
             "lanes": self.lanes,
@@ -175,10 +181,14 @@ class EpochPlan:
             "pairs of each picture size": None if self.buckets is None else np.bincount(self.buckets).tolist(),
             "seed": self.seed,
         }
+        if len(self.datasets) > 1 and self.buckets is None and self._rows * self.lanes % self.global_batch:
+            # older checkpoints of such a mixture are places in another order
+            identity["epochs of the mixture"] = "each goes on where the one before ended"
+        return identity
 
-    def rows_before(self, dataset: int, epoch: int) -> int:
-        """Rows that a dataset of a mixture has had in all epochs before this one."""
-        edges = (self._until[d] * epoch * self._rows for d in (dataset, dataset + 1))
+    def rows_before(self, dataset: int, number: int) -> int:
+        """Rows that a dataset of a mixture has had in all rounds before the one of this number."""
+        edges = (self._until[d] * number * self._rows for d in (dataset, dataset + 1))
         below, above = (int(edge + Fraction(1, 2)) for edge in edges)
         return above - below
 
@@ -206,10 +216,18 @@ class EpochPlan:
             start += len(mine)
         return order
 
-    def _mixture(self, epoch: int) -> np.ndarray:
+    def _mixture_places(self, start: int, end: int) -> np.ndarray:
+        """Places [start, end) of the endless row of rounds. Place s is in lane s % L."""
+        length = self._rows * self.lanes
+        rounds = range(start // length, -(-end // length))
+        together = np.concatenate([self._mixture(number) for number in rounds])
+        return together[start - rounds.start * length : end - rounds.start * length]
+
+    def _mixture(self, number: int) -> np.ndarray:
+        """int64 (rows * L,): one round."""
         rows, times, sources = [], [], []
         for d in range(len(self.datasets)):
-            first, last = self.rows_before(d, epoch), self.rows_before(d, epoch + 1)
+            first, last = self.rows_before(d, number), self.rows_before(d, number + 1)
             rows.append(self._stream(d, first * self.lanes, last * self.lanes).reshape(-1, self.lanes))
             times.append((np.arange(last - first) + 0.5) / max(1, last - first))
             sources.append(np.full(last - first, d))

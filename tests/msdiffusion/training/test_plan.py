@@ -139,6 +139,42 @@ def test_a_mixture_has_exact_shares(parts, weights, seed, lanes):
             assert len(set(one_pass)) == len(one_pass), "a pair came again before all the others came"
 
 
+@pytest.mark.parametrize(
+    ("sizes", "weights", "batch", "lanes"),
+    [
+        ([500, 60], [9, 1], 128, 8),
+        ([100, 100], [1, 3], 128, 8),
+        ([300, 300], [1, 9], 256, 8),
+        ([50, 70, 31], [1, 5, 2], 20, 6),
+    ],
+)
+def test_a_mixture_hands_out_everything_where_batches_do_not_fill_its_rounds(sizes, weights, batch, lanes):
+    starts = np.cumsum([0, *sizes])
+    parts = [
+        make([10] * (size // 10) + [size % 10] * (size % 10 > 0), int(start), weight, f"data/{start}")
+        for size, start, weight in zip(sizes, starts[:-1], weights, strict=True)
+    ]
+    plan = EpochPlan(parts, seed=0, global_batch=batch, lanes=lanes, shuffle_buffer=16)
+    assert plan.samples_per_epoch % batch == 0
+    assert sum(sizes) // lanes * lanes % batch, "this test is about what is left over"
+    run = np.concatenate([plan.order(epoch) for epoch in range(20)])
+    of = np.searchsorted(starts, run, side="right") - 1
+    for number, weight in enumerate(weights):
+        so_far = np.cumsum(of == number) / lanes
+        wanted = weight / sum(weights) * np.arange(1, len(run) + 1) / lanes
+        assert np.abs(so_far - wanted).max() < len(sizes) + 1
+        times = np.bincount(run[of == number], minlength=starts[-1])[starts[number] : starts[number + 1]]
+        assert times.max() - times.min() <= 1, "a pair came again before all the others came"
+    # an epoch begins within a row of places, and within a pass, of the one before
+    np.testing.assert_array_equal(run[3 * plan.samples_per_epoch :][: plan.samples_per_epoch], plan.order(3))
+
+
+def test_a_checkpoint_of_a_mixture_that_left_something_out_is_known_by_its_identity():
+    parts = [make([60], 0, 3), make([20], 100, 1, "data/b")]
+    assert "epochs of the mixture" in EpochPlan(parts, seed=0, global_batch=6, lanes=2).identity()
+    assert "epochs of the mixture" not in EpochPlan(parts, seed=0, global_batch=8, lanes=2).identity()
+
+
 def test_a_mixture_is_spread_evenly():
     plan = EpochPlan([make([60], 0, 3), make([20], 100, 1, "data/b")], seed=0, global_batch=4, lanes=2)
     rows = plan.order(1).reshape(-1, 2)[:, 0] >= 100
