@@ -194,13 +194,13 @@ def shard_stamp(shard: Shard, content: Path | None = None) -> dict[str, str]:
     """What a file of encodings remembers of its shard, so that a changed shard is noticed.
 
     Args:
-        shard: with the sha256 of its build.json, or the stamp that a server gave it, or else on this disk.
-        content: the file itself, where neither is known.
+        shard: one that is not on this disk, with the sha256 of its build.json or the stamp that a server gave it.
+        content: the file itself, where it is on this disk: then it is asked, whatever build.json says of it.
     """
     stamp = {"shard": shard.name}
-    if shard.sha256 is not None:
-        return stamp | {"sha256": shard.sha256}
     if content is None:
+        if shard.sha256 is not None:
+            return stamp | {"sha256": shard.sha256}
         return stamp | {"server": f"{shard.bytes} {shard.stamp}"}
     status = content.stat()
     with content.open("rb") as file:
@@ -209,8 +209,11 @@ def shard_stamp(shard: Shard, content: Path | None = None) -> dict[str, str]:
 
 
 def is_of(stamp: dict[str, str], shard: Shard, content: Path | None = None) -> bool:
-    """Whether a stamp was made of this shard as it is now. A file of unchanged size and date is not read again."""
-    if shard.sha256 is None and content is not None:
+    """Whether a stamp was made of this shard as it is now. A file of unchanged size and date is not read again.
+
+    Arguments as of ``shard_stamp``.
+    """
+    if content is not None:
         status = content.stat()
         if (stamp.get("bytes"), stamp.get("changed")) == (str(status.st_size), str(status.st_mtime_ns)):
             return stamp.get("shard") == shard.name

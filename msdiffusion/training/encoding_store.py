@@ -112,8 +112,8 @@ def encodings_root(catalogue: Catalogue, out: str | Path | None = None) -> Path 
 
 
 def content_of(shard: Shard) -> Path | None:
-    """The file of a shard whose content nobody has vouched for, where it is on this machine."""
-    return None if shard.sha256 is not None or shard.file.is_remote else Path(local_path(shard.place))
+    """The file of a shard, where it is on this machine; one from elsewhere was compared when it was fetched."""
+    return None if shard.file.is_remote else Path(local_path(shard.place))
 
 
 def found_folders(root: Path, part: Part) -> list[Found]:

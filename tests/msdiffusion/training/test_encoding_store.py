@@ -1,3 +1,4 @@
+import os
 import pickle
 from pathlib import Path
 
@@ -59,6 +60,21 @@ def test_what_is_missing_is_told(catalogue, tmp_path):
     assert "(2 of 3 shards have such a problem)" in incomplete(folder, catalogue)
     shard = catalogue.shards[1]
     assert unusable(lacking / file_name(shard), shard, np.array([0, 1])) is None  # nobody needs the others
+
+
+def test_a_shard_that_was_changed_in_place_is_noticed_though_its_build_json_stays(finished_dir, tmp_path):
+    catalogue = read_catalogue(str(finished_dir), progress=False)
+    assert catalogue.shards[0].sha256 is not None
+    folder = encode(catalogue, tmp_path / "out")
+    assert incomplete(folder, catalogue) is None
+    path = finished_dir / "pairs-000001.tar"
+    content, before = path.read_bytes(), path.stat()
+    path.write_bytes(content.replace(b"on the beach", b"in the city!"))
+    os.utime(path, ns=(before.st_mtime_ns + 1, before.st_mtime_ns + 1))
+    changed = read_catalogue(str(finished_dir), progress=False)
+    assert incomplete(folder, changed) == "shard pairs-000001.tar was changed since"
+    path.write_bytes(content)  # another date, the same content: as after a copy
+    assert incomplete(folder, read_catalogue(str(finished_dir), progress=False)) is None
 
 
 def test_where_encodings_lie(catalogue, pairs_dir, tmp_path):
