@@ -79,10 +79,13 @@ def crop_boxes(
 
 
 def visible_shares(boxes: np.ndarray, cropped: np.ndarray, size: tuple[int, int], crop: tuple[int, int]) -> np.ndarray:
-    """float64 (s,): the part of each box's area, in [0, 1], that a crop of ``crop_boxes`` has left of it."""
+    """float64 (s,): the part of each box's area, in [0, 1], that a crop of ``crop_boxes`` has left of it.
+
+    0 for a box that had no area to begin with.
+    """
     before = np.prod(boxes[:, 2:].astype(np.float64) - boxes[:, :2], axis=1) * size[0] * size[1]
     after = np.prod(cropped[:, 2:].astype(np.float64) - cropped[:, :2], axis=1) * crop[0] * crop[1]
-    return np.minimum(after / before, 1)
+    return np.minimum(np.divide(after, before, out=np.zeros_like(after), where=before > 0), 1)
 
 
 def choose_crop(

@@ -92,7 +92,7 @@ class PairsLoader(DataLoader):
     """
 
     PREFETCH = 1024
-    """Samples of this process whose shards are asked for ahead of time."""
+    """Samples of this process whose shards are asked for ahead of time; one batch, where that is more."""
 
     def __iter__(self) -> Iterator[PairsBatch]:
         """Batches.
@@ -122,9 +122,11 @@ class PairsLoader(DataLoader):
         sampler = self.sampler
         order = sampler.order()[sampler.rank :: sampler.num_replicas]
         first = sampler.place.start * self.batch_size
-        for start in range(first, len(order), self.PREFETCH):
-            self.dataset.pairs.prefetch(order[start : start + 2 * self.PREFETCH])
-            for _ in range(self.PREFETCH // self.batch_size):
+        batches = max(1, self.PREFETCH // self.batch_size)
+        step = batches * self.batch_size
+        for start in range(first, len(order), step):
+            self.dataset.pairs.prefetch(order[start : start + 2 * step])
+            for _ in range(batches):
                 yield
 
 

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from data_pipeline.records import ClipError, decode_mask
 from msdiffusion.errors import DataError, shown
@@ -27,6 +29,11 @@ PAIRS_SCHEMA = "msdiffusion.pairs/1"
 
 SWAPPED_SUFFIX = "-swapped"
 """Ends the key of a pair that is another pair the other way round: reference frame and target frame exchanged."""
+
+MAX_PIXELS = 64_000_000
+"""Of one picture, as in ``data_pipeline.importers``: a small file may say that it has any number of them."""
+
+_KINDS = {b"\xff\xd8\xff": JpegImageFile, b"\x89PNG\r\n\x1a\n": PngImageFile}
 
 STAY_SECONDS = 30.0
 """A file that is being read is marked as used no more often than that."""
@@ -100,7 +107,7 @@ class OpenShard:
         """
         location = self.location(place)
         try:
-            with Image.open(io.BytesIO(_read_member(location, "target.jpg"))) as picture:
+            with _opened(_read_member(location, "target.jpg")) as picture:
                 return picture.size
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise _undecodable(location, "target.jpg", error) from error
@@ -132,7 +139,7 @@ def read_record(location: PairLocation) -> dict[str, Any]:
     where = f"{location.shard}: pair {location.key!r}"
     try:
         record = json.loads(_read_member(location, "json"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also: numbers of too many digits, brackets in too many brackets
         raise DataError(f"{where}: its json cannot be read ({error}); build the dataset again") from error
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema != PAIRS_SCHEMA:
@@ -157,7 +164,7 @@ def read_record(location: PairLocation) -> dict[str, Any]:
         if not _is_box(subject["target_box"]):
             raise DataError(
                 f"{where}, subject {number}: target_box {shown(subject['target_box'])} is not a normalised xyxy box "
-                "inside [0, 1]"
+                "inside [0, 1] with an area in float32"
             )
     return record
 
@@ -165,7 +172,10 @@ def read_record(location: PairLocation) -> dict[str, Any]:
 def _is_box(box: Any) -> bool:
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(edge, int | float) for edge in box):
         return False
-    return 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
+    if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        return False
+    edges = np.array(box, dtype=np.float32)  # as training has it: nearly equal edges become equal
+    return bool((edges[:2] < edges[2:]).all())
 
 
 def read_pair(location: PairLocation, reference_frame: str = "other") -> Pair:
@@ -177,8 +187,9 @@ def read_pair(location: PairLocation, reference_frame: str = "other") -> Pair:
             the target picture itself, as when there is no video.
 
     Raises:
-        DataError: as ``read_record``, or if a picture cannot be decoded, if the target has another size than its
-            record says, or if a mask that is needed is missing or of another size than the target.
+        DataError: as ``read_record``, or if a picture cannot be decoded or has more than ``MAX_PIXELS``, if the target
+            has another size than its record says, or if a mask that is needed is missing or of another size than the
+            target.
     """
     record = read_record(location)
     subjects = record["subjects"]
@@ -238,10 +249,23 @@ def _read_member(location: PairLocation, suffix: str) -> bytes:
 
 def _read_picture(location: PairLocation, suffix: str, mode: str) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(_read_member(location, suffix))).convert(mode)
+        picture = _opened(_read_member(location, suffix))
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise DataError(
+                f"{location.shard}: {suffix} of pair {location.key!r} has {width:,} x {height:,} pixels, more than the "
+                f"{MAX_PIXELS:,} that are read; build the dataset again with smaller pictures"
+            )
+        return picture.convert(mode)
     # Pillow raises SyntaxError for a broken png chunk, ValueError for impossible contents
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _undecodable(location, suffix, error) from error
+
+
+def _opened(content: bytes) -> Image.Image:
+    """A picture whose header was read. By its class where that is known: ``Image.open`` warns of large pictures."""
+    kind = next((kind for start, kind in _KINDS.items() if content.startswith(start)), Image.open)
+    return kind(io.BytesIO(content))
 
 
 def _undecodable(location: PairLocation, suffix: str, error: Exception) -> DataError:

@@ -79,6 +79,13 @@ def test_a_subject_cut_away_is_dropped():
     assert kept.tolist() == [0]
 
 
+def test_a_box_without_area_is_not_visible():
+    boxes = np.array([[0.5, 0.2, 0.5, 0.8], [0.25, 0.25, 0.75, 0.75]], dtype=np.float32)
+    with np.errstate(all="raise"):
+        shares = visible_shares(boxes, boxes, (64, 64), (64, 64))
+    assert shares.tolist() == [0, 1]
+
+
 def test_a_crop_that_loses_everybody_moves_to_the_largest():
     boxes = np.array([[0.0, 0.2, 0.2, 0.8], [0.9, 0.4, 1.0, 0.6]])
     (top, left), kept = choose_crop(boxes, (192, 64), (64, 64), 0.25)

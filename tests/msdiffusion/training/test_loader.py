@@ -163,6 +163,17 @@ def test_nobody_elses_random_numbers_depend_on_loading(plan, make):
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
 
 
+def test_shards_are_asked_for_once_per_batch_where_a_batch_is_more_than_is_asked_for(plan, make, pairs, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pairs, "prefetch", lambda indices: asked.append(len(indices)))
+    monkeypatch.setattr(PairsLoader, "PREFETCH", 3)
+    ahead = make(PlanSampler(plan, 0, 1, Place()))._prefetching()
+    next(ahead)
+    assert asked == [8]  # this batch and the next one, and no more of the epoch
+    assert len(list(ahead)) == 5
+    assert asked == [8, 8, 8, 8, 8, 4]
+
+
 def test_shards_are_asked_for_ahead(plan, make, pairs, monkeypatch):
     asked = []
     monkeypatch.setattr(PairsLoader, "PREFETCH", 8)

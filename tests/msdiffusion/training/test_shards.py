@@ -1,4 +1,9 @@
+import io
 import os
+import struct
+import tarfile
+import warnings
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -74,6 +79,9 @@ def test_missing_reference_is_refused(tmp_path, shard_writer, opened):
                 [-0.1, 0.2, 0.5, 0.8],
                 [0.1, 0.2, 0.5],
                 [0.1, 0.2, 0.5, float("nan")],
+                [0.5, 0.2, 0.5 + 1e-9, 0.8],  # of no width in float32, which training has
+                [0.1, 0.0, 0.5, 1e-60],
+                [0.1, 0.2, 0.5, 10**400],
                 "box!",
                 7,
             )
@@ -102,6 +110,39 @@ def test_json_that_is_none_is_refused(tmp_path, pairs_dir, opened):
     shard.write_bytes(content.replace(b'{"schema"', b'*"schema"'))
     with pytest.raises(DataError, match="its json cannot be read"):
         read_record(opened(shard).location(0))
+
+
+@pytest.mark.parametrize("content", [b"[" * 200_000, b'{"width": ' + b"1" * 5001 + b"}"])
+def test_json_that_is_too_much_for_python_is_refused(tmp_path, opened, content):
+    with tarfile.open(tmp_path / "p.tar", "w") as archive:
+        for name in ("a.json", "a.target.jpg", "a.reference_0.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(DataError, match="pair 'a': its json cannot be read"):
+        read_record(opened(tmp_path / "p.tar").location(0))
+
+
+@pytest.mark.parametrize("suffix", ["target.jpg", "reference_0.png"])
+def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, opened, suffix, shard_writer):
+    write_shard, make_record = shard_writer
+    write_shard(tmp_path / "p.tar", [("a", make_record("a", [BOX], (96, 64)))])
+    content = (tmp_path / "p.tar").read_bytes()
+    # the headers of 96 x 64 and 30 x 20 pixels say 50,000 x 50,000
+    side = 50_000
+    if suffix == "target.jpg":
+        changed = content.replace(struct.pack(">HH", 64, 96), struct.pack(">HH", side, side))
+    else:
+        header = b"IHDR" + struct.pack(">II", side, side) + bytes([8, 6, 0, 0, 0])
+        start = content.index(b"IHDR")
+        checked = header + struct.pack(">I", zlib.crc32(header))
+        changed = content[:start] + checked + content[start + len(checked) :]
+    assert changed != content
+    (tmp_path / "p.tar").write_bytes(changed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match=r"a' has 50,000 x 50,000 pixels, more than the 64,000,000 .* smaller"):
+            read_pair(opened(tmp_path / "p.tar").location(0))
 
 
 def test_picture_that_is_none_is_refused(tmp_path, pairs_dir, opened):
