@@ -29,7 +29,7 @@ from msdiffusion.attention import (
 )
 from msdiffusion.auto_layout import AutoLayout
 from msdiffusion.condition import SubjectCondition
-from msdiffusion.errors import LayoutError, RequestError, WeightsError
+from msdiffusion.errors import LayoutError, RequestError, WeightsError, reason
 from msdiffusion.official import from_record, read_record, to_record, write_record
 from msdiffusion.resampler import GlobalProjector, GroundingResampler, ResamplerParams
 
@@ -396,11 +396,20 @@ class MSAdapter(nn.Module):
             for name, tensor in weights.items()
             if name.startswith("layers.")
         }
+        if config.projector == "resampler":  # building takes time by depth, even without weights
+            blocks = {name.split(".")[2] for name in weights if name.startswith("resampler.blocks.")}
+            if len(blocks) != config.resampler.depth:
+                raise WeightsError(
+                    f"{source}: missing or unexpected blocks of the resampler: there are {len(blocks)}, but the config "
+                    f"asks for depth {config.resampler.depth}: weights and config belong to different adapters"
+                )
         try:
             with torch.device("meta"):
                 adapter = cls(config, layers)
         except KeyError as error:  # of a module's name
             raise WeightsError(f"{source}: no layer can be called so: {error.args[0]}") from None
+        except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond what a tensor can have
+            raise WeightsError(f"{source}: no adapter has the sizes of its config: {reason(error)}") from None
         expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
         missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
         if missing or unexpected:

@@ -1,4 +1,5 @@
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -341,8 +342,27 @@ def test_config_and_weights_of_different_adapters_are_named_with_both_shapes(ada
     with pytest.raises(WeightsError, match=r"\(64, 48\).*\(64, 64\)"):
         MSAdapter.from_pretrained(tmp_path)
     rewrite(tmp_path, resampler={**sizes, "depth": 9})
-    with pytest.raises(WeightsError, match="missing.*and .* more"):
+    with pytest.raises(WeightsError, match="there are 2, but the config asks for depth 9"):
         MSAdapter.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "size", [{"depth": 10**6}, {"width": 10**15}, {"width": 10**30}, {"feed_forward_factor": 10**18}]
+)
+def test_sizes_that_no_weights_have_are_refused_at_once(adapter, tmp_path, size):
+    """To build a network of a depth that a hostile config names would never end."""
+    adapter.save_pretrained(tmp_path)
+    sizes = json.loads((tmp_path / "config.json").read_text())["resampler"]
+    rewrite(tmp_path, resampler={**sizes, **size})
+    weights = {f"adapter.{name}": tensor for name, tensor in adapter.state_dict().items()}
+    config = (tmp_path / "config.json").read_text()
+    torch.save({"state_dict": weights, "adapter_config": config}, tmp_path / "hostile.ckpt")
+    start = time.monotonic()
+    with pytest.raises(WeightsError, match="asks for|no adapter has the sizes"):
+        MSAdapter.from_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="asks for|no adapter has the sizes"):
+        MSAdapter.from_checkpoint(tmp_path / "hostile.ckpt")
+    assert time.monotonic() - start < 5
 
 
 def test_missing_and_broken_adapter_files(adapter, tmp_path):
@@ -353,7 +373,7 @@ def test_missing_and_broken_adapter_files(adapter, tmp_path):
     with pytest.raises(WeightsError, match="not a safetensors file"):
         MSAdapter.from_pretrained(tmp_path)
     for name in ("layers.a.b.to_k.weight", "layers..to_k.weight"):
-        save_file({name: torch.zeros(2, 2)}, tmp_path / "adapter.safetensors")
+        save_file({**adapter.state_dict(), name: torch.zeros(2, 2)}, tmp_path / "adapter.safetensors")
         with pytest.raises(WeightsError, match=r"adapter\.safetensors: no layer can be called so"):
             MSAdapter.from_pretrained(tmp_path)
     save_file({"layers.a.to_k.weight": torch.tensor(1.0)}, tmp_path / "adapter.safetensors")
