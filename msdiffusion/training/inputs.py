@@ -69,23 +69,25 @@ class BatchEncoder:
     def encode(
         self, batch: PairsBatch, no_image: Sequence[bool] | None = None, no_text: Sequence[bool] | None = None
     ) -> Inputs:
-        """What the frozen networks say about a batch.
+        """What the frozen networks say about a batch, the same inside of autocast as outside.
 
         Args:
             batch: on the device of the networks.
             no_image: B flags: samples whose references are zeros; None for none.
             no_text: B flags: samples whose prompt is empty; None for none.
         """
+        # Asked as ahead of the run: in their own precision, whatever arithmetic the trained part has.
+        with torch.autocast(batch.boxes.device.type, enabled=False):
+            return self._encode(batch, no_image, no_text)
+
+    def _encode(self, batch: PairsBatch, no_image: Sequence[bool] | None, no_text: Sequence[bool] | None) -> Inputs:
         slots = subject_slots(batch)
         S = max(1, *(slot + 1 for row in slots for slot in row))
         places = [row * S + slot for row, own in enumerate(slots) for slot in own]
-        device = batch.boxes.device
-        subjects = torch.tensor(places).to(device, non_blocking=True)
+        subjects = torch.tensor(places).to(batch.boxes.device, non_blocking=True)
         states, pooled = self._prompts(batch, no_text)
-        with torch.autocast(device.type, enabled=False):
-            latents = self._latents(batch)
         return Inputs(
-            latents=latents,
+            latents=self._latents(batch),
             prompt_states=states,
             added_conditions=self._added_conditions(batch, pooled),
             image_tokens=self._image_tokens(batch, slots, S, subjects, no_image),

@@ -66,6 +66,18 @@ def test_encodings_made_ahead_change_nothing(configured, drops, parts):
     assert_same(module.encode(ahead, *drops), plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("drops", [(None, None), ([True, False], [False, True])])
+def test_autocast_changes_no_encoding(configured, drops):
+    """Those made ahead of a run know nothing of its autocast either."""
+    module, batch = configured()
+    plain = module.encode(batch, *drops)
+    module, batch = configured()  # with no answers in memory
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = module.encode(batch, *drops)
+        assert torch.is_autocast_enabled("cpu")
+    assert_same(cast, plain, rtol=0, atol=0)
+
+
 def test_encoders_are_asked_once_for_what_a_drop_puts_in_place(configured, monkeypatch):
     module, batch = configured()
     ahead = replace(batch, encoded=encoded_ahead(module, batch), targets=None, references=None)
