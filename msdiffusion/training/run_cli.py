@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from msdiffusion.errors import RequestError, WeightsError, reason
+from msdiffusion.errors import MSDiffusionError, RequestError, WeightsError, reason
 from msdiffusion.training.checkpoints import BEST, FOLDER, LAST, existing
 
 NAMES = {"last": LAST, "best": BEST}
@@ -57,6 +57,32 @@ class RunCLI(LightningCLI):
         differing = differences(saved["settings"], model.as_dict() if hasattr(model, "as_dict") else dict(model or {}))
         if differing:
             _tell(f"{path} was written with other settings; those given now hold: {'; '.join(differing)}")
+
+    def instantiate_classes(self) -> None:
+        """Make the objects of the config.
+
+        Raises:
+            MSDiffusionError: what one of ours says in its constructor. jsonargparse keeps only the text of an error
+                where a setting may be of several types, as strategies, loggers and callbacks may.
+        """
+        refusals: list[MSDiffusionError] = []
+
+        def make(class_type: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return class_type(*args, **kwargs)
+            except MSDiffusionError as refusal:
+                refusals.append(refusal)
+                raise
+
+        self.parser.add_instantiator(make, object)  # after Lightning's own for model and data, which go first
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            for refusal in reversed(refusals):
+                # of another type that was tried, or of another setting, it would not be the reason
+                if not isinstance(error, MSDiffusionError) and str(refusal).partition("\n")[0] in str(error):
+                    raise refusal from error
+            raise
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)

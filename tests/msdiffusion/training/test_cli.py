@@ -2,13 +2,19 @@
 
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from pytorch_lightning.loggers import CSVLogger
 
+from msdiffusion.errors import RequestError
 from msdiffusion.training import cli
 from msdiffusion.training.curves import read_curves
+
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +143,13 @@ def test_a_new_run_in_the_folder_of_another_says_so(config, tmp_path, capsys, mo
     assert "note: this run replaces" in capsys.readouterr().err
 
 
+class RefusingLogger(CSVLogger):
+    """Refuses what it is given."""
+
+    def __init__(self, save_dir: str = "."):
+        raise RequestError("no such project")
+
+
 def fails(code, capsys, *arguments):
     with pytest.raises(SystemExit) as stop:
         lightning(*arguments)
@@ -157,9 +170,28 @@ def test_wrong_demands_are_told_in_one_message(trained, config, tmp_path, capsys
     assert "learning_rat" in said
 
 
-def test_a_traceback_can_be_had(config, tmp_path, monkeypatch):
-    from msdiffusion.errors import RequestError
+@pytest.mark.parametrize("place", ["strategy", "logger", "callbacks"])
+def test_what_a_constructor_refuses_is_told_in_its_own_words(trained, capsys, monkeypatch, place):
+    """jsonargparse wraps it into the types that it has tried."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    more = {
+        "strategy": ["-c", str(CONFIGS / "strategies" / "deepspeed.yaml")],
+        "logger": ["--trainer.logger", f"{__name__}.RefusingLogger"],
+        "callbacks": ["--trainer.callbacks+", "RunCheckpoint", "--trainer.callbacks.every_n_steps", "0"],
+    }[place]
+    if place == "strategy":
+        trained = CONFIGS / "msd_sdxl.yaml"
+    said = fails(2, capsys, "fit", trained, *more)
+    [line] = [line for line in said.splitlines() if not line.startswith(("Seed set", "note:"))]
+    reasons = {
+        "strategy": "OffloadedAdapter needs DeepSpeed: pip install deepspeed",
+        "logger": "no such project",
+        "callbacks": "every_n_steps must be at least 1, got 0",
+    }
+    assert line.startswith(f"error: {reasons[place]}")
 
+
+def test_a_traceback_can_be_had(config, tmp_path, monkeypatch):
     monkeypatch.setenv("MSD_TRACEBACK", "1")
     with pytest.raises(RequestError, match="--ckpt_path last needs"):
         lightning("fit", config(tmp_path / "run"), "--ckpt_path", "last")
