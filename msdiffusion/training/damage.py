@@ -41,6 +41,9 @@ class Verification:
     """That holds all shards, where it is one."""
     shards: dict[str, int | None]
     """Name -> bytes of every shard that was looked at; None for one that is missing."""
+    states: dict[str, str]
+    """Name -> what changes with the content of each shard that is there: the time of change of a local one, the sha256
+    of build.json or else the server's stamp of a remote one."""
     pairs: int
     """That can be used."""
     damaged: tuple[Damage, ...]
@@ -75,6 +78,7 @@ def verify(
     found = locate(str(source))
     if cache is None and any(shard.file.is_remote for shard in found.shards):
         cache = ShardCache()
+    states = _states(found)  # before anything is read: a shard that changes meanwhile is then noticed
     jobs = list(_jobs(found, cache, deep))
     damaged = list(found.damaged)
     pairs = 0
@@ -88,7 +92,20 @@ def verify(
             damaged += damages
     shards: dict[str, int | None] = {damage.shard: None for damage in found.damaged}
     shards |= {shard.name: shard.bytes for shard in found.shards}
-    return Verification(str(source), found.folder, shards, pairs, tuple(damaged), deep)
+    return Verification(str(source), found.folder, shards, states, pairs, tuple(damaged), deep)
+
+
+def _states(source: Source) -> dict[str, str]:
+    states = {}
+    for shard in source.shards:
+        if shard.file.is_remote:
+            states[shard.name] = shard.sha256 or shard.stamp
+            continue
+        try:
+            states[shard.name] = f"changed {Path(local_path(shard.place)).stat().st_mtime_ns}"
+        except OSError:  # removed since it was found, or a disk that fails: whoever reads it says so
+            states[shard.name] = "unknown"
+    return states
 
 
 def known_damage(source: Source, cache: ShardCache | None) -> tuple[Damage, ...] | None:
@@ -109,12 +126,18 @@ def known_damage(source: Source, cache: ShardCache | None) -> tuple[Damage, ...]
     if not isinstance(content, dict) or content.get("schema") != DAMAGE_SCHEMA:
         schema = content.get("schema") if isinstance(content, dict) else None
         raise DataError(f"{path} has schema {shown(schema)}, but this version reads {DAMAGE_SCHEMA!r}: remove it")
-    seen, damages = content.get("shards"), content.get("damaged")
-    if not isinstance(seen, dict) or not isinstance(damages, list) or not all(map(_is_damage, damages)):
+    seen, states, damages = (content.get(name) for name in ("shards", "states", "damaged"))
+    complete = isinstance(seen, dict) and isinstance(states, dict) and isinstance(damages, list)
+    if not complete or not all(map(_is_damage, damages)):
         raise DataError(f"{path} is not complete: remove it, or look for damage again")
     now: dict[str, int | None] = {shard.name: shard.bytes for shard in source.shards}
     now |= {damage.shard: None for damage in source.damaged}
-    changed = [name for name, size in now.items() if name not in seen or seen[name] != size]
+    states_now = _states(source)
+    changed = [
+        name
+        for name, size in now.items()
+        if name not in seen or seen[name] != size or states.get(name) != states_now.get(name)
+    ]
     if changed:
         raise DataError(
             f"{path} was written before {changed[0]} became what it is now ({len(changed)} shards differ); look for "
@@ -142,6 +165,7 @@ def write_damage(found: Verification, cache: ShardCache | None) -> Path:
         "source": found.source,
         "deep": found.deep,
         "shards": found.shards,
+        "states": found.states,
         "damaged": [asdict(damage) for damage in found.damaged],
     }
     part = path.with_name(f".{path.name}.part")

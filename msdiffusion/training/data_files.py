@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+
+THIS_RUN = f"run {uuid.uuid4().hex}"
+"""Stands for the content of a file of which its server says nothing that changes with it: no other run knows it."""
 
 SILENCE_SECONDS = 60.0
 """A server that sends nothing for so long is taken for gone; a download as a whole may take any time."""
@@ -36,7 +40,8 @@ class DataFile:
     sha256: str | None = None
     """Of the content, where the dataset says it."""
     stamp: str = ""
-    """What the server says that changes with the content (ETag, time of change), so that no stale copy is read."""
+    """What the server says that changes with the content (ETag, time of change), so that no stale copy is read; where
+    it says nothing, a name of this run."""
 
     @property
     def name(self) -> str:
@@ -167,7 +172,29 @@ def described(place: str) -> DataFile:
             raise OSError(f"its server does not describe it: {error}") from error
 
     info = attempt(place, ask)
-    return DataFile(place, bytes=info.get("size"), stamp=_stamp(info))
+    stamp = _stamp(info)
+    if not stamp and place.startswith(("http://", "https://")):
+        stamp = _stamp(_told_over_http(system, path))
+    return DataFile(place, bytes=info.get("size"), stamp=stamp or THIS_RUN)
+
+
+def _told_over_http(system: AbstractFileSystem, path: str) -> dict[str, str]:
+    """The headers that change with the content, of which older versions of fsspec leave out some; empty if none."""
+    from fsspec.asyn import sync
+
+    async def ask(method: str) -> dict[str, str]:
+        session = await system.set_session()
+        options = {"allow_redirects": True} | system.kwargs
+        async with session.request(method, system.encode_url(path), **options) as answer:
+            answer.raise_for_status()
+            return {name: answer.headers[name] for name in ("ETag", "Last-Modified") if name in answer.headers}
+
+    for method in ("HEAD", "GET"):  # some answer only one; of the second the content is not read
+        try:
+            return sync(system.loop, ask, method)
+        except Exception as error:  # whatever it is: then nothing is known
+            _log.debug("%s of %s: %s", method, path, error)
+    return {}
 
 
 def listed(folder: str, ending: str = ".tar") -> list[DataFile]:
@@ -186,7 +213,7 @@ def listed(folder: str, ending: str = ".tar") -> list[DataFile]:
     else:
         system, path = filesystem(folder)
         found = [
-            DataFile(system.unstrip_protocol(entry["name"]), entry.get("size"), stamp=_stamp(entry))
+            DataFile(system.unstrip_protocol(entry["name"]), entry.get("size"), stamp=_stamp(entry) or THIS_RUN)
             for entry in attempt(folder, lambda: system.ls(path, detail=True))
             if entry["type"] == "file" and entry["name"].endswith(ending)
         ]
@@ -200,10 +227,12 @@ def _stamp(info: dict[str, Any]) -> str:
         "md5Hash",
         "Content-MD5",
         "Digest",
+        "Last-Modified",
         "generation",
         "LastModified",
         "last_modified",
         "mtime",
+        "modify",
         "created",
     )
     return next((str(info[name]) for name in names if info.get(name)), "")

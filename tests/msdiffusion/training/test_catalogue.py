@@ -1,4 +1,5 @@
 import hashlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -292,6 +293,31 @@ def test_over_http_the_pairs_are_the_same(finished_dir, serve, cache, finished, 
     assert contents_of(catalogue) == expected
     assert catalogue.sizes.tolist() == [[96, 64]] * 24
     assert [server.gets(f"pairs-00000{i}.tar") for i in range(3)] == [1] * 3
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_changed_on_the_server_is_read_anew(finished_dir, serve, cache, finisher, finished):
+    if not finished:
+        (finished_dir / "build.json").unlink()
+        (finished_dir / "index.parquet").unlink()
+    server = serve(finished_dir)
+    before = read_catalogue(server.url, cache=cache)
+    assert before.record(0)["caption"] == "a dog on the beach" and before.keys[0] == "clip_000000"
+    sizes = {path.name: path.stat().st_size for path in finished_dir.glob("*.tar")}
+    for path in finished_dir.glob("*.tar"):  # other keys and words, the same sizes
+        content = path.read_bytes()
+        with tarfile.open(fileobj=io.BytesIO(content)) as old, tarfile.open(path, "w") as new:
+            for member in old:
+                text = old.extractfile(member).read().replace(b"on the beach", b"in the city!")
+                member.name = member.name.replace("clip_", "film_")
+                new.addfile(member, io.BytesIO(text.replace(b"clip_", b"film_")))
+        assert path.stat().st_size == sizes[path.name]
+    if finished:
+        finisher(finished_dir)
+    for path in finished_dir.iterdir():
+        os.utime(path, (2e9, 2e9))
+    after = read_catalogue(server.url, cache=ShardCache(cache.folder))
+    assert after.record(0)["caption"] == "a dog in the city!" and after.keys[0] == "film_000000"
 
 
 def test_prefetch_fetches_in_the_order_of_need(finished_dir, serve, cache):

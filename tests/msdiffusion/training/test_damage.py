@@ -1,4 +1,5 @@
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -169,9 +170,31 @@ def test_a_list_of_other_shards_is_refused(finished_dir):
         read_catalogue(str(finished_dir), skip_damaged=True)
 
 
+def test_a_list_of_shards_that_were_changed_in_place_is_refused(finished_dir):
+    write_damage(damaged_in_depth(finished_dir), None)
+    shard = finished_dir / "pairs-000001.tar"
+    before = shard.stat().st_mtime_ns
+    overwrite(shard, "clip_000012.json", b"#")  # the size stays
+    os.utime(shard, ns=(before + 1, before + 1))
+    with pytest.raises(DataError, match=r"damaged\.json was written before pairs-000001\.tar became.*1 shards differ"):
+        read_catalogue(str(finished_dir), skip_damaged=True)
+
+
+def test_a_list_of_remote_shards_that_were_changed_is_refused(finished_dir, serve, tmp_path):
+    unfinish(finished_dir)
+    server, cache = serve(finished_dir), ShardCache(tmp_path / "cache")
+    write_damage(verify(server.url, cache=cache), cache)
+    assert known_damage(locate(server.url), cache) == ()
+    overwrite(finished_dir / "pairs-000001.tar", "clip_000012.json", b"#")
+    os.utime(finished_dir / "pairs-000001.tar", (2e9, 2e9))
+    with pytest.raises(DataError, match=r"was written before pairs-000001\.tar became"):
+        known_damage(locate(server.url), cache)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ('{"schema": "msdiffusion.damaged/1", "shards": {}, "damaged": []}', "is not complete"),  # an older version's
         ("{", "cannot be read"),
         ("[]", "schema None"),
         ('{"schema": "msdiffusion.damaged/2"}', "msdiffusion.damaged/2"),

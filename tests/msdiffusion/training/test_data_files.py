@@ -1,4 +1,8 @@
 import errno
+import http.server
+import os
+import subprocess
+import sys
 
 import fsspec
 import pytest
@@ -136,6 +140,58 @@ def test_the_stamp_changes_with_the_content():
     second = described("memory://stamped")
     assert first.bytes == second.bytes
     assert first.stamp != second.stamp
+
+
+@pytest.fixture
+def without_headers(monkeypatch):
+    """Function: names of headers that no server here sends from now on."""
+
+    def leave_out(*names):
+        usual = http.server.SimpleHTTPRequestHandler.send_header
+
+        def send(self, name, value):
+            if name not in names:
+                usual(self, name, value)
+
+        monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "send_header", send)
+
+    return leave_out
+
+
+@pytest.mark.parametrize("fsspec_tells", [True, False])
+@pytest.mark.parametrize("headless", [True, False])
+def test_the_stamp_of_a_web_server_is_its_time_of_change(tmp_path, serve, monkeypatch, fsspec_tells, headless, waits):
+    if not fsspec_tells:  # as older ones
+        from fsspec.implementations import http as implementation
+
+        usual = implementation._file_info
+
+        async def info_of(*arguments, **options):
+            return {k: v for k, v in (await usual(*arguments, **options)).items() if k != "Last-Modified"}
+
+        monkeypatch.setattr(implementation, "_file_info", info_of)
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"one")
+    os.utime(path, (1e9, 1e9))
+    server = serve(tmp_path)
+    server.headless = headless
+    first, again = described(f"{server.url}/a.tar"), described(f"{server.url}/a.tar")
+    path.write_bytes(b"two")
+    os.utime(path, (2e9, 2e9))
+    second = described(f"{server.url}/a.tar")
+    assert first == again != second
+    assert (first.bytes, first.stamp, second.stamp[:16]) == (3, "Sun, 09 Sep 2001 01:46:40 GMT", "Wed, 18 May 2033")
+
+
+def test_where_a_server_says_nothing_of_the_content_the_stamp_is_of_the_run(tmp_path, serve, without_headers):
+    (tmp_path / "a.tar").write_bytes(b"one")
+    without_headers("Last-Modified")
+    place = f"{serve(tmp_path).url}/a.tar"
+    mine = described(place)
+    assert mine == described(place)
+    program = f"from msdiffusion.training.data_files import described; print(described({place!r}).stamp)"
+    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+    assert mine.stamp.startswith("run ") and other.startswith("run ") and mine.stamp != other
 
 
 def test_downloads_may_take_longer_than_five_minutes():
