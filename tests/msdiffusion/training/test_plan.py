@@ -194,6 +194,16 @@ def test_lanes_of_a_mixture_keep_to_their_processes():
             assert np.count_nonzero(np.diff(mine >= 107)) <= 2
 
 
+@pytest.mark.parametrize("batch", [1, 4, 6, 10, 14])
+def test_the_order_of_a_mixture_does_not_depend_on_where_its_epochs_end(batch):
+    """So places of the run keep their lanes, and processes theirs: G and L are multiples of R."""
+    parts = [make([40], 0, 1), make([7, 6], 100, 1, "data/small")]
+    plan = EpochPlan(parts, seed=0, global_batch=batch, lanes=4, shuffle_buffer=3)
+    whole = EpochPlan(parts, seed=0, global_batch=1, lanes=4, shuffle_buffer=3)
+    run = np.concatenate([plan.order(epoch) for epoch in range(5)])
+    np.testing.assert_array_equal(run, np.concatenate([whole.order(epoch) for epoch in range(5)])[: len(run)])
+
+
 def test_a_weight_that_gives_no_row_is_refused():
     with pytest.raises(RequestError, match=r"weight 0.001 of data/b gives it less than one row of 8 samples"):
         EpochPlan([make([50]), make([50], 100, 0.001, "data/b")], seed=0, global_batch=4)
