@@ -62,6 +62,7 @@ class Backbone:
         device: str | torch.device | None = None,
         *,
         base_config: str | Path | None = None,
+        vae_dtype: torch.dtype | None = None,
     ) -> Backbone:
         """Load both from folders, files or the hub.
 
@@ -71,12 +72,13 @@ class Backbone:
             torch_dtype: of all weights; None: float32.
             device: None: the first CUDA device if there is one, else the CPU.
             base_config: for a base model in one file, the pipeline that its configs and tokenizers come from.
+            vae_dtype: of the autoencoder's weights, which are never narrower on the way; None: ``torch_dtype``.
 
         Raises:
             WeightsError: nothing there, or something else than that.
         """
         dtype = torch.float32 if torch_dtype is None else torch_dtype
-        pipeline = load_pipeline(base_model, dtype, base_config)
+        pipeline = load_pipeline(base_model, dtype, base_config, vae_dtype)
         backbone = cls(pipeline, *load_image_encoder(image_encoder, dtype))
         return backbone.to(default_device() if device is None else device)
 

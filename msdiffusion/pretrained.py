@@ -18,6 +18,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
+    ModelMixin,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -46,7 +47,10 @@ _DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dty
 
 
 def load_pipeline(
-    base_model: str | Path, dtype: torch.dtype = torch.float32, base_config: str | Path | None = None
+    base_model: str | Path,
+    dtype: torch.dtype = torch.float32,
+    base_config: str | Path | None = None,
+    vae_dtype: torch.dtype | None = None,
 ) -> DiffusionPipeline:
     """A base model with its weights, as the text-to-image pipeline of its kind.
 
@@ -54,18 +58,22 @@ def load_pipeline(
         base_model: folder, hub name, or ``.safetensors`` file in the original layout.
         dtype: of all weights. In half precision, the files of the variant "fp16" are taken where there are any.
         base_config: for a file: folder or hub name of a pipeline, whose configs and tokenizers it is read with.
+        vae_dtype: of the autoencoder, where it shall differ: it is then loaded by itself, from the files of full
+            precision where there are any. None: as the others.
 
     Raises:
         WeightsError: it is not there, is none of these, or holds another kind of model.
     """
     if names_single_file(base_model):
-        pipeline = _load_single_file(read_single_file(base_model), dtype, base_config)
+        pipeline = _load_single_file(read_single_file(base_model), dtype, base_config, vae_dtype)
         return _with_vocabulary(pipeline, str(base_config))
     name = str(base_model)
     try:
         kind = _kind_of(name)
         with _old_news_withheld():
             pipeline = _with_variant(PIPELINES[kind], name, dtype, _options(kind))
+            if vae_dtype not in (None, dtype):
+                pipeline.register_modules(vae=_vae(type(pipeline.vae), name, vae_dtype))
     except _LOADING_ERRORS as error:
         raise _not_loaded("base model", base_model, error) from error
     return _with_vocabulary(pipeline, name)
@@ -225,13 +233,19 @@ def absolute(source: str | Path) -> str:
     return str(Path(source).resolve())
 
 
-def _load_single_file(file: SingleFile, dtype: torch.dtype, base_config: str | Path | None) -> DiffusionPipeline:
+def _load_single_file(
+    file: SingleFile, dtype: torch.dtype, base_config: str | Path | None, vae_dtype: torch.dtype | None
+) -> DiffusionPipeline:
     source = _config_source(file, base_config)
     try:
         with _old_news_withheld():
-            return PIPELINES[file.kind].from_single_file(
+            pipeline = PIPELINES[file.kind].from_single_file(
                 str(file.path), config=source, **{_DTYPE: dtype}, **_options(file.kind)
             )
+            if vae_dtype not in (None, dtype):
+                options = {"config": source, "subfolder": "vae", _DTYPE: vae_dtype}
+                pipeline.register_modules(vae=type(pipeline.vae).from_single_file(str(file.path), **options))
+            return pipeline
     except _LOADING_ERRORS as error:
         raise _not_loaded(f"{_configs_of(file)}, or its weights,", source, error) from error
 
@@ -302,6 +316,15 @@ def _with_variant(
         except (OSError, ValueError, HfHubHTTPError):  # no such variant, or not of every part
             logging.getLogger(__name__).info("%s has no complete variant fp16", name)
     return pipeline.from_pretrained(name, **options)
+
+
+def _vae(kind: type[ModelMixin], name: str, dtype: torch.dtype) -> ModelMixin:
+    """A pipeline's autoencoder by itself, from its files of full precision where there are any."""
+    options = {_DTYPE: dtype, "subfolder": "vae"}
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, HfHubHTTPError):
+        return kind.from_pretrained(name, variant="fp16", **options)
 
 
 def _check_encoder_folder(name: str) -> None:

@@ -60,6 +60,34 @@ def is_xl(pipeline):
     return isinstance(pipeline, StableDiffusionXLPipeline)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["folder", "single_file", "half_folder"])
+def test_an_autoencoder_in_float32_has_the_weights_of_the_file(form, dtype, single_file, tiny_model_dir, tmp_path):
+    """Rounding the others to 16 bits used to round it, too."""
+    folder = tiny_model_dir / "base"
+    expected = load_pipeline(folder).vae.state_dict()
+    assert any((weight != weight.to(dtype)).any() for weight in expected.values())
+    if form == "half_folder":  # which has both: files of half a precision go before for all others
+        load_pipeline(folder).save_pretrained(tmp_path / "both")
+        load_pipeline(folder, torch.float16).save_pretrained(tmp_path / "both", variant="fp16")
+        folder = tmp_path / "both"
+    given = (single_file, dtype, folder) if form == "single_file" else (folder, dtype)
+    pipeline = load_pipeline(*given, vae_dtype=torch.float32)
+    assert {pipeline.unet.dtype, pipeline.text_encoder.dtype, pipeline.text_encoder_2.dtype} == {dtype}
+    ours = pipeline.vae.state_dict()
+    assert ours.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert ours[name].dtype == torch.float32
+        assert torch.equal(ours[name], weight), name
+    assert load_pipeline(*given).vae.dtype == dtype  # as generation has it
+
+
+def test_half_an_autoencoder_serves_where_there_is_no_other(tiny_model_dir, tmp_path):
+    load_pipeline(tiny_model_dir / "base", torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    pipeline = load_pipeline(tmp_path / "half", torch.bfloat16, vae_dtype=torch.float32)
+    assert (pipeline.vae.dtype, pipeline.unet.dtype) == (torch.float32, torch.bfloat16)
+
+
 @pytest.fixture
 def no_download(monkeypatch):
     """Nothing here may ask the hub."""
