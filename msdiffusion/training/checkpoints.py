@@ -297,11 +297,19 @@ def follow_settings(checkpoint: dict[str, Any], settings: dict[str, Any]) -> Non
     Args:
         checkpoint: as loaded; changed in place.
         settings: hyperparameters of the module that goes on.
+
+    Raises:
+        RequestError: the learning rate was 0 and is not any more.
     """
     before = checkpoint.get("hyper_parameters", {})
     groups = [group for state in checkpoint.get("optimizer_states", ()) for group in state["param_groups"]]
     old, new = before.get("learning_rate"), settings.get("learning_rate")
-    if old and new and old != new:
+    if None not in (old, new) and old != new:
+        if old == 0:
+            raise RequestError(
+                f"learning_rate was 0 in the checkpoint, so there is no course to scale to {new}: start a new run from "
+                "its weights, with model.init_args.adapter and the run's folder best/"
+            )
         for group in groups:
             group["lr"] *= new / old
             if "initial_lr" in group:

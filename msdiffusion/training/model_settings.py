@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from msdiffusion.adapter import MSAdapter
-from msdiffusion.adapter_config import AdapterConfig
+from msdiffusion.adapter_config import CONFIG_NAME, AdapterConfig
 from msdiffusion.backbone import Backbone
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.resampler import ResamplerParams
@@ -148,3 +149,76 @@ def given_adapter(settings: Mapping[str, Any]) -> MSAdapter:
                 f"leave {name} out, or start a new adapter without adapter="
             )
     return adapter
+
+
+def other_structure(
+    saved: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    config: AdapterConfig | None,
+    present: Mapping[str, Any],
+    resume: bool,
+) -> list[str]:
+    """Settings whose change no checkpoint can follow, because its weights or its optimizer's state are others.
+
+    Args:
+        saved: hyperparameters in the checkpoint.
+        settings: hyperparameters now.
+        config: of the adapter in the checkpoint; None for a module without one, of which nothing is known.
+        present: as ``structure`` gives it.
+        resume: whether the optimizer's state is taken, too.
+
+    Returns:
+        "name was A, now B" of each.
+    """
+    if config is None:
+        return []
+    found = []
+    ema = [values.get("ema_decay") for values in (saved, settings)]
+    if None not in ema and (ema[0] > 0) != (ema[1] > 0):
+        found.append(f"ema_decay was {ema[0]}, now {ema[1]}")
+    optimizers = [values.get("optimizer", "adamw") for values in (saved, settings)]
+    if resume and optimizers[0] != optimizers[1]:
+        found.append(f"optimizer was {optimizers[0]}, now {optimizers[1]}")
+    theirs = structure(config)
+    # of the other projector's sizes some are not used
+    names = [name for name in theirs if theirs["projector"] == present.get("projector") or name == "projector"]
+    used = ("projector", "resampler.image_width", "resampler.output_width", "resampler.tokens")
+    for name in names:
+        if theirs["projector"] == "global" and name not in used:
+            continue
+        if name in present and theirs[name] != present[name]:
+            found.append(f"{name} was {theirs[name]}, now {present[name]}")
+    return found
+
+
+def structure(config: AdapterConfig) -> dict[str, Any]:
+    """What decides which weights an adapter has, by the names of the settings."""
+    sizes = {f"resampler.{name}": value for name, value in asdict(config.resampler).items()}
+    return {"projector": config.projector, **sizes}
+
+
+def asked_structure(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of the adapter that settings ask for, before anything is loaded; what is not known yet is left out."""
+    if settings.get("adapter") is not None:
+        path = Path(settings["adapter"]) / CONFIG_NAME
+        return structure(AdapterConfig.read(path)) if path.is_file() else {}
+    widths = ("image_width", "phrase_width", "output_width")  # of the base
+    defaults = {field.name: field.default for field in fields(ResamplerParams) if field.name not in widths}
+    sizes = {**defaults, **(settings.get("resampler") or {})}
+    return {
+        "projector": settings.get("projector") or "resampler",
+        **{f"resampler.{name}": sizes[name] for name in defaults},
+    }
+
+
+def way_out(changes: list[str], best: str) -> str:
+    """What to do about changes that ``other_structure`` has found.
+
+    Args:
+        changes: of at least one setting.
+        best: how a new run is told to start from the weights of the old one.
+    """
+    advice = "give the old value" if len(changes) == 1 else "give the old values"
+    if any(change.startswith(("resampler.", "projector")) for change in changes):
+        return f"{advice}, or start a new adapter without this checkpoint"
+    return f"{advice}, or start a new run from its weights, without this checkpoint and with {best}"

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from msdiffusion.adapter import MSAdapter
+from msdiffusion.adapter_config import AdapterConfig
 from msdiffusion.backbone import Backbone, ReferencePreparation, quiet_loading
 from msdiffusion.errors import RequestError
 from msdiffusion.request import FALLBACKS
@@ -26,7 +27,15 @@ from msdiffusion.training.averaging import AveragedAdapter
 from msdiffusion.training.encodings import FrozenEncodings
 from msdiffusion.training.inputs import BatchEncoder, Inputs, make_condition
 from msdiffusion.training.layout_loss import LayoutLoss, PhraseTokens
-from msdiffusion.training.model_settings import check_settings, given_adapter, new_adapter, validation_timesteps
+from msdiffusion.training.model_settings import (
+    check_settings,
+    given_adapter,
+    new_adapter,
+    other_structure,
+    structure,
+    validation_timesteps,
+    way_out,
+)
 from msdiffusion.training.objective import DropRates, draw_drops, sample_errors, subject_area
 from msdiffusion.training.optimizers import Decay, OptimizerName, learning_rate_course, make_optimizer
 from msdiffusion.training.precision import HardwarePrecision
@@ -154,10 +163,13 @@ class MSDiffusionModule(pl.LightningModule):
         adapter = None if hparams.adapter is None else given_adapter(hparams)
         device = self.device if self._trainer is None else self.trainer.strategy.root_device
         backbone = Backbone.from_pretrained(
-            hparams.base_model, hparams.image_encoder, torch_dtype=self._base_dtype(device), device=device
+            hparams.base_model,
+            hparams.image_encoder,
+            torch_dtype=self._base_dtype(device),
+            device=device,
+            # a half-precision autoencoder overflows on some pictures, and it is a small part of the time
+            vae_dtype=torch.float32,
         )
-        # a half-precision autoencoder overflows on some pictures, and it is a small part of the time
-        backbone.vae.float()
         self.schedule = training_schedule(backbone.pipeline.scheduler)
         self.validation_timesteps = validation_timesteps(hparams.validation_timesteps, self.schedule.num_timesteps)
         self.adapter = (new_adapter(hparams, backbone) if adapter is None else adapter).float().to(device)
@@ -418,6 +430,27 @@ class MSDiffusionModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The adapter's config goes along as text, so that the checkpoint alone is enough to generate."""
         checkpoint["adapter_config"] = replace(self.adapter.config, **self.exported_config()).to_json()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose weights or optimizer's state are of another kind, before they are compared by name.
+
+        Raises:
+            RequestError: a setting was changed that decides which of them there are.
+            WeightsError: the adapter's config in it cannot be read.
+        """
+        text = checkpoint.get("adapter_config")
+        if self.adapter is None or not isinstance(text, str):
+            return
+        changes = other_structure(
+            checkpoint.get("hyper_parameters") or {},
+            self.hparams,
+            AdapterConfig.from_json(text, "adapter_config in the checkpoint"),
+            structure(self.adapter.config),
+            resume=self._trainer is not None and self.trainer.state.fn == "fit" and "optimizer_states" in checkpoint,
+        )
+        if changes:
+            advice = way_out(changes, "adapter='RUN/best'")
+            raise RequestError(f"the checkpoint does not fit these settings: {'; '.join(changes)}: {advice}")
 
 
 def _seen_from(directory: str | Path | None, model: str) -> str:

@@ -10,8 +10,10 @@ import torch
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from msdiffusion.adapter_config import AdapterConfig
 from msdiffusion.errors import MSDiffusionError, RequestError, WeightsError, reason
-from msdiffusion.training.checkpoints import BEST, FOLDER, LAST, existing
+from msdiffusion.training.checkpoints import BEST, BEST_FOLDER, FOLDER, LAST, existing
+from msdiffusion.training.model_settings import asked_structure, other_structure, way_out
 
 NAMES = {"last": LAST, "best": BEST}
 """What ``--ckpt_path`` may be besides a file: a name to the file in the run's ``checkpoints``."""
@@ -22,10 +24,11 @@ class RunCLI(LightningCLI):
 
     ``--ckpt_path last`` and ``best`` are files of the run's directory, for every command; ``auto`` is ``last`` where
     there is one, for jobs that are put back into a queue. The settings of the model are always those of the command
-    line: Lightning's own lets those in the file win. What differs is told.
+    line: Lightning's own lets those in the file win. What differs is told, or refused where the weights would not fit.
 
     Raises:
-        RequestError: there is no such checkpoint, or ``fit`` is asked to go on from weights alone.
+        RequestError: there is no such checkpoint, ``fit`` is asked to go on from weights alone, or a setting that
+            decides which weights there are, or which optimizer's state, is another one.
         WeightsError: the file is no checkpoint.
     """
 
@@ -54,7 +57,9 @@ class RunCLI(LightningCLI):
                 "these weights, with --model.init_args.adapter and the run's folder best/"
             )
         model = settings.get("model")
-        differing = differences(saved["settings"], model.as_dict() if hasattr(model, "as_dict") else dict(model or {}))
+        model = model.as_dict() if hasattr(model, "as_dict") else dict(model or {})
+        _check_structure(path, saved, _plain(model.get("init_args") or {}), resume=command == "fit")
+        differing = differences(saved["settings"], model)
         if differing:
             _tell(f"{path} was written with other settings; those given now hold: {'; '.join(differing)}")
 
@@ -125,7 +130,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself, without reading its tensors.
 
     Returns:
-        "settings": the model's hyperparameters; "weights_only": whether it lacks the optimizer; "step".
+        "settings": the model's hyperparameters; "adapter_config": the text of the adapter's config, None where there is
+        no adapter; "weights_only": whether it lacks the optimizer; "step".
 
     Raises:
         WeightsError: the file is no checkpoint of Lightning, or not safe to open.
@@ -138,9 +144,29 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path} is no checkpoint of a training run: it lacks its state_dict")
     return {
         "settings": dict(checkpoint.get("hyper_parameters") or {}),
+        "adapter_config": checkpoint.get("adapter_config"),
         "weights_only": "optimizer_states" not in checkpoint,
         "step": checkpoint.get("global_step"),
     }
+
+
+def _check_structure(path: Path, saved: dict[str, Any], settings: dict[str, Any], resume: bool) -> None:
+    """Refuse, before anything is loaded, what would end in a list of weights that do not fit.
+
+    Raises:
+        RequestError: names the settings and what to do.
+        WeightsError: the adapter's config in the checkpoint cannot be read.
+    """
+    if not isinstance(saved["adapter_config"], str) or "base_model" not in settings:
+        return
+    config = AdapterConfig.from_json(saved["adapter_config"], f"adapter_config in {path}")
+    changes = other_structure(saved["settings"], settings, config, asked_structure(settings), resume)
+    if changes:
+        best = path.parent.parent / BEST_FOLDER if path.parent.name == FOLDER else Path("RUN", BEST_FOLDER)
+        raise RequestError(
+            f"{path} does not fit these settings: {'; '.join(changes)}: "
+            + way_out(changes, f"--model.init_args.adapter {best}")
+        )
 
 
 def differences(saved: dict[str, Any], model: dict[str, Any]) -> list[str]:

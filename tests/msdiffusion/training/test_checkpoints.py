@@ -303,6 +303,22 @@ def test_equal_settings_leave_the_checkpoint_alone():
     assert repr(checkpoint) == expected
 
 
+@pytest.mark.parametrize(("old", "new"), [(0.0, 0.1), (0.1, 0.0)])
+def test_zero_is_a_setting_like_any_other(old, new):
+    group = {"lr": 0.2, "initial_lr": 0.2, "weight_decay": old}
+    checkpoint = {
+        "hyper_parameters": {"learning_rate": 0.2, "weight_decay": old},
+        "optimizer_states": [{"param_groups": [group]}],
+        "lr_schedulers": [{"base_lrs": [0.2], "_last_lr": [0.2]}],
+    }
+    follow_settings(checkpoint, {"learning_rate": 0.0, "weight_decay": new})
+    assert group == {"lr": 0.0, "initial_lr": 0.0, "weight_decay": new}
+    assert checkpoint["lr_schedulers"] == [{"base_lrs": [0.0], "_last_lr": [0.0]}]
+    checkpoint["hyper_parameters"]["learning_rate"] = 0.0
+    with pytest.raises(RequestError, match="learning_rate was 0 in the checkpoint.*start a new run"):
+        follow_settings(checkpoint, {"learning_rate": 0.1})
+
+
 def test_the_states_of_the_generators_load_safely(tmp_path):
     random.gauss(0, 1)
     np.random.standard_normal()

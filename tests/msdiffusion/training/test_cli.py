@@ -1,6 +1,7 @@
 """The ``lightning`` command, in this process: what it does, leaves and says."""
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -141,6 +142,29 @@ def test_a_new_run_in_the_folder_of_another_says_so(config, tmp_path, capsys, mo
     (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
     lightning("fit", path)
     assert "note: this run replaces" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "told", "advice"),
+    [
+        ("fit", {"ema_decay": "0.9"}, "ema_decay was 0.0, now 0.9", r"--model\.init_args\.adapter .*/best$"),
+        ("fit", {"resampler.width": "48", "resampler.depth": "2"},
+         r"resampler\.width was 32, now 48; resampler\.depth was 1, now 2", "start a new adapter without"),
+        ("fit", {"projector": "global"}, "projector was resampler, now global", "start a new adapter without"),
+        ("fit", {"optimizer": "adamw_8bit"}, "optimizer was adamw, now adamw_8bit", "give the old value"),
+        ("validate", {"ema_decay": "0.9"}, "ema_decay was 0.0, now 0.9", "give the old value"),
+    ],
+)  # fmt: skip
+def test_settings_that_no_checkpoint_can_follow_are_refused_before_anything_is_loaded(
+    trained, capsys, monkeypatch, command, changes, told, advice
+):
+    monkeypatch.setattr("msdiffusion.backbone.Backbone.from_pretrained", None)
+    more = [part for name, value in changes.items() for part in (f"--model.init_args.{name}", value)]
+    said = fails(2, capsys, command, trained, "--ckpt_path", "last", *more)
+    [line] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert re.search(f"last.ckpt does not fit these settings: {told}: .*{advice}", line)
+    assert len(line) < 400
+    assert "Traceback" not in said
 
 
 class RefusingLogger(CSVLogger):

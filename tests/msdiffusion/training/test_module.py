@@ -467,6 +467,33 @@ def test_eight_subjects_are_trained(make_module, shard_writer, tmp_path):
     assert torch.isfinite(trainer.callback_metrics["training/loss"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"ema_decay": 0.9}, r"ema_decay was 0\.0, now 0\.9: .*adapter='RUN/best'"),
+        ({"resampler": RESAMPLER | {"width": 48}}, r"resampler\.width was 32, now 48: .*start a new adapter"),
+        ({"projector": "global"}, "projector was resampler, now global"),
+    ],
+)
+def test_a_checkpoint_of_another_structure_is_refused_in_a_few_words(
+    make_module, few_pairs_dir, tmp_path, changes, told
+):
+    data = make_data(few_pairs_dir, validation_fraction=0)
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(make_module(resampler=RESAMPLER), data)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    trainer = make_trainer(max_steps=2)
+    with pytest.raises(RequestError, match=f"the checkpoint does not fit these settings: {told}") as refusal:
+        trainer.fit(make_module(**{"resampler": RESAMPLER} | changes), data, ckpt_path=tmp_path / "one.ckpt")
+    assert len(str(refusal.value)) < 400
+    # another optimizer is known by its name alone: the one of 8 bits needs a GPU
+    checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["optimizer"] = "adamw_8bit"
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(RequestError, match="optimizer was adamw_8bit, now adamw"):
+        make_trainer(max_steps=2).fit(make_module(resampler=RESAMPLER), data, ckpt_path=tmp_path / "other.ckpt")
+
+
 @pytest.mark.parametrize(("units", "dtype"), [("AMX", torch.bfloat16), (None, torch.float32)])
 def test_the_base_follows_the_precision_of_the_hardware(make_module, few_pairs_dir, monkeypatch, units, dtype):
     from msdiffusion.training import precision
@@ -477,6 +504,9 @@ def test_the_base_follows_the_precision_of_the_hardware(make_module, few_pairs_d
     trainer.fit(module, make_data(few_pairs_dir, validation_fraction=0))
     assert module.backbone.unet.dtype == dtype
     assert module.backbone.vae.dtype == torch.float32
+    plain = module.backbone.from_pretrained(module.hparams.base_model, module.hparams.image_encoder).vae.state_dict()
+    for name, weight in module.backbone.vae.state_dict().items():
+        assert torch.equal(weight, plain[name]), name  # never rounded
     assert {parameter.dtype for parameter in module.adapter.parameters()} == {torch.float32}
 
 

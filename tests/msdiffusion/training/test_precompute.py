@@ -255,8 +255,8 @@ def test_a_failure_leaves_no_half_file(pairs, tiny_model_dir, tmp_path, capsys):
         ({"model": {"reference_fit": "pad"}}, "reference_fit was squash, now pad"),
         ({"model": {"reference_background": [1, 2, 3]}}, r"reference_background was \[0, 0, 0\], now \[1, 2, 3\]"),
         (
-            {"model": {"base_dtype": "bfloat16"}},
-            "it was made with another autoencoder, or the same in another precision",
+            {"model": {"base_dtype": "bfloat16"}},  # of all networks but the autoencoder
+            "it was made with another image encoder, or the same in another precision",
         ),
     ],
 )

@@ -75,7 +75,8 @@ def test_settings_are_read_without_the_tensors(tmp_path):
     path = tmp_path / "a.ckpt"
     record = {"state_dict": {"a": torch.ones(2)}, "hyper_parameters": {"learning_rate": 0.1}, "global_step": 5}
     torch.save(record, path)
-    assert read_settings(path) == {"settings": {"learning_rate": 0.1}, "weights_only": True, "step": 5}
+    settings = {"settings": {"learning_rate": 0.1}, "adapter_config": None, "weights_only": True, "step": 5}
+    assert read_settings(path) == settings
     torch.save({**record, "optimizer_states": []}, path)
     assert not read_settings(path)["weights_only"]
 
