@@ -42,7 +42,7 @@ def test_settings_of_a_row_exist_in_the_classes(name):
     """Every setting is an argument of the module or the data module, and differs from configs/msd.yaml."""
     import inspect
 
-    from msdiffusion.training.dataset import PairsDataModule
+    from msdiffusion.training.datamodule import PairsDataModule
     from msdiffusion.training.module import MSDiffusionModule
 
     classes = {"model": MSDiffusionModule, "data": PairsDataModule}
