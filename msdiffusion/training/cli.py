@@ -32,12 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ".*does not have many workers.*",
         # between Lightning and torch; nothing that a user could do about it
         r".*isinstance\(treespec, LeafSpec\).*",
+        # a short run is no mistake
+        ".*is smaller than the logging interval.*",
         # said of the processes of local_sgd, of which only the first validates
         ".*It is recommended to use `self.log.*sync_dist=True.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+    import logging
+
     import pytorch_lightning as pl
     from pytorch_lightning.cli import SaveConfigCallback
+
+    # Lightning advertises other packages there
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
 
     from msdiffusion.errors import MSDiffusionError, TrainingError
     from msdiffusion.training.failures import FailureGuard, RunStoppedError

@@ -216,11 +216,11 @@ class PairsDataModule(pl.LightningDataModule):
             raise RequestError(
                 "cache_encodings keeps the encoding of every reference, but reference_augmentation or "
                 "reference_flip_probability make each one another picture every time, so memory would fill with "
-                "encodings that nobody asks for again; set one of them off"
+                "encodings that nobody asks for again; set one of them off: --model.init_args.cache_encodings false"
             )
         plan = self.plan(num_processes)
         self._sampler = PlanSampler(plan, rank, num_processes, self._first_place(plan))
-        return self._loader(self.training, self._sampler)
+        return self._loader(self._with_encodings(self.training), self._sampler)
 
     def val_dataloader(self) -> PairsLoader | list:
         """In the order of the files; nothing where there is no validation pair."""
@@ -231,8 +231,8 @@ class PairsDataModule(pl.LightningDataModule):
         return self._fixed_loader(self.validation if self.test is None else self.test)
 
     def predict_dataloader(self) -> PairsLoader | list:
-        """As ``test_dataloader``."""
-        return self.test_dataloader()
+        """As ``test_dataloader``, always with the pictures of the pairs: predictions are shown beside them."""
+        return self._fixed_loader(self.validation if self.test is None else self.test, pictures=True)
 
     def plan(self, num_processes: int) -> EpochPlan:
         """The order of the run when so many processes share it; after ``setup``."""
@@ -342,13 +342,18 @@ class PairsDataModule(pl.LightningDataModule):
         shapes = {(h, w): model.latent_shape(h, w) for w, h in self.sizes.tolist()}
         return PairsCollator(self.max_subjects, model.prepare_references, shapes)
 
+    def _with_encodings(self, dataset: PairsDataset) -> PairsDataset:
+        return dataset.reading(self._stores(dataset))
+
     def _loader(self, dataset: PairsDataset, sampler: PlanSampler | FixedSampler) -> PairsLoader:
-        dataset = dataset.reading(self._stores(dataset))
         return make_loader(dataset, sampler, self.batch_size, self._collator(), self.num_workers, self.worker_start)
 
-    def _fixed_loader(self, dataset: PairsDataset) -> PairsLoader | list:
+    def _fixed_loader(self, dataset: PairsDataset, pictures: bool = False) -> PairsLoader | list:
+        """In order; ``pictures``: read them also where everything was encoded ahead."""
         if len(dataset) == 0:
             return []
+        if not pictures:
+            dataset = self._with_encodings(dataset)
         # of the processes of local_sgd only the first one validates
         rank, num_processes = (0, 1) if WORLD in os.environ else self._processes()
         numbers, indices = padded_order(dataset.indices, num_processes, self.batch_size, dataset.buckets)

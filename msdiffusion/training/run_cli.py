@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from msdiffusion.adapter_config import AdapterConfig
 from msdiffusion.errors import MSDiffusionError, RequestError, WeightsError, reason
-from msdiffusion.training.checkpoints import BEST, BEST_FOLDER, FOLDER, LAST, existing
+from msdiffusion.training.checkpoints import ADAPTER_FOLDER, BEST, BEST_FOLDER, FOLDER, LAST, existing
 from msdiffusion.training.model_settings import asked_structure, other_structure, way_out
 
 NAMES = {"last": LAST, "best": BEST}
@@ -89,6 +89,16 @@ class RunCLI(LightningCLI):
                     raise refusal from error
             raise
 
+    def after_fit(self) -> None:
+        """Say what the run has left, and what it is good for."""
+        root = Path(self.trainer.default_root_dir)
+        left = [
+            root / name for name in (BEST_FOLDER, ADAPTER_FOLDER) if (root / name / "adapter.safetensors").is_file()
+        ]
+        if left:
+            last = "; to train on: --ckpt_path last" if (root / FOLDER / LAST).exists() else ""
+            _tell(f'the adapter is in {left[0]}: MSDiffusion.from_pretrained("{left[0]}"){last}')
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "predict" and not self.config[subcommand].get("return_predictions"):
@@ -122,6 +132,10 @@ def find_checkpoint(name: str, root: str | None, fit: bool) -> Path | None:
     present = sorted(str(file) for file in folder.glob("*.ckpt")) if folder.is_dir() else []
     there = f"there are {', '.join(present)}" if present else f"there is no checkpoint in {folder}"
     advice = "; leave it out to start anew, or give --ckpt_path auto" if fit else ""
+    if name == "best" and present:
+        advice = (
+            "; the best weights are written at the first validation (trainer.val_check_interval): take last" + advice
+        )
     where = "" if present else " (--trainer.default_root_dir says which run is meant)"
     raise RequestError(f"{asked}, which does not exist; {there}{where}{advice}")
 
@@ -139,7 +153,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle and torch each have exceptions of their own for a file that is none
-        raise WeightsError(f"{path} is no checkpoint that can be read: {reason(error)}") from error
+        folder = " (to go on from an adapter's folder: --model.init_args.adapter FOLDER)"
+        advice = folder if path.suffix == ".safetensors" else ""
+        raise WeightsError(f"{path} is no checkpoint that can be read: {reason(error)}{advice}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise WeightsError(f"{path} is no checkpoint of a training run: it lacks its state_dict")
     return {

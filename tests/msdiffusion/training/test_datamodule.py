@@ -377,3 +377,16 @@ def test_damage_is_an_error_unless_it_may_be_left_out(pairs_dir, tmp_path):
 def test_bad_settings_are_told_at_construction(setting, message):
     with pytest.raises(RequestError, match=message):
         PairsDataModule(**{"pairs": "somewhere", "resolution": 64} | setting)
+
+
+def test_predictions_have_their_pictures_whatever_was_encoded_ahead(monkeypatch, pairs_dir):
+    """Encodings made ahead take the place of pictures in training; predictions are shown beside them."""
+    asked = []
+    data = PairsDataModule(str(pairs_dir), resolution=32, batch_size=2, max_subjects=2)
+    monkeypatch.setattr(data, "_with_encodings", lambda dataset: asked.append(dataset) or dataset)
+    monkeypatch.setattr(data, "_collator", lambda: list)
+    data.setup("predict")
+    data.predict_dataloader()
+    assert asked == []
+    data.test_dataloader()
+    assert asked == [data.validation]

@@ -67,7 +67,9 @@ def test_a_checkpoint_that_is_not_there_is_told(root, name, fit, message):
 
 def test_those_that_are_there_are_named(root):
     path = touch(root, "last.ckpt")
-    with pytest.raises(RequestError, match=f"there are {path}$"):
+    with pytest.raises(
+        RequestError, match=f"there are {path}; the best weights are written at the first validation .* take last$"
+    ):
         find_checkpoint("best", str(root), fit=False)
 
 
