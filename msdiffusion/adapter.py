@@ -31,6 +31,7 @@ from msdiffusion.auto_layout import AutoLayout
 from msdiffusion.condition import SubjectCondition
 from msdiffusion.errors import LayoutError, RequestError, WeightsError, reason
 from msdiffusion.official import from_record, read_record, to_record, write_record
+from msdiffusion.own_memory import give_own_memory
 from msdiffusion.resampler import GlobalProjector, GroundingResampler, ResamplerParams
 
 
@@ -421,6 +422,7 @@ class MSAdapter(nn.Module):
                     "weights and config belong to different adapters"
                 )
         adapter.load_state_dict(weights, assign=True)
+        give_own_memory(adapter)
         return adapter
 
 

@@ -130,7 +130,7 @@ def read_checkpoint(path: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]
         path: a ``.ckpt`` file, such as ``checkpoints/last.ckpt`` or ``checkpoints/best.ckpt`` of a run.
 
     Returns:
-        Its config, and its weights by the names of ``MSAdapter.state_dict``, on the CPU.
+        Its config, and its weights by the names of ``MSAdapter.state_dict``, still mapped from the file.
 
     Raises:
         WeightsError: no such file, no checkpoint, or one of something else than an adapter.
@@ -153,6 +153,5 @@ def read_checkpoint(path: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]
     prefix = next((name for name in CHECKPOINT_PREFIXES if any(key.startswith(name) for key in weights)), None)
     if prefix is None:
         raise WeightsError(f"{path} holds no weights of an adapter, but {shown(sorted(weights))}")
-    # copied, because the file may be replaced while they are in use
-    own = {key.removeprefix(prefix): tensor.clone() for key, tensor in weights.items() if key.startswith(prefix)}
+    own = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
     return AdapterConfig.from_json(config, f"adapter_config in {path}"), own

@@ -20,6 +20,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithP
 
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.open_clip_encoder import OpenClipVisionEncoder
+from msdiffusion.own_memory import give_own_memory
 from msdiffusion.pretrained import load_image_encoder, load_pipeline
 
 SQUASH_SIDE = 512
@@ -35,7 +36,7 @@ class Backbone:
         image_encoder: CLIPVisionModelWithProjection | OpenClipVisionEncoder,
         image_processor: CLIPImageProcessor,
     ) -> None:
-        """Take built parts; they are frozen here.
+        """Take built parts; they are frozen here, and their weights on the CPU copied out of the files they came from.
 
         Args:
             pipeline: a StableDiffusionXLPipeline, a StableDiffusionPipeline, or one with the same parts (image to
@@ -52,6 +53,7 @@ class Backbone:
         second = [pipeline.text_encoder_2] if self.kind == "sdxl" else []
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, *second, image_encoder):
             part.eval().requires_grad_(False)
+            give_own_memory(part)
 
     @classmethod
     def from_pretrained(
@@ -78,9 +80,10 @@ class Backbone:
             WeightsError: nothing there, or something else than that.
         """
         dtype = torch.float32 if torch_dtype is None else torch_dtype
-        pipeline = load_pipeline(base_model, dtype, base_config, vae_dtype)
-        backbone = cls(pipeline, *load_image_encoder(image_encoder, dtype))
-        return backbone.to(default_device() if device is None else device)
+        device = default_device() if device is None else device
+        pipeline = load_pipeline(base_model, dtype, base_config, vae_dtype).to(device)
+        encoder, processor = load_image_encoder(image_encoder, dtype)
+        return cls(pipeline, encoder.to(device), processor)  # moved first: what leaves the CPU is copied that way
 
     def to(self, device: str | torch.device) -> Backbone:
         """Move all parts."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from msdiffusion import __version__, demo, evaluate, generate_command
 from msdiffusion.bench import command as bench
+from msdiffusion.environment import prepare_environment
 from msdiffusion.errors import MSDiffusionError, RequestError
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for bad input)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(_bind_negative(arguments))
-    # Threads of OpenMP that spin while they wait make everything many times slower as soon as another process wants
-    # the cores (docs/training.md). Read when torch is imported, so it must be set before.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    prepare_environment()
     try:
         options.run(options)
     except MSDiffusionError as error:

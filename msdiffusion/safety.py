@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from msdiffusion.errors import RequestError, WeightsError, reason
+from msdiffusion.own_memory import give_own_memory
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,9 @@ class SafetyChecker:
                 f"the safety checker in {place} is incomplete, so it could not be relied on: {len(lacking)} weights "
                 f"are missing or of another shape, such as {lacking[0]}"
             )
-        return cls(checker.to("cpu" if device is None else device), processor)
+        checker.to("cpu" if device is None else device)
+        give_own_memory(checker)
+        return cls(checker, processor)
 
     def flags(self, pictures: Sequence[Image.Image]) -> list[bool]:
         """Per picture whether the checker objects."""

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from msdiffusion.environment import prepare_environment
+
+prepare_environment()  # as every command does, before a test imports torch
+
 ASSETS = Path(__file__).parent / "assets"
 # Words that are one token to the tiny tokenizer; any other text becomes more tokens.
 WORDS = (

@@ -21,6 +21,8 @@ PACKAGES = ("msdiffusion", "data_pipeline")
 RANKS = {
     "errors": 0,
     "places": 0,
+    "environment": 0,
+    "own_memory": 0,
     "layout": 1,
     "phrases": 1,
     "layout_drawing": 1,

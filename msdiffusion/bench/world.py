@@ -234,7 +234,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _start(unit: Unit, out: Path, one_thread: bool) -> subprocess.Popen[bytes]:
     folder = unit.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"} | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
     command = [sys.executable, "-m", "msdiffusion.bench.work", str(out), unit.row, str(unit.training_seed)]
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(

@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from msdiffusion.environment import prepare_environment
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `lightning fit|validate|test|predict -c CONFIG [--key value ...]`.
@@ -24,8 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: 2 for a wrong setting, dataset or model; 1 for a run that could not go on; 128 and the signal's
             number for one that was stopped, its state written.
     """
-    # Threads that spin while they wait make everything beside them 5 to 7 times slower (docs/training.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    prepare_environment()
     import warnings
 
     for message in (

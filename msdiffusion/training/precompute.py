@@ -15,17 +15,17 @@ the config: ``--data.init_args.resolution 512``.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from msdiffusion.environment import prepare_environment
 from msdiffusion.errors import MSDiffusionError, RequestError
-from msdiffusion.training.encoded import PARTS, Part
 
 if TYPE_CHECKING:
     from msdiffusion.training.datamodule import PairsDataModule
+    from msdiffusion.training.encoded import Part
     from msdiffusion.training.module import MSDiffusionModule
 
 
@@ -81,6 +81,7 @@ def parts_to_encode(text: str, datamodule: PairsDataModule) -> list[Part]:
     Raises:
         RequestError: if one is unknown, or the settings of the data change it all the time.
     """
+    from msdiffusion.training.encoded import PARTS
     from msdiffusion.training.encoding_keys import changing
 
     asked = [name.strip() for name in text.split(",") if name.strip()]
@@ -105,6 +106,8 @@ def _share(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from msdiffusion.training.encoded import PARTS  # with torch, which the environment must be ready for
+
     parser = argparse.ArgumentParser(
         prog="python -m msdiffusion.training.precompute",
         description="Encodes the pairs of a training run ahead of it. Further options are settings of the config, as "
@@ -125,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0, or 2 where it cannot be done."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    prepare_environment()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.workers < 0 or options.batch_size < 1:

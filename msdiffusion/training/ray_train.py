@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from msdiffusion.environment import prepare_environment
+
 
 def train_worker(settings: dict[str, object]) -> None:
     """What each worker runs: the command, with Ray's strategy in place of the config's.
@@ -81,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         parser.error(f'Ray Train is missing ({error}): pip install "ray[train]"')
 
+    prepare_environment()  # which the workers of this machine take over
     ray.init(address=options.address, log_to_driver=True)
     trainer = TorchTrainer(
         train_worker,

@@ -34,6 +34,7 @@ from torch._dynamo.utils import counters
 from msdiffusion import MSDiffusion
 from msdiffusion.backbone import Backbone
 from msdiffusion.errors import RequestError
+from msdiffusion.own_memory import give_own_memory
 from msdiffusion.places import DEFAULT_MODEL
 
 PROMPT = "a dog and a teapot on the beach"
@@ -49,10 +50,13 @@ pytestmark = [
 
 
 def freeze(pipeline):
-    """torch takes other kernels, and so gives other last bits, for weights that may train."""
+    """As our backbone has it: other kernels, and so other last bits, come for weights that may train, and on some
+    processors for weights that still lie in their file.
+    """
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
+            give_own_memory(part)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

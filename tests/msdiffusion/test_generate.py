@@ -18,6 +18,7 @@ import msdiffusion.loading
 from msdiffusion import MSDiffusion
 from msdiffusion.backbone import Backbone
 from msdiffusion.errors import LayoutError, PhraseError, RequestError, WeightsError
+from msdiffusion.own_memory import give_own_memory
 
 PROMPT = "a dog and a teapot on the beach"
 LEFT, RIGHT = [0, 0.25, 0.5, 0.75], [0.5, 0.25, 1, 0.75]
@@ -37,6 +38,8 @@ def bare(tiny_model_dir):
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_model_dir / "base", add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.requires_grad_(False)  # torch picks other kernels, and so other last bits, for weights that may train
+    # and MKL others on some processors for weights that still lie in their file
+    give_own_memory(pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
     return pipeline
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from msdiffusion.adapter import MSAdapter
 from msdiffusion.errors import RequestError
+from msdiffusion.own_memory import give_own_memory
 from msdiffusion.resampler import ResamplerParams
 from msdiffusion.training.strategies import (
     OffloadedAdapter,
@@ -40,7 +41,9 @@ def mesh(tmp_path):
 def unet(tiny_model_dir):
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel.from_pretrained(tiny_model_dir / "base" / "unet").requires_grad_(False)
+    unet = UNet2DConditionModel.from_pretrained(tiny_model_dir / "base" / "unet").requires_grad_(False)
+    give_own_memory(unet)  # as the backbone does
+    return unet
 
 
 @pytest.fixture(params=["resampler", "global"])
