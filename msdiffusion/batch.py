@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msdiffusion import __version__
+from msdiffusion.environment import arithmetic
 from msdiffusion.errors import RequestError
 from msdiffusion.layout_drawing import draw_layout
 from msdiffusion.provenance import SCHEMA, read_record, request_record, same_request, save_at_once, save_png
@@ -306,12 +307,13 @@ def check_layout_paths(pictures: Sequence[Picture]) -> None:
 
 
 def made_with(device: str) -> dict[str, str]:
-    """Versions, and the kind of device, which decide the last bits of a picture."""
+    """Versions, kind of device, and what computes there: all that decides the last bits of a picture."""
     import diffusers
     import torch
 
     kind = device.partition(":")[0]
-    return {"msdiffusion": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__, "device": kind}
+    versions = {"msdiffusion": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    return {**versions, "device": kind, **arithmetic(device)}
 
 
 def _write(picture: Picture, result: Any, model: MSDiffusion, place: Mapping[str, int]) -> None:

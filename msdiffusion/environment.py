@@ -1,9 +1,12 @@
-"""What the numerical libraries read from the environment: set by every command, before torch computes anything."""
+"""What decides last bits: variables that libraries read, set by every command before torch computes; the processor."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 from collections.abc import Mapping
+from pathlib import Path
 
 DEFAULTS: Mapping[str, str] = {
     # Threads of OpenMP that spin while they wait make everything 5 to 7 times slower as soon as another process wants
@@ -14,9 +17,44 @@ DEFAULTS: Mapping[str, str] = {
     "MKL_CBWR": "AVX2",
 }
 """Variable to value, where the user has set none (docs/exactness.md)."""
+_OF_ARITHMETIC = (
+    "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "ATEN_CPU_CAPABILITY",
+)  # fmt: skip
 
 
 def prepare_environment() -> None:
     """Set what is not set yet, also for the processes that this one starts. An empty value counts as set."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+
+
+def arithmetic(device: str) -> dict[str, str]:
+    """What decides the last bits of a result on this machine, beside the versions of the libraries.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", ...
+
+    Returns:
+        ``processor``: its name; ``arithmetic``: the instructions that torch takes of it, the variables that limit or
+        change them, and the number of threads; of a GPU its compute capability.
+    """
+    import torch
+
+    if device.startswith("cuda"):
+        version = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return {"processor": torch.cuda.get_device_name(device), "arithmetic": f"compute capability {version}"}
+    variables = [f"{name}={os.environ[name]}" for name in _OF_ARITHMETIC if os.environ.get(name)]
+    parts = [torch.backends.cpu.get_cpu_capability(), *variables, f"threads={torch.get_num_threads()}"]
+    return {"processor": _processor(), "arithmetic": " ".join(parts)}
+
+
+def _processor() -> str:
+    """The CPU's name with family and model, by which a library chooses its kernels: hosts hide much of the name."""
+    facts = dict[str, str]()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            facts[name.strip()] = value.strip()
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"

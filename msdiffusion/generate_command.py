@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msdiffusion.errors import LayoutError, RequestError
+from msdiffusion.errors import LayoutError, RequestError, shown
 from msdiffusion.places import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> None:
     }
     if record is not None:
         _check_model(record, identity, hooks)
-        _tell_versions(record["made_with"], batch.made_with(device))
+        _tell_differences(record["made_with"], batch.made_with(device), dtype)
     folder = options.out if many else options.out.parent
     suffix = ".png" if many else options.out.suffix
     pictures = batch.plan(entries, folder, identity, hooks, suffix=suffix, embed=options.embed_references)
@@ -310,10 +310,16 @@ def _check_model(record: dict[str, Any], identity: Identity, hooks: dict[str, st
             )
 
 
-def _tell_versions(there: dict[str, str], here: dict[str, str]) -> None:
-    other = [f"{name} {there[name]!r} (here {here[name]!r})" for name in here if there[name] != here[name]]
+def _tell_differences(there: dict[str, str], here: dict[str, str], dtype: str) -> None:
+    """Say so where a picture may not come out as in the file, to the bit."""
+    other = [
+        f"{name} {shown(there[name]) if name in there else 'unknown'} (here {here[name]!r})"
+        for name in here
+        if there.get(name) != here[name]
+    ]
     if other:
-        print(f"drawn with {', '.join(other)}: colours may differ in their last bits", file=sys.stderr)
+        much = "one step of 255" if dtype == "float32" else f"a few steps of 255, because of {dtype}"
+        print(f"drawn with {', '.join(other)}: pixels may differ by {much}", file=sys.stderr)
 
 
 def _device(name: str | None) -> str:

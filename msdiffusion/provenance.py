@@ -49,8 +49,10 @@ _SHAPE: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     },
     "hooks": {"safety_checker": (str, type(None)), "watermark": (str, type(None))},
     "batch": {"size": (int,), "position": (int,)},
-    "made_with": dict.fromkeys(("msdiffusion", "torch", "diffusers", "device"), (str,)),
+    "made_with": dict.fromkeys(("msdiffusion", "torch", "diffusers", "device", "processor", "arithmetic"), (str,)),
 }
+_LATER = {"processor", "arithmetic"}
+"""Keys that files of earlier versions don't have."""
 
 
 def file_sha256(path: str | Path) -> str:
@@ -256,9 +258,10 @@ def _wrong_part(record: Mapping[str, Any]) -> str | None:
         return f"its keys must be {', '.join(sorted(wanted))}"
     for part, shape in _SHAPE.items():
         value = record[part]
-        if not isinstance(value, dict) or set(value) != set(shape):
+        if not isinstance(value, dict) or not set(shape) - _LATER <= set(value) <= set(shape):
             return f"{part} must have the keys {', '.join(sorted(shape))}"
-        for name, types in shape.items():
+        for name in value:
+            types = shape[name]
             if not isinstance(value[name], types) or isinstance(value[name], bool):
                 return f"{part}.{name} is {shown(value[name])}"
     if not 0 <= record["batch"]["position"] < record["batch"]["size"]:

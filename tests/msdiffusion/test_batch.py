@@ -109,6 +109,7 @@ def test_every_picture_tells_what_it_is(model, folder, identity):
     assert record["batch"] == {"size": 2, "position": 1}
     assert record["made_with"]["torch"] == torch.__version__
     assert record["made_with"]["device"] == "cpu"
+    assert {"processor", "arithmetic"} <= set(record["made_with"])
     assert record["model"]["adapter_sha256"] == identity.model["adapter_sha256"]
     assert Image.open(folder / "out" / "c.png").size == (48, 40)
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from msdiffusion.environment import DEFAULTS, prepare_environment
+from msdiffusion.environment import DEFAULTS, arithmetic, prepare_environment
 
 
 @pytest.fixture
@@ -25,6 +25,30 @@ def test_what_a_user_has_set_stays(clean, monkeypatch, value):
     monkeypatch.setenv("MKL_CBWR", value)
     prepare_environment()
     assert os.environ["MKL_CBWR"] == value
+
+
+def test_what_computes_here_is_named(monkeypatch):
+    import torch
+
+    for name in ("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    found = arithmetic("cpu")
+    capability = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    assert found["arithmetic"] == f"{capability} MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 threads={threads}"
+    assert found["processor"]
+
+
+def test_a_machine_that_does_not_list_its_processor(monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr("pathlib.Path.read_text", missing)
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert arithmetic("cpu")["processor"] == "arm64"
 
 
 @pytest.mark.parametrize(

@@ -391,6 +391,30 @@ def test_other_means_than_the_png_was_drawn_with(draw, two, tmp_path, capsys):
     assert "drawn with torch '1.0' (here '" in capsys.readouterr().err
 
 
+def without_processor(record):
+    del record["made_with"]["processor"], record["made_with"]["arithmetic"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda record: record["made_with"].update(processor="A 386"), "drawn with processor 'A 386' (here '"),
+        (lambda record: record["made_with"].update(arithmetic="x" * 900), "drawn with arithmetic 'xxx"),
+        (without_processor, "drawn with processor unknown (here '"),
+    ],
+    ids=["another processor", "other instructions", "a file of an earlier version"],
+)
+def test_where_another_processor_drew_a_picture_it_is_said(draw, two, tmp_path, capsys, change, said):
+    assert draw(*two, "--steps", "1", "--quiet", "--out", "first.png") == 0
+    assert draw("--from-png", tmp_path / "first.png", "--quiet", "--out", "x.png") == 0
+    assert "drawn with" not in capsys.readouterr().err
+    assert draw("--from-png", edited(tmp_path / "first.png", change), "--quiet", "--out", "x.png") == 0
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.strip().endswith("pixels may differ by one step of 255")
+    assert len(told) < 600
+
+
 def test_a_png_of_another_dtype_is_drawn_with_it(draw, two, tmp_path):
     assert draw(*two, "--steps", "1", "--dtype", "bfloat16", "--out", "first.png") == 0
     assert draw("--from-png", tmp_path / "first.png", "--quiet", "--out", "x.png") == 0

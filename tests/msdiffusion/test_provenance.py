@@ -39,7 +39,7 @@ def record_of(folder, embed=False, **changes):
         "hooks": {"safety_checker": None, "watermark": "mark"},
         "flagged": False,
         "batch": {"size": 4, "position": 3},
-        "made_with": dict.fromkeys(("msdiffusion", "torch", "diffusers", "device"), "1"),
+        "made_with": dict.fromkeys(("msdiffusion", "torch", "diffusers", "device", "processor", "arithmetic"), "1"),
     }
 
 
@@ -169,6 +169,8 @@ def broken(folder, record, *path, value):
         (("model", "dtype"), 16, "model.dtype is 16"),
         (("hooks", "watermark"), 3, "hooks.watermark is 3"),
         (("made_with", "torch"), ..., "made_with must have the keys"),
+        (("made_with", "place"), "home", "made_with must have the keys"),
+        (("made_with", "arithmetic"), 2, "made_with.arithmetic is 2"),
         (("batch", "size"), True, "batch.size is True"),
         (("batch", "size"), 10**9, "batch.size is 1000000000, more than 1024"),
         (("batch", "position"), 4, "batch is"),
