@@ -16,16 +16,20 @@ test: export OMP_NUM_THREADS = 1
 test demo: export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test test-processors lint docs bench clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED)  ## mine, fine-tune, generate and score, all on this machine: out/demo/index.html
 	$(BIN)/msdiffusion demo --out out/demo
 
 test: $(INSTALLED)  ## the whole test suite
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+
+# PROCESSORS=smallest plays one of them, see benchmarks/processors.py.
+test-processors: $(INSTALLED)  ## the exact tests as other processors would run them (ten minutes)
+	$(BIN)/python benchmarks/processors.py $(PROCESSORS)
 
 lint: $(INSTALLED)  ## ruff, on everything
 	$(BIN)/ruff check .

@@ -1,6 +1,9 @@
-"""A base model in one file, written here by hand in the layout of the original code."""
+"""A base model in one file, written here by hand in the layout of the original code; and files that lie elsewhere."""
 
+import json
 import re
+import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,26 @@ UNET_ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+
+
+def shift_tensors(folder: Path, place: Path, offset: int) -> Path:
+    """A copy of a folder, its safetensors files with spaces after their headers, so that all tensors begin so many
+    bytes after a multiple of 64.
+    """
+    shutil.copytree(folder, place)
+    for path in place.rglob("*.safetensors"):
+        content = path.read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        header = content[8 : 8 + length] + b" " * ((offset - 8 - length) % 64)
+        assert json.loads(header)
+        path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+    return place
+
+
+@pytest.fixture(scope="session")
+def shifted():
+    """Function: (folder, place of the copy, offset) -> the copy, see shift_tensors."""
+    return shift_tensors
 
 
 def unet_name(name, layers):

@@ -63,6 +63,7 @@ def predict(unet, golden, condition=None, latents=None, later=0):
     ).sample
 
 
+@pytest.mark.exact
 def test_whole_unet_equals_the_official_prediction(golden, unet, adapter):
     tensors, _ = golden
     for backend in ("sdpa", "softmax"):
@@ -74,6 +75,7 @@ def test_whole_unet_equals_the_official_prediction(golden, unet, adapter):
     assert (tensors["noise_pred"] - tensors["noise_pred_without_adapter"]).abs().max() > 0.05  # the test can tell
 
 
+@pytest.mark.exact
 def test_official_file_converts_to_ours_and_predicts_the_same(golden, unet, adapter, tmp_path):
     adapter.save_pretrained(tmp_path, base_model="base", reference_fit="pad")
     again = MSAdapter.from_pretrained(tmp_path)

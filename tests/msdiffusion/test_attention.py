@@ -46,11 +46,13 @@ def text_only(layer, golden, processor=None, **options):
     return layer(tensors["hidden_states"], encoder_hidden_states=text, **options)
 
 
+@pytest.mark.exact
 def test_without_subjects_it_is_diffusers_own_attention_bit_for_bit(layer, golden):
     own = text_only(layer, golden, MultiSubjectAttnProcessor(LAYER))
     assert torch.equal(own, text_only(layer, golden))
 
 
+@pytest.mark.exact
 def test_softmax_backend_equals_diffusers_plain_attention(layer, golden):
     own = text_only(layer, golden, MultiSubjectAttnProcessor(LAYER, "softmax"))
     torch.testing.assert_close(own, text_only(layer, golden, AttnProcessor()))
@@ -107,6 +109,7 @@ def shifted(hidden, call):
     return hidden + call.query.mean() + call.text_key.mean()
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("base", [AttnProcessor(), AttnProcessor2_0(), SlicedAttnProcessor(2)])
 def test_another_processor_goes_on_working_inside_ours(layer, golden, base):
     inside = MultiSubjectAttnProcessor(LAYER, base=base)
@@ -117,6 +120,7 @@ def test_another_processor_goes_on_working_inside_ours(layer, golden, base):
     assert not torch.equal(controlled, text_only(layer, golden, base))
 
 
+@pytest.mark.exact
 def test_an_ip_adapter_goes_on_working_inside_ours(layer, golden):
     tensors, _ = golden
     torch.manual_seed(0)

@@ -213,6 +213,7 @@ def test_pictures_of_another_model_are_others(model, folder, identity, tiny_mode
         batch.without_finished(planned(folder, half))
 
 
+@pytest.mark.exact
 def test_a_picture_repeated_in_its_batch_is_the_same_to_the_last_bit(model, folder, identity):
     draw(model, planned(folder, identity), size=3)
     for name in ("a_1", "b", "d_1", "e", "f"):

@@ -60,6 +60,7 @@ def text_only(layer, golden, processor=None):
     return layer(tensors["hidden_states"], encoder_hidden_states=tensors["encoder_hidden_states"][:, :TEXT])
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("backend", ["sdpa", "softmax"])
 @pytest.mark.parametrize(
     ("key", "scale"), [("out_scale_0.6", 0.6), ("out_subject_scales_0.3_0.9_0.5", [0.3, 0.9, 0.5])]
@@ -69,6 +70,7 @@ def test_equals_the_official_attention(layer, golden, backend, key, scale):
     torch.testing.assert_close(ours, golden[0][key], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("backend", ["sdpa", "softmax"])
 def test_equals_the_official_auto_layout(layer, golden, backend):
     tensors, config = golden

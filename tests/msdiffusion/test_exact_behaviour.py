@@ -75,6 +75,7 @@ any_boxes = st.tuples(spans, spans).map(lambda pair: [pair[0][0], pair[1][0], pa
 # ----------------------------------------------------------------------------------------------- subjects and scales
 
 
+@pytest.mark.exact
 @settings(max_examples=8)
 @given(boxes=st.lists(any_boxes, min_size=3, max_size=3), order=st.permutations(range(3)))
 def test_order_of_subjects_does_not_matter(model, boxes, order):
@@ -119,6 +120,7 @@ def test_a_box_without_area_removes_its_subject(model, empty):
     assert torch.equal(nobody, draw(model, scale=0))
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("kind", KINDS)
 def test_scale_zero_is_the_bare_pipeline_bit_for_bit(model, kind):
     bare = run(model.pipeline)
@@ -213,6 +215,7 @@ THREE = {
 }
 
 
+@pytest.mark.exact
 def test_an_item_of_a_batch_does_not_change_another(model):
     first, _ = batch(model, {}, THREE)
     for other in ({**THREE, "images": PICTURES[6:9]}, {**THREE, "scale": 0.1, "seed": 9}, {**THREE, "prompt": "a hat"}):
@@ -350,6 +353,7 @@ def test_boxes_are_at_their_rows_and_columns_at_every_level(model, size, boxes):
         assert (mask[..., 2 * tokens :] == ~(expected[0] | expected[1])[..., None]).all()
 
 
+@pytest.mark.exact
 @settings(max_examples=6)
 @given(
     x=st.tuples(st.integers(0, 7), st.integers(1, 8)),

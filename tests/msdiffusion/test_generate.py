@@ -67,6 +67,7 @@ def test_references_phrases_boxes_and_prompt_all_matter(model):
     assert not torch.equal(plain, draw(model, negative_prompt="a red clock"))
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("changes", [{"scale": 0}, {"subject_scales": [0, 0]}])
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_scale_zero_is_the_bare_pipeline_bit_for_bit(model, bare, changes, guidance_scale):

@@ -309,6 +309,7 @@ def test_out_of_a_file_is_a_folder(draw, two, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------ from a PNG
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_png_draws_itself_again(draw, two, tmp_path, count):
     more = ["--subject-scales", "1,.5", "--height", "48", "--auto-layout", "--auto-layout-start", "1"]

@@ -174,6 +174,7 @@ def official(golden_tensors, official_adapter_file):
     return read_record(official_adapter_file), unet
 
 
+@pytest.mark.exact
 def test_there_and_back_is_the_same_to_the_bit(official, official_adapter_file, tmp_path):
     record, unet = official
     adapter = MSAdapter.from_official(official_adapter_file, unet, head_width=16)

@@ -45,6 +45,7 @@ def weights_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("model", ["ViT-small-14", "ViT-small-14-quickgelu"])
 @torch.no_grad()
 def test_tokens_and_embeddings_equal_those_of_transformers(model, weights_file):

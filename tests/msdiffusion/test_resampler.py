@@ -23,6 +23,7 @@ def resampler(golden):
     return module.eval()
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(("key", "drop"), [("00", [0, 0]), ("01", [0, 1]), ("11", [1, 1])])
 def test_equals_the_official_resampler(resampler, golden, key, drop):
     tensors, _ = golden
@@ -55,6 +56,7 @@ def test_no_drop_flags_mean_no_drop(resampler, golden):
         assert torch.equal(resampler(*inputs), resampler(*inputs, torch.zeros(2, dtype=torch.bool)))
 
 
+@pytest.mark.exact
 def test_subjects_do_not_see_one_another(resampler, golden):
     tensors, _ = golden
     images = tensors["image_tokens"].unflatten(0, (2, 3))

@@ -40,6 +40,7 @@ def test_average_follows_the_formula():
     assert not any(parameter.requires_grad for parameter in average.parameters())
 
 
+@pytest.mark.exact
 def test_it_goes_on_from_a_checkpoint_bit_for_bit():
     adapter = make_adapter()
     average = AveragedAdapter(adapter, 0.99)

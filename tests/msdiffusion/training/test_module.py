@@ -192,23 +192,43 @@ def test_checkpoint_holds_no_frozen_weight_and_loads_safely(make_module, pairs_d
         assert torch.equal(tensor, loaded.adapter.state_dict()[name])
 
 
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(make_module, pairs_dir, tmp_path):
-    """Four steps at once, and two and two, give the same weights bit for bit: the data alone decide what happens."""
+class Losses(pl.Callback):
+    """The loss of every step."""
 
-    def run(max_steps, seed, ckpt_path=None):
+    def __init__(self):
+        self.found = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.found.append(outputs["loss"].item())
+
+
+@pytest.mark.exact
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(make_module, pairs_dir, tiny_model_dir, shifted, tmp_path):
+    """Ten steps at once, and four and six, give the same losses and weights bit for bit: the data alone decide what
+    happens, and neither a generator nor the place of the frozen weights in their files counts.
+    """
+    elsewhere = shifted(tiny_model_dir, tmp_path / "models", 8)
+
+    def run(max_steps, seed, ckpt_path=None, models=tiny_model_dir):
         pl.seed_everything(7, verbose=False)
-        module = make_module(ema_decay=0.9, warmup_steps=3, drop_grounding=0.5, learning_rate=1e-2)
-        trainer = make_trainer(max_steps=max_steps)
+        module = make_module(
+            ema_decay=0.9, warmup_steps=3, drop_grounding=0.5, learning_rate=1e-2,
+            base_model=str(models / "base"), image_encoder=str(models / "image_encoder"),
+        )  # fmt: skip
+        losses = Losses()
+        trainer = make_trainer(max_steps=max_steps, callbacks=[losses])
         module.on_train_start = lambda: pl.seed_everything(seed, verbose=False)  # no generator carries anything
         trainer.fit(module, make_data(pairs_dir, validation_fraction=0), ckpt_path=ckpt_path)
-        return trainer, module
+        return trainer, module, losses.found
 
-    straight, expected = run(4, seed=1)
-    half, _ = run(2, seed=2)
+    straight, expected, losses = run(10, seed=1)
+    assert len(losses) == 10
+    half, _, first = run(4, seed=2)
     half.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, module = run(4, seed=3, ckpt_path=tmp_path / "half.ckpt")
-    assert straight.global_step == resumed.global_step == 4
-    assert int(module.averaged.n_averaged) == 4
+    resumed, module, rest = run(10, seed=3, ckpt_path=tmp_path / "half.ckpt", models=elsewhere)
+    assert straight.global_step == resumed.global_step == 10
+    assert int(module.averaged.n_averaged) == 10
+    assert first + rest == losses
     for name, tensor in expected.state_dict().items():
         assert torch.equal(module.state_dict()[name], tensor), name
 

@@ -45,6 +45,7 @@ def test_a_vector_among_the_matrices_is_refused():
         Muon([nn.Parameter(torch.zeros(3))], [])
 
 
+@pytest.mark.exact
 def test_state_survives_saving():
     parameter = nn.Parameter(torch.randn(4, 4))
     first = Muon([parameter], [], lr=0.1)
@@ -62,6 +63,7 @@ def test_a_stack_of_matrices_is_orthogonalized_one_by_one():
         torch.testing.assert_close(own.float(), orthogonalize(matrix).float(), atol=0.02, rtol=0)
 
 
+@pytest.mark.exact
 def test_parameters_of_one_shape_are_updated_as_if_alone():
     generator = torch.Generator().manual_seed(2)
     values = [torch.randn(8, 4, 3, 3, generator=generator) for _ in range(2)]

@@ -82,6 +82,7 @@ def condition_of(adapter):
     )
 
 
+@pytest.mark.exact
 def test_every_parameter_is_split_and_the_condition_stays_the_same(adapter, mesh):
     before = condition_of(adapter)
     assert not is_sharded(adapter)
@@ -95,6 +96,7 @@ def test_every_parameter_is_split_and_the_condition_stays_the_same(adapter, mesh
     assert all(isinstance(parameter, DTensor) for parameter in adapter.parameters())
 
 
+@pytest.mark.exact
 def test_gradients_are_those_of_the_whole_adapter(adapter, mesh):
     whole = copy.deepcopy(adapter)
     shard_adapter(adapter, mesh)
@@ -117,6 +119,7 @@ def test_what_is_split_is_not_split_again(adapter, mesh):
     assert all(a is b for a, b in zip(adapter.parameters(), parameters, strict=True))
 
 
+@pytest.mark.exact
 def test_a_split_unet_says_the_same(unet, mesh):
     inputs = {
         "sample": torch.randn(1, 4, 16, 16),

@@ -43,6 +43,7 @@ def draw(model):
     return np.asarray(picture)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("place", ["checkpoints/last.ckpt", "checkpoints/best.ckpt", "best", ""])
 def test_what_a_run_leaves_draws_what_the_exported_adapter_draws(trained, place):
     expected = draw(MSDiffusion.from_pretrained(trained / "adapter", device="cpu"))
@@ -50,6 +51,7 @@ def test_what_a_run_leaves_draws_what_the_exported_adapter_draws(trained, place)
     assert (draw(MSDiffusion.from_pretrained(trained / place, device="cpu")) == expected).all()
 
 
+@pytest.mark.exact
 def test_it_does_so_from_another_folder(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = MSDiffusion.from_pretrained(trained / "checkpoints" / "best.ckpt", device="cpu")
