@@ -200,7 +200,6 @@ def random_lora(unet, folder, seed=0, strength=1.0):
     return folder
 
 
-@pytest.mark.exact
 def test_lora(model, bare, unchanged, tmp_path):
     random_lora(bare.unet, tmp_path)
     for pipeline in (model.pipeline, bare):
@@ -662,7 +661,6 @@ def test_offloading(model, bare, unchanged, unchanged_layout, monkeypatch, way):
     assert model.adapter.device.type == "cpu"
 
 
-@pytest.mark.exact
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(tiny_model_dir, unchanged, dtype):
     model = MSDiffusion.from_pretrained(tiny_model_dir, torch_dtype=dtype, device="cpu")

@@ -353,7 +353,6 @@ def test_boxes_are_at_their_rows_and_columns_at_every_level(model, size, boxes):
         assert (mask[..., 2 * tokens :] == ~(expected[0] | expected[1])[..., None]).all()
 
 
-@pytest.mark.exact
 @settings(max_examples=6)
 @given(
     x=st.tuples(st.integers(0, 7), st.integers(1, 8)),

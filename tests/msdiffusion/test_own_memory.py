@@ -12,7 +12,7 @@ from torch import nn
 from msdiffusion import MSDiffusion
 from msdiffusion.own_memory import give_own_memory
 
-SHIFTS = (4, 8, 12, 24, 40, 60)  # bytes after a multiple of 64: what MKL minds is a multiple of 16
+SHIFTS = (4, 8, 28)  # bytes after a multiple of 64: what MKL minds is a multiple of 16
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,7 @@ def at(offset: int, value: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.exact
 @pytest.mark.parametrize("offset", SHIFTS)
-def test_weights_begin_at_a_multiple_of_64_wherever_they_lie_in_the_file(
-    shifted, tiny_model_dir, tmp_path, offset
-):
+def test_weights_begin_at_a_multiple_of_64_wherever_they_lie_in_the_file(shifted, tiny_model_dir, tmp_path, offset):
     place = shifted(tiny_model_dir, tmp_path / "model", offset)
     model = MSDiffusion.from_pretrained(place, device="cpu")
     assert {tensor.data_ptr() % 64 for tensor in weights_of(model)} == {0}

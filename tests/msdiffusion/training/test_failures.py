@@ -169,10 +169,10 @@ def test_a_loading_process_that_dies_is_told(tmp_path):
     guard = FailureGuard()
     trainer = pl.Trainer(callbacks=[guard], max_steps=4, logger=False, enable_progress_bar=False, accelerator="cpu",
                          enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path)  # fmt: skip
-    with pytest.raises((RuntimeError, ConnectionError, EOFError, FileNotFoundError)):  # who notices first
+    with pytest.raises((RuntimeError, ConnectionError, EOFError, FileNotFoundError)) as raised:  # who notices first
         trainer.fit(Fragile(), torch.utils.data.DataLoader(Deadly(), num_workers=1))
     for part in ("a process that loads pairs has died", "num_workers", "cache_megabytes"):
-        assert part in str(guard.explanation)
+        assert part in str(guard.explanation), raised.getrepr()
 
 
 def test_a_line_that_breaks_elsewhere_is_no_dead_loader():
