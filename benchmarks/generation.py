@@ -27,7 +27,7 @@ from msdiffusion import MSDiffusion
 from msdiffusion.backbone import quiet_loading
 from msdiffusion import adapter, backbone
 from PIL import Image
-copy, copying = backbone.give_own_memory, 0
+copy, copying = backbone.give_own_memory if {copies!r} else lambda *modules: None, 0
 def timed(*modules):
     global copying
     begun = time.perf_counter()
@@ -39,7 +39,9 @@ imported = time.perf_counter()
 model = MSDiffusion.from_pretrained({model!r}, device="cpu")
 loaded = time.perf_counter()
 model.generate([Image.new("RGB", (64, 64), "red")], [(0, 0, 1, 1)], "a dog on the beach", ["dog"], progress=False)
-print(imported - start, loaded - imported, copying, time.perf_counter() - loaded)
+drawn = time.perf_counter()
+resident = next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+print(imported - start, loaded - imported, copying, drawn - loaded, resident)
 """
 SCENES = ("on the beach", "in the snow", "in the jungle", "on the grass")
 
@@ -52,20 +54,24 @@ def main() -> None:
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--runs", type=int, default=3, help="fresh processes, and rounds of batch against single")
     parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--mapped", action="store_true", help="leave the weights in their files, to compare")
     options = parser.parse_args()
-    print("| in a fresh process | seconds, median |\n|---|---|")
-    runs = [fresh(options.model) for _ in range(options.runs)]
-    names = ("import the libraries", "load the model", "of that copying weights out of their files", "first picture")
+    print("| in a fresh process | seconds, or MiB: median |\n|---|---|")
+    runs = [fresh(options.model, not options.mapped) for _ in range(options.runs)]
+    names = (
+        "import the libraries", "load the model", "of that copying weights out of their files", "first picture",
+        "resident memory, MiB",
+    )  # fmt: skip
     for name, values in zip(names, zip(*runs, strict=True), strict=True):
         print(f"| {name} | {statistics.median(values):.2f} |")
     print(f"\nload {os.getloadavg()[0]:.1f}")
     batch_against_single(options)
 
 
-def fresh(model: str) -> list[float]:
-    """Seconds of importing, loading, the copying in that, and drawing, in a process of its own."""
-    output = subprocess.check_output([sys.executable, "-c", FRESH.format(model=model)], text=True)
-    return [float(value) for value in output.split()[-4:]]
+def fresh(model: str, copies: bool) -> list[float]:
+    """Seconds of importing, loading, the copying in that, and drawing, and MiB, of a process of its own."""
+    output = subprocess.check_output([sys.executable, "-c", FRESH.format(model=model, copies=copies)], text=True)
+    return [float(value) for value in output.split()[-5:]]
 
 
 def batch_against_single(options: argparse.Namespace) -> None:
