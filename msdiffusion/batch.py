@@ -290,6 +290,12 @@ def draw(
     return flagged
 
 
+def references(picture: Picture) -> Iterator[Path]:
+    """The files that a picture is drawn from: references and masks."""
+    for key in ("images", "masks"):
+        yield from (item for item in _flat(picture.arguments.get(key)) if isinstance(item, Path))
+
+
 def layout_path(path: Path) -> Path:
     """Where the drawing of a picture's layout is written."""
     return path.with_name(f"{path.stem}_layout.png")
@@ -409,12 +415,16 @@ def _kind(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     settings = tuple(arguments[name] for name in ("height", "width", "steps", "guidance_scale"))
     masked = any(mask is not None for mask in arguments["masks"] or ())
     views = sum(1 for _ in _flat(arguments["images"]))
-    return (*settings, views, masked, arguments["auto_layout_threshold"] if _follows_text(arguments) else None)
+    plain = arguments["negative_prompt"] is None  # drawn apart from those that have one
+    return (*settings, views, masked, plain, arguments["auto_layout_threshold"] if _follows_text(arguments) else None)
 
 
 def _follows_text(arguments: Mapping[str, Any]) -> bool:
     """Whether the text's attention may place a subject."""
-    return arguments["auto_layout"] or arguments["boxes"] is None or None in arguments["boxes"]
+    nothing = [None] * len(arguments["images"])
+    boxes, masks = arguments["boxes"] or nothing, arguments["masks"] or nothing
+    placed = all(box is not None or mask is not None for box, mask in zip(boxes, masks, strict=True))
+    return bool(arguments["auto_layout"]) or not placed
 
 
 def _fingerprinted(place: Path) -> str:

@@ -17,6 +17,8 @@ DEFAULTS: Mapping[str, str] = {
     "MKL_CBWR": "AVX2",
 }
 """Variable to value, where the user has set none (docs/exactness.md)."""
+DTYPES = ("float32", "float16", "bfloat16")
+"""Names of the weights' dtypes that the commands offer."""
 _OF_ARITHMETIC = (
     "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "ATEN_CPU_CAPABILITY",
 )  # fmt: skip
@@ -43,6 +45,8 @@ def arithmetic(device: str) -> dict[str, str]:
     if device.startswith("cuda"):
         version = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return {"processor": torch.cuda.get_device_name(device), "arithmetic": f"compute capability {version}"}
+    if not device.startswith("cpu"):
+        return {"processor": f"{device.partition(':')[0]} of {_processor()}", "arithmetic": "not told"}
     variables = [f"{name}={os.environ[name]}" for name in _OF_ARITHMETIC if os.environ.get(name)]
     parts = [torch.backends.cpu.get_cpu_capability(), *variables, f"threads={torch.get_num_threads()}"]
     return {"processor": _processor(), "arithmetic": " ".join(parts)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 
 
@@ -17,11 +18,12 @@ def give_own_memory(*modules: nn.Module) -> None:
 
     Args:
         modules: with weights of any dtype. Parameters stay the objects that they are, so ties and optimizers hold.
-            Left as they are: weights on other devices, those that processes share, and tensors of subclasses
-            (quantized weights).
+            Left as they are: weights on other devices (also those that offloading keeps elsewhere), those that
+            processes share, sparse ones, and tensors of subclasses (quantized weights).
     """
     for module in modules:
         for tensor in chain(module.parameters(), module.buffers()):
             data = tensor.data
-            if type(data) is Tensor and data.device.type == "cpu" and not data.is_shared():
+            plain = type(data) is Tensor and data.layout is torch.strided
+            if plain and data.device.type == "cpu" and not data.is_shared():
                 tensor.data = data.clone()

@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from msdiffusion.environment import DTYPES
 from msdiffusion.errors import MSDiffusionError, RequestError, shown
 from msdiffusion.request_file import (
     ARGUMENTS,
@@ -165,7 +166,7 @@ def read_record(source: str | Path | Image.Image) -> dict[str, Any]:
         RequestError: no such file, no PNG, without a record, or with one that is broken or of another version.
     """
     name = "the picture" if isinstance(source, Image.Image) else str(source)
-    text = source.info.get(KEY) if isinstance(source, Image.Image) else _text_of(Path(source))
+    text = _text_in(source) if isinstance(source, Image.Image) else _text_of(Path(source))
     if not isinstance(text, str):
         raise RequestError(f"{name} has no metadata of msdiffusion: only PNGs that msdiffusion generate wrote have it")
     if len(text) > MAX_RECORD_CHARACTERS:
@@ -239,6 +240,13 @@ def _essence(record: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str,
     return {"request": request, "model": model, "hooks": record["hooks"]}
 
 
+def _text_in(picture: Image.Image) -> Any:
+    """The text chunk, also where another program has put it behind the pixels, which then have to be read."""
+    if KEY not in picture.info:
+        picture.load()
+    return picture.info.get(KEY)
+
+
 def _text_of(path: Path) -> Any:
     if not is_file(path):
         raise RequestError(f"no such file: {path}")
@@ -246,7 +254,7 @@ def _text_of(path: Path) -> Any:
         raise RequestError(f"{path} has more than {MAX_PNG_BYTES // 2**20} MiB, which is no picture of ours")
     try:
         with Image.open(path, formats=["PNG"]) as picture:
-            return picture.info.get(KEY)
+            return _text_in(picture)
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise RequestError(f"{path} is not a PNG that can be read: {error}") from None
 
@@ -264,6 +272,8 @@ def _wrong_part(record: Mapping[str, Any]) -> str | None:
             types = shape[name]
             if not isinstance(value[name], types) or isinstance(value[name], bool):
                 return f"{part}.{name} is {shown(value[name])}"
+    if record["model"]["dtype"] not in DTYPES:
+        return f"model.dtype is {shown(record['model']['dtype'])}"
     if not 0 <= record["batch"]["position"] < record["batch"]["size"]:
         return f"batch is {shown(record['batch'])}"
     if record["batch"]["size"] > MAX_BATCH:

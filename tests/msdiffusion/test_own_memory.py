@@ -132,6 +132,13 @@ def test_what_has_no_place_on_this_cpu_or_is_shared_stays_as_it_is():
     assert quantized.weight.data_ptr() == values
 
 
+def test_sparse_weights_stay_as_they_are():
+    layer = nn.Linear(2, 2)
+    layer.register_buffer("links", torch.eye(2).to_sparse())
+    give_own_memory(layer)
+    assert layer.links.is_sparse
+
+
 class Quantized(torch.Tensor):
     """Stands for the tensors of a library of its own."""
 

@@ -35,7 +35,8 @@ def record_of(folder, embed=False, **changes):
         "left_out": ["width"],
         "model": dict.fromkeys(
             ("adapter", "adapter_sha256", "adapter_config", "base_model", "base_config", "image_encoder", "dtype"), "x"
-        ),
+        )
+        | {"dtype": "float32"},
         "hooks": {"safety_checker": None, "watermark": "mark"},
         "flagged": False,
         "batch": {"size": 4, "position": 3},
@@ -167,6 +168,7 @@ def broken(folder, record, *path, value):
         (("flagged",), 0, "flagged is 0"),
         (("model",), [], "model must have the keys"),
         (("model", "dtype"), 16, "model.dtype is 16"),
+        (("model", "dtype"), "load", "model.dtype is 'load'"),
         (("hooks", "watermark"), 3, "hooks.watermark is 3"),
         (("made_with", "torch"), ..., "made_with must have the keys"),
         (("made_with", "place"), "home", "made_with must have the keys"),
