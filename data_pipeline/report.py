@@ -52,6 +52,7 @@ def keep_notes(journal: Journal, files: Sequence[VideoFile]) -> None:
     seconds: Counter[str] = Counter()
     dropped: Counter[tuple[str, str]] = Counter()
     lost: Counter[tuple[str, str]] = Counter()
+    clips: Counter[str] = Counter()
     asked: Counter[tuple[str, str]] = Counter()
     stored: Counter[tuple[str, str]] = Counter()
     folder = journal.out / "report"
@@ -59,6 +60,7 @@ def keep_notes(journal: Journal, files: Sequence[VideoFile]) -> None:
     _make_folder(folder / "rejected")
     for marker in journal.markers(files):
         seconds.update(marker["seconds"])
+        clips.update(marker.get("notes", ()))
         if marker["kept"]:
             dropped.update((each["stage"], each["reason"]) for each in marker["dropped"])
             lost.update((each["stage"], each["reason"]) for each in marker.get("lost_pairs", ()))
@@ -75,6 +77,7 @@ def keep_notes(journal: Journal, files: Sequence[VideoFile]) -> None:
         "seconds": {stage: round(value, 6) for stage, value in seconds.items()},
         "dropped": _by_count(dropped),
         "lost_pairs": _by_count(lost),
+        "clips": sorted(clips.items(), key=lambda item: (-item[1], item[0])),
     }
     write_atomically(folder / "notes.json", json.dumps(notes, indent=1).encode())
 

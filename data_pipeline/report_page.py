@@ -235,6 +235,9 @@ def page(
         "<h2>Funnel</h2>",
         funnel(tally, notes.get("seconds", {})),
     ]
+    if notes.get("clips"):
+        rows = [(escape(note), count) for note, count in notes["clips"]]
+        parts += ["<h3>Clips out of the ordinary, kept or rejected</h3>", table(("what", one), rows)]
     for name, title, unit in (
         ("dropped", "Subjects left out of samples that were kept", "subjects"),
         ("lost_pairs", "Pairs that fell out of clips that were kept", "pairs"),

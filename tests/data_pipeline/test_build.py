@@ -209,6 +209,12 @@ def test_other_settings_on_an_old_folder(mined, folder, capsys):
     assert "filter_pairs.min_area: 0.01 then, 0.05 now" in capsys.readouterr().err
 
 
+def test_another_version_on_a_complete_folder(mined, folder, monkeypatch, capsys):
+    monkeypatch.setattr(build, "__version__", "99")
+    assert mine(folder, mined) == 2
+    assert re.search(r"was made by version 0.* of the pipeline, this is 99: use it as it is", capsys.readouterr().err)
+
+
 def test_other_videos_on_a_complete_folder(mined, folder, capsys):
     try:
         (folder / "new.mp4").write_bytes(b"x")
