@@ -16,6 +16,8 @@ from data_pipeline.records import Box, DetectedPair, FramePair, NamedPair, Train
 HEIGHT = 168
 # Of letters, in pixels.
 PHRASE_SIZE, TEXT_SIZE, HEADING_SIZE = 11, 12, 16
+# Of text under a picture, at most.
+LINES = 5
 COLOURS = ((230, 57, 70), (29, 120, 220), (42, 157, 76), (244, 162, 30), (145, 70, 200), (0, 170, 170), (120, 85, 60))
 Drawn = tuple[str, Box, np.ndarray | None]
 """A phrase, its box, and its bool (height, width) mask if there is one."""
@@ -100,7 +102,7 @@ def contact_sheet(tiles: Sequence[Tile | str], width: int = 1500) -> Image.Image
     return sheet
 
 
-def _wrapped(text: str, size: int, width: int, most: int = 3) -> list[str]:
+def _wrapped(text: str, size: int, width: int, most: int = LINES) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -109,7 +109,7 @@ def _process(step: Step, records: list[Any]) -> list[Any]:
             return [result for record in records for result in _process(step, [record])]
         [record], caught = records, traceback.format_exc(limit=-6)
         error = caught.strip().rsplit("\n", 1)[-1]
-        return [Rejected(UNEXPECTED, {"caption": _caption(record), "error": error, "traceback": caught})]
+        return [Rejected(UNEXPECTED, {"error": error, "caption": _caption(record), "traceback": caught})]
 
 
 def _caption(record: Any) -> str:

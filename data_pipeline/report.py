@@ -23,12 +23,14 @@ from PIL import Image
 from data_pipeline.drawing import HEIGHT, Tile, beside, contact_sheet, draw_cut_out, draw_frame
 from data_pipeline.journal import Journal, write_atomically
 from data_pipeline.records import InputError, MiningError, OutputError, VideoFile, decode_mask
-from data_pipeline.report_page import Tally, page, printable
+from data_pipeline.report_page import Tally, in_words, page, printable
 from data_pipeline.shard_reader import Sample, Shard, index_rows, read_build, rejected_videos
 
 NOTES_SCHEMA = "data_pipeline.report/1"
 KEPT_SHOWN = 48
 REJECTED_SHOWN = 24
+# Characters of one thing measured, under the picture of a rejected clip.
+SHOWN_OF_A_VALUE = 100
 # Rejected videos of one reason that are listed, and whose pictures are stored.
 EXAMPLES = 8
 # Rejected videos of one reason that are asked for a picture: where the first ones have none, hardly any has.
@@ -189,8 +191,7 @@ def _rejected_tiles(
                 picture = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
             except (OSError, ValueError) as error:
                 raise InputError(f"{path} does not open ({error}): delete it for a report without it") from error
-            evidence = json.dumps(entry["evidence"], ensure_ascii=False)
-            tiles.append((picture, printable(f"{entry['video']} {evidence}")))
+            tiles.append((picture, printable(f"{in_words(entry['evidence'], SHOWN_OF_A_VALUE)} [{entry['video']}]")))
     return tiles
 
 
