@@ -103,25 +103,25 @@ def contact_sheet(tiles: Sequence[Tile | str], width: int = 1500) -> Image.Image
 
 
 def _wrapped(text: str, size: int, width: int, most: int = LINES) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if text_width(longer, size) <= width:
-            lines[-1] = longer
-            continue
-        if lines[-1]:
-            lines.append("")
-        while text_width(word, size) > width:  # a path, or a language without spaces
-            fits = _fitting(word, size, width)
-            if fits == len(word):
-                break
-            lines[-1:] = [word[:fits], ""]
-            word = word[fits:]
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        lines.append("")
+        for word in paragraph.split():
+            longer = f"{lines[-1]} {word}".strip()
+            if text_width(longer, size) <= width:
+                lines[-1] = longer
+                continue
+            if lines[-1]:
+                lines.append("")
+            while len(lines) <= most and text_width(word, size) > width:  # a path, or a language without spaces
+                fits = _fitting(word, size, width)
+                if fits == len(word):
+                    break
+                lines[-1:] = [word[:fits], ""]
+                word = word[fits:]
+            lines[-1] = word
             if len(lines) > most:
                 break
-        lines[-1] = word
-        if len(lines) > most:
-            break
     return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1]} ..."]
 
 

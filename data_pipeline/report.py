@@ -191,7 +191,7 @@ def _rejected_tiles(
                 picture = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
             except (OSError, ValueError) as error:
                 raise InputError(f"{path} does not open ({error}): delete it for a report without it") from error
-            tiles.append((picture, printable(f"{in_words(entry['evidence'], SHOWN_OF_A_VALUE)} [{entry['video']}]")))
+            tiles.append((picture, printable(f"{in_words(entry['evidence'], SHOWN_OF_A_VALUE)}\n[{entry['video']}]")))
     return tiles
 
 
@@ -209,7 +209,7 @@ def draw_sample(sample: Sample, height: int = HEIGHT) -> Tile:
     cutouts = [draw_cut_out(picture, height // 2) for picture in sample.references]
     similarities = [subject["match_similarity"] for subject in metadata["subjects"]]
     known = ", ".join(f"{value:.2f}" for value in similarities if value is not None)
-    text = printable(f"{metadata['caption']} [{sample.key}{f'; similarity {known}' if known else ''}]")
+    text = printable(f"{metadata['caption']}\n[{sample.key}{f'; similarity {known}' if known else ''}]")
     return beside([*cutouts, draw_frame(np.asarray(sample.target), subjects, height)]), text
 
 

@@ -24,8 +24,9 @@ img { max-width: 100%; border: 1px solid #ddd; }
 summary { cursor: pointer; } small { color: #555; }
 @media (max-width: 900px) {
   body { margin: 1em auto; padding: 0 .5em; }
-  td, th { padding: .2em .3em; font-size: 13px; }
-  .bar { display: none; }
+  td, th { padding: .2em .25em; font-size: 12px; }
+  .funnel { overflow-x: auto; }
+  .funnel :is(td, th):nth-child(2) { display: none; }
 }
 """
 MOST_EVIDENCE, MOST_TRACEBACK = 600, 4000  # characters
@@ -217,7 +218,8 @@ def funnel(tally: Tally, seconds: Mapping[str, float]) -> str:
         reasons = "<br>".join(f"{count:,} {escape(reason)}" for reason, count in ordered)
         time = f"{1000 * seconds[stage] / max(1, reached):.2f}" if stage in seconds else ""
         rows.append((stage, bar, reached, lost, reached - lost, reasons, time))
-    return table(("step", "", "clips in", "rejected", "clips out", "reasons", "ms per clip"), rows)
+    header = ("step", "", "clips in", "rejected", "clips out", "reasons", "ms per clip")
+    return f'<div class="funnel">{table(header, rows)}</div>'
 
 
 def page(

@@ -78,6 +78,9 @@ def test_words_longer_than_a_tile_are_broken_not_lost():
     assert all(text_width(line, 12) <= 160 for line in lines)
     assert len(_wrapped("word " * 200, 12, 160)) == LINES
     assert _wrapped("", 12, 160) == [""]
+    assert _wrapped("a dog\n[clip 1]", 12, 160) == ["a dog", "[clip 1]"]
+    assert _wrapped("one two three", 12, 40, most=2) == ["one", "two ..."]
+    assert _wrapped("one two\n[1]", 12, 40, most=2) == ["one", "two ..."]
 
 
 def test_a_caption_of_two_thousand_characters_without_a_space_is_wrapped_at_once():

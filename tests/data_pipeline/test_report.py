@@ -99,7 +99,7 @@ def test_an_unexpected_error_shows_its_caption_and_the_error_in_words(finished, 
     heading, (_, text) = shown[-2:]
     assert heading == "filter_pairs: unexpected error (1)"
     assert text.startswith("error: IndexError: list index out of range; caption: women's hands women's")
-    assert text.endswith("wo ... [a.mp4]")
+    assert text.endswith("wo ...\n[a.mp4]")
 
 
 def test_the_same_bytes_from_the_dataset_alone(finished, capsys):

@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 from xml.etree import ElementTree
 
@@ -119,6 +120,18 @@ def test_page(tally):
     assert '<td>HDR</td><td class="n">2</td></tr>\n<tr><td>in &lt;another&gt; language</td><td class="n">1</td>' in text
     assert "<small>data_pipeline 0.7, numpy 2.0</small>" in text
     assert "{&quot;b&quot;: &quot;&lt;x&gt;&quot;}" in text
+
+
+def test_on_a_narrow_screen_the_bars_make_room_for_the_counts(tally):
+    """At 400 pixels in Chromium nothing but the funnel is wider than the screen, and its counts are seen."""
+    text = page(tally, BUILD, {}, {}, {})
+    assert '<meta name="viewport" content="width=device-width">' in text
+    narrow = text[text.index("@media (max-width: 900px) {") : text.index("</style>")]
+    assert ".funnel :is(td, th):nth-child(2) { display: none; }" in narrow
+    table = text[text.index('<div class="funnel">') : text.index("</table></div>")]
+    assert re.findall(r'<th scope="col">(.*?)</th>', table)[:5] == ["step", "", "clips in", "rejected", "clips out"]
+    assert table.count('<td><span class="bar"') == len(BUILD["settings"])
+    assert "svg { max-width: 100%; height: auto; }" in text
 
 
 def test_a_page_without_anything_kept_has_no_charts():
