@@ -125,7 +125,7 @@ def _whole(value: Any, where: str) -> int:
     return number
 
 
-def _id(value: Any) -> str:
+def id_of(value: Any) -> str:
     """An id as others may write it: 7, 7.0 and "7" are the same."""
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
@@ -139,7 +139,7 @@ def _corner_box(values: Any, where: str) -> tuple[float, ...]:
     return x, y, x + width, y + height
 
 
-def _mask_of(segmentation: Any, width: int, height: int) -> Mapping[str, Any] | None:
+def mask_of(segmentation: Any, width: int, height: int) -> Mapping[str, Any] | None:
     """A COCO segmentation as ``decode_segmentation`` reads it."""
     if not segmentation:
         return None
@@ -154,14 +154,14 @@ def _found(annotation: Mapping[str, Any], number: Any, names: Mapping[str, str],
     """One object with its category's name. values: where, box [x, y, width, height], segmentation, size."""
     where, (width, height) = values["where"], values["size"]
     category = annotation["category_id"]
-    if _id(category) not in names:
+    if id_of(category) not in names:
         raise ClipError(BAD, error=f"{where}: unknown category {category}, known are {', '.join(list(names)[:20])}")
-    mask = _mask_of(values["segmentation"], width, height)
+    mask = mask_of(values["segmentation"], width, height)
     if not values["box"] and mask is None:
         raise ClipError(BAD, error=f"{where}: neither a box nor a mask")
     box = _corner_box(values["box"], where) if values["box"] else None
     track = None if number is None else _whole(number, f"{where}: the number of an object")
-    return Found(object_id=track, name=names[_id(category)], box=box, mask_rle=mask)
+    return Found(object_id=track, name=names[id_of(category)], box=box, mask_rle=mask)
 
 
 def _guarded(read: Callable[[int], Mapping[int, Sequence[Found]]]) -> Callable[[int], Mapping[int, Sequence[Found]]]:
@@ -178,24 +178,24 @@ def _guarded(read: Callable[[int], Mapping[int, Sequence[Found]]]) -> Callable[[
 
 def _category_names(content: Mapping[str, Any]) -> dict[str, str]:
     _check_unique("categories", content["categories"])
-    return {_id(category["id"]): category["name"] for category in content["categories"]}
+    return {id_of(category["id"]): category["name"] for category in content["categories"]}
 
 
 def _check_unique(kind: str, entries: Iterable[Mapping[str, Any]]) -> None:
     """InputError if two of the entries have the same id: what refers to it would mean either."""
     seen = set()
     for entry in entries:
-        if _id(entry["id"]) in seen:
+        if id_of(entry["id"]) in seen:
             raise InputError(f"two of the {kind} of the annotations have the id {entry['id']!r}: number them anew")
-        seen.add(_id(entry["id"]))
+        seen.add(id_of(entry["id"]))
 
 
 def _by_owner(annotations: Sequence[Mapping[str, Any]], owners: Sequence[Mapping[str, Any]], key: str) -> dict:
     """Annotations by the id of their image or video; InputError if there are some and none of them has one."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for annotation in annotations:
-        found.setdefault(_id(annotation[key]), []).append(annotation)
-    known = {_id(owner["id"]) for owner in owners}
+        found.setdefault(id_of(annotation[key]), []).append(annotation)
+    known = {id_of(owner["id"]) for owner in owners}
     if found and not found.keys() & known:
         raise InputError(
             f"no annotation belongs to one of the {len(known)} {key.removesuffix('_id')}s: {key} is "
@@ -213,26 +213,23 @@ def read_coco(content: Mapping[str, Any]) -> dict[str, Entry]:
     "track_id" of an annotation, or of its attributes (CVAT), or "instance_id" (CocoVID) says what is the same object
     in two frames.
 
-    Crowds are left out. Not the "crowds" of CVAT, which calls every mask so that was painted; nor those of a file that
-    has nothing else.
+    Crowds are left out, see ``without_crowds``.
     """
     names = _category_names(content)
     _check_unique("images", content["images"])
-    videos = {_id(video["id"]): video.get("name") for video in content.get("videos") or ()}
-    crowds = [each for each in content["annotations"] if _is_crowd(each)]
-    left_out = [each for each in crowds if "occluded" not in _attributes(each)]
-    if len(left_out) == len(content["annotations"]):
-        left_out = []
+    videos = {id_of(video["id"]): video.get("name") for video in content.get("videos") or ()}
     objects = _by_owner(content["annotations"], content["images"], "image_id")
+    kept = without_crowds(content["annotations"])
+    left_out = len(content["annotations"]) - len(kept)
+    not_crowds = {id(each) for each in kept}
     images: dict[str, list[Mapping[str, Any]]] = {}
     rivals: dict[str, tuple[str, ...]] = {}
     for image in content["images"]:
-        said = image.get("video") or videos.get(_id(image.get("video_id")))
+        said = image.get("video") or videos.get(id_of(image.get("video_id")))
         possible = (said,) if said else video_names(image["file_name"])
         for number, video in enumerate(possible):
             images.setdefault(video, []).append(image)
             rivals.setdefault(video, possible[:number])
-    not_objects = {id(each) for each in left_out}
 
     def entry(video: str, some: Sequence[Mapping[str, Any]]) -> Entry:
         size = (some[0].get("width"), some[0].get("height"))
@@ -258,8 +255,8 @@ def read_coco(content: Mapping[str, Any]) -> dict[str, Entry]:
                         segmentation=annotation.get("segmentation"),
                         size=size,
                     )
-                    for annotation in objects.get(_id(image["id"]), ())
-                    if id(annotation) not in not_objects
+                    for annotation in objects.get(id_of(image["id"]), ())
+                    if id(annotation) in not_crowds
                 ]
                 for index, image in by_number.items()
             }
@@ -267,7 +264,7 @@ def read_coco(content: Mapping[str, Any]) -> dict[str, Entry]:
         # VIA writes 0 where it does not know.
         if not all(size):
             return Entry(size=None, frames=_no_size, rivals=rivals[video])
-        words = f"{len(left_out)} annotations with iscrowd 1 in the whole file" if left_out else ""
+        words = f"{left_out} annotations with iscrowd 1 in the whole file" if left_out else ""
         return Entry(size=size, frames=_guarded(frames), rivals=rivals[video], left_out=words)
 
     return {video: entry(video, some) for video, some in images.items()}
@@ -277,8 +274,14 @@ def _no_size(num_frames: int) -> Mapping[int, Sequence[Found]]:
     raise ClipError(BAD, error="an image without width and height: they are needed to compare them with the video")
 
 
-def _is_crowd(annotation: Mapping[str, Any]) -> bool:
-    return annotation.get("iscrowd") in (1, True, "1")
+def without_crowds(annotations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """COCO's annotations of single objects. CVAT calls every mask a crowd that was painted: its annotations say whether
+    they are occluded; and a file that has nothing but crowds doesn't mean it either.
+    """
+    single = [
+        each for each in annotations if each.get("iscrowd") not in (1, True, "1") or "occluded" in _attributes(each)
+    ]
+    return single or list(annotations)
 
 
 def _attributes(annotation: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -325,7 +328,7 @@ def read_youtube_vis(content: Mapping[str, Any]) -> dict[str, Entry]:
             result: dict[int, list[Found]] = {index: [] for index in indices}
             if len(result) != len(files):
                 raise ClipError(BAD, error="two files have the same frame number")
-            for track in tracks.get(_id(video["id"]), ()):
+            for track in tracks.get(id_of(video["id"]), ()):
                 nothing = [None] * len(files)
                 boxes, masks = (track.get(key) or nothing for key in ("bboxes", "segmentations"))
                 if not len(boxes) == len(masks) == len(files):

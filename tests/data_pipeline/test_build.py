@@ -490,9 +490,11 @@ def test_exports_of_others_give_the_samples_that_sidecars_give(write_clip, tmp_p
     for key, files in ours.items():
         for name in files.keys() - {"json"}:
             assert files[name] == theirs[key][name], f"{key}.{name}"
-        assert [
-            [subject["phrase"] for subject in json.loads(each["json"])["subjects"]] for each in (files, theirs[key])
-        ]
+        found, wanted = (
+            [(subject["phrase"], subject["target_mask_rle"]) for subject in json.loads(each["json"])["subjects"]]
+            for each in (theirs[key], files)
+        )
+        assert found == wanted
 
 
 @pytest.mark.slow
