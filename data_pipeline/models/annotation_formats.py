@@ -32,7 +32,8 @@ FRAME_FOLDERS = frozenset(
     | {"train", "val", "valid", "validation", "test", "default", "data"}
 )
 """Folders that are named after what is in them, and not after a video."""
-FRAME_WORDS = frozenset({"frame", "frames", "img", "image", "im", "f"})
+ROBOFLOW = re.compile(r"_[a-z]+\.rf\.[0-9A-Za-z]+$")
+"""What it puts behind the name of a picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ def frame_number(name: str) -> int:
     counts something else than frames.
     """
     stem = PurePosixPath(path_parts(name)[-1]).stem if path_parts(name) else ""
-    if re.search(r"\.rf\.[0-9A-Za-z]+$", stem):
+    if ROBOFLOW.search(stem):
         raise ClipError(
             BAD,
             error=f"the file name {name!r} is Roboflow's, which counts the pictures that were taken, not the frames of "
@@ -95,15 +96,17 @@ def video_names(file_name: str) -> tuple[str, ...]:
     outer = list(folders)
     while outer and outer[-1].lower() in FRAME_FOLDERS:
         outer.pop()
-    # Label Studio puts eight digits before the names of what was uploaded, Roboflow more behind them.
-    stem = re.sub(r"^[0-9a-f]{8}-|_[a-z]+\.rf\.[0-9A-Za-z]+$", "", PurePosixPath(picture).stem)
-    before = re.sub(r"\d+$", "", stem).rstrip(" _.-") if re.search(r"\d$", stem) else ""
-    rest, _, word = re.sub("[ .-]", "_", before).rpartition("_")
-    shorter = before[: len(rest)] if word.lower() in FRAME_WORDS else before
+    stem = PurePosixPath(picture).stem
+    named = [ROBOFLOW.sub("", stem)]
+    patterns = [r"\d+\D*$", r"^[0-9a-f]{8}-", r"(?:^|[ _.-])(?:frames?|image|img|im|f)$"]  # the 2nd is Label Studio's
+    if named[0] != stem:
+        patterns.insert(1, r"_[a-z0-9]+$")  # "clip_mp4" of clip.mp4
+    for pattern in patterns:
+        named.append(re.sub(pattern, "", named[-1], flags=re.IGNORECASE).rstrip(" _.-"))
     found = ["/".join(folders), "/".join(outer)]
-    if shorter:
-        found += ["/".join([*folders, before]), "/".join([*folders, shorter])]
-    return tuple(dict.fromkeys(name for name in found if name or not shorter))
+    if named[-1]:
+        found += ["/".join([*folders, name]) for name in named[1:]]
+    return tuple(dict.fromkeys(name for name in found if name or not named[-1]))
 
 
 def first_number(numbers: Collection[int], num_frames: int) -> int:
@@ -226,6 +229,8 @@ def read_coco(content: Mapping[str, Any]) -> dict[str, Entry]:
     rivals: dict[str, tuple[str, ...]] = {}
     for image in content["images"]:
         said = image.get("video") or videos.get(id_of(image.get("video_id")))
+        if said and not isinstance(said, str):
+            raise InputError(f"image {image['id']!r} of the annotations: its video must be a text, got {said!r}")
         possible = (said,) if said else video_names(image["file_name"])
         for number, video in enumerate(possible):
             images.setdefault(video, []).append(image)

@@ -296,6 +296,8 @@ def _read_corpus(content: Mapping[str, Any], folder: Path) -> dict[str, Entry]:
 
     result: dict[str, Entry] = {}
     for name, video in content["videos"].items():
+        if not isinstance(video["file"], str):
+            raise InputError(f"the file of {name!r} in the annotations must be a text, got {video['file']!r}")
         if video["file"] in result:
             raise InputError(
                 f"the annotations have two entries for the file {video['file']!r}, one of them called {name!r}: leave "

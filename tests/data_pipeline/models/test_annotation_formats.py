@@ -146,6 +146,9 @@ def test_a_clip_of_nothing_but_crowds_says_so(tmp_path):
         ("clip-4.png", "clip.mp4"),
         ("clip_frame_000004.PNG", "clip.mp4"),
         ("clip.frame4.jpg", "clip.mp4"),
+        ("clip_00004_rgb.jpg", "clip.mp4"),
+        ("clip_720p_00004.jpg", "clip_720p.mp4"),
+        ("b1c66a42-6f7d68ca-0000004.jpg", "b1c66a42-6f7d68ca.mov"),
         ("my clip 2 00004.jpg", "my clip 2.mp4"),
         ("images/clip_00004.jpg", "clip.mp4"),
         ("images\\3f2a91bc-clip_00004.jpg", "clip.mp4"),
@@ -166,6 +169,7 @@ def test_which_video_and_frame_a_file_name_means(tmp_path, file_name, video):
     [
         ("frame_000004.PNG", ["clip.mp4", "other.mp4"]),
         ("images/other/00004.jpg", ["clip.mp4"]),
+        ("other_00004_rgb.jpg", ["clip.mp4"]),
         ("sub/clip/00004.jpg", ["clip.mp4", "sub/clip.MP4"]),
         ("sub/clip_00004.jpg", ["clip.mp4", "sub/clip.mov"]),
         ("clip_frame_00004.jpg", ["clip.mp4", "clip_frame.mp4"]),
@@ -214,7 +218,7 @@ def test_numbers_that_begin_with_1_are_understood_where_every_frame_has_a_pictur
 def test_numbers_of_roboflow_are_no_frames(tmp_path):
     content = coco(image={"file_name": "clip_mp4-4_jpg.rf.9f8e7d6c5b4a39281706f5e4d3c2b1a0.jpg"})
     with pytest.raises(ClipError) as caught:
-        read(tmp_path, content, "clip_mp4.mp4")
+        read(tmp_path, content)
     assert "Roboflow's, which counts the pictures that were taken" in caught.value.evidence["error"]
     content["images"][0] |= {"video": "clip", "frame": 4}
     assert list(read(tmp_path, content).frames) == [4]
@@ -228,6 +232,13 @@ def test_videos_as_cocovid_and_tao_name_them(tmp_path):
     content = coco(image={"video": "train/YFCC/clip", "frame_index": 6}, track_id="7")
     [(index, [one])] = read(tmp_path, content).frames.items()
     assert (index, one.object_id) == (6, 7)
+
+
+def test_a_video_without_a_name_that_is_a_text(tmp_path):
+    with pytest.raises(InputError, match="image 7 of the annotations: its video must be a text, got 5"):
+        read(tmp_path, coco(image={"video": 5}))
+    with pytest.raises(InputError, match="the file of 'a' in the annotations must be a text, got 5"):
+        read(tmp_path, {"videos": {"a": {"file": 5, "width": 10, "height": 8}}})
 
 
 def test_ids_as_numbers_and_as_texts_are_the_same(tmp_path):
