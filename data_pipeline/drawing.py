@@ -108,13 +108,13 @@ def _wrapped(text: str, size: int, width: int, most: int = LINES) -> list[str]:
         lines.append("")
         for word in paragraph.split():
             longer = f"{lines[-1]} {word}".strip()
-            if text_width(longer, size) <= width:
+            if _fits(longer, size, width):
                 lines[-1] = longer
                 continue
             if lines[-1]:
                 lines.append("")
-            while len(lines) <= most and text_width(word, size) > width:  # a path, or a language without spaces
-                fits = _fitting(word, size, width)
+            while len(lines) <= most and not _fits(word, size, width):  # a path, or a language without spaces
+                fits = _fitting(word[: width + 1], size, width)
                 if fits == len(word):
                     break
                 lines[-1:] = [word[:fits], ""]
@@ -123,6 +123,11 @@ def _wrapped(text: str, size: int, width: int, most: int = LINES) -> list[str]:
             if len(lines) > most:
                 break
     return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1]} ..."]
+
+
+def _fits(text: str, size: int, width: int) -> bool:
+    # No letter is narrower than a pixel, so that long texts need no measuring.
+    return len(text) <= width and text_width(text, size) <= width
 
 
 def _fitting(word: str, size: int, width: int) -> int:

@@ -57,6 +57,11 @@ def _own_font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=size)
 
 
+@cache
+def _file_of(character: str) -> Path:
+    return next((file for file in _files() if ord(character) in _characters(file)), _files()[0])
+
+
 def joins(character: str) -> bool:
     """True for what belongs to the character before it: accents, vowel signs, joiners, the colour of a hand."""
     return unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf") or "\U0001f3fb" <= character <= "\U0001f3ff"
@@ -72,7 +77,7 @@ def _pieces(text: str, size: int) -> list[tuple[ImageFont.FreeTypeFont, str]]:
         if pieces and joins(character):
             file = pieces[-1][0]
         else:
-            file = next((file for file in _files() if ord(character) in _characters(file)), _files()[0])
+            file = _file_of(character)
         if pieces and pieces[-1][0] == file:
             pieces[-1] = (file, pieces[-1][1] + character)
         else:
