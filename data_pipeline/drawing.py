@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from data_pipeline.lettering import draw_text, joins, text_box, text_width
 from data_pipeline.records import Box, DetectedPair, FramePair, NamedPair, TrainingPair, box_in_pixels
 
 HEIGHT = 168
+# Of letters, in pixels.
+PHRASE_SIZE, TEXT_SIZE, HEADING_SIZE = 11, 12, 16
+# Of text under a picture, at most.
+LINES = 5
 COLOURS = ((230, 57, 70), (29, 120, 220), (42, 157, 76), (244, 162, 30), (145, 70, 200), (0, 170, 170), (120, 85, 60))
 Drawn = tuple[str, Box, np.ndarray | None]
 """A phrase, its box, and its bool (height, width) mask if there is one."""
@@ -29,14 +35,14 @@ def draw_frame(image: np.ndarray, subjects: Sequence[Drawn], height: int = HEIGH
             pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.asarray(COLOURS[number % len(COLOURS)], dtype=np.float32)
     width = max(1, round(image.shape[1] * height / image.shape[0]))
     picture = Image.fromarray(pixels.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
+    draw = ImageDraw.Draw(picture)
     for number, (phrase, box, _) in enumerate(subjects):
         colour = COLOURS[number % len(COLOURS)]
         x1, y1, x2, y2 = box_in_pixels(box, width, height)
         draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=2)
         place = (x1 + 3, min(max(0, y1 + 1), height - 14))
-        draw.rectangle(draw.textbbox(place, phrase, font=font), fill=colour)
-        draw.text(place, phrase, font=font, fill=(255, 255, 255))
+        draw.rectangle(text_box(place, phrase, PHRASE_SIZE), fill=colour)
+        draw_text(draw, place, phrase, PHRASE_SIZE, (255, 255, 255))
     return picture
 
 
@@ -66,20 +72,20 @@ def contact_sheet(tiles: Sequence[Tile | str], width: int = 1500) -> Image.Image
     """Tiles with a few lines of text under each, in rows that fit the width. A string among them is a heading over the
     tiles that follow.
     """
-    font, heading, gap, line = ImageFont.load_default(size=12), ImageFont.load_default(size=16), 10, 15
+    gap, line = 10, 15
     placed: list[tuple[Image.Image, list[str], int, int]] = []
     headings: list[tuple[str, int]] = []
     x, y, row_height = gap, gap, 0
     for tile in tiles:
         if isinstance(tile, str):
             y += row_height + gap if row_height else 0
-            headings.append((_wrapped(tile, heading, width - 2 * gap, most=1)[0], y))
+            headings.append((_wrapped(tile, HEADING_SIZE, width - 2 * gap, most=1)[0], y))
             x, y, row_height = gap, y + 24, 0
             continue
         picture, text = tile
         if picture.width > width - 2 * gap:
             picture = picture.resize((width - 2 * gap, max(1, picture.height * (width - 2 * gap) // picture.width)))
-        lines = _wrapped(text, font, max(picture.width, 160))
+        lines = _wrapped(text, TEXT_SIZE, max(picture.width, 160))
         tile_width, tile_height = max(picture.width, 160), picture.height + line * len(lines) + 4
         if x > gap and x + tile_width > width - gap:
             x, y, row_height = gap, y + row_height + gap, 0
@@ -88,30 +94,47 @@ def contact_sheet(tiles: Sequence[Tile | str], width: int = 1500) -> Image.Image
     sheet = Image.new("RGB", (width, y + row_height + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for words, top in headings:
-        draw.text((gap, top), words, font=heading, fill=(0, 0, 0))
+        draw_text(draw, (gap, top), words, HEADING_SIZE, (0, 0, 0))
     for picture, lines, left, top in placed:
         sheet.paste(picture, (left, top))
         for number, words in enumerate(lines):
-            draw.text((left, top + picture.height + 2 + line * number), words, font=font, fill=(30, 30, 30))
+            draw_text(draw, (left, top + picture.height + 2 + line * number), words, TEXT_SIZE, (30, 30, 30))
     return sheet
 
 
-def _wrapped(text: str, font: Any, width: int, most: int = 3) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        while font.getlength(word) > width:  # a path or a number without a space in it
-            fits = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
-            if fits == len(word):
+def _wrapped(text: str, size: int, width: int, most: int = LINES) -> list[str]:
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        lines.append("")
+        for word in paragraph.split():
+            longer = f"{lines[-1]} {word}".strip()
+            if _fits(longer, size, width):
+                lines[-1] = longer
+                continue
+            if lines[-1]:
+                lines.append("")
+            while len(lines) <= most and not _fits(word, size, width):  # a path, or a language without spaces
+                fits = _fitting(word[: width + 1], size, width)
+                if fits == len(word):
+                    break
+                lines[-1:] = [word[:fits], ""]
+                word = word[fits:]
+            lines[-1] = word
+            if len(lines) > most:
                 break
-            lines.append(word[:fits])
-            word = word[fits:]
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    lines = [each for each in lines if each] or [""]
     return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1]} ..."]
+
+
+def _fits(text: str, size: int, width: int) -> bool:
+    # No letter is narrower than a pixel, so that long texts need no measuring.
+    return len(text) <= width and text_width(text, size) <= width
+
+
+def _fitting(word: str, size: int, width: int) -> int:
+    """How many characters of a word fit into the width, one at least; what belongs together stays together."""
+    ends = [n for n in range(1, len(word) + 1) if n == len(word) or not (joins(word[n]) or word[n - 1] == "\u200d")]
+    place = bisect_right(ends, width, key=lambda end: text_width(word[:end], size))
+    return ends[max(0, place - 1)]
 
 
 def draw_preview(record: Any) -> bytes:

@@ -117,8 +117,8 @@ class Journal:
         """Creates the folder, or compares what shapes the dataset with what it was started with; InputError that names
         what differs.
 
-        files: hashes of the files that settings name. version: of the pipeline; not compared with a complete dataset,
-        which nothing is added to.
+        files: hashes of the files that settings name. version: of the pipeline; it is compared first, because another
+        one brings other settings.
         """
         stored = self.out / "build.json" if self.is_complete() else self.folder / "settings.json"
         if stored.is_file():
@@ -129,12 +129,14 @@ class Journal:
                 raise InputError(
                     f"{stored} is damaged ({type(error).__name__}: {error}): choose a new --out, or delete {self.out}"
                 ) from error
-            self.compare(flatten(settings), flatten(then["settings"]))
-            if not self.is_complete() and then["version"] != version:
+            if then["version"] != version:
+                complete = self.is_complete()
                 raise InputError(
-                    f"{self.out} was started by version {then['version']} of the pipeline, this is {version}: finish "
-                    "it with that one, or choose a new --out"
+                    f"{self.out} was {'made' if complete else 'started'} by version {then['version']} of the pipeline, "
+                    f"this is {version}: {'use it as it is' if complete else 'finish it with that one'}, or choose a "
+                    "new --out"
                 )
+            self.compare(flatten(settings), flatten(then["settings"]))
             self.compare_files(files or {}, then["files"])
             return
         if self.out.exists() and not self.out.is_dir():

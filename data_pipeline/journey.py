@@ -44,6 +44,8 @@ class Journey:
     file: VideoFile
     branches: list[Branch] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    notes: set[str] = field(default_factory=set)
+    """What the records on the way said about the clip (``Video.notes``)."""
     fingerprint: str = ""
     """The clip as it was before it was opened."""
     stopped_by: MiningError | None = None
@@ -86,6 +88,7 @@ def advance(step: Step, journeys: Sequence[Journey]) -> None:
             branch.preview = _preview(branch.record)
             branch.record = Rejected(result.reason, result.evidence, step.name)
             continue
+        journey.notes.update(*(getattr(each, "notes", ()) for each in _as_tuple(result)))
         branch.passed += 1
         if isinstance(result, tuple):
             branch.record = result[0]
@@ -104,7 +107,19 @@ def _process(step: Step, records: list[Any]) -> list[Any]:
     except Exception:
         if len(records) > 1:
             return [result for record in records for result in _process(step, [record])]
-        return [Rejected(UNEXPECTED, {"traceback": traceback.format_exc(limit=-6)})]
+        [record], caught = records, traceback.format_exc(limit=-6)
+        error = caught.strip().rsplit("\n", 1)[-1]
+        return [Rejected(UNEXPECTED, {"error": error, "caption": _caption(record), "traceback": caught})]
+
+
+def _caption(record: Any) -> str:
+    for name in ("frames", "video", "opened", "item"):  # NamedPair -> FramePair -> Video, CutItem -> OpenedItem -> item
+        record = getattr(record, name, record)
+    return getattr(record, "caption", None) or ""
+
+
+def _as_tuple(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _preview(record: Any) -> bytes:
@@ -144,6 +159,7 @@ def commit(journey: Journey, journal: Journal) -> Finished:
         if isinstance(why := branch.record, Rejected)
     ]
     marker["seconds"] = journey.seconds
+    marker["notes"] = sorted(journey.notes)
     journal.commit(journey.file, marker, blocks=blocks, preview=preview, taken=journey.fingerprint)
     rejected = [branch.record for branch in journey.branches if not branch.alive]
     unexpected = next((why.evidence["traceback"] for why in rejected if why.reason == UNEXPECTED), "")

@@ -213,6 +213,10 @@ class Video:
     reader: str
     """Which reader decodes it: "decord" or "pyav"."""
     annotations: Annotations | None
+    notes: tuple[str, ...] = ()
+    """What is out of the ordinary about the clip, though no reason to reject it: a few words each, the same for every
+    clip of its kind ("HDR"). The report counts them. ``NamedPair`` has them too.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +281,8 @@ class NamedPair:
 
     frames: FramePair
     entities: tuple[Entity, ...]
+    notes: tuple[str, ...] = ()
+    """See ``Video``."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

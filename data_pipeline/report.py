@@ -23,12 +23,14 @@ from PIL import Image
 from data_pipeline.drawing import HEIGHT, Tile, beside, contact_sheet, draw_cut_out, draw_frame
 from data_pipeline.journal import Journal, write_atomically
 from data_pipeline.records import InputError, MiningError, OutputError, VideoFile, decode_mask
-from data_pipeline.report_page import Tally, page, printable
+from data_pipeline.report_page import Tally, in_words, page, printable
 from data_pipeline.shard_reader import Sample, Shard, index_rows, read_build, rejected_videos
 
 NOTES_SCHEMA = "data_pipeline.report/1"
 KEPT_SHOWN = 48
 REJECTED_SHOWN = 24
+# Characters of one thing measured, under the picture of a rejected clip.
+SHOWN_OF_A_VALUE = 100
 # Rejected videos of one reason that are listed, and whose pictures are stored.
 EXAMPLES = 8
 # Rejected videos of one reason that are asked for a picture: where the first ones have none, hardly any has.
@@ -52,6 +54,7 @@ def keep_notes(journal: Journal, files: Sequence[VideoFile]) -> None:
     seconds: Counter[str] = Counter()
     dropped: Counter[tuple[str, str]] = Counter()
     lost: Counter[tuple[str, str]] = Counter()
+    clips: Counter[str] = Counter()
     asked: Counter[tuple[str, str]] = Counter()
     stored: Counter[tuple[str, str]] = Counter()
     folder = journal.out / "report"
@@ -59,6 +62,7 @@ def keep_notes(journal: Journal, files: Sequence[VideoFile]) -> None:
     _make_folder(folder / "rejected")
     for marker in journal.markers(files):
         seconds.update(marker["seconds"])
+        clips.update(marker.get("notes", ()))
         if marker["kept"]:
             dropped.update((each["stage"], each["reason"]) for each in marker["dropped"])
             lost.update((each["stage"], each["reason"]) for each in marker.get("lost_pairs", ()))
@@ -75,6 +79,7 @@ def keep_notes(journal: Journal, files: Sequence[VideoFile]) -> None:
         "seconds": {stage: round(value, 6) for stage, value in seconds.items()},
         "dropped": _by_count(dropped),
         "lost_pairs": _by_count(lost),
+        "clips": sorted(clips.items(), key=lambda item: (-item[1], item[0])),
     }
     write_atomically(folder / "notes.json", json.dumps(notes, indent=1).encode())
 
@@ -186,8 +191,7 @@ def _rejected_tiles(
                 picture = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
             except (OSError, ValueError) as error:
                 raise InputError(f"{path} does not open ({error}): delete it for a report without it") from error
-            evidence = json.dumps(entry["evidence"], ensure_ascii=False)
-            tiles.append((picture, printable(f"{entry['video']} {evidence}")))
+            tiles.append((picture, printable(f"{in_words(entry['evidence'], SHOWN_OF_A_VALUE)}\n[{entry['video']}]")))
     return tiles
 
 
@@ -205,7 +209,7 @@ def draw_sample(sample: Sample, height: int = HEIGHT) -> Tile:
     cutouts = [draw_cut_out(picture, height // 2) for picture in sample.references]
     similarities = [subject["match_similarity"] for subject in metadata["subjects"]]
     known = ", ".join(f"{value:.2f}" for value in similarities if value is not None)
-    text = printable(f"{metadata['caption']} [{sample.key}{f'; similarity {known}' if known else ''}]")
+    text = printable(f"{metadata['caption']}\n[{sample.key}{f'; similarity {known}' if known else ''}]")
     return beside([*cutouts, draw_frame(np.asarray(sample.target), subjects, height)]), text
 
 

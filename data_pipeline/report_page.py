@@ -14,14 +14,22 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1540px
 table { border-collapse: collapse; margin: .5em 0 1.5em; }
 td, th { padding: .2em .8em; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
-td code { overflow-wrap: anywhere; }
+code, bdi, pre { overflow-wrap: anywhere; }
+pre { margin: .3em 0; white-space: pre-wrap; font-size: 12px; }
 .bar { background: #2a78dc; height: .9em; display: inline-block; }
 .charts { display: flex; flex-wrap: wrap; gap: 1em 2em; }
 figure { margin: 0; } figcaption { font-weight: 600; }
-svg text { font: 11px system-ui, sans-serif; fill: #444; }
+svg { max-width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: #444; }
 img { max-width: 100%; border: 1px solid #ddd; }
 summary { cursor: pointer; } small { color: #555; }
+@media (max-width: 900px) {
+  body { margin: 1em auto; padding: 0 .5em; }
+  td, th { padding: .2em .25em; font-size: 12px; }
+  .funnel { overflow-x: auto; }
+  .funnel :is(td, th):nth-child(2) { display: none; }
+}
 """
+MOST_EVIDENCE, MOST_TRACEBACK = 600, 4000  # characters
 PHRASES_SHOWN = 20
 CHART = (420, 170)  # pixels of a chart's bars, without the text round them
 
@@ -210,7 +218,8 @@ def funnel(tally: Tally, seconds: Mapping[str, float]) -> str:
         reasons = "<br>".join(f"{count:,} {escape(reason)}" for reason, count in ordered)
         time = f"{1000 * seconds[stage] / max(1, reached):.2f}" if stage in seconds else ""
         rows.append((stage, bar, reached, lost, reached - lost, reasons, time))
-    return table(("step", "", "clips in", "rejected", "clips out", "reasons", "ms per clip"), rows)
+    header = ("step", "", "clips in", "rejected", "clips out", "reasons", "ms per clip")
+    return f'<div class="funnel">{table(header, rows)}</div>'
 
 
 def page(
@@ -228,13 +237,17 @@ def page(
     rejected = tally.videos - tally.kept_videos
     name, one = ("Import", "items") if "importer" in build else ("Mining", "videos")
     parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name} report</title>',
+        f'<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{name} report</title>',
         f"<style>{STYLE}</style><h1>{name} report</h1>",
         f"<p>{tally.videos:,} {one} gave {tally.samples:,} samples with {tally.subjects:,} subjects; "
         f"{rejected:,} {one} were rejected (all in <code>rejected.jsonl</code>).</p>",
         "<h2>Funnel</h2>",
         funnel(tally, notes.get("seconds", {})),
     ]
+    if notes.get("clips"):
+        rows = [(escape(note), count) for note, count in notes["clips"]]
+        parts += ["<h3>Clips out of the ordinary, kept or rejected</h3>", table(("what", one), rows)]
     for name, title, unit in (
         ("dropped", "Subjects left out of samples that were kept", "subjects"),
         ("lost_pairs", "Pairs that fell out of clips that were kept", "pairs"),
@@ -257,8 +270,7 @@ def page(
         parts.append(f"<h2>Examples of rejected {one}</h2>")
     for (stage, reason), entries in examples.items():
         rows = [
-            (escape(printable(entry["video"])), f"<code>{escape(printable(_short(entry['evidence'])))}</code>")
-            for entry in entries
+            (f"<bdi>{escape(printable(entry['video']))}</bdi>", _evidence_cell(entry["evidence"])) for entry in entries
         ]
         count = tally.rejected[stage][reason]
         parts.append(
@@ -266,11 +278,34 @@ def page(
             f"{table(('video', 'what was measured'), rows)}</details>"
         )
     settings = [(escape(step), f"<code>{escape(json.dumps(own))}</code>") for step, own in build["settings"].items()]
-    versions = ", ".join(f"{name} {version}" for name, version in build["versions"].items())
+    packages = {"data_pipeline": build["version"], **build["versions"]} if "version" in build else build["versions"]
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items())
     parts += ["<h2>Settings</h2>", table(("step", "settings"), settings), f"<p><small>{escape(versions)}</small></p>"]
     return "\n".join([*parts, "</html>", ""])
 
 
-def _short(evidence: Any, most: int = 600) -> str:
-    text = json.dumps(evidence, ensure_ascii=False)
-    return text if len(text) <= most else f"{text[:most]} ..."
+def in_words(evidence: Any, longest: int = MOST_EVIDENCE) -> str:
+    """What was measured of a rejected clip, "seconds: 0.1; min gap: 0.25". longest: characters of one value. A
+    traceback is left out; its last line is the error.
+    """
+    if not isinstance(evidence, Mapping):
+        return _cut(json.dumps(evidence, ensure_ascii=False), longest)
+    values = {name: value for name, value in evidence.items() if name != "traceback" and value not in ("", None)}
+    if "traceback" in evidence and "error" not in values:
+        values["error"] = str(evidence["traceback"]).strip().rsplit("\n", 1)[-1]
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in values.items()
+    }
+    return "; ".join(f"{name.replace('_', ' ')}: {_cut(text, longest)}" for name, text in texts.items())
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} ..."
+
+
+def _evidence_cell(evidence: Any) -> str:
+    cell = f"<bdi>{escape(printable(_cut(in_words(evidence), MOST_EVIDENCE)))}</bdi>"
+    if isinstance(evidence, Mapping) and "traceback" in evidence:
+        cell += f"<pre>{escape(printable(str(evidence['traceback'])[-MOST_TRACEBACK:]))}</pre>"
+    return cell

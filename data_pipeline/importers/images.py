@@ -179,16 +179,19 @@ class CocoFile:
     """
 
     def __init__(self, path: Path, pictures: Sequence[str]) -> None:
+        from data_pipeline.models.annotation_formats import id_of, mask_of, path_parts, without_crowds
+
+        self._id_of, self._mask_of = id_of, mask_of
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            self._names = {each["id"]: as_text(each["name"], "a category's name") for each in content["categories"]}
-            self._images = {each["file_name"]: each for each in content["images"]}
+            categories = content["categories"]
+            self._names = {id_of(each["id"]): as_text(each["name"], "a category's name") for each in categories}
+            self._images = {"/".join(path_parts(each["file_name"])): each for each in content["images"]}
             if len(self._images) < len(content["images"]) or len(self._names) < len(content["categories"]):
                 raise InputError(f"{path} has two images of one name, or two categories of one id: leave one of them")
             self._objects: dict[Any, list[Row]] = {}
-            for each in content["annotations"]:
-                if not each.get("iscrowd"):
-                    self._objects.setdefault(each["image_id"], []).append(each)
+            for each in without_crowds(content["annotations"]):
+                self._objects.setdefault(id_of(each["image_id"]), []).append(each)
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ClipError) as error:
@@ -196,12 +199,13 @@ class CocoFile:
                 f"cannot read {path} as COCO ({type(error).__name__}: {error}): needed are images, annotations and "
                 "categories; boxes in other forms go into metadata.jsonl (docs/importing_pairs.md)"
             ) from error
-        last = Counter(PurePosixPath(name).name for name in pictures)
         own = Counter(PurePosixPath(name).name for name in self._images)
         alone = {PurePosixPath(name).name: name for name in self._images}
-        self._entry = {name: name for name in pictures if name in self._images}
+        whole = {name: "/".join(path_parts(name)) for name in pictures}
+        self._entry = {name: part for name, part in whole.items() if part in self._images}
+        last = Counter(PurePosixPath(part).name for part in whole.values())
         for name in pictures:
-            part = PurePosixPath(name).name
+            part = PurePosixPath(whole[name]).name
             if name not in self._entry and last[part] == own[part] == 1:
                 self._entry[name] = alone[part]
         if not self._entry:
@@ -215,18 +219,17 @@ class CocoFile:
         image = self._images[self._entry[picture]]
         try:
             size = (int(image["width"]), int(image["height"]))
-            return tuple(self._subject(each, size) for each in self._objects.get(image["id"], ())), size
+            return tuple(self._subject(each, size) for each in self._objects.get(self._id_of(image["id"]), ())), size
         except (ValueError, KeyError, TypeError) as error:
             raise ClipError("unreadable annotations", error=f"{type(error).__name__}: {error}") from error
 
     def _subject(self, annotation: Row, size: tuple[int, int]) -> ImportSubject:
-        if annotation["category_id"] not in self._names:
+        category = self._id_of(annotation["category_id"])
+        if category not in self._names:
             raise ClipError("unreadable annotations", error=f"unknown category {annotation['category_id']!r}")
-        mask = annotation.get("segmentation") or None
-        if isinstance(mask, list):
-            mask = {"size": [size[1], size[0]], "polygons": mask}
-        box = annotation.get("bbox")
-        phrase = clean_caption(self._names[annotation["category_id"]])
+        mask = self._mask_of(annotation.get("segmentation"), *size)
+        box = annotation.get("bbox") or None
+        phrase = clean_caption(self._names[category])
         return ImportSubject(phrase=phrase, box=None if box is None else corners(box), mask=mask)
 
 

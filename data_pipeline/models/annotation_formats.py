@@ -10,7 +10,9 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,7 +26,14 @@ BAD_MASK = "unreadable mask in the annotations"
 MOST_PIXELS = 1e9
 """A corner of a polygon beyond that is a mistake, and its edges cannot be computed."""
 VOID = 255
-"""DAVIS: pixels that belong to nothing for certain."""
+"""DAVIS: pixels that belong to nothing for certain; the one object, where there is nothing else (DAVIS 2016)."""
+FRAME_FOLDERS = frozenset(
+    {"images", "image", "imgs", "img", "img1", "frames", "frame", "jpegimages", "rgb", "color"}
+    | {"train", "val", "valid", "validation", "test", "default", "data"}
+)
+"""Folders that are named after what is in them, and not after a video."""
+ROBOFLOW = re.compile(r"_[a-z]+\.rf\.[0-9A-Za-z]+$")
+"""What it puts behind the name of a picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +53,84 @@ class Entry:
     """What a file says about one video. size: width, height in pixels, or None if only its masks tell.
 
     frames: called with the number of frames of the video; gives frame number -> objects, and raises ClipError for
-    what is broken, so that a broken video costs no other one.
+    what is broken, so that a broken video costs no other one. rivals: names that come first where the pictures' names
+    can mean several: if there is a video of one of them, the entry is that one's. left_out: in words, what the file has
+    besides.
     """
 
     size: tuple[int, int] | None
     frames: Callable[[int], Mapping[int, Sequence[Found]]]
+    rivals: tuple[str, ...] = ()
+    left_out: str = ""
+
+
+def path_parts(name: str) -> list[str]:
+    r"""Folders and file of a path or an address, written on whatever system: ["a", "b.jpg"] of "C:\a\b.jpg"."""
+    name = unicodedata.normalize("NFC", name).replace("\\", "/")
+    return [part for part in name.split("/") if part not in ("", ".", "..") and not part.endswith(":")]
 
 
 def frame_number(name: str) -> int:
-    """The last number of a picture's file name: 12 of "clip/frame_00012.jpg"; ClipError if there is none."""
-    digits = re.findall(r"\d+", PurePosixPath(name).stem)
+    """The last number of a picture's file name: 12 of "clip/frame_00012.jpg"; ClipError if there is none, or if it
+    counts something else than frames.
+    """
+    stem = PurePosixPath(path_parts(name)[-1]).stem if path_parts(name) else ""
+    if ROBOFLOW.search(stem):
+        raise ClipError(
+            BAD,
+            error=f"the file name {name!r} is Roboflow's, which counts the pictures that were taken, not the frames of "
+            "the video: give the fields video and frame of every image",
+        )
+    digits = re.findall(r"\d+", stem)
     if not digits:
-        raise ClipError(BAD, error=f"no frame number in the file name {name!r}")
+        raise ClipError(BAD, error=f"no frame number in the file name {name!r}, as 12 in clip/00012.jpg")
     return int(digits[-1])
+
+
+def video_names(file_name: str) -> tuple[str, ...]:
+    """Names of the video that a picture's file name may mean, the likeliest first: its folder; the folder round one
+    like "img1"; what stands before the number ("clip" of "clip_00012.jpg" and of "clip_frame_12.jpg"). "" is among them
+    if nothing names a video at all ("images/frame_000012.PNG").
+    """
+    *folders, picture = path_parts(file_name) or [""]
+    outer = list(folders)
+    while outer and outer[-1].lower() in FRAME_FOLDERS:
+        outer.pop()
+    stem = PurePosixPath(picture).stem
+    named = [ROBOFLOW.sub("", stem)]
+    patterns = [r"\d+\D*$", r"^[0-9a-f]{8}-", r"(?:^|[ _.-])(?:frames?|image|img|im|f)$"]  # the 2nd is Label Studio's
+    if named[0] != stem:
+        patterns.insert(1, r"_[a-z0-9]+$")  # "clip_mp4" of clip.mp4
+    for pattern in patterns:
+        named.append(re.sub(pattern, "", named[-1], flags=re.IGNORECASE).rstrip(" _.-"))
+    found = ["/".join(folders), "/".join(outer)]
+    if named[-1]:
+        found += ["/".join([*folders, name]) for name in named[1:]]
+    return tuple(dict.fromkeys(name for name in found if name or not named[-1]))
+
+
+def first_number(numbers: Collection[int], num_frames: int) -> int:
+    """The number of the picture of frame 0: the least one if there is one for every frame, one after the other, since
+    many tools begin with 1; else 0.
+    """
+    whole = len(numbers) == num_frames and max(numbers) - min(numbers) == num_frames - 1
+    return min(numbers) if whole else 0
+
+
+def _whole(value: Any, where: str) -> int:
+    """12 of 12, 12.0 and "12"; ClipError for anything else."""
+    try:
+        number = int(value)
+        if isinstance(value, bool) or float(value) != number:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ClipError(BAD, error=f"{where} must be a whole number, got {value!r}") from error
+    return number
+
+
+def id_of(value: Any) -> str:
+    """An id as others may write it: 7, 7.0 and "7" are the same."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _corner_box(values: Any, where: str) -> tuple[float, ...]:
@@ -68,26 +142,29 @@ def _corner_box(values: Any, where: str) -> tuple[float, ...]:
     return x, y, x + width, y + height
 
 
-def _mask_of(segmentation: Any, width: int, height: int) -> Mapping[str, Any] | None:
+def mask_of(segmentation: Any, width: int, height: int) -> Mapping[str, Any] | None:
     """A COCO segmentation as ``decode_segmentation`` reads it."""
     if not segmentation:
         return None
     if isinstance(segmentation, Mapping):
         return segmentation
+    if isinstance(segmentation, list) and isinstance(segmentation[0], int | float):  # VIA: a polygon by itself
+        segmentation = [segmentation]
     return {"size": [height, width], "polygons": segmentation}
 
 
-def _found(annotation: Mapping[str, Any], number: int | None, names: Mapping[int, str], **values: Any) -> Found:
+def _found(annotation: Mapping[str, Any], number: Any, names: Mapping[str, str], **values: Any) -> Found:
     """One object with its category's name. values: where, box [x, y, width, height], segmentation, size."""
     where, (width, height) = values["where"], values["size"]
     category = annotation["category_id"]
-    if category not in names:
-        raise ClipError(BAD, error=f"{where}: unknown category {category}, known are {sorted(names)[:20]}")
-    mask = _mask_of(values["segmentation"], width, height)
-    if values["box"] is None and mask is None:
+    if id_of(category) not in names:
+        raise ClipError(BAD, error=f"{where}: unknown category {category}, known are {', '.join(list(names)[:20])}")
+    mask = mask_of(values["segmentation"], width, height)
+    if not values["box"] and mask is None:
         raise ClipError(BAD, error=f"{where}: neither a box nor a mask")
-    box = None if values["box"] is None else _corner_box(values["box"], where)
-    return Found(object_id=number, name=names[category], box=box, mask_rle=mask)
+    box = _corner_box(values["box"], where) if values["box"] else None
+    track = None if number is None else _whole(number, f"{where}: the number of an object")
+    return Found(object_id=track, name=names[id_of(category)], box=box, mask_rle=mask)
 
 
 def _guarded(read: Callable[[int], Mapping[int, Sequence[Found]]]) -> Callable[[int], Mapping[int, Sequence[Found]]]:
@@ -102,18 +179,32 @@ def _guarded(read: Callable[[int], Mapping[int, Sequence[Found]]]) -> Callable[[
     return frames
 
 
-def _category_names(content: Mapping[str, Any]) -> dict[Any, str]:
+def _category_names(content: Mapping[str, Any]) -> dict[str, str]:
     _check_unique("categories", content["categories"])
-    return {category["id"]: category["name"] for category in content["categories"]}
+    return {id_of(category["id"]): category["name"] for category in content["categories"]}
 
 
 def _check_unique(kind: str, entries: Iterable[Mapping[str, Any]]) -> None:
     """InputError if two of the entries have the same id: what refers to it would mean either."""
     seen = set()
     for entry in entries:
-        if entry["id"] in seen:
+        if id_of(entry["id"]) in seen:
             raise InputError(f"two of the {kind} of the annotations have the id {entry['id']!r}: number them anew")
-        seen.add(entry["id"])
+        seen.add(id_of(entry["id"]))
+
+
+def _by_owner(annotations: Sequence[Mapping[str, Any]], owners: Sequence[Mapping[str, Any]], key: str) -> dict:
+    """Annotations by the id of their image or video; InputError if there are some and none of them has one."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for annotation in annotations:
+        found.setdefault(id_of(annotation[key]), []).append(annotation)
+    known = {id_of(owner["id"]) for owner in owners}
+    if found and not found.keys() & known:
+        raise InputError(
+            f"no annotation belongs to one of the {len(known)} {key.removesuffix('_id')}s: {key} is "
+            f"{', '.join(list(found)[:3])} ..., but their ids are {', '.join(sorted(known)[:3])} ..."
+        )
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- COCO
@@ -121,48 +212,102 @@ def _check_unique(kind: str, entries: Iterable[Mapping[str, Any]]) -> None:
 
 def read_coco(content: Mapping[str, Any]) -> dict[str, Entry]:
     """COCO's "images", "annotations" and "categories", one image per annotated frame: by its fields "video" and
-    "frame", or by its file_name "clip/00012.jpg". "track_id" of an annotation says what is the same object in two
-    frames. Crowds are left out.
+    "frame", by "videos" and "frame_id" (CocoVID) or "frame_index" (TAO), or by its file_name "clip/00012.jpg".
+    "track_id" of an annotation, or of its attributes (CVAT), or "instance_id" (CocoVID) says what is the same object
+    in two frames.
+
+    Crowds are left out, see ``without_crowds``.
     """
     names = _category_names(content)
     _check_unique("images", content["images"])
-    objects: dict[Any, list[Mapping[str, Any]]] = {}
-    for annotation in content["annotations"]:
-        if not annotation.get("iscrowd"):
-            objects.setdefault(annotation["image_id"], []).append(annotation)
+    videos = {id_of(video["id"]): video.get("name") for video in content.get("videos") or ()}
+    objects = _by_owner(content["annotations"], content["images"], "image_id")
+    kept = without_crowds(content["annotations"])
+    left_out = len(content["annotations"]) - len(kept)
+    not_crowds = {id(each) for each in kept}
     images: dict[str, list[Mapping[str, Any]]] = {}
+    rivals: dict[str, tuple[str, ...]] = {}
     for image in content["images"]:
-        video = image.get("video") or str(PurePosixPath(image["file_name"]).parent)
-        images.setdefault(video, []).append(image)
+        said = image.get("video") or videos.get(id_of(image.get("video_id")))
+        if said and not isinstance(said, str):
+            raise InputError(f"image {image['id']!r} of the annotations: its video must be a text, got {said!r}")
+        possible = (said,) if said else video_names(image["file_name"])
+        for number, video in enumerate(possible):
+            images.setdefault(video, []).append(image)
+            rivals.setdefault(video, possible[:number])
 
     def entry(video: str, some: Sequence[Mapping[str, Any]]) -> Entry:
-        size = (some[0]["width"], some[0]["height"])
+        size = (some[0].get("width"), some[0].get("height"))
 
         def frames(num_frames: int) -> Mapping[int, Sequence[Found]]:
-            result: dict[int, list[Found]] = {}
+            by_number: dict[int, Mapping[str, Any]] = {}
             for image in some:
-                if (image["width"], image["height"]) != size:
+                if (image.get("width"), image.get("height")) != size:
                     raise ClipError(BAD, error=f"images of {video} have different sizes")
-                index = image["frame"] if "frame" in image else frame_number(image["file_name"])
-                if index in result:
+                index = _frame_of(image)
+                if index in by_number:
                     raise ClipError(BAD, error=f"two images for frame {index} of {video}")
-                result[index] = [
+                by_number[index] = image
+            first = 0 if any(map(_frame_field, some)) else first_number(by_number, num_frames)
+            return {
+                index - first: [
                     _found(
                         annotation,
-                        annotation.get("track_id"),
+                        _track_of(annotation),
                         names,
                         where=f"frame {index}, annotation {annotation.get('id')}",
                         box=annotation.get("bbox"),
                         segmentation=annotation.get("segmentation"),
                         size=size,
                     )
-                    for annotation in objects.get(image["id"], ())
+                    for annotation in objects.get(id_of(image["id"]), ())
+                    if id(annotation) in not_crowds
                 ]
-            return result
+                for index, image in by_number.items()
+            }
 
-        return Entry(size=size, frames=_guarded(frames))
+        # VIA writes 0 where it does not know.
+        if not all(size):
+            return Entry(size=None, frames=_no_size, rivals=rivals[video])
+        words = f"{left_out} annotations with iscrowd 1 in the whole file" if left_out else ""
+        return Entry(size=size, frames=_guarded(frames), rivals=rivals[video], left_out=words)
 
     return {video: entry(video, some) for video, some in images.items()}
+
+
+def _no_size(num_frames: int) -> Mapping[int, Sequence[Found]]:
+    raise ClipError(BAD, error="an image without width and height: they are needed to compare them with the video")
+
+
+def without_crowds(annotations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """COCO's annotations of single objects. CVAT calls every mask a crowd that was painted: its annotations say whether
+    they are occluded; and a file that has nothing but crowds doesn't mean it either.
+    """
+    single = [
+        each for each in annotations if each.get("iscrowd") not in (1, True, "1") or "occluded" in _attributes(each)
+    ]
+    return single or list(annotations)
+
+
+def _attributes(annotation: Mapping[str, Any]) -> Mapping[str, Any]:
+    attributes = annotation.get("attributes")
+    return attributes if isinstance(attributes, Mapping) else {}
+
+
+def _track_of(annotation: Mapping[str, Any]) -> Any:
+    numbers = (annotation.get("track_id"), _attributes(annotation).get("track_id"), annotation.get("instance_id"))
+    return next((number for number in numbers if number is not None), None)
+
+
+def _frame_field(image: Mapping[str, Any]) -> str:
+    return next((name for name in ("frame", "frame_index", "frame_id") if image.get(name) is not None), "")
+
+
+def _frame_of(image: Mapping[str, Any]) -> int:
+    field_name = _frame_field(image)
+    if field_name:
+        return _whole(image[field_name], f"image {image['id']}: the field {field_name}")
+    return frame_number(image["file_name"])
 
 
 # -------------------------------------------------------------------------------------------------------- YouTube-VIS
@@ -177,11 +322,9 @@ def read_youtube_vis(content: Mapping[str, Any]) -> dict[str, Entry]:
     """
     names = _category_names(content)
     _check_unique("videos", content["videos"])
-    tracks: dict[Any, list[Mapping[str, Any]]] = {}
-    for annotation in content["annotations"]:
-        tracks.setdefault(annotation["video_id"], []).append(annotation)
+    tracks = _by_owner(content["annotations"], content["videos"], "video_id")
 
-    def entry(video: Mapping[str, Any]) -> Entry:
+    def entry(video: Mapping[str, Any], rivals: tuple[str, ...]) -> Entry:
         size = (video["width"], video["height"])
 
         def frames(num_frames: int) -> Mapping[int, Sequence[Found]]:
@@ -190,7 +333,7 @@ def read_youtube_vis(content: Mapping[str, Any]) -> dict[str, Entry]:
             result: dict[int, list[Found]] = {index: [] for index in indices}
             if len(result) != len(files):
                 raise ClipError(BAD, error="two files have the same frame number")
-            for track in tracks.get(video["id"], ()):
+            for track in tracks.get(id_of(video["id"]), ()):
                 nothing = [None] * len(files)
                 boxes, masks = (track.get(key) or nothing for key in ("bboxes", "segmentations"))
                 if not len(boxes) == len(masks) == len(files):
@@ -200,24 +343,28 @@ def read_youtube_vis(content: Mapping[str, Any]) -> dict[str, Entry]:
                         f"{len(files)} frames",
                     )
                 for index, box, mask in zip(indices, boxes, masks, strict=True):
-                    if box is None and mask is None:
+                    if not box and not mask:
                         continue
                     where = f"frame {index}, object {track['id']}"
                     found = _found(track, track["id"], names, where=where, box=box, segmentation=mask, size=size)
                     result[index].append(found)
             return result
 
-        return Entry(size=size, frames=_guarded(frames))
+        return Entry(size=size, frames=_guarded(frames), rivals=rivals)
 
+    named = [(video, video_names(video["file_names"][0])) for video in content["videos"]]
+    times = Counter(name for _, possible in named for name in possible)
     result: dict[str, Entry] = {}
-    for video in content["videos"]:
-        folder = str(PurePosixPath(video["file_names"][0]).parent)
-        if folder in result:
+    for video, possible in named:
+        own = [name for name in possible if times[name] == 1]
+        if not own:
+            last = [other["id"] for other, names_of_it in named if names_of_it == possible][-1]
             raise InputError(
-                f"two videos of the annotations have their pictures in the folder {folder!r}, one of them with the id "
-                f"{video['id']!r}: leave one of them"
+                f"two videos of the annotations have their pictures in the folder {possible[0]!r}, one of them with "
+                f"the id {last!r}: leave one of them"
             )
-        result[folder] = entry(video)
+        for name in own:
+            result[name] = entry(video, possible[: possible.index(name)])
     return result
 
 
@@ -227,34 +374,65 @@ def read_youtube_vis(content: Mapping[str, Any]) -> dict[str, Entry]:
 def read_davis(names: Mapping[str, Mapping[str, str | None]], folder: Path) -> dict[str, Entry]:
     """DAVIS: for each clip a folder of pictures 00000.png ... whose pixels are object numbers, 0 for the background and
     255 for nothing. DAVIS has no names, so ``names`` gives them: clip -> number -> name, null to leave an object out.
-    Numbers are tracks.
+    Numbers are tracks. Where a clip's pictures hold 0 and 255 only (DAVIS 2016), 255 is its one object.
     """
 
     def entry(video: str, named: Mapping[str, str | None]) -> Entry:
         def frames(num_frames: int) -> Mapping[int, Sequence[Found]]:
             known = {int(number): name for number, name in named.items()}
-            pictures = sorted((folder / video).glob("*.png"))
-            if not pictures:
-                raise ClipError(BAD, error=f"no pictures in the folder {video} of the masks")
-            result: dict[int, list[Found]] = {}
-            for picture in pictures:
+            by_number: dict[int, Path] = {}
+            for picture in _mask_pictures(folder, video):
                 index = frame_number(picture.name)
-                if index in result:
+                if index in by_number:
                     raise ClipError(BAD, error=f"two pictures for frame {index} in the folder {video}")
-                numbers = [int(number) for number in np.unique(read_numbers(picture)) if number not in (0, VOID)]
-                strange = [number for number in numbers if number not in known]
+                by_number[index] = picture
+            numbers = {index: set(np.unique(read_numbers(file)).tolist()) - {0} for index, file in by_number.items()}
+            pixels = dict(zip(known, known, strict=True))  # object -> what its pixels hold
+            if VOID not in known:
+                if set.union(*numbers.values()) == {VOID}:
+                    if len(known) != 1:
+                        raise ClipError(
+                            BAD,
+                            error=f"the masks of {video} hold 0 and 255 only, one object as in DAVIS 2016, but there "
+                            f"are names for the objects {sorted(known)[:20]}: give one name",
+                        )
+                    pixels = dict.fromkeys(known, VOID)
+                else:
+                    numbers = {index: found - {VOID} for index, found in numbers.items()}
+            result: dict[int, list[Found]] = {}
+            first = first_number(by_number, num_frames)
+            for index, picture in sorted(by_number.items()):
+                strange = sorted(numbers[index] - set(pixels.values()))
                 if strange:
                     raise ClipError(BAD, error=f"{video}/{picture.name}: no names for the objects {strange[:20]}")
-                result[index] = [
-                    Found(object_id=number, name=known[number], box=None, mask_file=(picture, number))
-                    for number in numbers
-                    if known[number] is not None
+                result[index - first] = [
+                    Found(object_id=number, name=name, box=None, mask_file=(picture, pixels[number]))
+                    for number, name in sorted(known.items())
+                    if name is not None and pixels[number] in numbers[index]
                 ]
             return result
 
-        return Entry(size=None, frames=_guarded(frames))
+        words = "objects without a name" if None in named.values() else ""
+        return Entry(size=None, frames=_guarded(frames), left_out=words)
 
     return {video: entry(video, named) for video, named in names.items()}
+
+
+def _mask_pictures(folder: Path, video: str) -> list[Path]:
+    """The png pictures of a clip; ClipError that says what is there instead."""
+    place = next(
+        (here for name in (video, str(PurePosixPath(video).with_suffix(""))) if (here := folder / name).is_dir()), None
+    )
+    if place is None:
+        raise ClipError(
+            BAD, error=f"no pictures in the folder {video} of the masks: there is no folder {folder / video}"
+        )
+    files = sorted(file for file in place.iterdir() if file.is_file())
+    pictures = [file for file in files if file.suffix.lower() == ".png"]
+    if not pictures:
+        others = ", ".join(sorted({file.suffix or file.name for file in files})) or "nothing"
+        raise ClipError(BAD, error=f"no pictures in the folder {video} of the masks: needed is .png, found {others}")
+    return pictures
 
 
 def read_names_table(path: Path) -> dict[str, dict[str, str | None]]:
@@ -279,17 +457,25 @@ def read_names_table(path: Path) -> dict[str, dict[str, str | None]]:
 
 
 def read_numbers(path: Path) -> np.ndarray:
-    """The object numbers of a palette or grey picture, (height, width) integers; ClipError for any other picture."""
+    """The object numbers of a palette or grey picture, (height, width) integers; ClipError for any other picture. Grey
+    that is stored in colours is grey.
+    """
     from PIL import Image
 
     try:
         with Image.open(path) as picture:
-            numbers = np.asarray(picture)
+            mode, numbers = picture.mode, np.asarray(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ClipError(BAD_MASK, file=path.name, error=type(error).__name__) from error
+    if mode in ("LA", "RGBA") and (numbers[..., -1] == 255).all():
+        numbers = numbers[..., :-1]
+    if numbers.ndim == 3 and mode in ("LA", "RGB", "RGBA") and (numbers == numbers[..., :1]).all():
+        numbers = numbers[..., 0]
     if numbers.ndim != 2:
-        raise ClipError(BAD_MASK, file=path.name, error="needed is a palette or grey picture of object numbers")
-    return numbers
+        raise ClipError(
+            BAD_MASK, file=path.name, error=f"needed is a palette or grey picture of object numbers, found {mode}"
+        )
+    return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
 
 
 # -------------------------------------------------------------------------------------------------------------- masks

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,6 +26,7 @@ from data_pipeline.models.annotation_formats import (
     Found,
     decode_counts,
     draw_polygons,
+    path_parts,
     read_coco,
     read_davis,
     read_names_table,
@@ -41,13 +43,22 @@ from data_pipeline.records import (
     decode_mask,
     mask_box,
 )
+from data_pipeline.sources import SUFFIXES
 
 SCHEMA = "data_pipeline.annotations/1"
 KNOWN = """\
   ours:         {"videos": {name: {"file", "width", "height", "annotations"}}}
   COCO:         {"images": [...], "annotations": [...], "categories": [...]}
   YouTube-VIS:  {"videos": [...], "annotations": [...], "categories": [...]}, also OVIS
-  DAVIS:        {"masks": FOLDER, "videos": {clip: {"1": name, ...}}}, or a csv with the columns video, object, name"""
+  DAVIS:        {"masks": FOLDER, "videos": {clip: {"1": name, ...}}}, or a csv with the columns video, object, name
+Most tools can export COCO."""
+OTHERS = {
+    ".xml": "an xml of CVAT's or Pascal VOC's",
+    ".txt": "a text of MOT's or YOLO's",
+    ".ndjson": "Labelbox's own format",
+    ".zip": "an archive, which has to be unpacked",
+}
+"""Suffixes of what tools export besides."""
 
 
 def sidecar_path(video: Path) -> Path:
@@ -73,8 +84,10 @@ def read_sidecar(path: Path, width: int, height: int, num_frames: int) -> Annota
     """Annotations of one clip of the given size; ClipError if the file disagrees with the video or with its schema."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["schema"] != SCHEMA:
-            raise ClipError("unknown annotations schema", found=content["schema"], known=SCHEMA)
+        if content.get("schema") != SCHEMA:
+            found = content.get("schema") or f"no schema, but {', '.join(sorted(content)) or 'an empty object'}"
+            hint = "--annotations FILE reads COCO, YouTube-VIS and DAVIS"
+            raise ClipError("unknown annotations schema", found=found, known=SCHEMA, hint=hint)
         _check_size(content, width, height)
         objects = {entry["id"]: entry for entry in content["objects"]}
         if len(objects) < len(content["objects"]):
@@ -109,7 +122,12 @@ def _check_size(content: Mapping[str, Any], width: int, height: int) -> None:
 
 def _check_index(index: Any, num_frames: int) -> int:
     if not isinstance(index, int) or not 0 <= index < num_frames:
-        raise ClipError("annotations of a frame that is not in the video", frame=index, frames=num_frames)
+        raise ClipError(
+            "annotations of a frame that is not in the video",
+            frame=index,
+            frames=num_frames,
+            needed=f"0 to {num_frames - 1}; numbers that begin elsewhere are understood if every frame has a picture",
+        )
     return index
 
 
@@ -126,18 +144,75 @@ class AnnotationSource:
     """
 
     def __init__(self, corpus: Path | None) -> None:
+        self._corpus = corpus
         self._videos = read_many(corpus) if corpus else {}
+        self._by_last: dict[str, list[tuple[list[str], str]]] = {}
+        for key in self._videos:
+            parts = path_parts(key)
+            self._by_last.setdefault(parts[-1] if parts else "", []).append((parts, key))
+        self._alone: dict[Path, bool] = {}
 
     def read(self, video: Path, name: str, width: int, height: int, num_frames: int) -> Annotations | None:
         """Annotations of the video called ``name``; None if there are none; ClipError if they are unusable."""
-        without_suffix = str(PurePosixPath(name).with_suffix(""))
-        entries = [self._videos[key] for key in dict.fromkeys((name, without_suffix)) if key in self._videos]
-        if len(entries) > 1:
-            raise ClipError(BAD, error=f"two entries for this video: {name} and {without_suffix}")
-        if entries:
-            return _from_entry(entries[0], width, height, num_frames)
-        sidecar = sidecar_path(video)
-        return read_sidecar(sidecar, width, height, num_frames) if sidecar.is_file() else None
+        keys = self._keys_of(video, name)
+        if len(keys) > 1:
+            raise ClipError(BAD, error=f"two entries for this video: {' and '.join(keys[:2])}")
+        if keys:
+            entry = self._videos[keys[0]]
+            annotations = _from_entry(entry, width, height, num_frames)
+            besides = {"left_out": entry.left_out} if entry.left_out else {}
+        else:
+            sidecar, besides = sidecar_path(video), {}
+            if not sidecar.is_file():
+                return None
+            annotations = read_sidecar(sidecar, width, height, num_frames)
+        if not any(annotations.frames.values()):
+            raise ClipError("annotations without an object", annotated_frames=len(annotations.frames), **besides)
+        return annotations
+
+    def needed(self, name: str) -> dict[str, Any]:
+        """What ``read`` looked for in vain, and what there is."""
+        stem = str(PurePosixPath(name).with_suffix(""))
+        sidecar = f"{PurePosixPath(stem).name}.annotations.json"
+        if self._corpus is None:
+            return {"needed": f"{sidecar} or --annotations FILE"}
+        found = [key or "pictures whose names name no video" for key in self._videos]
+        return {"needed": f"an entry for {stem} in {self._corpus.name}, or {sidecar}", "found": found[:10]}
+
+    def _keys_of(self, video: Path, name: str) -> list[str]:
+        """Names of the entries for a video: that which is its path, with or without the suffix; else those that end
+        with it ("JPEGImages/480p/clip"), unless they are another video's; else the one without any name, for a video
+        that is alone.
+        """
+        wanted = path_parts(name)
+        both = (wanted, [*wanted[:-1], PurePosixPath(wanted[-1]).stem])
+        near = [pair for last in dict.fromkeys(each[-1] for each in both) for pair in self._by_last.get(last, ())]
+        root = video.parents[len(wanted) - 1]
+        exact = [key for parts, key in near if parts in both]
+        ending = [key for parts, key in near if parts[-len(wanted) :] in both]
+        for keys in (exact, ending):
+            if own := [key for key in keys if not self._is_anothers(key, name, root)]:
+                # What the pictures' names only may mean comes last.
+                return [key for key in own if not self._videos[key].rivals] or own
+        return [""] if "" in self._videos and self._is_alone(root) else []
+
+    def _is_anothers(self, key: str, name: str, root: Path) -> bool:
+        """True if the entry's name, or one that its pictures would rather mean, is the path of another video."""
+        for meant in (*self._videos[key].rivals, key):
+            parts = path_parts(meant)
+            for start in range(len(parts)):
+                path = "/".join(parts[start:])
+                possible = (path, *(path + suffix for lower in SUFFIXES for suffix in (lower, lower.upper())))
+                there = [file for file in possible if file.lower().endswith(SUFFIXES) and (root / file).exists()]
+                if there:
+                    return name not in there
+        return False
+
+    def _is_alone(self, root: Path) -> bool:
+        if root not in self._alone:
+            videos = (path for path in root.rglob("*") if path.name.lower().endswith(SUFFIXES))
+            self._alone[root] = len(list(islice(videos, 2))) == 1
+        return self._alone[root]
 
 
 def read_many(path: Path) -> dict[str, Entry]:
@@ -148,8 +223,16 @@ def read_many(path: Path) -> dict[str, Entry]:
     if path.is_dir():
         tables = [path / name for name in ("names.json", "names.csv") if (path / name).is_file()]
         if not tables:
-            raise InputError(f"the annotations folder {path} has no names.json or names.csv, which DAVIS masks need")
+            others = [file.relative_to(path).as_posix() for file in sorted(path.glob("**/*.json"))[:3]]
+            hint = f"; there is {', '.join(others)}: give the file itself" if others else ""
+            raise InputError(
+                f"the annotations folder {path} has no names.json or names.csv, which DAVIS masks need{hint}"
+            )
         path = tables[0]
+    if path.suffix.lower() in OTHERS:
+        raise InputError(
+            f"cannot read annotations from {path}: it is {OTHERS[path.suffix.lower()]}; known formats are\n{KNOWN}"
+        )
     try:
         if path.suffix.lower() == ".csv":
             return read_davis(read_names_table(path), path.parent)
@@ -164,11 +247,13 @@ def read_many(path: Path) -> dict[str, Entry]:
 
 
 def _recognise(content: Any) -> Callable[[Any, Path], dict[str, Entry]]:
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        raise ValueError(f"found a list (Label Studio's own?) of objects with {', '.join(sorted(content[0])[:10])}")
     if not isinstance(content, dict):
         raise ValueError(f"found a {type(content).__name__} instead of an object")
     lists = {key for key, value in content.items() if isinstance(value, list)}
     videos = content.get("videos")
-    if {"images", "annotations", "categories"} <= lists:
+    if {"images", "annotations", "categories"} <= lists and (content["images"] or "videos" not in lists):
         return lambda coco, path: read_coco(coco)
     if {"videos", "annotations", "categories"} <= lists:
         return lambda tracks, path: read_youtube_vis(tracks)
@@ -176,7 +261,12 @@ def _recognise(content: Any) -> Callable[[Any, Path], dict[str, Entry]]:
         if all(video and all(key.isdigit() for key in video) for video in videos.values()):
             return lambda davis, path: read_davis(davis["videos"], path.parent / davis.get("masks", "."))
         return lambda corpus, path: _read_corpus(corpus, path.parent)
-    raise ValueError(f"found {', '.join(sorted(content)) or 'an empty object'}")
+    strange = [
+        f"{key}, which is no list" for key in ("images", "annotations", "categories") if key in {*content} - lists
+    ]
+    names = sorted({*content} - {name.partition(",")[0] for name in strange})
+    more = [f"and {len(names) - 20} more"] if len(names) > 20 else []
+    raise ValueError(f"found {', '.join([*names[:20], *more, *strange]) or 'an empty object'}")
 
 
 def _read_corpus(content: Mapping[str, Any], folder: Path) -> dict[str, Entry]:
@@ -206,6 +296,8 @@ def _read_corpus(content: Mapping[str, Any], folder: Path) -> dict[str, Entry]:
 
     result: dict[str, Entry] = {}
     for name, video in content["videos"].items():
+        if not isinstance(video["file"], str):
+            raise InputError(f"the file of {name!r} in the annotations must be a text, got {video['file']!r}")
         if video["file"] in result:
             raise InputError(
                 f"the annotations have two entries for the file {video['file']!r}, one of them called {name!r}: leave "

@@ -115,8 +115,14 @@ class PickFrames(Step[VideoShots, tuple[FramePair, ...]]):
         usable = self._usable_frames(record)
         shots = [(shot, frames) for shot in record.shots if len(frames := _within(usable, shot)) >= 2]
         if not shots:
+            looked_at = record.shots[-1].last + 1
+            late = [index for index in usable if index >= looked_at]
+            evidence = {"shots": len(record.shots), "frames": list(usable[:20])}
+            if len(usable) - len(late) < 2 <= len(usable):
+                evidence["needed"] = f"two of them among the first {looked_at}, which --max-frames limits"
+                return Rejected("annotated frames after max_frames", evidence)
             reason = "fewer than two annotated frames in one shot" if self.annotated_only else "shots of one frame"
-            return Rejected(reason, {"shots": len(record.shots), "frames": list(usable[:20])})
+            return Rejected(reason, evidence)
         count = min(self.candidates, max(2, CANDIDATE_PIXELS // (video.facts.width * video.facts.height)))
         wanted = [(shot, self.places(shot, frames, times, count)) for shot, frames in shots]
         wanted.sort(key=lambda place: (times[place[1][0]] - times[place[1][-1]], place[0].first))

@@ -68,9 +68,7 @@ class ReadVideos(Step[VideoFile, Video]):
             except OSError:  # a name so long that a sidecar beside it cannot exist
                 annotations = None
             if annotations is None:
-                return Rejected(
-                    "no annotations", {"needed": f"{Path(file.name).stem}.annotations.json or --annotations FILE"}
-                )
+                return Rejected("no annotations", self._source.needed(file.name))
         return Video(
             file=file,
             caption=file.caption or "",

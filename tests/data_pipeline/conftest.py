@@ -149,6 +149,26 @@ def detection_of(mask: np.ndarray, phrase: str = "dog", **changes: object) -> De
     return Detection(**{"entity": entity_of(phrase), "box": mask_box(mask), "score": 1.0, "mask": mask, **changes})
 
 
+SCRIPTS = {
+    "German": ("Mädchen", "Hündchn"),
+    "Chinese": ("红色的狗", "沙滩上球"),
+    "Japanese": ("赤い犬", "ねこが"),
+    "Korean": ("강아지", "고양이"),
+    "Cyrillic": ("собака", "рыжего"),
+    "Arabic": ("قطة", "كلب"),
+    "Hebrew": ("כלב", "ילד"),
+    "Hindi": ("कल", "जल"),
+    "Thai": ("หมา", "แมว"),
+    "emoji": ("\U0001f415", "\U0001f408"),
+}
+
+
+@pytest.fixture(params=SCRIPTS)
+def script_text(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Two texts of one script and one length."""
+    return SCRIPTS[request.param]
+
+
 @pytest.fixture
 def make_entity() -> Callable[..., Entity]:
     """``entity_of`` for tests, which cannot import this file."""

@@ -209,6 +209,12 @@ def test_other_settings_on_an_old_folder(mined, folder, capsys):
     assert "filter_pairs.min_area: 0.01 then, 0.05 now" in capsys.readouterr().err
 
 
+def test_another_version_on_a_complete_folder(mined, folder, monkeypatch, capsys):
+    monkeypatch.setattr(build, "__version__", "99")
+    assert mine(folder, mined) == 2
+    assert re.search(r"was made by version 0.* of the pipeline, this is 99: use it as it is", capsys.readouterr().err)
+
+
 def test_other_videos_on_a_complete_folder(mined, folder, capsys):
     try:
         (folder / "new.mp4").write_bytes(b"x")
@@ -433,6 +439,62 @@ def test_the_embedded_models_mine_clips_that_bring_nothing_but_a_caption(tmp_pat
         assert set(boxes) <= set(frame), f"{key}: {boxes} where there is {frame}"
     wanted = sum(len(frames[0]) for frames in truth.values())
     assert found >= 0.8 * wanted, f"{found} of {wanted}"
+
+
+def as_coco(sidecars, pattern, first=0, crowd=0):
+    """Sidecars of clips as one COCO file. pattern: of file names, from the clip's name and the frame's number."""
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "teapot"}]}
+    for clip, sidecar in sidecars.items():
+        for frame in sidecar["frames"]:
+            image = {"id": len(content["images"]) + 1, "file_name": pattern.format(clip, frame["index"] + first)}
+            content["images"].append({**image, "width": sidecar["width"], "height": sidecar["height"]})
+            for found in frame["objects"]:
+                attributes = {"occluded": False, "track_id": found["id"]}
+                values = {"segmentation": found["mask_rle"], "iscrowd": crowd, "attributes": attributes}
+                number = len(content["annotations"]) + 1
+                content["annotations"].append(
+                    {"id": number, "image_id": image["id"], "category_id": found["id"] + 1, **values}
+                )
+    return content
+
+
+@pytest.mark.parametrize("export", ["cvat", "ffmpeg", "davis"])
+def test_exports_of_others_give_the_samples_that_sidecars_give(write_clip, tmp_path, export):
+    videos = tmp_path / "videos"
+    clips = {"a": ("dog", "teapot"), "b": ("dog",)}
+    sidecars = {}
+    for clip, names in clips.items():
+        write_clip(videos / "sub", clip, names)
+        sidecars[clip] = json.loads((videos / f"sub/{clip}.annotations.json").read_text())
+    assert mine(videos, tmp_path / "sidecars") == 0
+    for clip in clips:
+        (videos / f"sub/{clip}.annotations.json").unlink()
+    content = {
+        "cvat": lambda: as_coco(sidecars, "images\\sub\\{}\\frame_{:06d}.PNG", crowd=1),
+        "ffmpeg": lambda: as_coco(sidecars, "/data/sub/{}_{:05d}.jpg", first=1),
+        "davis": lambda: {"masks": "masks", "videos": {"sub/a": {"1": "dog", "2": "teapot"}, "sub/b": {"1": "dog"}}},
+    }[export]()
+    for clip, sidecar in sidecars.items():
+        (tmp_path / f"masks/sub/{clip}").mkdir(parents=True)
+        for frame in sidecar["frames"]:
+            pixels = sum(decode_mask(found["mask_rle"]) * np.uint8(found["id"] + 1) for found in frame["objects"])
+            pixels = pixels if clip == "a" else pixels * 255  # DAVIS 2016
+            Image.fromarray(pixels.astype(np.uint8)).save(
+                tmp_path / f"masks/sub/{clip}/{frame['index']:05d}.PNG", "PNG"
+            )
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    assert mine(videos, tmp_path / "export", "--annotations", tmp_path / "all.json") == 0
+    ours, theirs = (read_shard(tmp_path / out / "pairs-000000.tar") for out in ("sidecars", "export"))
+    assert len(ours) == 2
+    assert ours.keys() == theirs.keys()
+    for key, files in ours.items():
+        for name in files.keys() - {"json"}:
+            assert files[name] == theirs[key][name], f"{key}.{name}"
+        found, wanted = (
+            [(subject["phrase"], subject["target_mask_rle"]) for subject in json.loads(each["json"])["subjects"]]
+            for each in (theirs[key], files)
+        )
+        assert found == wanted
 
 
 @pytest.mark.slow

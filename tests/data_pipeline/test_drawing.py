@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 
-from data_pipeline.drawing import _wrapped, beside, contact_sheet, draw_cut_out, draw_frame, draw_preview
+from data_pipeline.drawing import LINES, _wrapped, beside, contact_sheet, draw_cut_out, draw_frame, draw_preview
+from data_pipeline.lettering import text_width
 from data_pipeline.records import DetectedPair, NamedPair, TrainingPair
 
 MASK = np.zeros((40, 60), dtype=bool)
@@ -71,10 +72,39 @@ def test_headings_stand_on_lines_of_their_own():
 
 
 def test_words_longer_than_a_tile_are_broken_not_lost():
-    font = ImageFont.load_default(size=12)
-    lines = _wrapped("short " + "x" * 60 + " end", font, 160, most=9)
+    lines = _wrapped("short " + "x" * 60 + " end", 12, 160, most=9)
     assert lines[0] == "short"
     assert "".join(lines).replace(" ", "") == "short" + "x" * 60 + "end"
-    assert all(font.getlength(line) <= 160 for line in lines)
-    assert len(_wrapped("word " * 200, font, 160)) == 3
-    assert _wrapped("", font, 160) == [""]
+    assert all(text_width(line, 12) <= 160 for line in lines)
+    assert len(_wrapped("word " * 200, 12, 160)) == LINES
+    assert _wrapped("", 12, 160) == [""]
+    assert _wrapped("a dog\n[clip 1]", 12, 160) == ["a dog", "[clip 1]"]
+    assert _wrapped("one two three", 12, 40, most=2) == ["one", "two ..."]
+    assert _wrapped("one two\n[1]", 12, 40, most=2) == ["one", "two ..."]
+
+
+def test_a_caption_of_two_thousand_characters_without_a_space_is_wrapped_at_once():
+    lines = _wrapped("狗在沙滩上" * 400, 12, 160)
+    assert len(lines) == LINES
+    assert lines[-1].endswith(" ...")
+    assert all(140 <= text_width(line, 12) <= 160 for line in lines[:-1])
+
+
+def test_what_belongs_together_is_not_broken():
+    families = "\U0001f469\u200d\U0001f467\U0001f44d\U0001f3fd" * 30
+    lines = _wrapped(families, 12, 100, most=9)
+    assert len(lines) > 2
+    for line in lines:
+        assert line[0] in "\U0001f469\U0001f44d"
+        assert line[-1] != "\u200d"
+
+
+def test_phrases_and_captions_in_any_script_are_drawn(script_text):
+    """Where Pillow's own font has a box for every letter, two texts of one length look the same."""
+    first, second = script_text
+    mask = np.zeros((168, 168), dtype=bool)
+    grey = np.full((168, 168, 3), 128, dtype=np.uint8)
+    frames = [draw_frame(grey, [(text, (0, 0, 1, 1), mask)]) for text in script_text]
+    assert not np.array_equal(*map(np.asarray, frames))
+    tile = Image.new("RGB", (160, 20))
+    assert not np.array_equal(*(np.asarray(contact_sheet([(tile, text)])) for text in (first, second)))

@@ -682,6 +682,16 @@ def test_a_coco_object_without_a_box_takes_that_of_its_mask(folder, photos, tmp_
     assert rejected(tmp_path / "out") == {f"p{i}.png": ("read_items", "no caption") for i in (1, 2)}
 
 
+def test_what_cvat_calls_crowds_and_via_ids_are_objects(folder, photos, tmp_path):
+    polygon = [12, 12, 38, 12, 38, 48, 12, 48]  # by itself, as VIA writes it
+    painted = {"id": 0, "image_id": "0", "category_id": 3.0, "segmentation": polygon, "bbox": [], "iscrowd": 1}
+    coco_file(tmp_path / "coco.json", annotations=[painted], names=("images\\p0.png",))
+    (photos / "p0.txt").write_text("a dog")
+    assert folder("--annotations", str(tmp_path / "coco.json")) == 0
+    [subject] = samples(tmp_path / "out")["p0"].metadata["subjects"]
+    np.testing.assert_allclose(np.multiply(subject["target_box"], [*SIZE, *SIZE]), [12, 12, 38, 48], atol=1e-3)
+
+
 def test_coco_names_without_their_folder(folder, tmp_path):
     save(tmp_path / "photos" / "train" / "one.png", seed=0)
     (tmp_path / "photos" / "train" / "one.txt").write_text("a dog and a red ball, 0")

@@ -46,7 +46,17 @@ def test_other_settings_on_a_complete_dataset_are_named(journal):
     write_atomically(journal.out / "build.json", json.dumps(content).encode())
     journal.close()
     with pytest.raises(InputError, match=r"a.b: 1 then, 2 now"):
-        journal.start({"a": {"b": 2}})
+        journal.start({"a": {"b": 2}}, version="1")
+
+
+def test_another_version_says_so_before_it_speaks_of_its_other_settings(journal):
+    with pytest.raises(InputError, match=r"was started by version  of the pipeline, this is 2: finish it with that"):
+        journal.start({**SETTINGS, "new_step": {"a": 1}}, version="2")
+    content = {"settings": {"a": {"b": 1}}, "files": {}, "version": "1"}
+    write_atomically(journal.out / "build.json", json.dumps(content).encode())
+    journal.close()
+    with pytest.raises(InputError, match=r"was made by version 1 of the pipeline, this is 2: use it as it is, or choo"):
+        journal.start({"a": {"b": 1}, "new_step": {"a": 1}}, version="2")
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):

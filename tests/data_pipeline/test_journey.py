@@ -1,12 +1,13 @@
 """A clip on its way: batches, pairs that part, errors that stay with the pair that set them off."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 
 from data_pipeline.journal import Journal
 from data_pipeline.journey import Branch, Journey, advance, commit, outcome, travel
-from data_pipeline.records import ClipError, Dropped, EncodedPair, Rejected, VideoFile
+from data_pipeline.records import ClipError, Dropped, EncodedPair, NamedPair, Rejected, VideoFile
 from data_pipeline.step import Step
 
 
@@ -109,6 +110,8 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback_and_hits_no_other_pair
     finished = commit(journey, journal)
     assert finished.kept
     assert "KeyError: 'oops'" in finished.unexpected
+    [lost] = journal.read(journey.file)["lost_pairs"]
+    assert lost["evidence"]["error"] == "KeyError: 'oops'"
     assert [sample["key"] for sample in journal.read(journey.file)["samples"]] == ["a", "c"]
 
 
@@ -146,6 +149,32 @@ def test_a_broken_batch_is_taken_again_one_by_one(make_journey):
     assert seen == [["a", "x", "c"], ["a"], ["x"], ["c"]]
     assert [journey.alive for journey in journeys] == [True, False, True]
     assert journeys[1].branches[0].record.reason == "unexpected error"
+
+
+def test_an_unexpected_error_says_which_caption_it_met(make_pair, make_entity):
+    pair = make_pair(*[np.zeros((8, 8, 3), dtype=np.uint8)] * 2, caption="written by a captioner")
+    records = [pair, NamedPair(frames=pair, entities=(make_entity(),)), pair.video, pair.video.file]
+    journeys = [Journey(pair.video.file, [Branch(record)]) for record in records]
+    for journey in journeys:
+        advance(Forgetful(), [journey])
+    captions = [journey.branches[0].record.evidence["caption"] for journey in journeys]
+    assert captions == ["written by a captioner"] * 3 + ["a dog on the beach"]
+
+
+@dataclass(kw_only=True)
+class Remark(Step):
+    def process(self, record):
+        return (replace(record, notes=("HDR", "interlaced")), record)
+
+
+def test_what_records_say_of_their_clip_is_kept_whatever_becomes_of_it(make_journey, make_pair, journal):
+    video = make_pair(*[np.zeros((8, 8, 3), dtype=np.uint8)] * 2).video
+    journey = Journey(make_journey("a").file, [Branch(video)])
+    assert not commit(travel([Remark(), Remark(), Forgetful()], journey), journal).kept
+    assert journal.read(journey.file)["notes"] == ["HDR", "interlaced"]
+    plain = make_journey("c")
+    assert commit(travel(STEPS, plain), journal).kept
+    assert journal.read(plain.file)["notes"] == []
 
 
 @dataclass(kw_only=True)

@@ -77,6 +77,31 @@ def test_counts_and_what_the_page_says(finished):
     assert text.count("<svg") == 6
 
 
+def test_what_is_out_of_the_ordinary_is_counted_over_kept_and_rejected_clips(finished):
+    journal, files, build = finished
+    for file, notes in ((files[0], ["HDR"]), (files[5], ["HDR", "interlaced"])):
+        marker = journal.read(file)
+        journal.commit(file, {**marker, "notes": notes}, blocks=journal.blocks(file.key) if marker["kept"] else b"")
+    write_report(journal, files, STAGES, build)
+    assert read_notes(journal.out)["clips"] == [["HDR", 2], ["interlaced", 1]]
+    assert '<td>HDR</td><td class="n">2</td>' in (journal.out / "report.html").read_text()
+
+
+def test_an_unexpected_error_shows_its_caption_and_the_error_in_words(finished, monkeypatch):
+    journal, files, build = finished
+    evidence = {"error": "IndexError: list index out of range", "caption": "women's hands " * 20, "traceback": "..."}
+    entry = {"video": "a.mp4", "key": "bad_filter_pairs_00", "stage": "filter_pairs", "reason": "unexpected error"}
+    (journal.out / "rejected.jsonl").write_text(json.dumps({**entry, "evidence": evidence}))
+    keep_notes(journal, files)
+    shown = []
+    monkeypatch.setattr(report, "contact_sheet", lambda tiles: shown.extend(tiles) or Image.new("RGB", (9, 9)))
+    render_report(journal.out, build)
+    heading, (_, text) = shown[-2:]
+    assert heading == "filter_pairs: unexpected error (1)"
+    assert text.startswith("error: IndexError: list index out of range; caption: women's hands women's")
+    assert text.endswith("wo ...\n[a.mp4]")
+
+
 def test_the_same_bytes_from_the_dataset_alone(finished, capsys):
     journal, files, build = finished
     write_report(journal, files, STAGES, build)

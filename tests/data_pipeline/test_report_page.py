@@ -1,11 +1,23 @@
+import re
 from collections import Counter
 from xml.etree import ElementTree
 
 import pytest
 
-from data_pipeline.report_page import Histogram, Tally, column_chart, funnel, page, phrase_chart, printable, table
+from data_pipeline.report_page import (
+    Histogram,
+    Tally,
+    column_chart,
+    funnel,
+    in_words,
+    page,
+    phrase_chart,
+    printable,
+    table,
+)
 
 BUILD = {"settings": {"read": {"a": 1}, "filter": {"b": "<x>"}, "write": {}}, "versions": {"numpy": "2.0"}}
+BUILD["version"] = "0.7"
 
 
 def row(**changes):
@@ -91,7 +103,9 @@ def test_funnel_rows(tally):
 
 def test_page(tally):
     notes = {"dropped": [["filter", "box too small", 7]], "lost_pairs": [["filter", "near-identical frames", 3]]}
-    entry = {"video": "a<b.mp4", "evidence": {"traceback": "x" * 1000}}
+    notes["clips"] = [["HDR", 2], ["in <another> language", 1]]
+    traceback = f"Traceback ...\n  {'x' * 1000}\nIndexError: list index <out> of range\n"
+    entry = {"video": "a<b.mp4", "evidence": {"caption": "a 'dog' & 狗", "traceback": traceback}}
     text = page(tally, BUILD, notes, {"kept": "report/kept.png"}, {("read", "empty file"): [entry]})
     assert "4 videos gave 2 samples with 3 subjects; 3 videos were rejected" in text
     assert '<td>box too small</td><td class="n">7</td>' in text
@@ -101,9 +115,23 @@ def test_page(tally):
     assert "there are no pictures" in text
     assert "read: empty file (2)" in text
     assert "a&lt;b.mp4" in text
-    assert "x" * 500 in text
-    assert "x" * 700 not in text
+    assert "<bdi>caption: a &#x27;dog&#x27; &amp; 狗; error: IndexError: list index &lt;out&gt; of range</bdi>" in text
+    assert f"<pre>Traceback ...\n  {'x' * 1000}\nIndexError: list index &lt;out&gt;" in text
+    assert '<td>HDR</td><td class="n">2</td></tr>\n<tr><td>in &lt;another&gt; language</td><td class="n">1</td>' in text
+    assert "<small>data_pipeline 0.7, numpy 2.0</small>" in text
     assert "{&quot;b&quot;: &quot;&lt;x&gt;&quot;}" in text
+
+
+def test_on_a_narrow_screen_the_bars_make_room_for_the_counts(tally):
+    """At 400 pixels in Chromium nothing but the funnel is wider than the screen, and its counts are seen."""
+    text = page(tally, BUILD, {}, {}, {})
+    assert '<meta name="viewport" content="width=device-width">' in text
+    narrow = text[text.index("@media (max-width: 900px) {") : text.index("</style>")]
+    assert ".funnel :is(td, th):nth-child(2) { display: none; }" in narrow
+    table = text[text.index('<div class="funnel">') : text.index("</table></div>")]
+    assert re.findall(r'<th scope="col">(.*?)</th>', table)[:5] == ["step", "", "clips in", "rejected", "clips out"]
+    assert table.count('<td><span class="bar"') == len(BUILD["settings"])
+    assert "svg { max-width: 100%; height: auto; }" in text
 
 
 def test_a_page_without_anything_kept_has_no_charts():
@@ -112,6 +140,21 @@ def test_a_page_without_anything_kept_has_no_charts():
     text = page(counts, BUILD, {}, {}, {})
     assert "<svg" not in text
     assert "left out" not in text
+
+
+@pytest.mark.parametrize(
+    ("evidence", "words"),
+    [
+        ({"seconds": 0.1, "min_gap": 0.25}, "seconds: 0.1; min gap: 0.25"),
+        ({"video": [4, 3], "error": "ключ", "caption": ""}, "video: [4, 3]; error: ключ"),
+        ({"error": "ValueError: no", "caption": "a dog", "traceback": "..."}, "error: ValueError: no; caption: a dog"),
+        ({"error": "x" * 30}, f"error: {'x' * 20} ..."),
+        ({}, ""),
+        ([1, 2], "[1, 2]"),
+    ],
+)
+def test_evidence_in_words(evidence, words):
+    assert in_words(evidence, 20) == words
 
 
 def test_half_a_character_of_a_file_name_does_no_harm():

@@ -96,7 +96,7 @@ def test_coco_without_a_box_takes_that_of_the_mask_and_crowds_are_left_out(tmp_p
         (coco(bbox=[1, 2, 10**400, 4]), "unreadable annotations", "four numbers"),
         (coco(bbox="absent"), "unreadable annotations", "neither a box nor a mask"),
         (coco(bbox="absent", segmentation=encode_mask(MASK & False)), "unreadable annotations", "empty mask"),
-        (coco(track_id="nine"), "unreadable annotations", "number of an object whole"),
+        (coco(track_id="nine"), "unreadable annotations", "number of an object must be a whole number"),
         (coco(category_id="absent"), "unreadable annotations", "KeyError"),
     ],
 )
@@ -104,6 +104,169 @@ def test_broken_coco_takes_its_clip_with_it(tmp_path, content, reason, evidence)
     with pytest.raises(ClipError, match=reason) as caught:
         read(tmp_path, content)
     assert evidence in str(caught.value.evidence)
+
+
+@pytest.mark.parametrize("iscrowd", [1, True, "1"])
+def test_crowds_of_cvat_are_objects(tmp_path, iscrowd):
+    """CVAT writes what was painted with a brush as run lengths and iscrowd 1, and outlines with 0."""
+    painted = coco(segmentation=encode_mask(MASK), iscrowd=iscrowd)
+    assert [one.name for one in read(tmp_path, painted).frames[4]] == ["dog"]
+    outlined = {**painted["annotations"][0], "id": 2, "iscrowd": 0, "segmentation": POLYGON, "category_id": 5}
+    painted["annotations"].append(outlined)
+    assert [one.name for one in read(tmp_path, painted).frames[4]] == ["cup"]
+    painted["annotations"][0]["attributes"] = {"occluded": False, "track_id": 0}
+    assert [(one.name, one.object_id) for one in read(tmp_path, painted).frames[4]] == [("dog", 0), ("cup", None)]
+
+
+def test_a_clip_of_nothing_but_crowds_says_so(tmp_path):
+    content = coco(iscrowd=1)
+    content["images"].append({**content["images"][0], "id": 8, "file_name": "other/1.jpg"})
+    content["annotations"].append({**content["annotations"][0], "image_id": 8, "iscrowd": "0"})
+    with pytest.raises(ClipError, match="annotations without an object") as caught:
+        read(tmp_path, content)
+    told = {"annotated_frames": 1, "left_out": "1 annotations with iscrowd 1 in the whole file"}
+    assert caught.value.evidence == told
+    assert read(tmp_path, content, "other.mp4").frames[1][0].name == "dog"
+
+
+@pytest.mark.parametrize(
+    ("file_name", "video"),
+    [
+        ("images/clip/00004.jpg", "clip.mp4"),
+        ("JPEGImages/480p/clip/00004.jpg", "clip.mp4"),
+        ("/home/me/data/clip/00004.jpg", "clip.mp4"),
+        ("C:\\data\\clip\\00004.jpg", "clip.mp4"),
+        ("https://host/bucket/clip/00004.jpg", "clip.mp4"),
+        ("./clip/00004.jpg", "clip.mp4"),
+        ("clip.mp4/00004.jpg", "clip.mp4"),
+        ("images/clip.mp4/00004.jpg", "clip.mp4"),
+        ("train/clip/img1/000004.jpg", "clip.mp4"),
+        ("train/sub/clip/frame_000004.PNG", "sub/clip.mp4"),
+        ("clip_00004.jpg", "clip.mp4"),
+        ("clip-4.png", "clip.mp4"),
+        ("clip_frame_000004.PNG", "clip.mp4"),
+        ("clip.frame4.jpg", "clip.mp4"),
+        ("clip_00004_rgb.jpg", "clip.mp4"),
+        ("clip_720p_00004.jpg", "clip_720p.mp4"),
+        ("b1c66a42-6f7d68ca-0000004.jpg", "b1c66a42-6f7d68ca.mov"),
+        ("my clip 2 00004.jpg", "my clip 2.mp4"),
+        ("images/clip_00004.jpg", "clip.mp4"),
+        ("images\\3f2a91bc-clip_00004.jpg", "clip.mp4"),
+        ("sub/clip_00004.jpg", "sub/clip.mp4"),
+        ("cafe\u0301/00004.jpg", "caf\u00e9.mp4"),
+        ("frame_000004.PNG", "clip.mp4"),  # CVAT: names no video, but there is one only
+        ("images/train/000004.jpg", "clip.mp4"),
+    ],
+)
+def test_which_video_and_frame_a_file_name_means(tmp_path, file_name, video):
+    (tmp_path / video).parent.mkdir(exist_ok=True)
+    (tmp_path / video).write_bytes(b"")
+    assert list(read(tmp_path, coco(image={"file_name": file_name}), video).frames) == [4]
+
+
+@pytest.mark.parametrize(
+    ("file_name", "videos"),
+    [
+        ("frame_000004.PNG", ["clip.mp4", "other.mp4"]),
+        ("images/other/00004.jpg", ["clip.mp4"]),
+        ("other_00004_rgb.jpg", ["clip.mp4"]),
+        ("sub/clip/00004.jpg", ["clip.mp4", "sub/clip.MP4"]),
+        ("sub/clip_00004.jpg", ["clip.mp4", "sub/clip.mov"]),
+        ("clip_frame_00004.jpg", ["clip.mp4", "clip_frame.mp4"]),
+        ("other/clip_00004.jpg", ["clip.mp4", "other.mp4"]),
+    ],
+)
+def test_what_may_mean_another_video_is_not_taken(tmp_path, file_name, videos):
+    (tmp_path / "sub").mkdir()
+    for video in videos:
+        (tmp_path / video).write_bytes(b"")
+    assert read(tmp_path, coco(image={"file_name": file_name}), videos[0]) is None
+
+
+def test_two_folders_that_may_mean_one_video(tmp_path):
+    content = coco(image={"file_name": "train/clip/00004.jpg"})
+    content["images"].append({**content["images"][0], "id": 8, "file_name": "val/clip/00004.jpg"})
+    with pytest.raises(ClipError) as caught:
+        read(tmp_path, content)
+    assert caught.value.evidence["error"] == "two entries for this video: train/clip and val/clip"
+
+
+def test_what_was_found_where_no_entry_fits(tmp_path):
+    (tmp_path / "all.json").write_text(json.dumps(coco(image={"file_name": "images/other/00004.jpg"})))
+    source = AnnotationSource(tmp_path / "all.json")
+    needed = {"needed": "an entry for sub/clip in all.json, or clip.annotations.json", "found": ["images/other"]}
+    assert source.needed("sub/clip.mp4") == needed
+    assert AnnotationSource(None).needed("clip.mp4") == {"needed": "clip.annotations.json or --annotations FILE"}
+
+
+def numbered(first, count, pattern="clip/{:05d}.jpg"):
+    content = coco()
+    images = [{**content["images"][0], "id": n, "file_name": pattern.format(n)} for n in range(first, first + count)]
+    content["annotations"][0]["image_id"] = first
+    return {**content, "images": images}
+
+
+def test_numbers_that_begin_with_1_are_understood_where_every_frame_has_a_picture(tmp_path):
+    frames = read(tmp_path, numbered(1, FRAMES)).frames
+    assert sorted(frames) == list(range(FRAMES))
+    assert [index for index, objects in frames.items() if objects] == [0]
+    with pytest.raises(ClipError, match="a frame that is not in the video") as caught:
+        read(tmp_path, numbered(2, FRAMES - 1))
+    assert caught.value.evidence["needed"].startswith("0 to 11; numbers that begin elsewhere")
+
+
+def test_numbers_of_roboflow_are_no_frames(tmp_path):
+    content = coco(image={"file_name": "clip_mp4-4_jpg.rf.9f8e7d6c5b4a39281706f5e4d3c2b1a0.jpg"})
+    with pytest.raises(ClipError) as caught:
+        read(tmp_path, content)
+    assert "Roboflow's, which counts the pictures that were taken" in caught.value.evidence["error"]
+    content["images"][0] |= {"video": "clip", "frame": 4}
+    assert list(read(tmp_path, content).frames) == [4]
+
+
+def test_videos_as_cocovid_and_tao_name_them(tmp_path):
+    content = coco(image={"video_id": 1, "frame_id": 5, "file_name": "a/img1/000006.jpg"}, instance_id=3)
+    content["videos"] = [{"id": 1, "name": "MOT17/clip"}]
+    [(index, [one])] = read(tmp_path, content).frames.items()
+    assert (index, one.object_id) == (5, 3)
+    content = coco(image={"video": "train/YFCC/clip", "frame_index": 6}, track_id="7")
+    [(index, [one])] = read(tmp_path, content).frames.items()
+    assert (index, one.object_id) == (6, 7)
+
+
+def test_a_video_without_a_name_that_is_a_text(tmp_path):
+    with pytest.raises(InputError, match="image 7 of the annotations: its video must be a text, got 5"):
+        read(tmp_path, coco(image={"video": 5}))
+    with pytest.raises(InputError, match="the file of 'a' in the annotations must be a text, got 5"):
+        read(tmp_path, {"videos": {"a": {"file": 5, "width": 10, "height": 8}}})
+
+
+def test_ids_as_numbers_and_as_texts_are_the_same(tmp_path):
+    content = coco(image_id="7", category_id=3.0)
+    assert read(tmp_path, content).frames[4][0].name == "dog"
+    content = youtube_vis(video_id="2")
+    assert read(tmp_path, content).frames[0][0].name == "cup"
+    with pytest.raises(InputError, match=r"no annotation belongs to one of the 1 images: image_id is 12 .*ids are 7"):
+        read(tmp_path, coco(image_id=12))
+
+
+def test_a_polygon_by_itself_and_an_empty_box(tmp_path):
+    [one] = read(tmp_path, coco(segmentation=POLYGON[0], bbox=[])).frames[4]
+    assert one.box == BOX
+
+
+@pytest.mark.parametrize("size", [{"width": 0, "height": 0}, {"width": None}])
+def test_an_image_without_a_size(tmp_path, size):
+    with pytest.raises(ClipError) as caught:
+        read(tmp_path, coco(image=size))
+    assert "an image without width and height" in caught.value.evidence["error"]
+
+
+@pytest.mark.parametrize("frame", ["four", 4.5, True])
+def test_a_field_frame_that_is_no_number(tmp_path, frame):
+    with pytest.raises(ClipError) as caught:
+        read(tmp_path, coco(image={"frame": frame}))
+    assert f"image 7: the field frame must be a whole number, got {frame!r}" in caught.value.evidence["error"]
 
 
 def test_two_images_for_one_frame(tmp_path):
@@ -203,6 +366,19 @@ def test_broken_youtube_vis_takes_its_clip_with_it(tmp_path, content, reason, ev
     assert evidence in str(caught.value.evidence)
 
 
+def test_videos_in_one_folder_go_by_what_stands_before_the_number(tmp_path):
+    content = youtube_vis([f"images/clip_{number}.jpg" for number in (0, 5, 10)])
+    other = {**content["videos"][0], "id": 3, "file_names": ["images/other_0.jpg"]}
+    content["videos"].append(other)
+    assert sorted(read(tmp_path, content).frames) == [0, 5, 10]
+    assert read(tmp_path, content, "images.mp4") is None
+
+
+def test_empty_lists_for_what_is_not_seen(tmp_path):
+    frames = read(tmp_path, {**youtube_vis(bboxes=[[1, 2, 4, 4], [], []], segmentations="absent"), "images": []}).frames
+    assert {index: len(objects) for index, objects in frames.items()} == {0: 1, 5: 0, 10: 0}
+
+
 def test_two_videos_in_one_folder(tmp_path):
     content = youtube_vis()
     content["videos"].append({**content["videos"][0], "id": 3})
@@ -263,7 +439,10 @@ def test_davis_with_a_table_of_names(tmp_path):
 
 def test_a_folder_stands_for_its_table_of_names(tmp_path):
     davis(tmp_path)
-    with pytest.raises(InputError, match="has no names.json or names.csv, which DAVIS masks need"):
+    (tmp_path / "masks/annotations").mkdir()
+    (tmp_path / "masks/annotations/instances_default.json").write_text("{}")
+    found = "names.csv, which DAVIS masks need; there is annotations/instances_default.json: give the file itself"
+    with pytest.raises(InputError, match=found):
         AnnotationSource(tmp_path / "masks")
     (tmp_path / "masks/names.csv").write_text("video,object,name\nclip,1,cup\nclip,2,dog\n")
     found = AnnotationSource(tmp_path / "masks").read(tmp_path / "clip.mp4", "clip.mp4", WIDTH, HEIGHT, FRAMES)
@@ -312,10 +491,46 @@ def test_a_mask_picture_that_would_fill_the_memory(tmp_path):
     assert caught.value.evidence == {"file": "00007.png", "error": "DecompressionBombError"}
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "LA"])
+@pytest.mark.parametrize("number", ["1", "255"])
+def test_davis_2016(tmp_path, mode, number):
+    """One object, 255; in whatever colours the picture is stored."""
+    folder = tmp_path / "masks/clip"
+    folder.mkdir(parents=True)
+    picture = Image.fromarray((MASK * 255).astype(np.uint8))
+    (picture if mode == "P" else picture.convert(mode)).save(folder / "00007.PNG", "PNG")
+    [swan] = read(tmp_path, {"masks": "masks", "videos": {"clip.mp4": {number: "swan"}}}).frames[7]
+    assert (swan.name, swan.object_id, swan.box) == ("swan", int(number), BOX)
+    assert np.array_equal(read_mask(swan, WIDTH, HEIGHT), MASK)
+    with pytest.raises(ClipError) as caught:
+        read(tmp_path, {"masks": "masks", "videos": {"clip": {"1": "swan", "2": "lake"}}})
+    assert "hold 0 and 255 only, one object as in DAVIS 2016, but there are names for the objects [1, 2]" in str(
+        caught.value.evidence
+    )
+
+
+def test_black_and_white_masks_hold_object_1(tmp_path):
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for number in range(1, FRAMES + 1):  # begins with 1
+        Image.fromarray(MASK).save(folder / f"{number:05d}.png")
+    found = read(tmp_path, {"videos": {"clip": {"1": "swan"}}})
+    assert sorted(found.frames) == list(range(FRAMES))
+    assert np.array_equal(read_mask(found.frames[0][0], WIDTH, HEIGHT), MASK)
+
+
+def test_masks_in_another_format_are_named(tmp_path):
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip/00000.jpg").write_bytes(b"")
+    with pytest.raises(ClipError) as caught:
+        read(tmp_path, {"videos": {"clip": {"1": "swan"}}})
+    assert caught.value.evidence["error"].endswith("of the masks: needed is .png, found .jpg")
+
+
 def test_davis_in_full_colour_is_refused(tmp_path):
     with pytest.raises(ClipError) as caught:
         read(tmp_path, davis(tmp_path, mode="RGB"))
-    assert "palette or grey picture" in caught.value.evidence["error"]
+    assert "palette or grey picture of object numbers, found RGB" in caught.value.evidence["error"]
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,8 @@ def test_a_bad_entry_of_the_corpus_takes_its_clip_with_it(tmp_path, changes, rea
         ("[" * 100_000, "RecursionError"),
         ("{}", "found an empty object"),
         ('{"shapes": [], "version": 1}', "found shapes, version"),
+        ('[{"id": 1, "data": {}, "annotations": []}]', "Label Studio's own.*objects with annotations, data, id"),
+        ('{"images": [], "annotations": null, "info": {}}', "found images, info, annotations, which is no list"),
         ('{"videos": {"clip": {}}}', "KeyError"),
         ('{"images": [{}], "annotations": [], "categories": []}', "KeyError"),
         ('{"videos": [{"id": 1, "file_names": []}], "annotations": [], "categories": []}', "KeyError|IndexError"),
@@ -167,6 +169,30 @@ def test_a_bad_corpus_file_stops_the_run(tmp_path, content, found):
     path.write_text(content)
     with pytest.raises(InputError, match=rf"cannot read annotations from .*({found}).*; known formats are\n  ours"):
         AnnotationSource(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("annotations.xml", "CVAT"), ("gt.txt", "MOT"), ("all.ndjson", "Labelbox"), ("a.ZIP", "unpacked")],
+)
+def test_files_of_tools_that_are_not_read_are_called_by_their_name(tmp_path, name, told):
+    (tmp_path / name).write_bytes(b"PK<")
+    with pytest.raises(InputError, match=rf"it is .*{told}.*known formats are\n(.*\n)+Most tools can export COCO"):
+        AnnotationSource(tmp_path / name)
+
+
+def test_a_sidecar_of_another_format_says_where_that_is_read(tmp_path):
+    with pytest.raises(ClipError, match="unknown annotations schema") as caught:
+        read_sidecar(write(tmp_path, {"images": [], "categories": []}), 10, 8, 12)
+    assert caught.value.evidence["found"] == "no schema, but categories, images"
+    assert "--annotations FILE reads COCO" in caught.value.evidence["hint"]
+
+
+def test_a_sidecar_without_an_object(tmp_path):
+    path = write(tmp_path, sidecar(frames=[{"index": 3, "objects": []}]))
+    with pytest.raises(ClipError, match="annotations without an object") as caught:
+        AnnotationSource(None).read(path.with_name("clip.mp4"), "clip.mp4", 10, 8, 12)
+    assert caught.value.evidence == {"annotated_frames": 1}
 
 
 def test_two_entries_of_the_corpus_for_one_file(tmp_path):

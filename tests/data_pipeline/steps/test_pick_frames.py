@@ -60,6 +60,14 @@ def test_the_outermost_if_one_frame_is_nearest_to_both_places(video):
     assert [frame.index for frame in both(pick(video, shot(0, 11), annotated=[5, 11], min_gap=0))] == [5, 11]
 
 
+@pytest.mark.parametrize("annotated", [[9, 11], [2, 9, 11]])
+def test_objects_that_come_after_the_last_frame_looked_at(video, annotated):
+    rejected = pick(video, shot(0, 7), annotated=annotated)
+    assert rejected.reason == "annotated frames after max_frames"
+    assert rejected.evidence["frames"] == annotated
+    assert rejected.evidence["needed"] == "two of them among the first 8, which --max-frames limits"
+
+
 def both(pair):
     return pair.reference, pair.target
 
