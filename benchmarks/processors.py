@@ -57,7 +57,8 @@ def main() -> int:
         pairs = make_pairs(Path(folder))
         for name in options.settings or SETTINGS:
             began = time.monotonic()
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **SETTINGS[name]}
+            own = {key: value for key, value in os.environ.items() if key not in {*SSE, *FREE}}
+            environment = {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **SETTINGS[name]}
             finish_sample = start_sample(pairs, Path(folder, "sample.npz"), environment)
             passed, told = run_tests(files, environment)
             one = finish_sample()

@@ -279,10 +279,12 @@ def _check_pictures(
     if watermark is not None:
         side = native_side(identity.sources.base_model, identity.sources.base_config)
         batch.check_sizes(pictures, [watermark], side)
-    for picture in pictures:
-        written = {picture.path.resolve(), *([batch.layout_path(picture.path).resolve()] if layouts else [])}
-        if over := next((path for path in batch.references(picture) if path.resolve() in written), None):
-            raise RequestError(f"{over} is what is drawn from, and would be written over: give another --out")
+    written = {picture.path.resolve() for picture in pictures}
+    if layouts:
+        written |= {batch.layout_path(picture.path).resolve() for picture in pictures}
+    for path in {path for picture in pictures for path in batch.references(picture)}:
+        if path.resolve() in written:
+            raise RequestError(f"{path} is what is drawn from, and would be written over: give another --out")
     longest = max((picture.path for picture in pictures), key=lambda path: len(os.fsencode(path.name)))
     check_writable(longest)
     if layouts:

@@ -52,6 +52,8 @@ _SHAPE: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     "batch": {"size": (int,), "position": (int,)},
     "made_with": dict.fromkeys(("msdiffusion", "torch", "diffusers", "device", "processor", "arithmetic"), (str,)),
 }
+_BROKEN_PNG = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
+"""What pillow raises for one."""
 _LATER = {"processor", "arithmetic"}
 """Keys that files of earlier versions don't have."""
 
@@ -166,7 +168,7 @@ def read_record(source: str | Path | Image.Image) -> dict[str, Any]:
         RequestError: no such file, no PNG, without a record, or with one that is broken or of another version.
     """
     name = "the picture" if isinstance(source, Image.Image) else str(source)
-    text = _text_in(source) if isinstance(source, Image.Image) else _text_of(Path(source))
+    text = _text_in(source, name) if isinstance(source, Image.Image) else _text_of(Path(source))
     if not isinstance(text, str):
         raise RequestError(f"{name} has no metadata of msdiffusion: only PNGs that msdiffusion generate wrote have it")
     if len(text) > MAX_RECORD_CHARACTERS:
@@ -240,10 +242,13 @@ def _essence(record: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str,
     return {"request": request, "model": model, "hooks": record["hooks"]}
 
 
-def _text_in(picture: Image.Image) -> Any:
+def _text_in(picture: Image.Image, name: str) -> Any:
     """The text chunk, also where another program has put it behind the pixels, which then have to be read."""
-    if KEY not in picture.info:
-        picture.load()
+    try:
+        if KEY not in picture.info:
+            picture.load()
+    except _BROKEN_PNG as error:
+        raise RequestError(f"{name} is not a PNG that can be read: {error}") from None
     return picture.info.get(KEY)
 
 
@@ -253,10 +258,11 @@ def _text_of(path: Path) -> Any:
     if path.stat().st_size > MAX_PNG_BYTES:
         raise RequestError(f"{path} has more than {MAX_PNG_BYTES // 2**20} MiB, which is no picture of ours")
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            return _text_in(picture)
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        picture = Image.open(path, formats=["PNG"])
+    except _BROKEN_PNG as error:
         raise RequestError(f"{path} is not a PNG that can be read: {error}") from None
+    with picture:
+        return _text_in(picture, str(path))
 
 
 def _wrong_part(record: Mapping[str, Any]) -> str | None:

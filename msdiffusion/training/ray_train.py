@@ -55,6 +55,7 @@ def worker_arguments(arguments: Sequence[str], resume: bool) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Starts the workers and waits for them. Returns the exit status."""
+    prepare_environment()  # which the workers of this machine take over
     parser = argparse.ArgumentParser(prog="python -m msdiffusion.training.ray_train", description=__doc__)
     parser.add_argument("--workers", type=int, default=1, help="processes, one per GPU (default: 1)")
     parser.add_argument("--gpus", action="store_true", help="give each worker a GPU")
@@ -83,7 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         parser.error(f'Ray Train is missing ({error}): pip install "ray[train]"')
 
-    prepare_environment()  # which the workers of this machine take over
     ray.init(address=options.address, log_to_driver=True)
     trainer = TorchTrainer(
         train_worker,

@@ -279,6 +279,7 @@ def fresh_process_results(model_dir, out):
         assert os.waitpid(child, 0)[1] == 0, kind
 
 
+@pytest.mark.exact
 def test_calls_in_any_order_equal_fresh_processes_bit_for_bit(tiny_model_dir, model, tmp_path):
     command = [sys.executable, __file__, str(tiny_model_dir), str(tmp_path), str(torch.get_num_threads())]
     subprocess.run(command, check=True, capture_output=True)

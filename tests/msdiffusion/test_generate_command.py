@@ -10,6 +10,7 @@ from PIL import Image
 
 import msdiffusion.generate
 from msdiffusion.cli import main
+from msdiffusion.errors import RequestError
 from msdiffusion.layout_drawing import draw_layout
 from msdiffusion.provenance import read_record
 from msdiffusion.safety import read_watermark
@@ -360,6 +361,24 @@ def test_a_reference_is_not_written_over(draw, two, tmp_path, capsys):
     assert draw(*two, "--out", "dog.png") == 2
     assert "dog.png is what is drawn from, and would be written over: give another --out" in capsys.readouterr().err
     assert (tmp_path / "dog.png").read_bytes() == before
+
+
+def test_a_reference_of_another_picture_is_not_written_over_either(draw, two, tmp_path, capsys):
+    Image.open(tmp_path / "dog.png").save(tmp_path / "b.png")
+    before = (tmp_path / "b.png").read_bytes()
+    path = request_file(tmp_path, {"name": "a", "images": ["b.png"]}, {"name": "b"})
+    assert draw("--request", path, "--overwrite", "--out", ".") == 2
+    assert "b.png is what is drawn from, and would be written over" in capsys.readouterr().err
+    assert (tmp_path / "b.png").read_bytes() == before
+
+
+def test_a_picture_that_breaks_off_is_told(draw, two, tmp_path):
+    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
+    with pytest.raises(RequestError, match="half.png is not a PNG that can be read"):
+        read_record(tmp_path / "half.png")
+    with Image.open(tmp_path / "half.png") as picture, pytest.raises(RequestError, match="is not a PNG that can be"):
+        read_record(picture)
 
 
 def test_metadata_behind_the_pixels_is_found(draw, two, tmp_path):

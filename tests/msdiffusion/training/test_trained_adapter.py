@@ -1,5 +1,8 @@
 """From training to pictures: what a run leaves is taken by everything that draws."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -59,6 +62,13 @@ def test_it_does_so_from_another_folder(trained, tmp_path, monkeypatch):
     again = MSDiffusion.from_pretrained(tmp_path / "saved", device="cpu")
     assert again.adapter.config.defaults["steps"] == 2
     assert (draw(again) == draw(model)).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the maps of this process")
+def test_a_checkpoint_does_not_stay_mapped(trained):
+    model = MSDiffusion.from_pretrained(trained / "checkpoints" / "last.ckpt", device="cpu")
+    assert str(trained) not in Path("/proc/self/maps").read_text()
+    assert {parameter.data_ptr() % 64 for parameter in model.adapter.parameters()} == {0}
 
 
 def test_the_best_weights_are_small(trained):
