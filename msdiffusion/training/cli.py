@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(128 + stopped.number) from None
     except Exception as error:
         # What the constructor of a model or data module raises arrives as the cause of a ValueError of jsonargparse.
-        told: BaseException | None = guard.explanation or error
+        told: BaseException | None = guard.explain(error) or error
         while told is not None and not isinstance(told, MSDiffusionError):
             told = told.__cause__
         if told is None or os.environ.get("MSD_TRACEBACK"):

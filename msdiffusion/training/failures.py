@@ -105,13 +105,14 @@ class FailureGuard(pl.Callback):
         """Of the exception that ended the run, where there is one."""
         self._seen_step = 0
         self._batch: Described | None = None
+        self._trainer: pl.Trainer | None = None
         self._watched: list[_Watched] = []
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on, signals wait for the end of the step."""
         self.requested = self.stopping = None
-        self._seen_step = trainer.global_step
+        self._trainer, self._seen_step = trainer, trainer.global_step
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
@@ -170,6 +171,16 @@ class FailureGuard(pl.Callback):
         self.explanation = explain(exception, trainer, self._batch)
         if self.explanation is not None and hasattr(exception, "add_note"):
             exception.add_note(str(self.explanation))
+
+    def explain(self, exception: BaseException) -> TrainingError | None:
+        """What can be said about the exception that came out of a run; None where it speaks for itself.
+
+        torch raises that a loading process has died wherever this process is at the time, also on the way to
+        ``on_exception`` or inside of it; so what is raised in the end is asked once more.
+        """
+        if self.explanation is None and self._trainer is not None:
+            self.explanation = explain(exception, self._trainer, self._batch)
+        return self.explanation
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
