@@ -248,21 +248,28 @@ def read_images(
     """
     pictures = list_pictures(folder)
     coco = CocoFile(annotations, pictures, notes) if annotations is not None else None
+    assumed: list[str] = []
     rows = read_metadata(metadata, notes) if metadata else ((0, {"file_name": picture}) for picture in pictures)
     for number, row in rows:
         name = f"line {number}" if isinstance(row, ClipError) else row["file_name"]
         try:
             if isinstance(row, ClipError):
                 raise row
-            yield to_item(folder, row, coco, normalised)
+            yield to_item(folder, row, coco, normalised, assumed)
         except ClipError as error:
             yield Broken(name=name, reason=error.reason, evidence=error.evidence)
         except (OSError, ValueError) as error:  # a name that no file can have
             yield Broken(name=name, reason=UNREADABLE, evidence={"error": str(error)})
+    if notes is not None:
+        notes += [f"{count} pictures: {note}" for note, count in Counter(assumed).items()]
 
 
-def to_item(folder: Path, row: Row, coco: CocoFile | None, normalised: bool) -> ImportItem:
-    """The item of one picture. ClipError if its caption or its boxes are unusable, or if boxes are given twice."""
+def to_item(
+    folder: Path, row: Row, coco: CocoFile | None, normalised: bool, notes: list[str] | None = None
+) -> ImportItem:
+    """The item of one picture. notes: takes what was assumed. ClipError if its caption or its boxes are unusable, or if
+    boxes are given twice.
+    """
     name = row["file_name"]
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or "\0" in name or not parts.name:
@@ -283,6 +290,8 @@ def to_item(folder: Path, row: Row, coco: CocoFile | None, normalised: bool) -> 
     caption = row_caption(row) or read_sidecar_caption(path, own) or ""
     if own and not caption:
         raise ClipError("no caption", found="; ".join(own))
+    if notes is not None:
+        notes += own
     return ImportItem(
         target=name,
         caption=caption,

@@ -10,10 +10,11 @@ from data_pipeline.texts import as_caption, clean_caption, decode_text, open_tex
 WESTERN = st.text(alphabet=[*map(chr, range(32, 127)), "\n"], min_size=1)
 
 
-@given(st.text(), st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]))
+@given(
+    st.text(alphabet=st.characters(exclude_characters="\0\ufeff", exclude_categories=["Cs"])),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]),
+)
 def test_unicode_comes_back_as_it_was_written(text, encoding):
-    if encoding == "utf-8" and (text.startswith("\ufeff") or "\0" in text):
-        return
     assert decode_text(text.encode(encoding), "a.txt") == text
 
 
