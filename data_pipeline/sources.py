@@ -264,8 +264,8 @@ class Places:
 
 def _plain(name: str) -> str:
     """The last part without suffix, case and the zeros before a number."""
-    last = _stripped(name)[-1]
-    return (last.rpartition(".")[0] or last).casefold().lstrip("0")
+    stem, dot, suffix = _stripped(name)[-1].casefold().rpartition(".")
+    return (stem if f".{suffix}" in SUFFIXES else stem + dot + suffix).lstrip("0")
 
 
 def _stripped(name: str) -> list[str]:

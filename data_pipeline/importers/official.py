@@ -87,7 +87,7 @@ def to_item(content: Any, normalised: bool) -> ImportItem:
         raise ClipError("lists of different lengths", **lengths)
     return ImportItem(
         target=as_text(content["image_file"], "image_file"),
-        caption=as_caption(content["text"], "text"),
+        caption=as_caption(as_text(content["text"], "text"), "text"),
         subjects=tuple(
             ImportSubject(
                 phrase=clean_caption(as_text(phrase, "a phrase")),

@@ -244,6 +244,7 @@ def test_boxes_in_pixels_that_were_taken_for_fractions(official, tmp_path, capsy
 FAULTS = {
     "without a field": ({"image_phrases": ...}, "read_items", "unreadable item"),
     "text that is a list": ({"text": ["a dog"]}, "read_items", "unreadable item"),
+    "text that was a list": ({"text": "['a dog', 'b']"}, "read_items", "unreadable item"),
     "boxes that are no list": ({"image_boxes": "10 10 20 20"}, "read_items", "unreadable item"),
     "a path that is a number": ({"reference_image_files": [1, 2]}, "read_items", "unreadable item"),
     "a picture inside": ({"image_file": {"bytes": "..."}}, "read_items", "pictures inside the table"),

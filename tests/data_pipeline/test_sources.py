@@ -396,8 +396,14 @@ def test_a_surer_name_comes_first_and_equal_ones_must_agree(folder, tmp_path):
 
 
 def test_a_table_of_other_videos_says_what_is_near(folder, tmp_path):
-    table = write_rows(tmp_path / "captions.jsonl", [{"video": "A.MP4", "caption": "x"}])
-    with pytest.raises(InputError, match="it has 'A.MP4', the folder 'a.mp4'; is it 'a.mp4'?"):
+    (folder / "v1.2.mp4").write_bytes(b"x")
+    for called, near in (("A.MP4", "a.mp4"), ("a.avi", "a.mp4"), ("V1.2", "v1.2.mp4")):
+        table = write_rows(tmp_path / "captions.jsonl", [{"video": called, "caption": "x"}])
+        with pytest.raises(InputError) as caught:
+            find_videos(folder, table)
+        assert str(caught.value).endswith(f"it has '{called}', the folder 'a.mp4'; is it '{near}'?")
+    table = write_rows(tmp_path / "captions.jsonl", [{"video": "other.mp4", "caption": "x"}])
+    with pytest.raises(InputError, match="it has 'other.mp4', the folder 'a.mp4'$"):
         find_videos(folder, table)
 
 
