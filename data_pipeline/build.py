@@ -26,7 +26,7 @@ from data_pipeline.options import make_parser, make_steps
 from data_pipeline.records import InputError, MiningError, SettingsError, VideoFile
 from data_pipeline.run import run
 from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_session, run_on_ray, write_on_ray
-from data_pipeline.sources import find_videos
+from data_pipeline.sources import beside, find_videos
 from data_pipeline.step import Step
 
 
@@ -49,7 +49,7 @@ def check_annotations_exist(arguments: argparse.Namespace, files: Sequence[Video
     """InputError if boxes are to be read from annotations and not one video has any."""
     if arguments.detector != "annotations" or arguments.annotations is not None:
         return
-    if not any(file.path.with_name(f"{file.path.stem}.annotations.json").is_file() for file in files):
+    if not any(beside(file.path, ".annotations.json").is_file() for file in files):
         name = Path(files[0].name).stem
         raise InputError(
             f"the detector 'annotations' reads boxes that come with the videos, but none of {len(files)} has any.\n"
@@ -60,21 +60,27 @@ def check_annotations_exist(arguments: argparse.Namespace, files: Sequence[Video
         )
 
 
+def say(notes: Sequence[str]) -> None:
+    """Prints what was assumed and what was left out."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)  # noqa: T201
+
+
 def build(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the pipeline and writes the dataset; returns the content of build.json."""
     cluster = check_machines(arguments)
     if cluster:  # the workers may stand in another folder
         arguments.videos, arguments.out = arguments.videos.resolve(), arguments.out.resolve()
-    unused: list[str] = []
-    files = find_videos(arguments.videos, arguments.captions, unused)
-    if unused:
-        print(  # noqa: T201
-            f"note: {len(unused)} rows of {arguments.captions} name no video, the first one {unused[0]!r}",
-            file=sys.stderr,
-        )
+    notes: list[str] = []
+    files = find_videos(arguments.videos, arguments.captions, notes)
+    say(notes)
     steps = make_steps(arguments)
     check_captions_exist(arguments, files)
     check_annotations_exist(arguments, files)
+    if arguments.detector == "annotations" and arguments.annotations is not None:
+        from data_pipeline.models.annotations import check_names
+
+        say(check_names(arguments.annotations, arguments.videos, [file.name for file in files]))
     settings = {step.name: step.settings() for step in steps}
     hashes = file_hashes(steps)
     journal = Journal(arguments.out)

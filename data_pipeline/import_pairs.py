@@ -144,16 +144,19 @@ def find_items(arguments: argparse.Namespace, path: Path, quiet: bool, keep: boo
     from tqdm import tqdm
 
     normalised = arguments.boxes == "normalised"
+    notes: list[str] = []
     if arguments.importer == "official":
-        items: Iterable[ImportItem | Broken] = read_official(arguments.source, normalised)
+        items: Iterable[ImportItem | Broken] = read_official(arguments.source, normalised, notes)
     else:
-        items = read_images(arguments.source, arguments.metadata, arguments.annotations, normalised)
+        items = read_images(arguments.source, arguments.metadata, arguments.annotations, normalised, notes)
     with atomic_file(path) if keep else nullcontext(None) as file:
         spool = Spool(arguments.images, path, file, arguments.allow_absolute)
         for item in tqdm(
             _readable(items, arguments.source), desc="reading items", unit="item", disable=quiet, mininterval=0.5
         ):
             spool.add(item)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)  # noqa: T201
     files = spool.files()
     check_items(arguments, spool, files)
     return files

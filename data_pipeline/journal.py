@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_pipeline.records import InputError, OutputError, VideoFile
+from data_pipeline.sources import beside
 
 
 @contextlib.contextmanager
@@ -53,7 +54,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def fingerprint(file: VideoFile) -> str:
     """Changes when a clip changes: its size and time of change, its caption, its annotations sidecar."""
     parts: list[Any] = [file.name, file.caption, *([file.details] if file.details else [])]
-    for path in (file.path, file.path.with_name(f"{file.path.stem}.annotations.json")):
+    for path in (file.path, beside(file.path, ".annotations.json")):
         try:
             status = path.stat()
             parts += [status.st_size, status.st_mtime_ns]

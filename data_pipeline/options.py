@@ -290,7 +290,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--captions",
         type=Path,
         metavar="FILE",
-        help="csv, jsonl or parquet table with the columns video and caption; default: sidecars",
+        help="csv, tsv, jsonl or parquet table with the columns video and caption; default: sidecars",
     )
     add(
         "--annotations",

@@ -156,6 +156,8 @@ class VideoFile:
     caption: str | None
     details: str = ""
     """Changes with whatever else shapes the samples and is neither in the video's file nor in its sidecar."""
+    notes: tuple[str, ...] = ()
+    """What was assumed when its caption was read, or why there is none. See ``Video``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +179,8 @@ class Annotations:
     """Boxes and masks that came with a video: frame number -> objects. Frames may be few."""
 
     frames: Mapping[int, tuple[AnnotatedObject, ...]]
+    notes: tuple[str, ...] = ()
+    """See ``Video``."""
 
 
 @dataclass(frozen=True, kw_only=True)

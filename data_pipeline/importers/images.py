@@ -6,7 +6,6 @@ Captions: a row of metadata.jsonl or metadata.csv, ``picture.txt`` or ``picture.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections import Counter
@@ -14,9 +13,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_pipeline.importers.items import OUTSIDE, UNREADABLE, Broken, ImportItem, ImportSubject, as_list, as_text
+from data_pipeline.importers.items import OUTSIDE, Broken, ImportItem, ImportSubject, as_list
 from data_pipeline.records import ClipError, InputError
-from data_pipeline.sources import clean_caption, read_sidecar_caption
+from data_pipeline.sources import beside, path_parts, read_sidecar_caption
+from data_pipeline.texts import (
+    UNREADABLE,
+    as_caption,
+    as_text,
+    clean_caption,
+    decode_text,
+    read_csv,
+    read_json_lines,
+    read_text,
+)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -65,37 +74,25 @@ def find_metadata(folder: Path, given: Path | None) -> Path | None:
     return found[0] if found else None
 
 
-def read_metadata(path: Path) -> Iterator[tuple[int, Row | ClipError]]:
+def read_metadata(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int, Row | ClipError]]:
     """The rows of a table with their line numbers, a ClipError in place of one that is no json. InputError for a table
-    without the column file_name.
+    without the column file_name. notes: takes what was assumed.
     """
-    if path.suffix.lower() == ".csv":
-        try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file)
-                if "file_name" not in (reader.fieldnames or []):
-                    raise InputError(f"{path} needs the column file_name; found {', '.join(reader.fieldnames or [])}")
-                for row in reader:
-                    yield reader.line_num, _json_cells(row)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"cannot read {path}: {error}") from error
+    if path.suffix.lower() != ".jsonl":
+        for number, row in read_csv(path, ("file_name",), notes):
+            yield number, _json_cells(row)
         return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError) as error:
-                    yield number, ClipError(UNREADABLE, error=f"line {number} is no json: {error}")
-                    continue
-                known = isinstance(row, dict) and isinstance(row.get("file_name"), str)
-                fault = ClipError(UNREADABLE, error=f"line {number} is no object with a text file_name")
-                yield number, row if known else fault
+    for number, row in read_json_lines(path, notes):
+        if isinstance(row, ValueError):
+            yield number, ClipError(UNREADABLE, error=str(row))
+            continue
+        known = isinstance(row, dict) and isinstance(row.get("file_name"), str)
+        yield number, row if known else ClipError(UNREADABLE, error=f"line {number} is no object with a text file_name")
 
 
 def _json_cells(row: Mapping[str, Any]) -> Row | ClipError:
     """A row of a csv, whose lists are written as json."""
-    content = {name: value for name, value in row.items() if name is not None and value not in (None, "")}
+    content: dict[str, Any] = {name: value for name, value in row.items() if value}
     for name in JSON_COLUMNS:
         if name in content:
             try:
@@ -107,7 +104,7 @@ def _json_cells(row: Mapping[str, Any]) -> Row | ClipError:
 
 def row_caption(row: Row) -> str:
     """The caption in the column text or caption, "" if there is neither; ClipError if they differ."""
-    captions = {clean_caption(as_text(row[name], name)) for name in ("text", "caption") if row.get(name) is not None}
+    captions = {as_caption(row[name], name) for name in ("text", "caption") if row.get(name) is not None}
     if len(captions) > 1:
         raise ClipError("two captions", captions=sorted(captions))
     return captions.pop() if captions else ""
@@ -153,7 +150,7 @@ def corners(box: Any) -> Any:
 def read_sidecar(path: Path) -> tuple[tuple[ImportSubject, ...], tuple[int, int]]:
     """Subjects and size of ``picture.annotations.json``: the schema of the videos' sidecars with one frame, 0."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(decode_text(path.read_bytes(), path.name))
         if content["schema"] != ANNOTATIONS_SCHEMA:
             raise ClipError("unknown annotations schema", found=content["schema"], known=ANNOTATIONS_SCHEMA)
         objects = {each["id"]: each for each in content["objects"]}
@@ -178,12 +175,12 @@ class CocoFile:
     alone where that is unique on both sides. Crowds are left out. The annotations are held in memory.
     """
 
-    def __init__(self, path: Path, pictures: Sequence[str]) -> None:
-        from data_pipeline.models.annotation_formats import id_of, mask_of, path_parts, without_crowds
+    def __init__(self, path: Path, pictures: Sequence[str], notes: list[str] | None = None) -> None:
+        from data_pipeline.models.annotation_formats import id_of, mask_of, without_crowds
 
         self._id_of, self._mask_of = id_of, mask_of
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_text(path, notes))
             categories = content["categories"]
             self._names = {id_of(each["id"]): as_text(each["name"], "a category's name") for each in categories}
             self._images = {"/".join(path_parts(each["file_name"])): each for each in content["images"]}
@@ -211,6 +208,10 @@ class CocoFile:
         if not self._entry:
             some = next(iter(self._images), "no picture")
             raise InputError(f"{path} names none of the pictures: it has {some!r}, the folder {pictures[0]!r}")
+        used = set(self._entry.values())
+        unused = [name for name in self._images if name not in used]
+        if unused and notes is not None:
+            notes.append(f"{len(unused)} images of {path} name no picture, the first one {unused[0]!r}")
 
     def read(self, picture: str) -> tuple[tuple[ImportSubject, ...], tuple[int, int]] | None:
         """Subjects and size of a picture; None if the file does not know it, ClipError if its entry is broken."""
@@ -234,36 +235,47 @@ class CocoFile:
 
 
 def read_images(
-    folder: Path, metadata: Path | None, annotations: Path | None, normalised: bool
+    folder: Path,
+    metadata: Path | None,
+    annotations: Path | None,
+    normalised: bool,
+    notes: list[str] | None = None,
 ) -> Iterator[ImportItem | Broken]:
     """One item for every picture of the folder, or, with a table, for every row of it.
 
     metadata: the table, see ``find_metadata``. annotations: a COCO file. normalised: the boxes of the table are
-    fractions. InputError if what was given cannot be used as a whole.
+    fractions. notes: takes what was assumed. InputError if what was given cannot be used as a whole.
     """
     pictures = list_pictures(folder)
-    coco = CocoFile(annotations, pictures) if annotations is not None else None
-    rows = read_metadata(metadata) if metadata else ((0, {"file_name": picture}) for picture in pictures)
+    coco = CocoFile(annotations, pictures, notes) if annotations is not None else None
+    assumed: list[str] = []
+    rows = read_metadata(metadata, notes) if metadata else ((0, {"file_name": picture}) for picture in pictures)
     for number, row in rows:
         name = f"line {number}" if isinstance(row, ClipError) else row["file_name"]
         try:
             if isinstance(row, ClipError):
                 raise row
-            yield to_item(folder, row, coco, normalised)
+            yield to_item(folder, row, coco, normalised, assumed)
         except ClipError as error:
             yield Broken(name=name, reason=error.reason, evidence=error.evidence)
         except (OSError, ValueError) as error:  # a name that no file can have
             yield Broken(name=name, reason=UNREADABLE, evidence={"error": str(error)})
+    if notes is not None:
+        notes += [f"{count} pictures: {note}" for note, count in Counter(assumed).items()]
 
 
-def to_item(folder: Path, row: Row, coco: CocoFile | None, normalised: bool) -> ImportItem:
-    """The item of one picture. ClipError if its caption or its boxes are unusable, or if boxes are given twice."""
+def to_item(
+    folder: Path, row: Row, coco: CocoFile | None, normalised: bool, notes: list[str] | None = None
+) -> ImportItem:
+    """The item of one picture. notes: takes what was assumed. ClipError if its caption or its boxes are unusable, or if
+    boxes are given twice.
+    """
     name = row["file_name"]
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or "\0" in name or not parts.name:
         raise ClipError(OUTSIDE, path=name)
     path = folder / parts
-    sidecar = path.with_name(f"{path.stem}.annotations.json")
+    sidecar = beside(path, ".annotations.json")
     found: dict[str, tuple[tuple[ImportSubject, ...], tuple[int, int] | None]] = {}
     if (own := row_subjects(row)) is not None:
         found["metadata"] = (own, None)
@@ -274,9 +286,15 @@ def to_item(folder: Path, row: Row, coco: CocoFile | None, normalised: bool) -> 
     if len(found) > 1:
         raise ClipError("boxes given twice", places=list(found))
     place, (subjects, size) = next(iter(found.items()), ("", ((), None)))
+    own: list[str] = []
+    caption = row_caption(row) or read_sidecar_caption(path, own) or ""
+    if own and not caption:
+        raise ClipError("no caption", found="; ".join(own))
+    if notes is not None:
+        notes += own
     return ImportItem(
         target=name,
-        caption=row_caption(row) or read_sidecar_caption(path) or "",
+        caption=caption,
         subjects=subjects,
         size=size,
         normalised=normalised and place == "metadata",

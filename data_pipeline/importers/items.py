@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 
 from data_pipeline.records import ClipError, InputError, VideoFile
 from data_pipeline.sources import make_keys, readable_name
+from data_pipeline.texts import UNREADABLE, short
 
 OUTSIDE = "path outside the folder of pictures"
-UNREADABLE = "unreadable item"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,23 +80,11 @@ class ItemFile(VideoFile):
     length: int
 
 
-def as_text(value: Any, what: str) -> str:
-    """The value, if it is a text; ClipError otherwise."""
-    if not isinstance(value, str):
-        raise ClipError(UNREADABLE, error=f"{what} must be a text, got {_short(value)}")
-    return value
-
-
 def as_list(value: Any, what: str) -> list[Any]:
     """The value, if it is a list; ClipError otherwise."""
     if not isinstance(value, list):
-        raise ClipError(UNREADABLE, error=f"{what} must be a list, got {_short(value)}")
+        raise ClipError(UNREADABLE, error=f"{what} must be a list, got {short(value)}")
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else f'{text[:80]}...'}"
 
 
 def place_of(root: Path, path: str, allow_absolute: bool) -> Path:

@@ -8,17 +8,22 @@ refused: reading one runs whatever code is in it.
 
 from __future__ import annotations
 
-import codecs
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TextIO
 
-from data_pipeline.importers.items import UNREADABLE, Broken, ImportItem, ImportSubject, as_list, as_text
+from data_pipeline.importers.items import Broken, ImportItem, ImportSubject, as_list
 from data_pipeline.records import ClipError, InputError
-from data_pipeline.sources import clean_caption
+from data_pipeline.texts import (
+    UNREADABLE,
+    as_caption,
+    as_text,
+    clean_caption,
+    open_text,
+    read_json_lines,
+)
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 PICKLED = frozenset({".pkl", ".pickle", ".pt", ".pth", ".npy", ".npz", ".joblib"})
@@ -42,13 +47,14 @@ def check_items_file(path: Path) -> None:
         raise InputError(f"no file of items at {path}")
 
 
-def read_official(path: Path, normalised: bool) -> Iterator[ImportItem | Broken]:
+def read_official(path: Path, normalised: bool, notes: list[str] | None = None) -> Iterator[ImportItem | Broken]:
     """The items of a file, one at a time; what cannot be read of one is told in its place.
 
-    normalised: boxes are fractions of the pictures, not pixels. InputError if the file as a whole cannot be read.
+    normalised: boxes are fractions of the pictures, not pixels. notes: takes what was assumed. InputError if the file
+    as a whole cannot be read.
     """
     readers = {".json": _read_json, ".jsonl": _read_lines, ".parquet": _read_parquet}
-    for number, content in enumerate(readers[path.suffix.lower()](path)):
+    for number, content in enumerate(readers[path.suffix.lower()](path, notes)):
         name = f"item {number}"
         if isinstance(content, Broken):
             yield content
@@ -81,7 +87,7 @@ def to_item(content: Any, normalised: bool) -> ImportItem:
         raise ClipError("lists of different lengths", **lengths)
     return ImportItem(
         target=as_text(content["image_file"], "image_file"),
-        caption=clean_caption(as_text(content["text"], "text")),
+        caption=as_caption(as_text(content["text"], "text"), "text"),
         subjects=tuple(
             ImportSubject(
                 phrase=clean_caption(as_text(phrase, "a phrase")),
@@ -98,23 +104,17 @@ def to_item(content: Any, normalised: bool) -> ImportItem:
     )
 
 
-def _read_lines(path: Path) -> Iterator[Any]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines):
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
-            if not text.strip():
-                continue
-            try:
-                yield json.loads(text)
-            except (ValueError, RecursionError) as error:
-                evidence = {"error": f"line {number + 1} is no json: {error}"}
-                yield Broken(name=f"line {number + 1}", reason=UNREADABLE, evidence=evidence)
+def _read_lines(path: Path, notes: list[str] | None = None) -> Iterator[Any]:
+    for number, value in read_json_lines(path, notes):
+        if isinstance(value, ValueError):
+            value = Broken(name=f"line {number}", reason=UNREADABLE, evidence={"error": str(value)})
+        yield value
 
 
-def _read_json(path: Path) -> Iterator[Any]:
+def _read_json(path: Path, notes: list[str] | None = None) -> Iterator[Any]:
     """The elements of a json list, read piece by piece: with masks such a file may be larger than the memory."""
     decoder = json.JSONDecoder()
-    with path.open("rb") as file:
+    with open_text(path, notes) as file:
         text = _Window(path, file)
         if text.next_sign() != "[":
             raise InputError(
@@ -141,16 +141,12 @@ def _read_json(path: Path) -> Iterator[Any]:
 class _Window:
     """The part of a text file that is being read."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self._path = path
-        self._file = io.TextIOWrapper(file, encoding="utf-8-sig")
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self._path, self._file = path, file
         self._text, self._place = "", 0
 
     def _more(self, size: int) -> bool:
-        try:
-            block = self._file.read(size)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self._path} is no json: {error}") from error
+        block = self._file.read(size)
         self._text, self._place = self._text[self._place :] + block, 0
         return bool(block)
 
@@ -192,7 +188,7 @@ class _Window:
                 size *= 2
 
 
-def _read_parquet(path: Path) -> Iterator[Any]:
+def _read_parquet(path: Path, notes: list[str] | None = None) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 

@@ -7,10 +7,8 @@ each from the third on as the difference to the one two places before.
 
 from __future__ import annotations
 
-import csv
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.records import ClipError, InputError
+from data_pipeline.sources import path_parts
+from data_pipeline.texts import read_csv
 
 BAD = "unreadable annotations"
 BAD_MASK = "unreadable mask in the annotations"
@@ -62,12 +62,6 @@ class Entry:
     frames: Callable[[int], Mapping[int, Sequence[Found]]]
     rivals: tuple[str, ...] = ()
     left_out: str = ""
-
-
-def path_parts(name: str) -> list[str]:
-    r"""Folders and file of a path or an address, written on whatever system: ["a", "b.jpg"] of "C:\a\b.jpg"."""
-    name = unicodedata.normalize("NFC", name).replace("\\", "/")
-    return [part for part in name.split("/") if part not in ("", ".", "..") and not part.endswith(":")]
 
 
 def frame_number(name: str) -> int:
@@ -435,24 +429,17 @@ def _mask_pictures(folder: Path, video: str) -> list[Path]:
     return pictures
 
 
-def read_names_table(path: Path) -> dict[str, dict[str, str | None]]:
+def read_names_table(path: Path, notes: list[str] | None = None) -> dict[str, dict[str, str | None]]:
     """Names of DAVIS objects, from a csv with the columns video, object, name; an empty name leaves an object out."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if not {"video", "object", "name"} <= set(columns):
-            raise InputError(
-                f"cannot read annotations from {path}: a csv of DAVIS names needs the columns video, object, name; "
-                f"found {', '.join(columns) or 'none'}"
-            )
-        names: dict[str, dict[str, str | None]] = {}
-        for row in reader:
-            if not (row["object"] or "").strip().isdigit():
-                raise InputError(f"{path}, line {reader.line_num}: object must be a number, got {row['object']!r}")
-            named, number = names.setdefault(row["video"], {}), row["object"].strip()
-            if number in named:
-                raise InputError(f"{path}, line {reader.line_num}: a second name for object {number} of {row['video']}")
-            named[number] = (row["name"] or "").strip() or None
+    names: dict[str, dict[str, str | None]] = {}
+    for line, row in read_csv(path, ("video", "object", "name"), notes):
+        number = row["object"].strip()
+        if not number.isdigit():
+            raise InputError(f"{path}, line {line}: object must be a number, got {row['object']!r}")
+        named = names.setdefault(row["video"], {})
+        if number in named:
+            raise InputError(f"{path}, line {line}: a second name for object {number} of {row['video']}")
+        named[number] = row["name"].strip() or None
     return names
 
 

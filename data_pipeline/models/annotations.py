@@ -26,7 +26,6 @@ from data_pipeline.models.annotation_formats import (
     Found,
     decode_counts,
     draw_polygons,
-    path_parts,
     read_coco,
     read_davis,
     read_names_table,
@@ -43,7 +42,8 @@ from data_pipeline.records import (
     decode_mask,
     mask_box,
 )
-from data_pipeline.sources import SUFFIXES
+from data_pipeline.sources import SUFFIXES, Places, beside, is_hidden, path_parts
+from data_pipeline.texts import decode_text, read_text
 
 SCHEMA = "data_pipeline.annotations/1"
 KNOWN = """\
@@ -63,7 +63,7 @@ OTHERS = {
 
 def sidecar_path(video: Path) -> Path:
     """``clip.mp4`` -> ``clip.annotations.json``."""
-    return video.with_name(f"{video.stem}.annotations.json")
+    return beside(video, ".annotations.json")
 
 
 def _pixel_box(values: Any, width: int, height: int, where: str) -> Box:
@@ -82,8 +82,9 @@ def _pixel_box(values: Any, width: int, height: int, where: str) -> Box:
 
 def read_sidecar(path: Path, width: int, height: int, num_frames: int) -> Annotations:
     """Annotations of one clip of the given size; ClipError if the file disagrees with the video or with its schema."""
+    notes: list[str] = []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(decode_text(path.read_bytes(), "annotations sidecar", notes))
         if content.get("schema") != SCHEMA:
             found = content.get("schema") or f"no schema, but {', '.join(sorted(content)) or 'an empty object'}"
             hint = "--annotations FILE reads COCO, YouTube-VIS and DAVIS"
@@ -110,7 +111,7 @@ def read_sidecar(path: Path, width: int, height: int, num_frames: int) -> Annota
             _check_once(frames[index], index)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ClipError(BAD, error=f"{type(error).__name__}: {error}") from error
-    return Annotations(frames=frames)
+    return Annotations(frames=frames, notes=tuple(notes))
 
 
 def _check_size(content: Mapping[str, Any], width: int, height: int) -> None:
@@ -210,12 +211,33 @@ class AnnotationSource:
 
     def _is_alone(self, root: Path) -> bool:
         if root not in self._alone:
-            videos = (path for path in root.rglob("*") if path.name.lower().endswith(SUFFIXES))
+            found = (path for path in root.rglob("*") if path.name.lower().endswith(SUFFIXES))
+            videos = (path for path in found if not is_hidden(path.relative_to(root)))
             self._alone[root] = len(list(islice(videos, 2))) == 1
         return self._alone[root]
 
 
-def read_many(path: Path) -> dict[str, Entry]:
+def check_names(path: Path, folder: Path, names: Sequence[str]) -> list[str]:
+    """Sentences on entries of an annotations file or folder that name none of the videos, and on what was assumed when
+    it was read. InputError if it cannot be read, or if no entry names a video.
+    """
+    notes: list[str] = []
+    places = Places(list(names), folder)
+    entries = read_many(path, notes)
+    unused = []
+    for key, entry in entries.items():
+        found = [places.find(each) for each in (key, *entry.rivals) if each]
+        if key and not any(videos and way != 1 for videos, way in found):  # _keys_of does not take the end of a path
+            unused.append(key)
+    if unused:
+        what = f"the first one {unused[0]!r}, the folder has {names[0]!r}{places.near(unused[0])}"
+        if len(unused) == len(entries):
+            raise InputError(f"none of {len(unused)} entries of {path} names a video: {what}")
+        notes.append(f"{len(unused)} entries of {path} name no video, {what}")
+    return notes
+
+
+def read_many(path: Path, notes: list[str] | None = None) -> dict[str, Entry]:
     """Video -> what the file says about it. Videos go by their path below the folder of videos, with or without its
     suffix. A folder stands for the names.json or names.csv in it (DAVIS). InputError if the file is of none of the
     known formats.
@@ -235,8 +257,8 @@ def read_many(path: Path) -> dict[str, Entry]:
         )
     try:
         if path.suffix.lower() == ".csv":
-            return read_davis(read_names_table(path), path.parent)
-        content = json.loads(path.read_text(encoding="utf-8"))
+            return read_davis(read_names_table(path, notes), path.parent)
+        content = json.loads(read_text(path, notes))
         return _recognise(content)(content, path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         if isinstance(error, InputError):

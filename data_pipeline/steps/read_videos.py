@@ -52,9 +52,8 @@ class ReadVideos(Step[VideoFile, Video]):
             if kind != "file":
                 return Rejected("not a regular file", {"kind": kind})
             if not file.caption and self.caption_required:
-                return Rejected(
-                    "no caption", {"needed": f"{Path(file.name).stem}.txt, .json, or a row of the captions table"}
-                )
+                needed = {"needed": f"{Path(file.name).stem}.txt, .json, or a row of the captions table"}
+                return Rejected("no caption", needed | ({"found": "; ".join(file.notes)} if file.notes else {}))
             size, sha256 = hash_file(file.path)
         except OSError as error:
             return Rejected("unreadable video", {"error": f"{type(error).__name__}: {error.strerror}"})
@@ -76,6 +75,7 @@ class ReadVideos(Step[VideoFile, Video]):
             facts=facts,
             reader=self._choose(self.reader, file.path, facts),
             annotations=annotations,
+            notes=(*file.notes, *(annotations.notes if annotations else ())),
         )
 
 

@@ -226,7 +226,7 @@ def test_other_videos_on_a_complete_folder(mined, folder, capsys):
 
 def test_another_annotations_file_of_the_same_name(folder, tmp_path, capsys):
     corpus = tmp_path / "corpus.json"
-    corpus.write_text('{"videos": {"a": {"file": "a.mp4", "width": 8, "height": 8, "annotations": []}}}')
+    corpus.write_text('{"videos": {"a": {"file": "clip_7.mp4", "width": 8, "height": 8, "annotations": []}}}')
     assert mine(folder, tmp_path / "out", "--annotations", corpus) == 0
     assert mine(folder, tmp_path / "out", "--annotations", corpus) == 0
     corpus.write_text(corpus.read_text() + " ")
@@ -356,6 +356,20 @@ def test_rows_that_name_no_video_are_told(folder, tmp_path, capsys):
     assert "the first one 'clop_2.mp4'" in error
 
 
+def test_annotations_that_name_no_video_are_told_before_anything_is_mined(folder, tmp_path, capsys):
+    content = {"file": "clop_0.mp4", "width": 128, "height": 128, "annotations": []}
+    corpus = tmp_path / "corpus.json"
+    corpus.write_text(json.dumps({"videos": {"a": content}}), encoding="utf-8-sig")
+    assert mine(folder, tmp_path / "out", "--annotations", corpus) == 2
+    assert "none of 1 entries of" in (error := capsys.readouterr().err)
+    assert "the first one 'clop_0.mp4', the folder has 'clip_0.mp4'; is it 'clip_0.mp4'?" in error
+    assert not (tmp_path / "out").exists()
+    corpus.write_text(json.dumps({"videos": {"a": content, "b": {**content, "file": "clip_7.mp4"}}}))
+    assert mine(folder, tmp_path / "out", "--annotations", corpus) == 0
+    assert "note: 1 entries of" in capsys.readouterr().err
+    assert rejected(tmp_path / "out")["clip_7.mp4"]["reason"] == "annotations without an object"
+
+
 def test_the_root_has_nothing_beside_it(capsys):
     assert main(["--videos", "/"]) == 2
     assert "give --out DIR" in capsys.readouterr().err
@@ -363,7 +377,7 @@ def test_the_root_has_nothing_beside_it(capsys):
 
 def test_an_unfinished_folder_refuses_other_files_and_other_versions(folder, tmp_path, monkeypatch, capsys):
     corpus = tmp_path / "corpus.json"
-    corpus.write_text('{"videos": {"a": {"file": "a.mp4", "width": 8, "height": 8, "annotations": []}}}')
+    corpus.write_text('{"videos": {"a": {"file": "clip_7.mp4", "width": 8, "height": 8, "annotations": []}}}')
 
     def stop(*arguments):
         raise KeyboardInterrupt

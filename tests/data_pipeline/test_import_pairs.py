@@ -244,6 +244,7 @@ def test_boxes_in_pixels_that_were_taken_for_fractions(official, tmp_path, capsy
 FAULTS = {
     "without a field": ({"image_phrases": ...}, "read_items", "unreadable item"),
     "text that is a list": ({"text": ["a dog"]}, "read_items", "unreadable item"),
+    "text that was a list": ({"text": "['a dog', 'b']"}, "read_items", "unreadable item"),
     "boxes that are no list": ({"image_boxes": "10 10 20 20"}, "read_items", "unreadable item"),
     "a path that is a number": ({"reference_image_files": [1, 2]}, "read_items", "unreadable item"),
     "a picture inside": ({"image_file": {"bytes": "..."}}, "read_items", "pictures inside the table"),
@@ -788,7 +789,7 @@ def test_wrong_command_lines(tmp_path, pictures, capsys):
     (tmp_path / "broken.json").write_text(json.dumps([item(0)])[:-10])
     (tmp_path / "trail.json").write_text("[] []")
     (tmp_path / "commas.json").write_text('[{"a": 1} {"b": 2}]')
-    (tmp_path / "latin.json").write_bytes(b'[{"a": "\xff\xfe"}]')
+    (tmp_path / "latin.json").write_bytes(b'[{"a": "\xd1\xee\xe1\xe0"}]')
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "broken.parquet").write_text("PAR1")
     (tmp_path / "nowhere.jsonl").write_text(json.dumps(item(0, image_file="missing.png")))
@@ -838,7 +839,7 @@ def test_wrong_command_lines(tmp_path, pictures, capsys):
         (official("broken.json", *images), "item 0 is no json, or the file breaks off"),
         (official("trail.json", *images), "after the end of the list comes '[]'"),
         (official("commas.json", *images), "not a comma or a bracket"),
-        (official("latin.json", *images), "is no json: 'utf-8' codec"),
+        (official("latin.json", *images), "latin.json is neither UTF-8, UTF-16 with a mark nor Windows-1252"),
         (official("deep.json", *images), "item 0 is nested too deeply"),
         (official("broken.parquet", *images), "cannot read"),
         (official("nowhere.jsonl", *images), "none of the 1 target pictures is in"),

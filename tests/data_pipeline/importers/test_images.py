@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.importers.images import corners, list_pictures, read_metadata, row_caption, row_subjects
+from data_pipeline.importers.images import (
+    CocoFile,
+    corners,
+    list_pictures,
+    read_images,
+    read_metadata,
+    row_caption,
+    row_subjects,
+)
 from data_pipeline.importers.pictures import to_box
 from data_pipeline.records import ClipError, InputError
 
@@ -54,9 +62,65 @@ def test_cells_of_a_csv(tmp_path):
     assert rows[0] == {"file_name": "a.png", "text": "a dog, asleep", "boxes": [[1, 2, 3, 4]]}
     assert rows[1] == {"file_name": "b.png"}
     assert [row.evidence["error"][:20] for row in rows[2:]] == ["the column boxes of ", "a row without file_n"]
-    path.write_bytes(b"file_name,text\n\xff\xfe,x\n")
-    with pytest.raises(InputError, match="cannot read"):
+    path.write_bytes(b"file_name,text\na.png,\xd1\xee\xe1\xe0\xea\xe0\n")
+    with pytest.raises(
+        InputError, match="is neither UTF-8, UTF-16 with a mark nor Windows-1252: line 2 has the bytes d1 ee"
+    ):
         list(read_metadata(path))
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_tables_as_programs_write_them(tmp_path, separator):
+    path, notes = tmp_path / "metadata.csv", []
+    cells = [["File_Name", " Text", "boxes"], ["a.png", "a caf\u00e9", '"[[1, 2, 3, 4]]"']]
+    path.write_bytes("\r\n".join(separator.join(row) for row in cells).encode("cp1252"))
+    row = {"file_name": "a.png", "text": "a caf\u00e9", "boxes": [[1, 2, 3, 4]]}
+    assert list(read_metadata(path, notes)) == [(2, row)]
+    assert notes == [f"{path} is no UTF-8 and was read as Windows-1252; save it as UTF-8 if letters look wrong"]
+
+
+def test_a_row_that_would_lose_something_is_an_error(tmp_path):
+    path = tmp_path / "metadata.csv"
+    path.write_text("file_name,text\na.png,a dog, a cat\n")
+    with pytest.raises(InputError, match="line 2 has 3 fields, but the table has 2 columns: a text with a comma"):
+        list(read_metadata(path))
+    path.write_text('file_name,text\na.png,"a dog\nb.png,a cat\n')
+    with pytest.raises(InputError, match="line 2: a quote is opened and never closed"):
+        list(read_metadata(path))
+
+
+def test_of_several_captions_the_first_is_taken_and_other_types_are_refused():
+    assert row_caption({"text": ["", "a dog", "a cat"]}) == "a dog"
+    for value in ({"en": "a dog"}, float("nan"), b"a dog", "['a dog', 'b']"):
+        with pytest.raises(ClipError, match="unreadable item"):
+            row_caption({"text": value})
+
+
+def test_captions_beside_pictures_in_other_encodings(tmp_path):
+    for name, content in (("a", b"a caf\xe9"), ("b", b"\xd1\xee\xe1\xe0\xea\xe0"), ("c", "a cup".encode("utf-16"))):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    notes = []
+    first, second, third = read_images(tmp_path, None, None, normalised=False, notes=notes)
+    assert (first.caption, third.caption) == ("a caf\u00e9", "a cup")
+    assert (second.name, second.reason) == ("b.png", "no caption")
+    assert second.evidence["found"].startswith("caption file is neither UTF-8, UTF-16")
+    assert [note[:58] for note in notes] == ["1 pictures: caption file is no UTF-8 and was read as Windo"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_coco_with_a_byte_order_mark(tmp_path, encoding):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 4, "height": 4}, {"id": 2, "file_name": "z.png"}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2]}],
+        "categories": [{"id": 1, "name": "dog"}],
+    }
+    path, notes = tmp_path / "coco.json", []
+    path.write_bytes(json.dumps(content).encode(encoding))
+    [subject] = CocoFile(path, ["a.png"], notes).read("a.png")[0]
+    assert (subject.phrase, subject.box) == ("dog", [0, 0, 2, 2])
+    assert notes == [f"1 images of {path} name no picture, the first one 'z.png'"]
 
 
 def test_a_line_that_is_no_object(tmp_path):

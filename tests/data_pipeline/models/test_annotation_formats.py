@@ -536,8 +536,8 @@ def test_davis_in_full_colour_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("clip,name\na,b\n", "needs the columns video, object, name; found clip, name"),
-        ("", "needs the columns video, object, name; found none"),
+        ("clip,name\na,b\n", "needs the columns video, object and name; found clip, name"),
+        ("", "needs the columns video, object and name; found none"),
         ("video,object,name\nclip,first,dog\n", "line 2: object must be a number, got 'first'"),
         ("video,object,name\nclip,1,dog\nclip,1,cup\n", "line 3: a second name for object 1 of clip"),
     ],

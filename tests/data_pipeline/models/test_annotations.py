@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.models.annotations import AnnotationSource, read_mask, read_sidecar, sidecar_path
+from data_pipeline.models.annotations import (
+    AnnotationSource,
+    check_names,
+    read_many,
+    read_mask,
+    read_sidecar,
+    sidecar_path,
+)
 from data_pipeline.records import AnnotatedObject, ClipError, InputError, encode_mask
 
 MASK = np.zeros((8, 10), dtype=bool)
@@ -217,3 +224,82 @@ def test_masks_that_do_not_fit(tmp_path):
         read_mask(annotated(mask_rle=encode_mask(MASK)), 20, 8)
     with pytest.raises(ClipError, match="unreadable mask"):
         read_mask(annotated(mask_file=(tmp_path / "missing.png", 1)), 10, 8)
+
+
+# ------------------------------------------------------------------------------------------------- encodings and names
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+def test_a_sidecar_in_any_encoding(tmp_path, encoding):
+    path = tmp_path / "clip.annotations.json"
+    content = sidecar(objects=[{"id": 7, "name": "caf\u00e9"}])
+    path.write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
+    found = read_sidecar(path, 10, 8, 12)
+    assert found.frames[3][0].name == "caf\u00e9"
+    assumed = ("annotations sidecar is no UTF-8 and was read as Windows-1252; save it as UTF-8 if letters look wrong",)
+    assert found.notes == (assumed if encoding == "cp1252" else ())
+
+
+def test_a_sidecar_in_no_known_encoding(tmp_path):
+    path = tmp_path / "clip.annotations.json"
+    path.write_bytes(b'{"a": "\xd1\xee\xe1\xe0\xea\xe0"}')
+    with pytest.raises(ClipError) as caught:
+        read_sidecar(path, 10, 8, 12)
+    assert "annotations sidecar is neither UTF-8, UTF-16 with a mark" in caught.value.evidence["error"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_for_many_videos_with_a_byte_order_mark(tmp_path, encoding):
+    path = corpus(tmp_path)
+    path.write_bytes(path.read_text().encode(encoding))
+    assert list(read_many(path)) == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_of_names_as_programs_write_it(tmp_path, separator):
+    path = tmp_path / "names.csv"
+    text = separator.join(["Video", " Object", "NAME"]) + "\r\n" + separator.join(["clip", "1", "caf\u00e9"])
+    path.write_bytes(text.encode("utf-16"))
+    assert list(read_many(path)) == ["clip"]
+
+
+def names_in(tmp_path, *files):
+    videos = {str(i): {"file": name, "width": 10, "height": 8, "annotations": []} for i, name in enumerate(files)}
+    path = tmp_path / "corpus.json"
+    path.write_text(json.dumps({"videos": videos}))
+    return path
+
+
+def test_entries_that_name_no_video_are_told(tmp_path):
+    path = names_in(tmp_path, "a.mp4", "data/b", "Clip_3.mp4")
+    assert check_names(path, tmp_path, ["a.mp4", "b.mp4", "clip_3.mp4"]) == [
+        f"1 entries of {path} name no video, the first one 'Clip_3.mp4', the folder has 'a.mp4'; is it 'clip_3.mp4'?"
+    ]
+    assert check_names(path, tmp_path, ["a.mp4", "b.mp4", "Clip_3.mp4"]) == []
+
+
+def test_annotations_of_other_videos_stop_the_run(tmp_path):
+    with pytest.raises(
+        InputError, match="none of 2 entries of .*corpus.json names a video: the first one 'x.mp4', the"
+    ):
+        check_names(names_in(tmp_path, "x.mp4", "y.mp4"), tmp_path, ["a.mp4"])
+    path = names_in(tmp_path, "b.mp4")  # the end of a path does not do for annotations, and the hint says so
+    with pytest.raises(InputError, match="'b.mp4', the folder has 'deep/b.mp4'; is it 'deep/b.mp4'?"):
+        check_names(path, tmp_path, ["deep/b.mp4"])
+
+
+def test_pictures_that_name_no_video_are_left_to_the_clip(tmp_path):
+    images = [{"id": 1, "file_name": "frame_0001.png", "width": 10, "height": 8}]
+    annotations = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4]}]
+    path = tmp_path / "coco.json"
+    path.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "dog"}]})
+    )
+    assert check_names(path, tmp_path, ["a.mp4", "b.mp4"]) == []
+
+
+def test_a_deleted_video_does_not_keep_another_from_being_alone(tmp_path):
+    (tmp_path / ".Trash").mkdir()
+    for name in ("a.mp4", ".Trash/b.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    assert AnnotationSource(None)._is_alone(tmp_path)

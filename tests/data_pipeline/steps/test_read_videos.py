@@ -36,6 +36,20 @@ def test_no_caption(step, write_clip, tmp_path, caption):
     assert "clip_000000.txt" in rejected.evidence["needed"]
 
 
+def test_a_caption_file_that_is_unusable_is_told_and_what_was_assumed_is_a_note(step, write_clip, tmp_path):
+    path = write_clip(tmp_path)
+    path.with_suffix(".txt").write_bytes(b"\xd1\xee\xe1\xe0\xea\xe0")
+    rejected = step.process(find_videos(tmp_path)[0])
+    assert rejected.reason == "no caption"
+    assert rejected.evidence["found"].startswith("caption file is neither UTF-8, UTF-16 with a mark nor Windows-1252")
+    path.with_suffix(".txt").write_bytes(b"a dog in a caf\xe9")
+    sidecar = path.with_name("clip_000000.annotations.json")
+    sidecar.write_bytes(sidecar.read_bytes().replace(b"dog", b"d\xe9g"))
+    video = step.process(find_videos(tmp_path)[0])
+    assert video.caption == "a dog in a caf\u00e9"
+    assert [note.partition(" is ")[0] for note in video.notes] == ["caption file", "annotations sidecar"]
+
+
 def test_empty_file(step, write_clip, tmp_path):
     write_clip(tmp_path).write_bytes(b"")
     assert step.process(find_videos(tmp_path)[0]).reason == "empty file"
