@@ -77,6 +77,17 @@ class NounChunker:
         if not {"parser", "lemmatizer"} <= set(self._model.pipe_names):
             raise InputError(f"the spaCy model {name} has no parser or no lemmatizer; {HELP}")
         self.name = f"{name} {self._model.meta['version']}"
+        tables = getattr(self._model.get_pipe("lemmatizer"), "lookups", None)
+        # English base forms by part of speech; other languages' models have none.
+        self._dictionary = tables.get_table("lemma_index", {}) if tables else {}
+
+    def _may_be(self, token: Token, part: str) -> bool:
+        """True if the tagger says that the word is of this part of speech, or the dictionary knows it as no other."""
+        if token.pos_ == part.upper() or (part == "noun" and token.pos_ == "PROPN"):
+            return True
+        if part == "verb":
+            return any(word in self._dictionary.get("verb", ()) for word in verbs_of(token.lower_))
+        return token.lower_ not in self._dictionary.get("adj", ())
 
     def chunks(self, caption: str) -> list[Chunk]:
         """Noun chunks headed by a noun or a proper noun, in the order of the caption. Positions and texts are those of
@@ -92,9 +103,9 @@ class NounChunker:
             owner = max((token.i for token in tokens[:-1] if token.tag_ == "POS"), default=-1)
             owners, own = [t for t in tokens if t.i < owner], [t for t in tokens if t.i > owner]
             # "a girl with a teddy bear watches" is parsed as bears called watches, or as two nouns side by side: a
-            # plural after "a" and a noun, or a lone plural right after a singular noun, is the verb.
+            # plural after "a" and a noun, or a lone plural right after a noun, is the verb.
             if plural_look(root):
-                if len(own) > 2 and is_one(own) and own[-2].pos_ in NOUNS:
+                if len(own) > 2 and is_one(own) and self._may_be(own[-2], "noun") and self._may_be(root, "verb"):
                     own.pop()
                 elif len(tokens) == 1 and start == previous_end and root.dep_ not in SUBJECTS and found:
                     continue
@@ -157,6 +168,11 @@ def is_one(tokens: Sequence[Token]) -> bool:
 def plural_look(token: Token) -> bool:
     """True for a word that may be a plural or the third person of a verb: "watches"."""
     return token.lower_.endswith("s") and not token.lower_.endswith("ss") and token.lower_ != token.lemma_.lower()
+
+
+def verbs_of(text: str) -> tuple[str, ...]:
+    """The verbs whose third person a word in -s may be: "watches" of "watch", "dances" of "dance"."""
+    return (text[:-1], text.removesuffix("es"), text.removesuffix("ies") + "y")
 
 
 def plain(caption: str) -> str:
