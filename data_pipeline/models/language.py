@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,20 @@ QUANTITIES = frozenset(
     billion bunch couple dozen few half handful hundred lot many million pair plenty several thousand trio
     """.split()
 )
+AND = "and"
+# First parts of words that describe: "a double-decker bus", but "an x-ray machine".
+SIZES = frozenset(
+    """
+    double eight five four full half high large long low medium multi one open semi seven short single six small ten
+    three triple two wide
+    """.split()
+)
+# After "not" or "no" these deny nothing: "not only a dog", "not far from a house", "no more than two dogs".
+AFFIRMING = frozenset(
+    {"all", "both", "doubt", "every", "everyone", "far", "fewer", "just", "less", "long", "matter", "merely", "only"}
+)
+DENYING = frozenset({"not", "never", "neither", "nor", "no", "none", "nobody", "nothing"})
+UNSEEN = frozenset({"seen", "visible", "shown", "present", "there", "here", "found", "around", "depicted", "pictured"})
 DEFINITE_DETERMINERS = frozenset({"the", "this", "that", "these", "those", *POSSESSIVES})
 
 
@@ -47,15 +61,19 @@ class Chunk:
     preposition: str = ""
     """The preposition that the chunk hangs on ("in" of "in front"), also through a list; "" if none."""
     subject: bool = False
-    """It is the grammatical subject of a verb."""
+    """It is the grammatical subject of a verb, or what a caption without a sentence is about."""
     possessed: bool = False
     """Somebody's: "its mouth", "the man's shoulder"."""
+    owned: bool = False
+    """The one whose it is stands before it by name: "the man's shoulder"."""
     definite: bool = False
     """It refers to something named before, or supposed to be known: "the dog", "its tail"."""
     counts: bool = False
     """"of" follows: "a couple of ducks"."""
     proper: bool = False
     """A name: "Paris"."""
+    denied: bool = False
+    """The caption says that it is not there: "no dog", "without a hat", "does not hold a cup"."""
     joined: bool = False
     """Nothing but " and " stands between the chunk before and this one."""
 
@@ -89,13 +107,37 @@ class NounChunker:
             return any(word in self._dictionary.get("verb", ()) for word in verbs_of(token.lower_))
         return token.lower_ not in self._dictionary.get("adj", ())
 
+    def _parse(self, caption: str) -> tuple[Doc, dict[int, int], dict[int, int]]:
+        """The parsed caption, its hyphenated words whole and a slash between words read as "and"; and where in the
+        caption its tokens begin and end, by where they do in its own text.
+        """
+        document = read = self._model.tokenizer(plain(caption))
+        words = [AND if is_slash(token) else token.text for token in read]
+        if any(word is AND for word in words):
+            beside = [is_slash(token) or (token.i + 1 < len(read) and is_slash(token.nbor())) for token in read]
+            spaces = [bool(token.whitespace_) or near for token, near in zip(read, beside, strict=True)]
+            document = type(read)(self._model.vocab, words=words, spaces=spaces)
+        begins = {token.idx: old.idx for token, old in zip(document, read, strict=True)}
+        ends = {
+            token.idx + len(token): old.idx + len(old) for token, old in zip(document, read, strict=True)
+        }
+        document = self._model(document)
+        with document.retokenize() as retokenizer:
+            for first, last in hyphenated(document):
+                span = document[first : last + 1]
+                # Of a noun the last part is bent: "t-shirts".
+                lemma = span.text[: -len(span[-1])] + span[-1].lemma_
+                retokenizer.merge(span, attrs={"LEMMA": lemma.lower()})
+        return document, begins, ends
+
     def chunks(self, caption: str) -> list[Chunk]:
         """Noun chunks headed by a noun or a proper noun, in the order of the caption. Positions and texts are those of
         the caption as it was given.
         """
         found: list[Chunk] = []
         last_end = -1  # the token after the chunk before
-        document = self._model(plain(caption))
+        document, begins, ends = self._parse(caption)
+        denied = denied_nouns(document)
         spans = [(beginning(span), span.root) for span in document.noun_chunks if span.root.pos_ in NOUNS]
         for start, root in sorted([*spans, *overlooked(document)], key=lambda span: span[0]):
             previous_end, last_end = last_end, root.i + 1
@@ -110,13 +152,17 @@ class NounChunker:
                 elif len(tokens) == 1 and start == previous_end and root.dep_ not in SUBJECTS and found:
                     continue
             if owners and owners[-1].pos_ in NOUNS:  # "the man's shoulder" names a man
-                found.append(self._chunk(caption, owners[-1], owners, False, False))
+                found.append(self._chunk(owners[-1], owners, False, False, False))
             joined = 0 < previous_end == start - 1 and document[previous_end].lower_ == "and"
-            found.append(self._chunk(caption, root, own, owner >= 0, joined))
-        return found
+            found.append(self._chunk(root, own, owner >= 0, joined, root.i in denied))
+        places = ((begins[chunk.position], ends[chunk.position + len(chunk.text)]) for chunk in found)
+        return [
+            replace(chunk, text=caption[start:end], position=start)
+            for chunk, (start, end) in zip(found, places, strict=True)
+        ]
 
     @staticmethod
-    def _chunk(caption: str, root: Token, own: list[Token], owned: bool, joined: bool) -> Chunk:
+    def _chunk(root: Token, own: list[Token], owned: bool, joined: bool, denied: bool) -> Chunk:
         head = own[-1]
         words = []
         for token in own:
@@ -126,8 +172,8 @@ class NounChunker:
                 kind = "and"
             elif token.lemma_.lower() in QUANTITIES:
                 kind = "determiner"
-            elif any(token.nbor(step).text == "-" for step in (-1, 1) if 0 <= token.i + step < len(token.doc)):
-                kind = "adjective"  # half a word: "double-decker"
+            elif "-" in token.text.strip("-") and token.text.partition("-")[0].lower() in SIZES:
+                kind = "adjective"  # "double-decker"
             # The base form of a verb or an adjective would not be a noun: "clean" for "cleaner".
             lemma = token.lemma_.lower() if token.pos_ in NOUNS else token.lower_
             words.append((token.lower_, lemma, "head" if token == head else kind))
@@ -139,16 +185,18 @@ class NounChunker:
         end = head.idx + len(head.text)
         following = head.nbor() if head.i + 1 < len(head.doc) else None
         return Chunk(
-            text=caption[start:end],
+            text=head.doc.text[start:end],
             position=start,
             words=tuple(words),
             preposition=governor.head.lower_ if hangs else "",
-            subject=root.dep_ in SUBJECTS,
+            subject=root.dep_ in (*SUBJECTS, "ROOT"),
             possessed=owned or any(token.lower_ in POSSESSIVES for token in own),
+            owned=owned,
             definite=owned or any(token.lower_ in DEFINITE_DETERMINERS for token in own),
             counts=following is not None and following.lower_ == "of",
             proper=head.pos_ == "PROPN" and head.text[0].isupper(),
             joined=joined,
+            denied=denied,
         )
 
 
@@ -168,6 +216,145 @@ def is_one(tokens: Sequence[Token]) -> bool:
 def plural_look(token: Token) -> bool:
     """True for a word that may be a plural or the third person of a verb: "watches"."""
     return token.lower_.endswith("s") and not token.lower_.endswith("ss") and token.lower_ != token.lemma_.lower()
+
+
+def denied_nouns(document: Doc) -> frozenset[int]:
+    """Numbers of the nouns that the caption says are not there: what "no" or "without" stands before, the objects of a
+    verb with "not", and the subject where "not" goes with being seen. What is said of the subject otherwise ("the dog
+    does not move", "not far from a house") leaves it there.
+    """
+    found: set[int] = set()
+    for token in document:
+        word, head = token.norm_, token.head
+        following = token.nbor().lower_ if token.i + 1 < len(document) else ""
+        if word in ("without", "sans", "except") or token.lower_ == "w/o":
+            found |= complements(token)
+        elif word in ("instead", "free", "devoid", "empty", "lack", "absence") and following == "of":
+            found |= complements(token.nbor())
+        elif word == "than" and token.i and token.nbor(-1).lower_ == "rather":
+            found |= complements(token)
+        elif token.lemma_.lower() in ("lack", "miss") and token.pos_ == "VERB":
+            found |= objects(token)
+        elif word in DENYING and following not in AFFIRMING:
+            if word == "no" and following == "longer":
+                head = head.head
+            elif word == "no" and (token.i and token.nbor(-1).pos_ == "DET" or more_than(token)):
+                continue  # "a no smoking sign", "no more than two dogs"
+            if word == "not" and (noun := following_noun(token)) is not None:
+                found |= coordinated(noun)
+            elif token.dep_ in (*SUBJECTS, "conj") and word in ("none", "nobody", "nothing"):
+                found |= objects(head)
+            elif head.pos_ in (*NOUNS, "PRON"):
+                if word not in ("neither", "nor") or head.dep_ not in SUBJECTS:
+                    found |= coordinated(head)
+                if head.dep_ in SUBJECTS:
+                    found |= objects(head.head) | (unseen(head.head) if word == "neither" else set())
+            elif head.pos_ in ("VERB", "AUX", "ADJ"):
+                found |= objects(head) | (unseen(head) if word != "nor" else set())
+    return frozenset(found)
+
+
+def is_slash(token: Token) -> bool:
+    """True for a slash between two words: "dog/cat", but not "w/o" or "1/2"."""
+    if token.text not in ("/", "+", "|") or not 0 < token.i < len(token.doc) - 1:
+        return False
+    return all(len(word) > 1 and word.is_alpha and word.lower_ not in ("and", "or") for word in (token.nbor(-1), token.nbor()))
+
+
+def hyphenated(document: Doc) -> list[tuple[int, int]]:
+    """First and last token of every word with hyphens."""
+    runs: list[tuple[int, int]] = []
+    for token in document[1:-1]:
+        before, after = token.nbor(-1), token.nbor()
+        inside = not (before.whitespace_ or token.whitespace_)
+        if token.text != "-" or not (inside and before.text[-1].isalnum() and after.text[0].isalnum()):
+            continue
+        if runs and runs[-1][1] == token.i - 1:
+            runs[-1] = (runs[-1][0], token.i + 1)
+        else:
+            runs.append((token.i - 1, token.i + 1))
+    return runs
+
+
+def following_noun(token: Token) -> Token | None:
+    """The noun whose article or number comes next, wherever the parser hung the "not": "not a single dog"."""
+    if token.i + 1 == len(token.doc) or token.nbor().pos_ not in ("DET", "NUM"):
+        return None
+    return token.nbor().head if token.nbor().head.pos_ in NOUNS else None
+
+
+def more_than(token: Token) -> bool:
+    """True before "more than": a number follows, and so many are there."""
+    return [word.lower_ for word in token.doc[token.i + 1 : token.i + 3]] in (["more", "than"], ["other", "than"])
+
+
+def objects(verb: Token) -> set[int]:
+    """Numbers of the nouns that a denied verb would have acted on. A clause with a subject of its own is not denied,
+    nor is where it happens, once there is an object: "not wearing a helmet on his motorcycle".
+    """
+    found: set[int] = set()
+    direct = False
+    for child in (child for child in verb.children if child.i > verb.i):
+        if child.dep_ in ("dobj", "attr", "oprd", "dative") and child.pos_ in (*NOUNS, "PRON"):
+            found |= coordinated(child)
+            direct = True
+        elif child.dep_ in ("acomp", "xcomp", "pcomp") or (child.dep_ == "ccomp" and not has_subject(child)):
+            found |= objects(child)
+        elif child.dep_ in ("prep", "agent") and not direct:
+            found |= complements(child)
+        elif child.dep_ == "conj" and not has_subject(child) and joined_in_denial(verb, child):
+            found |= objects(child)
+    return found
+
+
+def has_subject(verb: Token) -> bool:
+    """True for a verb with a subject or an auxiliary of its own: a statement of its own."""
+    return any(child.dep_ in (*SUBJECTS, "expl", "aux", "auxpass") and child.lower_ != "to" for child in verb.children)
+
+
+def joined_in_denial(first: Token, second: Token) -> bool:
+    """True if what is said of the first verb or noun holds for the second: "or", "nor", "and" and commas between them,
+    but not "but"; a verb has to be of the same form ("does not run or jump", not "does not run and jumps").
+    """
+    between = {token.lower_ for token in first.doc[first.i : second.i]}
+    return not between & {"but", "only", "just"} and (second.pos_ in NOUNS or second.tag_ == first.tag_)
+
+
+def complements(preposition: Token) -> set[int]:
+    """Numbers of the nouns that hang on a preposition, or on the verb that does: "without looking at the dog"."""
+    found: set[int] = set()
+    for child in preposition.children:
+        if child.dep_ in ("pobj", "dobj", "attr") and child.pos_ in (*NOUNS, "PRON"):
+            found |= coordinated(child)
+        elif child.dep_ in ("pcomp", "prep"):
+            found |= objects(child) if child.dep_ == "pcomp" else complements(child)
+    return found
+
+
+def coordinated(noun: Token) -> set[int]:
+    """Numbers of a noun, of what is counted by it ("no cup of tea") and of those that it is listed with: "a hat or
+    glasses". One with an article after a comma or after "no" is something else: "no windows and a red door".
+    """
+    found = {noun.i}
+    bare = any(child.lower_ == "no" for child in noun.children)
+    for child in noun.children:
+        if child.dep_ == "prep" and child.lower_ == "of":
+            found |= complements(child)
+        elif child.dep_ in ("conj", "appos") and child.pos_ in NOUNS and joined_in_denial(noun, child):
+            comma = any(token.text == "," for token in noun.doc[noun.i : child.i])
+            article = any(grandchild.dep_ in ("det", "nummod") for grandchild in child.children)
+            alternative = any(token.lower_ in ("or", "nor") for token in child.sent)
+            if alternative or not (article and (comma or bare)):
+                found |= coordinated(child)
+    return found
+
+
+def unseen(verb: Token) -> set[int]:
+    """Numbers of the subjects of a denied "is seen", "is visible", "is there", "appears"."""
+    said = {child.lower_ for child in verb.children if child.dep_ in ("acomp", "advmod", "attr")} | {verb.lower_}
+    if not said & UNSEEN and verb.lemma_ not in ("appear", "exist"):
+        return set()
+    return {i for child in verb.children if child.dep_ in SUBJECTS for i in coordinated(child)}
 
 
 def verbs_of(text: str) -> tuple[str, ...]:

@@ -85,9 +85,15 @@ COLOURS = words_of(
     """
     amber aqua azure beige black blond blonde blue bronze brown brunette burgundy copper coral cream crimson cyan gold
     golden gray green grey indigo ivory khaki lavender lilac lime magenta maroon mauve multicolored multicoloured navy
-    olive orange peach pink purple red rust scarlet silver tan teal turquoise violet white yellow
+    olive orange peach pink purple red rose rust salmon scarlet silver tan teal turquoise violet white yellow
     """
 )
+# Colours that are things or people too: "a boy eats an orange", "two blondes".
+COLOURED_THINGS = words_of(
+    "blond blonde brunette cherry coral cream lavender lilac lime olive orange peach plum redhead rose salmon violet"
+)
+# Without an article they are colours after these: "in orange", "shades of peach", "from orange to lime".
+COLOUR_PREPOSITIONS = words_of("as between from in into of through to")
 SHADES = words_of("bright dark deep light pale")
 MATERIALS = words_of(
     """
@@ -100,10 +106,40 @@ MATERIALS = words_of(
 # Adjectives and participles that say which kind of thing it is: without them it would be another thing.
 KINDS = words_of(
     """
-    baking chopping cooking cutting dining fire fishing frying ironing knitting mixing mobile parking polar racing
-    rocking sewing shopping swimming teddy washing watering
+    acoustic baking bathing boxing bowling changing chewing chopping climbing cooking cutting dining diving dressing
+    drinking filing fire fishing folding frying grizzly hearing ironing knitting magnifying measuring mixing mobile
+    parking playing polar punching racing remote riding rocking rolling running serving sewing shopping skating sleeping
+    spinning steering stuffed swimming teddy trekking vending walking washing watering wedding welding
     """
 )
+# Adjectives that make another thing of some nouns only: a hot dog is no dog.
+KINDS_BEFORE = {
+    first: words_of(nouns)
+    for first, nouns in {
+        "bald": "eagle",
+        "big": "top wheel",
+        "black": "board hole",
+        "digital": "camera clock",
+        "flying": "fish fox saucer squirrel",
+        "french": "bulldog fry horn toast",
+        "german": "shepherd",
+        "goods": "lift train truck van wagon yard",
+        "great": "dane",
+        "green": "bean onion pepper tea",
+        "high": "chair heel",
+        "hot": "air chocolate dog pot tub wheel",
+        "killer": "whale",
+        "musical": "box instrument",
+        "praying": "mantis",
+        "red": "carpet wine",
+        "solar": "panel",
+        "sweet": "corn pea potato",
+        "swiss": "army",
+        "white": "board wine",
+        "wild": "boar",
+    }.items()
+}
+DESCRIBING = COLOURS | MATERIALS | KINDS
 PEOPLE = words_of(
     """
     acrobat actor actress adolescent adult archer artist astronaut athlete aunt baby baker ballerina barber barista
@@ -132,7 +168,7 @@ LOCATIVES = words_of("across around at from in near of outside over through")
 # Words without a singular, which spaCy's lemmatizer cuts all the same ("trouser", "jean").
 PLURAL_ONLY = words_of(
     """
-    binoculars clothes glasses goggles headphones jeans leggings overalls pajamas pants pliers pyjamas scissors shorts
+    binoculars clothes glasses goggles goods headphones jeans khakis leggings overalls pajamas pants pliers pyjamas scissors scrubs shorts
     sunglasses tights tongs trousers tweezers
     """
 )
@@ -192,7 +228,7 @@ class FindEntities(Step[FramePair, NamedPair]):
         for chunk in join_colours(chunks):
             head = singular(*chunk.words[-1][:2])
             kept = describing_words(chunk)
-            if not self._is_subject(chunk, head, kept):
+            if chunk.denied or not self._is_subject(chunk, head, kept):
                 continue
             phrase = " ".join([*kept, head])
             words = frozenset(kept) - {"and"}
@@ -206,7 +242,7 @@ class FindEntities(Step[FramePair, NamedPair]):
 
     def _is_subject(self, chunk: Chunk, head: str, kept: Sequence[str]) -> bool:
         bare = len(chunk.words) == 1
-        if not any(letter.isalpha() for letter in head) or head in COLOURS:
+        if not any(letter.isalpha() for letter in head) or (head in COLOURS and not is_colour_thing(chunk, head)):
             return False
         if head in GROUPS_OF_PEOPLE and not chunk.counts:
             return True
@@ -217,12 +253,21 @@ class FindEntities(Step[FramePair, NamedPair]):
         if head in PATTERNS and chunk.preposition in ("with", "in"):
             return False
         if head in BODY_PARTS:
+            if chunk.owned and (chunk.subject or chunk.preposition == "of"):  # "a woman's hands hold a cup"
+                return True
             alone = bare and chunk.words[-1][0] == head
             if chunk.possessed or alone or chunk.preposition in ("with", "on", "by"):
                 return False
         if head == "camera" and chunk.preposition:  # "looks at the camera", "in front of the camera"
             return False
         return not (bare and (head in PASTIMES or (head.endswith("ing") and head not in THINGS_IN_ING)))
+
+
+def is_colour_thing(chunk: Chunk, head: str) -> bool:
+    """True for "an orange", "two peaches", "ice cream" and "eats peach", but not for "in orange" and "shades of peach"."""
+    if head not in COLOURED_THINGS:
+        return False
+    return len(chunk.words) > 1 or chunk.words[-1][0] != head or chunk.preposition not in COLOUR_PREPOSITIONS
 
 
 def join_colours(chunks: Sequence[Chunk]) -> list[Chunk]:
@@ -252,20 +297,29 @@ def describing_words(chunk: Chunk) -> list[str]:
     """Compounds, colours, materials and kinds before the head, in order: ["white", "soccer"] of "a white soccer
     ball".
     """
-    texts = [text for text, _, _ in chunk.words]
+    words = [part for word in chunk.words for part in parts_of_colour(*word)]
+    texts = [text for text, _, _ in words]
     kept: list[str] = []
-    for i, (text, _, role) in enumerate(chunk.words[:-1]):
+    for i, (text, _, role) in enumerate(words[:-1]):
         following = texts[i + 1]
         if role == "and":
             if kept and kept[-1] == texts[i - 1] and kept[-1] in COLOURS and following in COLOURS:
                 kept.append(text)
         elif (
             role == "compound"
-            or (role == "adjective" and text in COLOURS | MATERIALS | KINDS)
+            or (role == "adjective" and (text in DESCRIBING or following in KINDS_BEFORE.get(text, ())))
             or (role == "adjective" and text in SHADES and following in COLOURS)
         ):
             kept.append(text)
     return kept
+
+
+def parts_of_colour(text: str, lemma: str, role: str) -> list[tuple[str, str, str]]:
+    """The words of a hyphenated colour: "light-blue", "black-and-white"; any other word as it is."""
+    parts = text.split("-")
+    if len(parts) == 1 or role == "head" or not all(part in COLOURS | SHADES or part == "and" for part in parts):
+        return [(text, lemma, role)]
+    return [(part, part, "and" if part == "and" else "adjective") for part in parts]
 
 
 def same_one(words: frozenset[str], before: frozenset[str], definite: bool) -> bool:
