@@ -118,9 +118,7 @@ class NounChunker:
             spaces = [bool(token.whitespace_) or near for token, near in zip(read, beside, strict=True)]
             document = type(read)(self._model.vocab, words=words, spaces=spaces)
         begins = {token.idx: old.idx for token, old in zip(document, read, strict=True)}
-        ends = {
-            token.idx + len(token): old.idx + len(old) for token, old in zip(document, read, strict=True)
-        }
+        ends = {token.idx + len(token): old.idx + len(old) for token, old in zip(document, read, strict=True)}
         document = self._model(document)
         with document.retokenize() as retokenizer:
             for first, last in hyphenated(document):
@@ -139,7 +137,7 @@ class NounChunker:
         document, begins, ends = self._parse(caption)
         denied = denied_nouns(document)
         spans = [(beginning(span), span.root) for span in document.noun_chunks if span.root.pos_ in NOUNS]
-        for start, root in sorted([*spans, *overlooked(document)], key=lambda span: span[0]):
+        for start, root in sorted([*spans, *self._overlooked(document)], key=lambda span: span[0]):
             previous_end, last_end = last_end, root.i + 1
             tokens = [token for token in document[start : root.i + 1] if not token.is_space]
             owner = max((token.i for token in tokens[:-1] if token.tag_ == "POS"), default=-1)
@@ -149,6 +147,9 @@ class NounChunker:
             if plural_look(root):
                 if len(own) > 2 and is_one(own) and self._may_be(own[-2], "noun") and self._may_be(root, "verb"):
                     own.pop()
+                elif len(own) == 2 and is_one(own) and self._ends_compound(document, root.i + 1):
+                    own.append(document[root.i + 1])  # "a goods train": nothing is "a goods"
+                    last_end += 1
                 elif len(tokens) == 1 and start == previous_end and root.dep_ not in SUBJECTS and found:
                     continue
             if owners and owners[-1].pos_ in NOUNS:  # "the man's shoulder" names a man
@@ -160,6 +161,34 @@ class NounChunker:
             replace(chunk, text=caption[start:end], position=start)
             for chunk, (start, end) in zip(found, places, strict=True)
         ]
+
+    def _overlooked(self, document: Doc) -> list[tuple[int, Token]]:
+        """Where article or number, adjectives and a noun stand together that the parser put into no chunk, because it
+        took the noun for a verb or an adjective: the first token's number, and the noun. "two cows" of "two cows
+        graze", "an ant" of "of an ant".
+        """
+        covered = {token.i for chunk in document.noun_chunks for token in chunk}
+        found = []
+        for first in document:
+            if first.pos_ not in ("DET", "NUM") or first.i in covered:
+                continue
+            last = first
+            while last.i + 1 < len(document) and last.nbor().i not in covered and continues(first, last.nbor()):
+                last = last.nbor()
+            noun = last.pos_ in (*NOUNS, "VERB") or (last.dep_ in ("pobj", "dobj") and self._may_be(last, "noun"))
+            if last != first and noun:
+                found.append((first.i, last))
+        return found
+
+    def _ends_compound(self, document: Doc, number: int) -> bool:
+        """True for a singular noun that the parser may have taken for a verb."""
+        token = document[number] if number < len(document) else None
+        return (
+            token is not None
+            and token.tag_ in ("NN", "NNP", "VB", "VBP")
+            and token.pos_ != "AUX"
+            and (token.lower_ in self._dictionary.get("noun", ()))
+        )
 
     @staticmethod
     def _chunk(root: Token, own: list[Token], owned: bool, joined: bool, denied: bool) -> Chunk:
@@ -230,9 +259,9 @@ def denied_nouns(document: Doc) -> frozenset[int]:
         if word in ("without", "sans", "except") or token.lower_ == "w/o":
             found |= complements(token)
         elif word in ("instead", "free", "devoid", "empty", "lack", "absence") and following == "of":
-            found |= complements(token.nbor())
+            found |= complements(token.nbor()) | alternatives(token.nbor())
         elif word == "than" and token.i and token.nbor(-1).lower_ == "rather":
-            found |= complements(token)
+            found |= complements(token) | alternatives(token)
         elif token.lemma_.lower() in ("lack", "miss") and token.pos_ == "VERB":
             found |= objects(token)
         elif word in DENYING and following not in AFFIRMING:
@@ -258,7 +287,9 @@ def is_slash(token: Token) -> bool:
     """True for a slash between two words: "dog/cat", but not "w/o" or "1/2"."""
     if token.text not in ("/", "+", "|") or not 0 < token.i < len(token.doc) - 1:
         return False
-    return all(len(word) > 1 and word.is_alpha and word.lower_ not in ("and", "or") for word in (token.nbor(-1), token.nbor()))
+    return all(
+        len(word) > 1 and word.is_alpha and word.lower_ not in ("and", "or") for word in (token.nbor(-1), token.nbor())
+    )
 
 
 def hyphenated(document: Doc) -> list[tuple[int, int]]:
@@ -331,6 +362,14 @@ def complements(preposition: Token) -> set[int]:
     return found
 
 
+def alternatives(conjunction: Token) -> set[int]:
+    """Numbers of the nouns after "instead of" where the parser took that for a conjunction."""
+    if conjunction.dep_ != "cc":
+        return set()
+    after = (child for child in conjunction.head.children if child.dep_ == "conj" and child.i > conjunction.i)
+    return {i for child in after if child.pos_ in NOUNS for i in coordinated(child)}
+
+
 def coordinated(noun: Token) -> set[int]:
     """Numbers of a noun, of what is counted by it ("no cup of tea") and of those that it is listed with: "a hat or
     glasses". One with an article after a comma or after "no" is something else: "no windows and a red door".
@@ -393,23 +432,6 @@ def beginning(span: Span) -> int:
     if start < span.start and start > 0 and document[start - 1].pos_ in ("DET", "NUM"):
         start -= 1
     return start
-
-
-def overlooked(document: Doc) -> list[tuple[int, Token]]:
-    """Where article or number, adjectives and a noun stand together that the parser put into no chunk, because it took
-    the noun for a verb: the first token's number, and the noun. "two cows" of "two cows graze".
-    """
-    covered = {token.i for chunk in document.noun_chunks for token in chunk}
-    found = []
-    for first in document:
-        if first.pos_ not in ("DET", "NUM") or first.i in covered:
-            continue
-        last = first
-        while last.i + 1 < len(document) and last.nbor().i not in covered and continues(first, last.nbor()):
-            last = last.nbor()
-        if last != first and last.pos_ in (*NOUNS, "VERB"):
-            found.append((first.i, last))
-    return found
 
 
 def continues(first: Token, token: Token) -> bool:

@@ -40,6 +40,33 @@ STOP_WORDS = words_of(
     race rest ride routine run sale shade show show-off silence sleep smile song sound speed sport stop stunt style
     swim talk trick trip turn use vacation visit voyage walk wave wedding work world yawn
     balance colour color light mode peace reflection shadow sight sunlight
+
+    advice aim ambiance ambience anger angle appearance applause approach art aspect atmosphere aura backdrop
+    beginning behavior behaviour blur brightness calm challenge chance change charm cheer choice clue comfort
+    composition concentration confidence content contrast cooking course culture curiosity danger darkness daytime
+    delight depth design detail difference disarray drama dynamics effect effort elegance emotion emphasis energy
+    enthusiasm episode essence excitement exploration exposure expression extent fashion feel feeling finish flair
+    flow focus form freedom friendship fury gait gaze gesture glance guideline happiness harmony haste height hint
+    history hope humor hurry impact importance impression information instruction intensity interaction interest
+    intimacy intrigue knowledge laughter layout lesson level lifestyle lighting liveliness location luxury macro
+    makeover manner matter meaning means memory method mix mystery narrative need news noise nostalgia pace pain
+    palette passion pause perspective playfulness pleasure point point-of-view pose posture pov power precision
+    presence pressure pride process progress proximity purpose quality question reason relationship research result
+    rhythm romance scenario scenery section self-portrait selfie-style sensation sense sequence serenity session
+    sharpness shooting silhouette similarity simplicity situation skill solitude stillness story strength subject
+    success surroundings survey suspense symmetry task teamwork technique tension texture theme thought timing tone
+    topic touch tour tradition tranquility transition travel trend truth tug tutorial urgency vibe viewer viewpoint
+    visibility vista voice vow war warmth whole wish wonder workout zoom
+    """
+)
+# Endings of ideas ("calmness", "celebration", "elegance"); what ends so and is a thing.
+IDEA_ENDINGS = ("ance", "dom", "ence", "hood", "ism", "ity", "ness", "sion", "tion", "ology")
+THINGS_WITH_SUCH_ENDINGS = words_of(
+    """
+    accordion ambulance appliance audience automation baroness bastion caution celebrity city concoction decoration
+    domino fence fiance fixation governess harness hibiscus illustration installation kingdom lance lioness lotion
+    mansion medallion ordnance pension plantation potion prism ration science sentence station television university
+    vegetation witness wilderness
     """
 )
 # Stop words that are things once a colour, a material or a compound describes them: "an orange top", "a picture
@@ -78,8 +105,12 @@ PASTIMES = words_of(
 )
 # Nouns in -ing that are things even without an article.
 THINGS_IN_ING = words_of(
-    "building ceiling clothing dumpling duckling earring evening frosting gosling icing king lightning painting "
-    "pudding ring sapling seedling sling spring string stuffing swing thing topping wing wedding"
+    """
+    awning bedding building carving ceiling clothing covering crossing darling drawing dressing duckling dumpling
+    earring evening filling fitting frosting gosling herring icing king legging lettering lightning offering packaging
+    painting pudding railing ring sapling scaffolding seating seedling sibling sling spring stocking string stuffing
+    swing thing topping viking wedding wing
+    """
 )
 COLOURS = words_of(
     """
@@ -225,7 +256,7 @@ class FindEntities(Step[FramePair, NamedPair]):
         """Entities of the noun chunks of one caption, in its order, each phrase once."""
         found: list[Entity] = []
         described: list[tuple[str, frozenset[str]]] = []  # head and describing words of each
-        for chunk in join_colours(chunks):
+        for chunk in map(without_verb, join_colours(chunks)):
             head = singular(*chunk.words[-1][:2])
             kept = describing_words(chunk)
             if chunk.denied or not self._is_subject(chunk, head, kept):
@@ -248,6 +279,9 @@ class FindEntities(Step[FramePair, NamedPair]):
             return True
         if head in self.stop_words and not (kept and head in THINGS_IF_DESCRIBED):
             return False
+        idea = head.endswith(IDEA_ENDINGS) and head not in THINGS_WITH_SUCH_ENDINGS
+        if idea and chunk.words[-1][0] == head:
+            return False
         if head in self.scenery or (chunk.proper and chunk.preposition in LOCATIVES):
             return False
         if head in PATTERNS and chunk.preposition in ("with", "in"):
@@ -261,6 +295,20 @@ class FindEntities(Step[FramePair, NamedPair]):
         if head == "camera" and chunk.preposition:  # "looks at the camera", "in front of the camera"
             return False
         return not (bare and (head in PASTIMES or (head.endswith("ing") and head not in THINGS_IN_ING)))
+
+
+def without_verb(chunk: Chunk) -> Chunk:
+    """Without the verb in -ing that the parser took for the noun: "an orange helmet looking" is a helmet."""
+    text = chunk.words[-1][0]
+    names_noun = len(chunk.words) > 2 and chunk.words[-2][2] == "compound"
+    if not (text.endswith("ing") and text not in THINGS_IN_ING and names_noun and chunk.words[0][0] in ("a", "an")):
+        return chunk
+    noun, lemma, _ = chunk.words[-2]
+    return replace(
+        chunk,
+        text=chunk.text[: -len(text)].rstrip(),
+        words=(*chunk.words[:-2], (noun, lemma, "head")),
+    )
 
 
 def is_colour_thing(chunk: Chunk, head: str) -> bool:
