@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import spacy
 
+from data_pipeline.languages import BY_CODE, UNKNOWN, other_language, words_of
 from data_pipeline.records import InputError
 
 if TYPE_CHECKING:
@@ -25,18 +26,16 @@ HELP = (
 DETERMINERS = frozenset({"DET", "PRON", "NUM", "PUNCT", "ADP", "PART"})
 POSSESSIVES = frozenset({"my", "your", "his", "her", "its", "our", "their"})
 SINGULAR_DETERMINERS = frozenset({"a", "an", "one", "this", "that", "each", "every", "another"})
-QUANTITIES = frozenset(
-    """
-    billion bunch couple dozen few half handful hundred lot many million pair plenty several thousand trio
-    """.split()
+QUANTITIES = words_of(
+    "billion bunch couple dozen few half handful hundred lot many million pair plenty several thousand trio"
 )
 AND = "and"
 # First parts of words that describe: "a double-decker bus", but "an x-ray machine".
-SIZES = frozenset(
+SIZES = words_of(
     """
     double eight five four full half high large long low medium multi one open semi seven short single six small ten
     three triple two wide
-    """.split()
+    """
 )
 # After "not" or "no" these deny nothing: "not only a dog", "not far from a house", "no more than two dogs".
 AFFIRMING = frozenset(
@@ -94,10 +93,37 @@ class NounChunker:
             raise InputError(f"no spaCy model found (tried {', '.join(names)}); {HELP}\n  " + "\n  ".join(failures))
         if not {"parser", "lemmatizer"} <= set(self._model.pipe_names):
             raise InputError(f"the spaCy model {name} has no parser or no lemmatizer; {HELP}")
+        self.language = BY_CODE.get(self._model.lang, self._model.lang)
+        if self._model.vocab.get_noun_chunks is None:
+            raise InputError(f"spaCy finds no noun chunks in the language of the model {name}; {HELP}")
         self.name = f"{name} {self._model.meta['version']}"
         tables = getattr(self._model.get_pipe("lemmatizer"), "lookups", None)
         # English base forms by part of speech; other languages' models have none.
         self._dictionary = tables.get_table("lemma_index", {}) if tables else {}
+
+    def other_language(self, caption: str) -> str:
+        """The language of a caption that is surely not in the model's; "" for one that may be. "unknown" where neither
+        its letters nor its small words tell, and the model's dictionary knows hardly a word of it.
+        """
+        found = other_language(caption, self.language)
+        if found or not self._dictionary:
+            return found
+        words = [token for token in self._model.tokenizer(plain(caption)) if token.is_alpha and len(token) > 1]
+        if any(word.is_stop for word in words):
+            return ""
+        names = [word for word in words[1:] if word.text[0].isupper()]
+        strange = [word for word in words if word not in names and not self._knows(word.lower_)]
+        return UNKNOWN if len(words) > 2 and len(strange) > max(1, 0.7 * len(words)) else ""
+
+    def _knows(self, word: str) -> bool:
+        forms = (
+            word,
+            word.removesuffix("ing"),
+            word.removesuffix("ing") + "e",
+            word.removesuffix("ed"),
+            *verbs_of(word),
+        )
+        return any(form in part for part in self._dictionary.values() for form in forms)
 
     def _may_be(self, token: Token, part: str) -> bool:
         """True if the tagger says that the word is of this part of speech, or the dictionary knows it as no other."""
@@ -267,7 +293,7 @@ def denied_nouns(document: Doc) -> frozenset[int]:
         elif word in DENYING and following not in AFFIRMING:
             if word == "no" and following == "longer":
                 head = head.head
-            elif word == "no" and (token.i and token.nbor(-1).pos_ == "DET" or more_than(token)):
+            elif word == "no" and ((token.i and token.nbor(-1).pos_ == "DET") or more_than(token)):
                 continue  # "a no smoking sign", "no more than two dogs"
             if word == "not" and (noun := following_noun(token)) is not None:
                 found |= coordinated(noun)

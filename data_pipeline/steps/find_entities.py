@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from data_pipeline.languages import OTHER_LANGUAGE, SPACY_MODELS, words_of
 from data_pipeline.records import Entity, FramePair, NamedPair, Rejected, SettingsError
 from data_pipeline.step import Step
 
@@ -12,11 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from data_pipeline.models.language import Chunk
-
-
-def words_of(text: str) -> frozenset[str]:
-    """The words of a text, for the lists below."""
-    return frozenset(text.split())
 
 
 # Nouns that are no subject: places in the picture, quantities, the picture itself, times, deeds and ideas.
@@ -199,14 +195,15 @@ LOCATIVES = words_of("across around at from in near of outside over through")
 # Words without a singular, which spaCy's lemmatizer cuts all the same ("trouser", "jean").
 PLURAL_ONLY = words_of(
     """
-    binoculars clothes glasses goggles goods headphones jeans khakis leggings overalls pajamas pants pliers pyjamas scissors scrubs shorts
-    sunglasses tights tongs trousers tweezers
+    binoculars clothes glasses goggles goods headphones jeans khakis leggings overalls pajamas pants pliers pyjamas
+    scissors scrubs shorts sunglasses tights tongs trousers tweezers
     """
 )
 # Plurals whose lemma is not the singular that a person would use.
 IRREGULAR = {"people": "person", "folk": "person", "folks": "person", "kids": "kid", "mice": "mouse"}
 SUBJECTS = ("all", "people", "things")
 CACHE_SIZE = 100_000
+DENIED = "the caption denies something, which is not asked for"
 
 
 @dataclass(kw_only=True)
@@ -238,7 +235,7 @@ class FindEntities(Step[FramePair, NamedPair]):
         from data_pipeline.models.language import MODELS, load_chunker
 
         self._chunker = load_chunker(self.language_models or MODELS)
-        self._known: dict[str, tuple[Entity, ...]] = {}
+        self._known: dict[str, tuple[tuple[Entity, ...], tuple[str, ...]] | Rejected] = {}
 
     def process(self, frames: FramePair) -> NamedPair | Rejected:
         """The pair with its entities."""
@@ -246,11 +243,29 @@ class FindEntities(Step[FramePair, NamedPair]):
         if caption not in self._known:
             if len(self._known) >= CACHE_SIZE:
                 self._known.clear()
-            self._known[caption] = self.entities(self._chunker.chunks(caption))
-        entities = self._known[caption]
+            self._known[caption] = self._read(caption)
+        found = self._known[caption]
+        if isinstance(found, Rejected):
+            return found
+        entities, notes = found
+        return NamedPair(frames=frames, entities=entities, notes=notes)
+
+    def _read(self, caption: str) -> tuple[tuple[Entity, ...], tuple[str, ...]] | Rejected:
+        """Entities and notes of a caption, or why there are none."""
+        if language := self._chunker.other_language(caption):
+            evidence = {"caption": caption, "language": language}
+            if language in SPACY_MODELS:
+                evidence["needed"] = f"--language-model {SPACY_MODELS[language]}"
+            return Rejected(f"{OTHER_LANGUAGE}{self._chunker.language}", evidence)
+        chunks = self._chunker.chunks(caption)
+        entities = self.entities(chunks)
+        denied = self.entities([replace(chunk, denied=False) for chunk in chunks if chunk.denied])
         if not entities:
-            return Rejected("no entity in the caption", {"caption": caption, "subjects": self.subjects})
-        return NamedPair(frames=frames, entities=entities)
+            evidence = {"caption": caption, "subjects": self.subjects}
+            if denied:
+                evidence["denied"] = [entity.phrase for entity in denied]
+            return Rejected("no entity in the caption", evidence)
+        return entities, (DENIED,) if denied else ()
 
     def entities(self, chunks: Sequence[Chunk]) -> tuple[Entity, ...]:
         """Entities of the noun chunks of one caption, in its order, each phrase once."""
@@ -279,7 +294,7 @@ class FindEntities(Step[FramePair, NamedPair]):
             return True
         if head in self.stop_words and not (kept and head in THINGS_IF_DESCRIBED):
             return False
-        idea = head.endswith(IDEA_ENDINGS) and head not in THINGS_WITH_SUCH_ENDINGS
+        idea = len(head) > 6 and head.endswith(IDEA_ENDINGS) and head not in THINGS_WITH_SUCH_ENDINGS
         if idea and chunk.words[-1][0] == head:
             return False
         if head in self.scenery or (chunk.proper and chunk.preposition in LOCATIVES):
@@ -312,7 +327,7 @@ def without_verb(chunk: Chunk) -> Chunk:
 
 
 def is_colour_thing(chunk: Chunk, head: str) -> bool:
-    """True for "an orange", "two peaches", "ice cream" and "eats peach", but not for "in orange" and "shades of peach"."""
+    """True for "an orange", "two peaches", "ice cream" and "eats peach", but not for "in orange"."""
     if head not in COLOURED_THINGS:
         return False
     return len(chunk.words) > 1 or chunk.words[-1][0] != head or chunk.preposition not in COLOUR_PREPOSITIONS

@@ -265,3 +265,153 @@ def test_no_rule_leaves_a_chunk_without_its_noun(step):
 )
 def test_quantities_are_no_part_of_a_phrase(phrases, caption, expected):
     assert phrases(caption) == expected
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("there is no dog here", []),
+        ("a man without a hat", ["man"]),
+        ("the man does not hold a cup", ["man"]),
+        ("a man without a hat or glasses", ["man"]),
+        ("the man isnt wearing a hat or a coat", ["man"]),
+        ("the man isn’t wearing a hat", ["man"]),
+        ("a man w/o a hat", ["man"]),
+        ("a man doesn't wear a hat and holds a cup", ["man", "cup"]),
+        ("there are no cats or dogs in the room", []),
+        ("a house with no windows and a red door", ["house", "red door"]),
+        ("a woman walks without her umbrella, a dog follows", ["woman", "dog"]),
+        ("a woman walks without looking at the dog", ["woman"]),
+        ("neither a cat nor a dog is visible", []),
+        ("the dog cannot be seen", []),
+        ("a man is no longer holding a cup", ["man"]),
+        ("a bowl with not a single apple", ["bowl"]),
+        ("a cup instead of a glass", ["cup"]),
+        ("nobody holds a cup", []),
+        ("a man lacks a helmet", ["man"]),
+        ("the dog isn't chewing the slipper, it is chewing a bone", ["dog", "bone"]),
+        ("a cat that is not afraid of dogs sits on a car", ["cat", "car"]),
+    ],
+)
+def test_what_is_denied_is_not_asked_for(phrases, caption, expected):
+    assert phrases(caption) == expected
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a dog not far from a house", ["dog", "house"]),
+        ("not only a dog but also a cat", ["dog", "cat"]),
+        ("not a dog but a cat", ["cat"]),
+        ("no more than two dogs run", ["dog"]),
+        ("not all dogs have collars", ["dog", "collar"]),
+        ("a dog does not run because a cat watches it", ["dog", "cat"]),
+        ("the man does not notice that a dog steals his hat", ["man", "dog", "hat"]),
+        ("the man is not wearing a helmet on his motorcycle", ["man", "motorcycle"]),
+        ("a man in a red car is not wearing a hat", ["man", "red car"]),
+    ],
+)
+def test_what_stands_beside_a_denial_is_asked_for(phrases, caption, expected):
+    assert phrases(caption) == expected
+
+
+def test_denials_are_counted(step, make_pair):
+    black = np.zeros((8, 8, 3), dtype=np.uint8)
+    named = step.process(make_pair(black, black, caption="a man without a hat"))
+    assert named.notes == ("the caption denies something, which is not asked for",)
+    assert step.process(make_pair(black, black, caption="a man without doubt")).notes == ()
+    assert step.process(make_pair(black, black, caption="a man with a hat")).notes == ()
+    rejected = step.process(make_pair(black, black, caption="there is no dog here"))
+    assert (rejected.reason, rejected.evidence["denied"]) == ("no entity in the caption", ["dog"])
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a boy eats an orange", ["boy", "orange"]),
+        ("a boy eats a peach", ["boy", "peach"]),
+        ("an olive and two limes", ["olive", "lime"]),
+        ("an ice cream", ["ice cream"]),
+        ("an orange cat eats an orange", ["orange cat", "orange"]),
+        ("fresh oranges in a bowl", ["orange", "bowl"]),
+        ("a salmon swims", ["salmon"]),
+        ("a man dressed in orange", ["man"]),
+        ("a sunset turns from orange to violet", []),
+        ("shades of orange and peach", []),
+        ("a glass of orange juice", ["glass", "orange juice"]),
+    ],
+)
+def test_nouns_that_are_colours_too(phrases, caption, expected):
+    assert phrases(caption) == expected
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("an x-ray machine", ["x-ray machine"]),
+        ("a close-up of a dog", ["dog"]),
+        ("dog/cat", ["dog", "cat"]),
+        ("a man/woman", ["man", "woman"]),
+        ("a dog / a cat", ["dog", "cat"]),
+        ("a red/blue car", ["red and blue car"]),
+        ("a dog and/or a wolf", ["dog", "wolf"]),
+        ("a stuffed dog", ["stuffed dog"]),
+        ("a hot dog on a plate", ["hot dog", "plate"]),
+        ("a goods train", ["goods train"]),
+        ("a goods train crosses a bridge", ["goods train", "bridge"]),
+        ("a red double-decker bus", ["red bus"]),
+        ("a black-and-white dog", ["black and white dog"]),
+        ("a light-blue dress", ["light blue dress"]),
+        ("two t-shirts and a jack-in-the-box", ["t-shirt", "jack-in-the-box"]),
+        ("a wide-brimmed hat", ["hat"]),
+        ("a merry-go-round turns", ["merry-go-round"]),
+        ("a man in an orange helmet looking at a blueprint", ["man", "orange helmet", "blueprint"]),
+    ],
+)
+def test_whole_words(phrases, caption, expected):
+    assert phrases(caption) == expected
+
+
+def test_a_slash_and_a_hyphen_keep_mentions_in_place(step):
+    caption = "A t-shirt, a dog/cat and an x-ray machine"
+    found = step.entities(step._chunker.chunks(caption))
+    assert [entity.mention for entity in found] == ["A t-shirt", "a dog", "cat", "an x-ray machine"]
+    assert all(caption[entity.position :].startswith(entity.mention) for entity in found)
+
+
+def test_hands_are_subjects_where_their_owner_is_named(phrases):
+    assert phrases("a woman's hands hold a smartphone") == ["woman", "hand", "smartphone"]
+    assert phrases("a woman’s hands hold a smartphone") == ["woman", "hand", "smartphone"]
+    assert phrases("a parrot on the man's shoulder") == ["parrot", "man"]
+
+
+@pytest.mark.parametrize(
+    ("caption", "language", "needed"),
+    [
+        ("Ein Hund spielt mit einem roten Ball", "German", "--language-model de_core_news_sm"),
+        ("Собака бежит по пляжу", "Russian", None),
+        ("kutya fut parton", "unknown", None),
+    ],
+)
+def test_captions_that_are_not_english_are_rejected(step, make_pair, caption, language, needed):
+    black = np.zeros((8, 8, 3), dtype=np.uint8)
+    rejected = step.process(make_pair(black, black, caption=caption))
+    assert rejected.reason == "the caption is not English"
+    assert rejected.evidence.get("needed") == needed
+    assert (rejected.evidence["language"], rejected.evidence["caption"]) == (language, caption)
+
+
+@pytest.mark.parametrize("caption", ["Lionel Messi dribbling", "Drone footage timelapse skyline", "a selfie", "dog"])
+def test_names_and_new_words_are_english(step, caption):
+    assert step._chunker.other_language(caption) == ""
+
+
+def test_a_language_without_noun_chunks_is_refused(monkeypatch):
+    import spacy
+
+    polish = spacy.blank("pl")
+    polish.add_pipe("parser")
+    polish.add_pipe("lemmatizer", config={"mode": "lookup"})
+    monkeypatch.setattr(spacy, "load", lambda name, **options: polish)
+    with pytest.raises(InputError, match="no noun chunks in the language of the model pl_core_news_sm"):
+        NounChunker(("pl_core_news_sm",))
