@@ -40,7 +40,7 @@ STOP_WORDS = words_of(
     advice aim ambiance ambience anger angle appearance applause approach art aspect atmosphere aura backdrop
     beginning behavior behaviour blur brightness calm challenge chance change charm cheer choice clue comfort
     composition concentration confidence content contrast cooking course culture curiosity danger darkness daytime
-    delight depth design detail difference disarray drama dynamics effect effort elegance emotion emphasis energy
+    delight depth design detail difference disarray doubt drama dynamics effect effort elegance emotion emphasis energy
     enthusiasm episode essence excitement exploration exposure expression extent fashion feel feeling finish flair
     flow focus form freedom friendship fury gait gaze gesture glance guideline happiness harmony haste height hint
     history hope humor hurry impact importance impression information instruction intensity interaction interest

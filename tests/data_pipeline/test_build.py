@@ -359,11 +359,11 @@ def test_rows_that_name_no_video_are_told(folder, tmp_path, capsys):
 def test_captions_of_other_languages_are_one_note(folder, tmp_path, capsys):
     table = tmp_path / "captions.csv"
     captions = ("ein Hund auf dem Sand", "a dog without a hat", "eine Katze und ein Fisch", "Собака бежит по пляжу")
-    table.write_text("video,caption\n" + "".join(f"clip_{i},{caption}\n" for i, caption in enumerate(captions)))
+    table.write_text("video,caption\n" + "".join(f"clip_{i}.mp4,{caption}\n" for i, caption in enumerate(captions)))
     mine(folder, tmp_path / "pairs", "--captions", table)
     assert (
-        "note: 3 captions do not look English and were rejected (2 German, 1 Russian). Clips of one language, in a folder "
-        "of their own, can be mined with a spaCy model for it: `python -m spacy download de_core_news_sm`, "
+        "note: 3 captions do not look English and were rejected (2 German, 1 Russian). Clips of one language, in a "
+        "folder of their own, can be mined with a spaCy model for it: `python -m spacy download de_core_news_sm`, "
         "--language-model de_core_news_sm\n"
     ) in capsys.readouterr().err
     reasons = {entry["video"]: entry["reason"] for entry in rejected(tmp_path / "pairs").values()}

@@ -235,7 +235,15 @@ def owners_and_quantities():
     for quantity in ("a few", "a hundred", "a dozen", "another two", "a couple", "every three", "a half dozen"):
         for noun in ("dogs", "red balloons", "watches", "x-rays", "toy cars"):
             yield f"{quantity} {noun}"
-    for compound in ("t-shirts", "x-ray-machines", "mother-in-law's shoes", "dogs/cats", "man/woman's shoes", "-s", "/s"):
+    for compound in (
+        "t-shirts",
+        "x-ray-machines",
+        "mother-in-law's shoes",
+        "dogs/cats",
+        "man/woman's shoes",
+        "-s",
+        "/s",
+    ):
         yield f"a {compound}"
 
 
