@@ -125,6 +125,16 @@ class NounChunker:
         )
         return any(form in part for part in self._dictionary.values() for form in forms)
 
+    def _is_only_noun(self, word: str) -> bool:
+        return word in self._dictionary.get("noun", ()) and word not in self._dictionary["adj"]
+
+    def _is_verb_after(self, noun: Token, plural: Token) -> bool:
+        """True if the plural may be a verb, and the word before it a noun: surely so where an article follows."""
+        if not self._may_be(plural, "verb"):
+            return False
+        object_follows = plural.i + 1 < len(plural.doc) and plural.nbor().tag_ == "DT"
+        return self._may_be(noun, "noun") or (object_follows and noun.lower_ in self._dictionary.get("noun", ()))
+
     def _may_be(self, token: Token, part: str) -> bool:
         """True if the tagger says that the word is of this part of speech, or the dictionary knows it as no other."""
         if token.pos_ == part.upper() or (part == "noun" and token.pos_ == "PROPN"):
@@ -171,7 +181,7 @@ class NounChunker:
             # "a girl with a teddy bear watches" is parsed as bears called watches, or as two nouns side by side: a
             # plural after "a" and a noun, or a lone plural right after a noun, is the verb.
             if plural_look(root):
-                if len(own) > 2 and is_one(own) and self._may_be(own[-2], "noun") and self._may_be(root, "verb"):
+                if len(own) > 2 and is_one(own) and self._is_verb_after(own[-2], root):
                     own.pop()
                 elif len(own) == 2 and is_one(own) and self._ends_compound(document, root.i + 1):
                     own.append(document[root.i + 1])  # "a goods train": nothing is "a goods"
@@ -180,6 +190,9 @@ class NounChunker:
                     continue
             if owners and owners[-1].pos_ in NOUNS:  # "the man's shoulder" names a man
                 found.append(self._chunk(owners[-1], owners, False, False, False))
+            elif root.i + 1 < len(document) and root.nbor().tag_ == "MD" and self._ends_compound(document, root.i + 1):
+                own.append(root.nbor())
+                last_end += 1
             joined = 0 < previous_end == start - 1 and document[previous_end].lower_ == "and"
             found.append(self._chunk(root, own, owner >= 0, joined, root.i in denied))
         places = ((begins[chunk.position], ends[chunk.position + len(chunk.text)]) for chunk in found)
@@ -204,11 +217,20 @@ class NounChunker:
             noun = last.pos_ in (*NOUNS, "VERB") or (last.dep_ in ("pobj", "dobj") and self._may_be(last, "noun"))
             if last != first and noun:
                 found.append((first.i, last))
+        for verb in document:
+            # "Scuba diver swimming", taken for a kind of swimming.
+            first = verb
+            while first.i and first.nbor(-1).i not in covered and first.nbor(-1).pos_ in (*NOUNS, "ADJ"):
+                first = first.nbor(-1)
+            if verb.tag_ == "VBG" and first != verb and self._may_be(last := verb.nbor(-1), "noun"):
+                found.append((first.i, last))
         return found
 
     def _ends_compound(self, document: Doc, number: int) -> bool:
-        """True for a singular noun that the parser may have taken for a verb."""
+        """True for a singular noun that the parser may have taken for a verb, and for the "can" of a watering can."""
         token = document[number] if number < len(document) else None
+        if token is not None and token.lower_ == "can":
+            return number + 1 == len(document) or token.nbor().pos_ not in ("VERB", "AUX", "PART", "ADV", "PRON")
         return (
             token is not None
             and token.tag_ in ("NN", "NNP", "VB", "VBP")
@@ -216,12 +238,13 @@ class NounChunker:
             and (token.lower_ in self._dictionary.get("noun", ()))
         )
 
-    @staticmethod
-    def _chunk(root: Token, own: list[Token], owned: bool, joined: bool, denied: bool) -> Chunk:
+    def _chunk(self, root: Token, own: list[Token], owned: bool, joined: bool, denied: bool) -> Chunk:
         head = own[-1]
         words = []
         for token in own:
-            joins = token.dep_ in ("compound", "nmod") and token.pos_ in NOUNS
+            joins = token.pos_ in NOUNS and token.dep_ in ("compound", "nmod", "amod")
+            # "a safari jeep", taken for an adjective
+            joins |= token.tag_ == "JJ" and self._is_only_noun(token.lower_)
             kind = "determiner" if token.pos_ in DETERMINERS else "compound" if joins else "adjective"
             if token.pos_ == "CCONJ":
                 kind = "and"

@@ -10,7 +10,7 @@ from data_pipeline.records import Entity, FramePair, NamedPair, Rejected, Settin
 from data_pipeline.step import Step
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from data_pipeline.models.language import Chunk
 
@@ -51,8 +51,8 @@ STOP_WORDS = words_of(
     rhythm romance scenario scenery section self-portrait selfie-style sensation sense sequence serenity session
     sharpness shooting silhouette similarity simplicity situation skill solitude stillness story strength subject
     success surroundings survey suspense symmetry task teamwork technique tension texture theme thought timing tone
-    topic touch tour tradition tranquility transition travel trend truth tug tutorial urgency vibe viewer viewpoint
-    visibility vista voice vow war warmth whole wish wonder workout zoom
+    topic traffic touch tour tradition tranquility transition travel trend truth tug tutorial urgency vibe viewer
+    viewpoint visibility vista voice vow war warmth whole wish wonder workout zoom
     """
 )
 # Endings of ideas ("calmness", "celebration", "elegance"); what ends so and is a thing.
@@ -71,15 +71,19 @@ THINGS_IF_DESCRIBED = words_of("frame light line picture screen set spring stop 
 # Where it happens: nobody cuts a beach out. As part of a compound they stay ("park bench").
 SCENERY = words_of(
     """
-    alley attic avenue backyard balcony bar barn basement bathroom bay beach bedroom boulevard cafe café cave cellar
-    city cliff coast coastline corridor countryside court courtyard creek crosswalk dark darkness desert dirt downtown
-    earth environment factory farm farmland field floor fog forest garage garden grass ground gym hall hallway harbor
-    harbour highway hill hillside home horizon ice indoors intersection island jungle kitchen lake land landscape lane
-    lawn library market meadow mist mountain mud nature neighborhood night ocean office orchard outdoors park pasture
-    path pavement pitch plain playground pond pool porch prairie rain rainforest restaurant river road roadside room
-    sand savanna savannah school sea seashore seaside shop shore sidewalk sky slope snow stadium stage store stream
-    street studio sun supermarket swamp terrace town track trail underwater valley village walkway wall warehouse water
-    waterfront weather wilderness wind wood woods yard zoo
+    airport aisle alley arena attic avenue backstage backyard balcony bar barn basement bathroom bay bazaar beach
+    bedroom boardwalk boulevard brook cafe cafeteria café campsite campus canal canteen canyon cave cellar cinema city
+    classroom cliff clinic cloakroom coast coastline college corridor countryside court courtyard creek crosswalk dark
+    darkness desert dining-room dirt dock downtown driveway earth environment factory farm farmland farmyard field
+    floor fog forest freeway gallery garage garden gorge grass ground gym hall hallway harbor harbour highway hill
+    hillside home horizon hospital hotel ice indoors intersection island jungle kitchen lab laboratory lake land
+    landscape lane lawn library living-room lobby lounge mall market meadow metro mist mountain mud museum nature
+    neighborhood night nursery ocean office orchard outdoors park parking pasture path pavement peak pitch plain
+    playground pond pool porch prairie rain rainforest ranch restaurant rink river riverbank riverside road roadside
+    room runway salon sand savanna savannah school sea seabed seashore seaside shop shore sidewalk sky skyline slope
+    snow spa square stadium stage station store stream street studio suburb subway summit sun supermarket swamp
+    terrace theater theatre town track trail underwater university valley veranda village vineyard walkway wall
+    warehouse water waterfront weather wetland wilderness wind wood woodland woods workshop yard zoo
     """
 )
 # What a picture on a surface is made of; after "with" it describes the surface: "a fish with blue stripes".
@@ -87,15 +91,19 @@ PATTERNS = words_of("band check dot grid line logo patch pattern plaid polka spe
 # Parts of a body are no subjects of their own where they only describe somebody.
 BODY_PARTS = words_of(
     """
-    ankle arm back beak beard body cheek chest chin claw ear elbow eye eyebrow eyelash face feather finger fingertip
-    foot forehead fur hair hand head heel hip hoof horn jaw knee lap leg lip mane mouth moustache mustache nail neck
-    nose palm paw shoulder skin snout stomach tail thigh throat thumb toe tongue tooth tusk waist whisker wing wrist
+    abdomen ankle arm back beak beard belly bicep body bosom breast brow buttock calf cheek cheekbone chest chin claw
+    complexion ear elbow eye eyebrow eyelash eyelid face feather finger fingertip fist foot forearm forehead fur
+    goatee hair hairdo hand head heel hip hoof horn jaw knee lap leg limb lip mane moustache mouth mustache nail neck
+    nose palm paw shin shoulder sideburn skin snout stomach stubble tail thigh throat thumb toe tongue tooth torso
+    tusk waist whisker wing wrinkle wrist
     """
 )
+# With their owner's name they are: "a woman's hands hold a cup".
+LIMBS = words_of("arm eye face finger foot hand leg mouth paw")
 # Without an article these are played or done: "plays soccer", but "kicks a football".
 PASTIMES = words_of(
     """
-    badminton ballet baseball basketball boxing chess cricket football golf gymnastics hockey judo karate polo pool
+    badminton ballet baseball basketball boxing chess cricket football golf gymnastics hockey judo karate polo pong pool
     rugby soccer squash tennis volleyball yoga
     """
 )
@@ -202,6 +210,7 @@ PLURAL_ONLY = words_of(
 # Plurals whose lemma is not the singular that a person would use.
 IRREGULAR = {"people": "person", "folk": "person", "folks": "person", "kids": "kid", "mice": "mouse"}
 SUBJECTS = ("all", "people", "things")
+IRREGULAR_OWNERS = {"childrens": "child", "ladies": "lady", "mens": "man", "womens": "woman"}
 CACHE_SIZE = 100_000
 DENIED = "the caption denies something, which is not asked for"
 
@@ -271,7 +280,7 @@ class FindEntities(Step[FramePair, NamedPair]):
         """Entities of the noun chunks of one caption, in its order, each phrase once."""
         found: list[Entity] = []
         described: list[tuple[str, frozenset[str]]] = []  # head and describing words of each
-        for chunk in map(without_verb, join_colours(chunks)):
+        for chunk in split_owners(map(without_verb, join_colours(chunks))):
             head = singular(*chunk.words[-1][:2])
             kept = describing_words(chunk)
             if chunk.denied or not self._is_subject(chunk, head, kept):
@@ -297,26 +306,55 @@ class FindEntities(Step[FramePair, NamedPair]):
         idea = len(head) > 6 and head.endswith(IDEA_ENDINGS) and head not in THINGS_WITH_SUCH_ENDINGS
         if idea and chunk.words[-1][0] == head:
             return False
-        if head in self.scenery or (chunk.proper and chunk.preposition in LOCATIVES):
+        if (head in self.scenery and "toy" not in kept) or (chunk.proper and chunk.preposition in LOCATIVES):
             return False
         if head in PATTERNS and chunk.preposition in ("with", "in"):
             return False
         if head in BODY_PARTS:
-            if chunk.owned and (chunk.subject or chunk.preposition == "of"):  # "a woman's hands hold a cup"
+            if head in LIMBS and chunk.owned and (chunk.subject or chunk.preposition == "of"):  # "a woman's hands hold a cup"
                 return True
             alone = bare and chunk.words[-1][0] == head
-            if chunk.possessed or alone or chunk.preposition in ("with", "on", "by"):
+            if (
+                chunk.possessed
+                or (chunk.definite and chunk.counts)
+                or alone
+                or chunk.preposition in ("with", "on", "by")
+            ):
                 return False
         if head == "camera" and chunk.preposition:  # "looks at the camera", "in front of the camera"
             return False
-        return not (bare and (head in PASTIMES or (head.endswith("ing") and head not in THINGS_IN_ING)))
+        if head in PASTIMES and chunk.words[0][2] != "determiner":  # "plays ping pong"
+            return False
+        return not (bare and head.endswith("ing") and head not in THINGS_IN_ING)
+
+
+def split_owners(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """Owners written without their apostrophe: "a mans hat" is a man and a hat."""
+    for chunk in chunks:
+        text, _, role = chunk.words[-2] if len(chunk.words) > 1 else ("", "", "")
+        owner = IRREGULAR_OWNERS.get(text, text[:-1])
+        if not (role == "compound" and text.endswith("s") and owner in PEOPLE and not chunk.owned):
+            yield chunk
+            continue
+        head = chunk.words[-1][0]
+        yield replace(chunk, text=chunk.text[: -len(head)].rstrip(), words=(*chunk.words[:-2], (text, owner, "head")))
+        yield replace(
+            chunk,
+            text=chunk.text[-len(head) :],
+            position=chunk.position + len(chunk.text) - len(head),
+            words=chunk.words[-1:],
+            possessed=True,
+            owned=True,
+            definite=True,
+        )
 
 
 def without_verb(chunk: Chunk) -> Chunk:
     """Without the verb in -ing that the parser took for the noun: "an orange helmet looking" is a helmet."""
     text = chunk.words[-1][0]
-    names_noun = len(chunk.words) > 2 and chunk.words[-2][2] == "compound"
-    if not (text.endswith("ing") and text not in THINGS_IN_ING and names_noun and chunk.words[0][0] in ("a", "an")):
+    names_noun = len(chunk.words) > 1 and chunk.words[-2][2] == "compound"
+    one = chunk.words[0][0] in ("a", "an") or chunk.preposition in ("with", "in")
+    if not (text.endswith("ing") and text not in THINGS_IN_ING and names_noun and one):
         return chunk
     noun, lemma, _ = chunk.words[-2]
     return replace(
