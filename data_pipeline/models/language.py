@@ -181,7 +181,11 @@ class NounChunker:
             # "a girl with a teddy bear watches" is parsed as bears called watches, or as two nouns side by side: a
             # plural after "a" and a noun, or a lone plural right after a noun, is the verb.
             if plural_look(root):
-                if len(own) > 2 and is_one(own) and self._is_verb_after(own[-2], root):
+                doing = participle_inside(own)
+                if doing:  # "a girl planting tomatoes", taken for one noun
+                    found.append(self._chunk(own[doing - 1], own[:doing], owner >= 0, False, False))
+                    own = own[doing + 1 :]
+                elif len(own) > 2 and is_one(own) and self._is_verb_after(own[-2], root):
                     own.pop()
                 elif len(own) == 2 and is_one(own) and self._ends_compound(document, root.i + 1):
                     own.append(document[root.i + 1])  # "a goods train": nothing is "a goods"
@@ -214,6 +218,9 @@ class NounChunker:
             last = first
             while last.i + 1 < len(document) and last.nbor().i not in covered and continues(first, last.nbor()):
                 last = last.nbor()
+            after = document[first.i + 1] if first.i + 1 < len(document) else None
+            if last == first and first.lower_ in ("a", "an") and after is not None and after.i not in covered:
+                last = after if after.lower_ in self._dictionary.get("noun", ()) else first  # "A rose in a vase"
             noun = last.pos_ in (*NOUNS, "VERB") or (last.dep_ in ("pobj", "dobj") and self._may_be(last, "noun"))
             if last != first and noun:
                 found.append((first.i, last))
@@ -254,6 +261,8 @@ class NounChunker:
                 kind = "adjective"  # "double-decker"
             # The base form of a verb or an adjective would not be a noun: "clean" for "cleaner".
             lemma = token.lemma_.lower() if token.pos_ in NOUNS else token.lower_
+            if token.tag_ == "NNS" and lemma == token.lower_ and lemma[:-1] in self._dictionary.get("noun", ()):
+                lemma = lemma.removesuffix("s")  # "saris"
             words.append((token.lower_, lemma, "head" if token == head else kind))
         governor = root
         while governor.dep_ == "conj" and governor.head != governor:
@@ -294,6 +303,13 @@ def is_one(tokens: Sequence[Token]) -> bool:
 def plural_look(token: Token) -> bool:
     """True for a word that may be a plural or the third person of a verb: "watches"."""
     return token.lower_.endswith("s") and not token.lower_.endswith("ss") and token.lower_ != token.lemma_.lower()
+
+
+def participle_inside(tokens: Sequence[Token]) -> int:
+    """Place of the verb in -ing in a chunk of "a" thing that ends with a plural; 0 if there is none."""
+    places = range(2, len(tokens) - 1)
+    doing = (i for i in places if tokens[i].lower_.endswith("ing") and tokens[i - 1].pos_ in NOUNS)
+    return next(doing, 0) if is_one(tokens) else 0
 
 
 def denied_nouns(document: Doc) -> frozenset[int]:

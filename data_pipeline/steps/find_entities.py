@@ -38,21 +38,21 @@ STOP_WORDS = words_of(
     balance colour color light mode peace reflection shadow sight sunlight
 
     advice aim ambiance ambience anger angle appearance applause approach art aspect atmosphere aura backdrop
-    beginning behavior behaviour blur brightness calm challenge chance change charm cheer choice clue comfort
-    composition concentration confidence content contrast cooking course culture curiosity danger darkness daytime
-    delight depth design detail difference disarray doubt drama dynamics effect effort elegance emotion emphasis energy
-    enthusiasm episode essence excitement exploration exposure expression extent fashion feel feeling finish flair
-    flow focus form freedom friendship fury gait gaze gesture glance guideline happiness harmony haste height hint
-    history hope humor hurry impact importance impression information instruction intensity interaction interest
-    intimacy intrigue knowledge laughter layout lesson level lifestyle lighting liveliness location luxury macro
-    makeover manner matter meaning means memory method mix mystery narrative need news noise nostalgia pace pain
+    beginning behavior behaviour blur brightness calm challenge chance change charm cheer choice clapping clue comfort
+    composition concentration confidence content contrast cooking course culture curiosity cut danger darkness daytime
+    delight depth design detail difference disarray doubt drama dynamics effect effort elegance emotion emphasis
+    energy enthusiasm episode essence excitement exploration exposure expression extent fashion feel feeling finish
+    flair flow focus form freedom friendship fury gait gaze gesture glance glow guideline happiness harmony haste
+    height hint history hope humor hurry impact importance impression information instruction intensity interaction
+    interest intimacy intrigue knowledge laughter layout lesson level lifestyle lighting liveliness location luxury
+    macro makeover manner matter meaning means memory method mix mystery narrative need news noise nostalgia pace pain
     palette passion pause perspective playfulness pleasure point point-of-view pose posture pov power precision
     presence pressure pride process progress proximity purpose quality question reason relationship research result
     rhythm romance scenario scenery section self-portrait selfie-style sensation sense sequence serenity session
-    sharpness shooting silhouette similarity simplicity situation skill solitude stillness story strength subject
-    success surroundings survey suspense symmetry task teamwork technique tension texture theme thought timing tone
-    topic traffic touch tour tradition tranquility transition travel trend truth tug tutorial urgency vibe viewer
-    viewpoint visibility vista voice vow war warmth whole wish wonder workout zoom
+    sharpness shooting silhouette similarity simplicity situation skill solitude speech stillness story strength
+    subject success surroundings survey suspense symmetry task teamwork technique tension texture theme thought
+    time-lapse timing tone topic touch tour tradition traffic tranquility transition travel trend truth tug tutorial
+    urgency vibe viewer viewpoint visibility vista voice vow war warmth whole wish wonder workout zoom
     """
 )
 # Endings of ideas ("calmness", "celebration", "elegance"); what ends so and is a thing.
@@ -98,6 +98,7 @@ BODY_PARTS = words_of(
     tusk waist whisker wing wrinkle wrist
     """
 )
+HAIR = words_of("beard complexion eyebrow eyelash fur goatee hair mane moustache mustache skin stubble")
 # With their owner's name they are: "a woman's hands hold a cup".
 LIMBS = words_of("arm eye face finger foot hand leg mouth paw")
 # Without an article these are played or done: "plays soccer", but "kicks a football".
@@ -311,7 +312,11 @@ class FindEntities(Step[FramePair, NamedPair]):
         if head in PATTERNS and chunk.preposition in ("with", "in"):
             return False
         if head in BODY_PARTS:
-            if head in LIMBS and chunk.owned and (chunk.subject or chunk.preposition == "of"):  # "a woman's hands hold a cup"
+            if head in HAIR:
+                return False
+            if (
+                head in LIMBS and chunk.owned and (chunk.subject or chunk.preposition == "of")
+            ):  # "a woman's hands hold a cup"
                 return True
             alone = bare and chunk.words[-1][0] == head
             if (
@@ -321,7 +326,8 @@ class FindEntities(Step[FramePair, NamedPair]):
                 or chunk.preposition in ("with", "on", "by")
             ):
                 return False
-        if head == "camera" and chunk.preposition:  # "looks at the camera", "in front of the camera"
+        # "looks at a camera", "the camera zooms in": the one that takes the film
+        if head == "camera" and (chunk.preposition or chunk.words[0][0] == "the"):
             return False
         if head in PASTIMES and chunk.words[0][2] != "determiner":  # "plays ping pong"
             return False
