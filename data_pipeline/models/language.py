@@ -99,14 +99,17 @@ class NounChunker:
         self.name = f"{name} {self._model.meta['version']}"
         tables = getattr(self._model.get_pipe("lemmatizer"), "lookups", None)
         # English base forms by part of speech; other languages' models have none.
-        self._dictionary = tables.get_table("lemma_index", {}) if tables else {}
+        index = tables.get_table("lemma_index", {}) if tables else {}
+        self._nouns, self._verbs, self._adjectives, self._adverbs = (
+            frozenset(index.get(part, ())) for part in ("noun", "verb", "adj", "adv")
+        )
 
     def other_language(self, caption: str) -> str:
         """The language of a caption that is surely not in the model's; "" for one that may be. "unknown" where neither
         its letters nor its small words tell, and the model's dictionary knows hardly a word of it.
         """
         found = other_language(caption, self.language)
-        if found or not self._dictionary:
+        if found or not self._nouns:
             return found
         words = [token for token in self._model.tokenizer(plain(caption)) if token.is_alpha and len(token) > 1]
         if any(word.is_stop for word in words):
@@ -123,25 +126,26 @@ class NounChunker:
             word.removesuffix("ed"),
             *verbs_of(word),
         )
-        return any(form in part for part in self._dictionary.values() for form in forms)
+        parts = (self._nouns, self._verbs, self._adjectives, self._adverbs)
+        return any(form in part for part in parts for form in forms)
 
     def _is_only_noun(self, word: str) -> bool:
-        return word in self._dictionary.get("noun", ()) and word not in self._dictionary["adj"]
+        return word in self._nouns and word not in self._adjectives
 
     def _is_verb_after(self, noun: Token, plural: Token) -> bool:
         """True if the plural may be a verb, and the word before it a noun: surely so where an article follows."""
         if not self._may_be(plural, "verb"):
             return False
         object_follows = plural.i + 1 < len(plural.doc) and plural.nbor().tag_ == "DT"
-        return self._may_be(noun, "noun") or (object_follows and noun.lower_ in self._dictionary.get("noun", ()))
+        return self._may_be(noun, "noun") or (object_follows and noun.lower_ in self._nouns)
 
     def _may_be(self, token: Token, part: str) -> bool:
         """True if the tagger says that the word is of this part of speech, or the dictionary knows it as no other."""
         if token.pos_ == part.upper() or (part == "noun" and token.pos_ == "PROPN"):
             return True
         if part == "verb":
-            return any(word in self._dictionary.get("verb", ()) for word in verbs_of(token.lower_))
-        return token.lower_ not in self._dictionary.get("adj", ())
+            return any(word in self._verbs for word in verbs_of(token.lower_))
+        return token.lower_ not in self._adjectives
 
     def _parse(self, caption: str) -> tuple[Doc, dict[int, int], dict[int, int]]:
         """The parsed caption, its hyphenated words whole and a slash between words read as "and"; and where in the
@@ -172,20 +176,20 @@ class NounChunker:
         last_end = -1  # the token after the chunk before
         document, begins, ends = self._parse(caption)
         denied = denied_nouns(document)
-        spans = [(beginning(span), span.root) for span in document.noun_chunks if span.root.pos_ in NOUNS]
-        for start, root in sorted([*spans, *self._overlooked(document)], key=lambda span: span[0]):
+        noun_chunks = list(document.noun_chunks)
+        spans = [(beginning(span), span.root) for span in noun_chunks if span.root.pos_ in NOUNS]
+        for start, root in sorted([*spans, *self._overlooked(document, noun_chunks)], key=lambda span: span[0]):
             previous_end, last_end = last_end, root.i + 1
             tokens = [token for token in document[start : root.i + 1] if not token.is_space]
             owner = max((token.i for token in tokens[:-1] if token.tag_ == "POS"), default=-1)
             owners, own = [t for t in tokens if t.i < owner], [t for t in tokens if t.i > owner]
+            if doing := participle_inside(own):  # "a girl planting tomatoes", taken for one noun
+                found.append(self._chunk(own[doing - 1], own[:doing], owner >= 0, False, False))
+                own = own[doing + 1 :]
             # "a girl with a teddy bear watches" is parsed as bears called watches, or as two nouns side by side: a
             # plural after "a" and a noun, or a lone plural right after a noun, is the verb.
             if plural_look(root):
-                doing = participle_inside(own)
-                if doing:  # "a girl planting tomatoes", taken for one noun
-                    found.append(self._chunk(own[doing - 1], own[:doing], owner >= 0, False, False))
-                    own = own[doing + 1 :]
-                elif len(own) > 2 and is_one(own) and self._is_verb_after(own[-2], root):
+                if len(own) > 2 and is_one(own) and self._is_verb_after(own[-2], root):
                     own.pop()
                 elif len(own) == 2 and is_one(own) and self._ends_compound(document, root.i + 1):
                     own.append(document[root.i + 1])  # "a goods train": nothing is "a goods"
@@ -205,12 +209,12 @@ class NounChunker:
             for chunk, (start, end) in zip(found, places, strict=True)
         ]
 
-    def _overlooked(self, document: Doc) -> list[tuple[int, Token]]:
+    def _overlooked(self, document: Doc, noun_chunks: Sequence[Span]) -> list[tuple[int, Token]]:
         """Where article or number, adjectives and a noun stand together that the parser put into no chunk, because it
         took the noun for a verb or an adjective: the first token's number, and the noun. "two cows" of "two cows
         graze", "an ant" of "of an ant".
         """
-        covered = {token.i for chunk in document.noun_chunks for token in chunk}
+        covered = {token.i for chunk in noun_chunks for token in chunk}
         found = []
         for first in document:
             if first.pos_ not in ("DET", "NUM") or first.i in covered:
@@ -220,16 +224,18 @@ class NounChunker:
                 last = last.nbor()
             after = document[first.i + 1] if first.i + 1 < len(document) else None
             if last == first and first.lower_ in ("a", "an") and after is not None and after.i not in covered:
-                last = after if after.lower_ in self._dictionary.get("noun", ()) else first  # "A rose in a vase"
+                last = after if after.lower_ in self._nouns else first  # "A rose in a vase"
             noun = last.pos_ in (*NOUNS, "VERB") or (last.dep_ in ("pobj", "dobj") and self._may_be(last, "noun"))
             if last != first and noun:
                 found.append((first.i, last))
         for verb in document:
             # "Scuba diver swimming", taken for a kind of swimming.
+            if verb.tag_ != "VBG":
+                continue
             first = verb
             while first.i and first.nbor(-1).i not in covered and first.nbor(-1).pos_ in (*NOUNS, "ADJ"):
                 first = first.nbor(-1)
-            if verb.tag_ == "VBG" and first != verb and self._may_be(last := verb.nbor(-1), "noun"):
+            if first != verb and self._may_be(last := verb.nbor(-1), "noun"):
                 found.append((first.i, last))
         return found
 
@@ -242,7 +248,7 @@ class NounChunker:
             token is not None
             and token.tag_ in ("NN", "NNP", "VB", "VBP")
             and token.pos_ != "AUX"
-            and (token.lower_ in self._dictionary.get("noun", ()))
+            and (token.lower_ in self._nouns)
         )
 
     def _chunk(self, root: Token, own: list[Token], owned: bool, joined: bool, denied: bool) -> Chunk:
@@ -261,7 +267,7 @@ class NounChunker:
                 kind = "adjective"  # "double-decker"
             # The base form of a verb or an adjective would not be a noun: "clean" for "cleaner".
             lemma = token.lemma_.lower() if token.pos_ in NOUNS else token.lower_
-            if token.tag_ == "NNS" and lemma == token.lower_ and lemma[:-1] in self._dictionary.get("noun", ()):
+            if token.tag_ == "NNS" and lemma == token.lower_ and lemma[:-1] in self._nouns:
                 lemma = lemma.removesuffix("s")  # "saris"
             words.append((token.lower_, lemma, "head" if token == head else kind))
         governor = root
@@ -306,10 +312,17 @@ def plural_look(token: Token) -> bool:
 
 
 def participle_inside(tokens: Sequence[Token]) -> int:
-    """Place of the verb in -ing in a chunk of "a" thing that ends with a plural; 0 if there is none."""
-    places = range(2, len(tokens) - 1)
-    doing = (i for i in places if tokens[i].lower_.endswith("ing") and tokens[i - 1].pos_ in NOUNS)
-    return next(doing, 0) if is_one(tokens) else 0
+    """Place of a verb in -ing after the noun of a chunk of "a" thing, where more follows it; 0 if there is none. It is
+    a verb where it is tagged so or a plural ends the chunk: "a cat eating food", but not "a rock climbing wall".
+    """
+    if len(tokens) < 4 or not is_one(tokens):
+        return 0
+    plural = plural_look(tokens[-1])
+    for i in range(2, len(tokens) - 1):
+        after_noun = tokens[i].lower_.endswith("ing") and tokens[i - 1].pos_ in NOUNS
+        if after_noun and (plural or tokens[i].tag_ == "VBG"):
+            return i
+    return 0
 
 
 def denied_nouns(document: Doc) -> frozenset[int]:
@@ -413,7 +426,10 @@ def joined_in_denial(first: Token, second: Token) -> bool:
     but not "but"; a verb has to be of the same form ("does not run or jump", not "does not run and jumps").
     """
     between = {token.lower_ for token in first.doc[first.i : second.i]}
-    return not between & {"but", "only", "just"} and (second.pos_ in NOUNS or second.tag_ == first.tag_)
+    if between & {"but", "only", "just"}:
+        return False
+    infinite = second.tag_ not in ("VBZ", "VBD", "VBP") or between & {"or", "nor"}  # "is not afraid and jumps"
+    return second.pos_ in NOUNS or bool(infinite and second.tag_ == first.tag_)
 
 
 def complements(preposition: Token) -> set[int]:

@@ -281,7 +281,7 @@ class FindEntities(Step[FramePair, NamedPair]):
         """Entities of the noun chunks of one caption, in its order, each phrase once."""
         found: list[Entity] = []
         described: list[tuple[str, frozenset[str]]] = []  # head and describing words of each
-        for chunk in split_owners(map(without_verb, join_colours(chunks))):
+        for chunk in split_owners(map(without_verb, join_colours(without_lone_colours(chunks)))):
             head = singular(*chunk.words[-1][:2])
             kept = describing_words(chunk)
             if chunk.denied or not self._is_subject(chunk, head, kept):
@@ -375,6 +375,17 @@ def is_colour_thing(chunk: Chunk, head: str) -> bool:
     if head not in COLOURED_THINGS:
         return False
     return len(chunk.words) > 1 or chunk.words[-1][0] != head or chunk.preposition not in COLOUR_PREPOSITIONS
+
+
+def without_lone_colours(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Without colours that the parser took for nouns of their own: "a purple and orange" before "sneaker"."""
+    following = [*(chunk.position for chunk in chunks[1:]), -1]
+    ends = (chunk.position + len(chunk.text) + 1 for chunk in chunks)
+    return [
+        chunk
+        for chunk, end, behind in zip(chunks, ends, following, strict=False)
+        if end != behind or chunk.words[-1][0] not in COLOURS
+    ]
 
 
 def join_colours(chunks: Sequence[Chunk]) -> list[Chunk]:

@@ -139,13 +139,20 @@ CAPTIONS = json.loads(Path(__file__).with_name("caption_entities.json").read_tex
 
 @pytest.mark.parametrize(
     ("part", "least", "captions"),
-    [("looked_at_while_writing_the_rules", 0.95, 60), ("looked_at_once_afterwards", 0.90, 20)],
+    [
+        ("looked_at_while_writing_the_rules", 0.95, 60),
+        ("looked_at_once_afterwards", 0.90, 40),
+        ("written_before_the_rules_were_mended", 0.95, 150),
+        ("looked_at_while_mending", 0.90, 45),
+    ],
 )
 def test_agreement_with_what_a_person_names(step, part, least, captions):
     """caption_entities.json holds captions with the phrases that a person wrote down before the program saw them.
     Agreement is the number of phrases that both name, letter by letter but for capitals, over the number that either
     names, over all captions together: a missing and an invented phrase count alike, and a wrong one counts twice. The
-    rules were written with an eye on the first part; the second was run once, when they were done.
+    first rules were written with an eye on the first part. The third was written before they were mended, and gave
+    0.74 then; 0.89 when the kinds of the issue were mended and before anybody looked at what it missed. The second is
+    run once whenever rules are done: 0.92 of the first twenty, 0.90 of the others.
     """
     both, either = 0, 0
     for caption, expected in CAPTIONS[part]:
@@ -154,6 +161,7 @@ def test_agreement_with_what_a_person_names(step, part, least, captions):
         phrases, named = {entity.phrase for entity in found}, {phrase.lower() for phrase in expected}
         both, either = both + len(phrases & named), either + len(phrases | named)
     assert len(CAPTIONS[part]) >= captions
+    assert sum(map(len, CAPTIONS.values())) >= 300
     assert both / either >= least
 
 
@@ -294,6 +302,7 @@ def test_quantities_are_no_part_of_a_phrase(phrases, caption, expected):
         ("the dog cannot be seen", []),
         ("a man is no longer holding a cup", ["man"]),
         ("a bowl with not a single apple", ["bowl"]),
+        ("a man does not run or jump over a log", ["man"]),
         ("a cup instead of a glass", ["cup"]),
         ("nobody holds a cup", []),
         ("a man lacks a helmet", ["man"]),
@@ -317,6 +326,7 @@ def test_what_is_denied_is_not_asked_for(phrases, caption, expected):
         ("the man does not notice that a dog steals his hat", ["man", "dog", "hat"]),
         ("the man is not wearing a helmet on his motorcycle", ["man", "motorcycle"]),
         ("a man in a red car is not wearing a hat", ["man", "red car"]),
+        ("a red fox isn't afraid of the snow and jumps over a log", ["red fox", "log"]),
     ],
 )
 def test_what_stands_beside_a_denial_is_asked_for(phrases, caption, expected):
@@ -373,6 +383,16 @@ def test_nouns_that_are_colours_too(phrases, caption, expected):
         ("two t-shirts and a jack-in-the-box", ["t-shirt", "jack-in-the-box"]),
         ("a wide-brimmed hat", ["hat"]),
         ("a merry-go-round turns", ["merry-go-round"]),
+        ("a girl planting tomatoes", ["girl", "tomato"]),
+        ("a cat eating food", ["cat", "food"]),
+        ("Scuba diver swimming with a sea turtle", ["scuba diver", "sea turtle"]),
+        ("a mans hat", ["man", "hat"]),
+        ("a woman with a green watering can", ["woman", "green watering can"]),
+        ("macro of an ant carrying a leaf", ["ant", "leaf"]),
+        ("two guys playing ping pong", ["guy"]),
+        ("a toy kitchen in a kitchen", ["toy kitchen"]),
+        ("The camera zooms in on a photographer with his camera", ["photographer"]),
+        ("a sense of calmness, elegance and a celebration at a fire engine", ["fire engine"]),
         ("a man in an orange helmet looking at a blueprint", ["man", "orange helmet", "blueprint"]),
     ],
 )
