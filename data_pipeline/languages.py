@@ -122,7 +122,7 @@ def other_language(caption: str, expected: str = "English") -> str:
     Half of the letters in another script; or two small words of another language, three in ten words, and more than of
     the expected one: a name or a word of another language does not make a caption foreign.
     """
-    scripts = Counter(_script(letter) for letter in caption if letter.isalpha())
+    scripts = Counter(_script(letter) for letter in caption if letter.isalpha()) if not caption.isascii() else None
     if scripts and scripts["LATIN"] * 2 <= scripts.total():
         del scripts["LATIN"]
         # Japanese is written with Chinese characters as well.

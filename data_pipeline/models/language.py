@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import spacy
 
-from data_pipeline.languages import BY_CODE, UNKNOWN, other_language, words_of
+from data_pipeline.languages import BY_CODE, SMALL_WORDS, UNKNOWN, other_language, words_of
 from data_pipeline.records import InputError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class NounChunker:
         its letters nor its small words tell, and the model's dictionary knows hardly a word of it.
         """
         found = other_language(caption, self.language)
-        if found or not self._nouns:
+        if found or not self._nouns or not SMALL_WORDS["English"].isdisjoint(caption.lower().split()):
             return found
         words = [token for token in self._model.tokenizer(plain(caption)) if token.is_alpha and len(token) > 1]
         if any(word.is_stop for word in words):
