@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -30,6 +31,7 @@ QUANTITIES = words_of(
     "billion bunch couple dozen few half handful hundred lot many million pair plenty several thousand trio"
 )
 AND = "and"
+SHORT = {"w/": "with"}
 # First parts of words that describe: "a double-decker bus", but "an x-ray machine".
 SIZES = words_of(
     """
@@ -152,8 +154,8 @@ class NounChunker:
         caption its tokens begin and end, by where they do in its own text.
         """
         document = read = self._model.tokenizer(plain(caption))
-        words = [AND if is_slash(token) else token.text for token in read]
-        if any(word is AND for word in words):
+        words = [AND if is_slash(token) else SHORT.get(token.lower_, token.text) for token in read]
+        if any(word != token.text for word, token in zip(words, read, strict=True)):
             beside = [is_slash(token) or (token.i + 1 < len(read) and is_slash(token.nbor())) for token in read]
             spaces = [bool(token.whitespace_) or near for token, near in zip(read, beside, strict=True)]
             document = type(read)(self._model.vocab, words=words, spaces=spaces)
@@ -371,12 +373,12 @@ def is_slash(token: Token) -> bool:
 
 
 def hyphenated(document: Doc) -> list[tuple[int, int]]:
-    """First and last token of every word with hyphens."""
+    """First and last token of every word with hyphens, or with slashes that are no "and": "a/c"."""
     runs: list[tuple[int, int]] = []
     for token in document[1:-1]:
         before, after = token.nbor(-1), token.nbor()
         inside = not (before.whitespace_ or token.whitespace_)
-        if token.text != "-" or not (inside and before.text[-1].isalnum() and after.text[0].isalnum()):
+        if token.text not in ("-", "/") or not (inside and before.text[-1].isalnum() and after.text[0].isalnum()):
             continue
         if runs and runs[-1][1] == token.i - 1:
             runs[-1] = (runs[-1][0], token.i + 1)
@@ -492,6 +494,9 @@ def plain(caption: str) -> str:
         else letter
         for letter in caption
     )
+    # Two words are cut at a slash only.
+    text = re.sub(r"(?<=[^\W\d_]{2})[+|&](?=[^\W\d_]{2})", "/", text)
+    text = re.sub(r"(?<=[^\W\d_]{2})/(?=\s)|(?<=\s)/(?=[^\W\d_]{2})", ",", text)
     longer = [word for word in text.split() if len(word) > 3 and word[0].isalpha()]
     if len(longer) > 1 and all(word[0].isupper() for word in longer):
         text = "".join(letter.lower() if len(letter.lower()) == 1 else letter for letter in text)

@@ -425,7 +425,7 @@ def describing_words(chunk: Chunk) -> list[str]:
                 kept.append(text)
         elif (
             role == "compound"
-            or (role == "adjective" and (text in DESCRIBING or following in KINDS_BEFORE.get(text, ())))
+            or (role == "adjective" and (text in DESCRIBING or words[i + 1][1] in KINDS_BEFORE.get(text, ())))
             or (role == "adjective" and text in SHADES and following in COLOURS)
         ):
             kept.append(text)
