@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,10 +23,12 @@ from data_pipeline.assemble import (
     write_here,
 )
 from data_pipeline.journal import Journal, write_atomically
+from data_pipeline.languages import OTHER_LANGUAGE, SPACY_MODELS
 from data_pipeline.options import make_parser, make_steps
 from data_pipeline.records import InputError, MiningError, SettingsError, VideoFile
 from data_pipeline.run import run
 from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_session, run_on_ray, write_on_ray
+from data_pipeline.shard_reader import rejected_videos
 from data_pipeline.sources import beside, find_videos
 from data_pipeline.step import Step
 
@@ -180,6 +183,24 @@ def _already_built(journal: Journal, files: Sequence[VideoFile]) -> dict[str, An
     return content
 
 
+def language_note(out: Path) -> str:
+    """One line about the clips of a dataset that were rejected for the language of their captions; "" if none was."""
+    rejected = (entry for entry in rejected_videos(out) if entry["reason"].startswith(OTHER_LANGUAGE))
+    found = [(entry["reason"].removeprefix(OTHER_LANGUAGE), entry["evidence"]["language"]) for entry in rejected]
+    if not found:
+        return ""
+    counts = Counter(language for _, language in found).most_common()
+    listed = ", ".join(f"{count} {language}" for language, count in counts)
+    models = [SPACY_MODELS[language] for language, _ in counts if language in SPACY_MODELS]
+    note = f"note: {len(found)} captions do not look {found[0][0]} and were rejected ({listed})"
+    if models:
+        note += (
+            ". Clips of one language, in a folder of their own, can be mined with a spaCy model for it: "
+            + "; ".join(f"`python -m spacy download {model}`, --language-model {model}" for model in models)
+        )
+    return note
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 a dataset was written, 1 no pair was left, 2 wrong input."""
     arguments = make_parser().parse_args(argv)
@@ -200,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stage, reasons in counts["reasons"].items():
         for reason, count in reasons.items():
             print(f"  {count} rejected by {stage}: {reason}")  # noqa: T201
+    if note := language_note(arguments.out):
+        print(note, file=sys.stderr)  # noqa: T201
     if counts["samples"] == 0:
         print("error: no pair was left; the reasons are above and in rejected.jsonl", file=sys.stderr)  # noqa: T201
         if arguments.detector == "embedded":

@@ -61,8 +61,11 @@ RANKS = {
 STRANGERS = {("training", "generate")}
 # The only parts of data_pipeline that msdiffusion may know.
 SHARED_WITH_MSDIFFUSION = ("data_pipeline.records", "data_pipeline.world")
-# What a step may know of data_pipeline: the records, the base class, and the wrappers round the libraries.
-KNOWN_TO_STEPS = ("data_pipeline.records", "data_pipeline.step", "data_pipeline.places", "data_pipeline.models")
+# What a step may know of data_pipeline: records, the base class, lists of words, and the wrappers round the libraries.
+KNOWN_TO_STEPS = (
+    *("data_pipeline.records", "data_pipeline.step", "data_pipeline.places"),
+    *("data_pipeline.languages", "data_pipeline.models"),
+)
 # Libraries that cost seconds to import or need weights: inside data_pipeline they appear in models/ only.
 HEAVY = frozenset(
     {"torch", "torchvision", "cv2", "decord", "spacy", "transformers", "diffusers", "groundingdino", "segment_anything"}

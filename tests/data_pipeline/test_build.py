@@ -370,6 +370,21 @@ def test_annotations_that_name_no_video_are_told_before_anything_is_mined(folder
     assert rejected(tmp_path / "out")["clip_7.mp4"]["reason"] == "annotations without an object"
 
 
+def test_captions_of_other_languages_are_one_note(folder, tmp_path, capsys):
+    table = tmp_path / "captions.csv"
+    captions = ("ein Hund auf dem Sand", "a dog without a hat", "eine Katze und ein Fisch", "Собака бежит по пляжу")
+    table.write_text("video,caption\n" + "".join(f"clip_{i}.mp4,{caption}\n" for i, caption in enumerate(captions)))
+    mine(folder, tmp_path / "pairs", "--captions", table)
+    assert (
+        "note: 3 captions do not look English and were rejected (2 German, 1 Russian). Clips of one language, in a "
+        "folder of their own, can be mined with a spaCy model for it: `python -m spacy download de_core_news_sm`, "
+        "--language-model de_core_news_sm\n"
+    ) in capsys.readouterr().err
+    reasons = {entry["video"]: entry["reason"] for entry in rejected(tmp_path / "pairs").values()}
+    assert reasons["clip_0.mp4"] == reasons["clip_3.mp4"] == "the caption is not English"
+    assert "the caption denies something, which is not asked for" in (tmp_path / "pairs" / "report.html").read_text()
+
+
 def test_the_root_has_nothing_beside_it(capsys):
     assert main(["--videos", "/"]) == 2
     assert "give --out DIR" in capsys.readouterr().err

@@ -139,13 +139,20 @@ CAPTIONS = json.loads(Path(__file__).with_name("caption_entities.json").read_tex
 
 @pytest.mark.parametrize(
     ("part", "least", "captions"),
-    [("looked_at_while_writing_the_rules", 0.95, 60), ("looked_at_once_afterwards", 0.90, 20)],
+    [
+        ("looked_at_while_writing_the_rules", 0.95, 60),
+        ("looked_at_once_afterwards", 0.90, 40),
+        ("written_before_the_rules_were_mended", 0.95, 150),
+        ("looked_at_while_mending", 0.90, 45),
+    ],
 )
 def test_agreement_with_what_a_person_names(step, part, least, captions):
     """caption_entities.json holds captions with the phrases that a person wrote down before the program saw them.
     Agreement is the number of phrases that both name, letter by letter but for capitals, over the number that either
     names, over all captions together: a missing and an invented phrase count alike, and a wrong one counts twice. The
-    rules were written with an eye on the first part; the second was run once, when they were done.
+    first rules were written with an eye on the first part. The third was written before they were mended, and gave
+    0.74 then; 0.89 when the kinds of the issue were mended and before anybody looked at what it missed. The second is
+    run once whenever rules are done: 0.92 of the first twenty, 0.90 of the others.
     """
     both, either = 0, 0
     for caption, expected in CAPTIONS[part]:
@@ -154,6 +161,7 @@ def test_agreement_with_what_a_person_names(step, part, least, captions):
         phrases, named = {entity.phrase for entity in found}, {phrase.lower() for phrase in expected}
         both, either = both + len(phrases & named), either + len(phrases | named)
     assert len(CAPTIONS[part]) >= captions
+    assert sum(map(len, CAPTIONS.values())) >= 300
     assert both / either >= least
 
 
@@ -224,3 +232,217 @@ def test_settings_are_json(step):
 def test_the_model_is_found_under_any_of_its_names(step):
     name = step._chunker.name.split()[0]
     assert NounChunker(("nothing_like_this", name)).name == step._chunker.name
+
+
+def owners_and_quantities():
+    for apostrophe in "'’":
+        for owner in ("woman", "dog", "chef", "car"):
+            for owned in ("hands", "watches", "shoes", "glasses", "boots", "lenses", "wheels", "toys"):
+                yield f"a {owner}{apostrophe}s {owned}"
+                yield f"another {owner}{apostrophe}s {owned} in the snow"
+    for quantity in ("a few", "a hundred", "a dozen", "another two", "a couple", "every three", "a half dozen"):
+        for noun in ("dogs", "red balloons", "watches", "x-rays", "toy cars"):
+            yield f"{quantity} {noun}"
+    for compound in (
+        "t-shirts",
+        "x-ray-machines",
+        "mother-in-law's shoes",
+        "dogs/cats",
+        "man/woman's shoes",
+        "-s",
+        "/s",
+    ):
+        yield f"a {compound}"
+
+
+def test_no_rule_leaves_a_chunk_without_its_noun(step):
+    for caption in owners_and_quantities():
+        chunks = step._chunker.chunks(caption)
+        assert all(chunk.words and chunk.words[-1][2] == "head" and chunk.text for chunk in chunks), caption
+        step.entities(chunks)
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a few dogs run", ["dog"]),
+        ("a few red balloons", ["red balloon"]),
+        ("a hundred dogs", ["dog"]),
+        ("a dozen eggs", ["egg"]),
+        ("another two dogs", ["dog"]),
+        ("a couple dogs run", ["dog"]),
+        ("a half dozen eggs", ["egg"]),
+        ("several hundred people", ["person"]),
+        ("hundreds of bats", ["bat"]),
+        ("two dozen red roses", ["red rose"]),
+        ("a number plate", ["number plate"]),
+        ("a blue jeans", ["blue jeans"]),
+    ],
+)
+def test_quantities_are_no_part_of_a_phrase(phrases, caption, expected):
+    assert phrases(caption) == expected
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("there is no dog here", []),
+        ("a man without a hat", ["man"]),
+        ("the man does not hold a cup", ["man"]),
+        ("a man without a hat or glasses", ["man"]),
+        ("the man isnt wearing a hat or a coat", ["man"]),
+        ("the man isn’t wearing a hat", ["man"]),
+        ("a man w/o a hat", ["man"]),
+        ("a man doesn't wear a hat and holds a cup", ["man", "cup"]),
+        ("there are no cats or dogs in the room", []),
+        ("a house with no windows and a red door", ["house", "red door"]),
+        ("a woman walks without her umbrella, a dog follows", ["woman", "dog"]),
+        ("a woman walks without looking at the dog", ["woman"]),
+        ("neither a cat nor a dog is visible", []),
+        ("the dog cannot be seen", []),
+        ("a man is no longer holding a cup", ["man"]),
+        ("a bowl with not a single apple", ["bowl"]),
+        ("a man does not run or jump over a log", ["man"]),
+        ("a cup instead of a glass", ["cup"]),
+        ("nobody holds a cup", []),
+        ("a man lacks a helmet", ["man"]),
+        ("the dog isn't chewing the slipper, it is chewing a bone", ["dog", "bone"]),
+        ("a cat that is not afraid of dogs sits on a car", ["cat", "car"]),
+    ],
+)
+def test_what_is_denied_is_not_asked_for(phrases, caption, expected):
+    assert phrases(caption) == expected
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a dog not far from a house", ["dog", "house"]),
+        ("not only a dog but also a cat", ["dog", "cat"]),
+        ("not a dog but a cat", ["cat"]),
+        ("no more than two dogs run", ["dog"]),
+        ("not all dogs have collars", ["dog", "collar"]),
+        ("a dog does not run because a cat watches it", ["dog", "cat"]),
+        ("the man does not notice that a dog steals his hat", ["man", "dog", "hat"]),
+        ("the man is not wearing a helmet on his motorcycle", ["man", "motorcycle"]),
+        ("a man in a red car is not wearing a hat", ["man", "red car"]),
+        ("a red fox isn't afraid of the snow and jumps over a log", ["red fox", "log"]),
+    ],
+)
+def test_what_stands_beside_a_denial_is_asked_for(phrases, caption, expected):
+    assert phrases(caption) == expected
+
+
+def test_denials_are_counted(step, make_pair):
+    black = np.zeros((8, 8, 3), dtype=np.uint8)
+    named = step.process(make_pair(black, black, caption="a man without a hat"))
+    assert named.notes == ("the caption denies something, which is not asked for",)
+    assert step.process(make_pair(black, black, caption="a man without doubt")).notes == ()
+    assert step.process(make_pair(black, black, caption="a man with a hat")).notes == ()
+    rejected = step.process(make_pair(black, black, caption="there is no dog here"))
+    assert (rejected.reason, rejected.evidence["denied"]) == ("no entity in the caption", ["dog"])
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a boy eats an orange", ["boy", "orange"]),
+        ("a boy eats a peach", ["boy", "peach"]),
+        ("an olive and two limes", ["olive", "lime"]),
+        ("an ice cream", ["ice cream"]),
+        ("an orange cat eats an orange", ["orange cat", "orange"]),
+        ("fresh oranges in a bowl", ["orange", "bowl"]),
+        ("a salmon swims", ["salmon"]),
+        ("a man dressed in orange", ["man"]),
+        ("a sunset turns from orange to violet", []),
+        ("shades of orange and peach", []),
+        ("a glass of orange juice", ["glass", "orange juice"]),
+    ],
+)
+def test_nouns_that_are_colours_too(phrases, caption, expected):
+    assert phrases(caption) == expected
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("an x-ray machine", ["x-ray machine"]),
+        ("a close-up of a dog", ["dog"]),
+        ("dog/cat", ["dog", "cat"]),
+        ("a man/woman", ["man", "woman"]),
+        ("a dog / a cat", ["dog", "cat"]),
+        ("a red/blue car", ["red and blue car"]),
+        ("a dog and/or a wolf", ["dog", "wolf"]),
+        ("a stuffed dog", ["stuffed dog"]),
+        ("a hot dog on a plate", ["hot dog", "plate"]),
+        ("two hot dogs and a pair of high heels", ["hot dog", "high heel"]),
+        ("a man/ woman w/ a cup+saucer", ["man", "woman", "cup", "saucer"]),
+        ("an a/c unit", ["a/c unit"]),
+        ("a goods train", ["goods train"]),
+        ("a goods train crosses a bridge", ["goods train", "bridge"]),
+        ("a red double-decker bus", ["red bus"]),
+        ("a black-and-white dog", ["black and white dog"]),
+        ("a light-blue dress", ["light blue dress"]),
+        ("two t-shirts and a jack-in-the-box", ["t-shirt", "jack-in-the-box"]),
+        ("a wide-brimmed hat", ["hat"]),
+        ("a merry-go-round turns", ["merry-go-round"]),
+        ("a girl planting tomatoes", ["girl", "tomato"]),
+        ("a cat eating food", ["cat", "food"]),
+        ("Scuba diver swimming with a sea turtle", ["scuba diver", "sea turtle"]),
+        ("a mans hat", ["man", "hat"]),
+        ("a woman with a green watering can", ["woman", "green watering can"]),
+        ("macro of an ant carrying a leaf", ["ant", "leaf"]),
+        ("two guys playing ping pong", ["guy"]),
+        ("a toy kitchen in a kitchen", ["toy kitchen"]),
+        ("The camera zooms in on a photographer with his camera", ["photographer"]),
+        ("a sense of calmness, elegance and a celebration at a fire engine", ["fire engine"]),
+        ("a man in an orange helmet looking at a blueprint", ["man", "orange helmet", "blueprint"]),
+    ],
+)
+def test_whole_words(phrases, caption, expected):
+    assert phrases(caption) == expected
+
+
+def test_a_slash_and_a_hyphen_keep_mentions_in_place(step):
+    caption = "A t-shirt, a dog/cat and an x-ray machine"
+    found = step.entities(step._chunker.chunks(caption))
+    assert [entity.mention for entity in found] == ["A t-shirt", "a dog", "cat", "an x-ray machine"]
+    assert all(caption[entity.position :].startswith(entity.mention) for entity in found)
+
+
+def test_hands_are_subjects_where_their_owner_is_named(phrases):
+    assert phrases("a woman's hands hold a smartphone") == ["woman", "hand", "smartphone"]
+    assert phrases("a woman’s hands hold a smartphone") == ["woman", "hand", "smartphone"]
+    assert phrases("a parrot on the man's shoulder") == ["parrot", "man"]
+
+
+@pytest.mark.parametrize(
+    ("caption", "language", "needed"),
+    [
+        ("Ein Hund spielt mit einem roten Ball", "German", "--language-model de_core_news_sm"),
+        ("Собака бежит по пляжу", "Russian", None),
+        ("kutya fut parton", "unknown", None),
+    ],
+)
+def test_captions_that_are_not_english_are_rejected(step, make_pair, caption, language, needed):
+    black = np.zeros((8, 8, 3), dtype=np.uint8)
+    rejected = step.process(make_pair(black, black, caption=caption))
+    assert rejected.reason == "the caption is not English"
+    assert rejected.evidence.get("needed") == needed
+    assert (rejected.evidence["language"], rejected.evidence["caption"]) == (language, caption)
+
+
+@pytest.mark.parametrize("caption", ["Lionel Messi dribbling", "Drone footage timelapse skyline", "a selfie", "dog"])
+def test_names_and_new_words_are_english(step, caption):
+    assert step._chunker.other_language(caption) == ""
+
+
+def test_a_language_without_noun_chunks_is_refused(monkeypatch):
+    import spacy
+
+    polish = spacy.blank("pl")
+    polish.add_pipe("parser")
+    polish.add_pipe("lemmatizer", config={"mode": "lookup"})
+    monkeypatch.setattr(spacy, "load", lambda name, **options: polish)
+    with pytest.raises(InputError, match="no noun chunks in the language of the model pl_core_news_sm"):
+        NounChunker(("pl_core_news_sm",))
