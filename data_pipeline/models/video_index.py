@@ -16,6 +16,18 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
+from data_pipeline.models.video_pictures import (
+    DEFAULT_RULES,
+    PictureRules,
+    colours_of,
+    crop_of,
+    description_of,
+    light_of,
+    orientation_of,
+    pixel_aspect_of,
+    shape_notes,
+    upright_size,
+)
 from data_pipeline.records import ClipError, VideoFacts
 
 # Nothing else is opened, whatever a file is called: a playlist or a concat script named clip.mp4 would make FFmpeg
@@ -86,12 +98,14 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def probe(path: Path) -> VideoFacts:
-    """Facts of a video; the file stays open until the next one is probed. ClipError if there is no video in it."""
-    return open_video(path).facts
+def probe(path: Path, rules: PictureRules = DEFAULT_RULES) -> VideoFacts:
+    """Facts of a video; the file stays open until the next one is probed. ClipError if there is no video in it, or
+    ``rules`` reject it.
+    """
+    return open_video(path, rules=rules).facts
 
 
-def open_video(path: Path, facts: VideoFacts | None = None) -> OpenVideo:
+def open_video(path: Path, facts: VideoFacts | None = None, rules: PictureRules = DEFAULT_RULES) -> OpenVideo:
     """The file with its index. If ``facts`` are those of the file opened last, that one is given.
 
     One file is open at a time: the one opened before is closed.
@@ -101,7 +115,7 @@ def open_video(path: Path, facts: VideoFacts | None = None) -> OpenVideo:
     close_last()
     container = open_container(path)
     try:
-        video = _index(path, container)
+        video = _index(path, container, rules)
     except (av.FFmpegError, OSError) as error:
         container.close()
         raise ClipError("undecodable video", error=one_line(error)) from error
@@ -118,7 +132,7 @@ def close_last() -> None:
         _last.pop().container.close()
 
 
-def _index(path: Path, container: Any) -> OpenVideo:
+def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
     # A cover picture is a video stream too.
     streams = [stream for stream in container.streams.video if not stream.disposition & stream.disposition.attached_pic]
     if not streams:
@@ -128,6 +142,7 @@ def _index(path: Path, container: Any) -> OpenVideo:
     if context is None:
         raise ClipError("unknown codec")
     codec = context.codec.canonical_name
+    colours = colours_of(context)  # now: decoders forget what only the container says
     if context.width * context.height > MAX_PIXELS:
         raise ClipError("too large a picture", width=context.width, height=context.height, max_pixels=MAX_PIXELS)
     packets, damaged, listed = [], 0, 0
@@ -153,8 +168,13 @@ def _index(path: Path, container: Any) -> OpenVideo:
         raise ClipError("two frames with the same time stamp", frames=len(shown), times=len(stamps))
     if not shown or not time_base:
         raise ClipError("video without frames")
-    rotation = _rotation(container, stream)
-    width, height = (context.height, context.width) if rotation % 180 else (context.width, context.height)
+    tone_map, notes = light_of(colours, rules)
+    description = description_of(container, stream)
+    rotation, mirrored = _orientation(container, stream, description)
+    crop, aspect = crop_of(description), pixel_aspect_of(stream)
+    width, height = upright_size((context.width, context.height), crop, aspect, rotation)
+    if width * height > MAX_PIXELS:
+        raise ClipError("too large a picture", width=width, height=height, max_pixels=MAX_PIXELS)
     positions = {pts: i for i, (pts, *_) in enumerate(packets)}
     facts = VideoFacts(
         codec=codec,
@@ -164,6 +184,12 @@ def _index(path: Path, container: Any) -> OpenVideo:
         rotation=rotation,
         time_base=time_base,
         stamps=tuple(stamps.tolist()),
+        mirrored=mirrored,
+        crop=crop,
+        pixel_aspect=aspect,
+        colours=colours,
+        tone_map=tone_map,
+        notes=(*notes, *shape_notes(aspect, crop, mirrored)),
     )
     return OpenVideo(
         path=path,
@@ -185,36 +211,17 @@ def _check_complete(container: Any, stream: Any, found: int, damaged: int) -> No
         raise ClipError("damaged packets", damaged=damaged, packets=found)
 
 
-def _rotation(container: Any, stream: Any) -> int:
-    """Degrees anticlockwise, 0, 90, 180 or 270, by which the container asks to turn the stored picture.
+def _orientation(container: Any, stream: Any, description: str) -> tuple[int, bool]:
+    """Turn and flip of the stored pictures, see ``orientation_of``.
 
-    Only frames carry the number, and a frame costs more than all packets: so one is decoded only where FFmpeg's own
-    description of the file speaks of a display matrix.
+    Only frames carry them, and a frame costs more than all packets: so one is decoded only where the description of the
+    stream speaks of a display matrix.
     """
-    level = av.logging.get_level()
-    av.logging.set_level(av.logging.INFO)
-    try:
-        described = container.dumps_format()
-    finally:
-        av.logging.set_level(level)
-    if "display matrix" not in described.lower():
-        return 0
+    if "display matrix" not in description:
+        return 0, False
     container.seek(stream.start_time or 0, stream=stream)
     first = next(container.decode(stream), None)
-    return rotation_of(first) if first is not None else 0
-
-
-def rotation_of(frame: Any) -> int:
-    """Degrees anticlockwise, 0, 90, 180 or 270, by which a decoded frame asks to be turned; ClipError if it asks for
-    anything else.
-    """
-    matrix = frame.side_data.get("DISPLAYMATRIX") if frame.side_data else None
-    if matrix is None:
-        return 0
-    a, b, _, c, d = np.frombuffer(bytes(matrix)[:20], dtype=np.int32).tolist()
-    if a * d - b * c <= 0 or frame.rotation % 90:
-        raise ClipError("mirrored or slanted pictures", rotation=frame.rotation, matrix=[a, b, c, d])
-    return frame.rotation % 360
+    return orientation_of(first) if first is not None else (0, False)
 
 
 def packets_from(video: OpenVideo, number: int) -> Iterator[Any]:

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from data_pipeline.models.video_index import OpenVideo, one_line, open_video, packets_from, probe, rotation_of
+from data_pipeline.models.video_index import OpenVideo, one_line, open_video, packets_from, probe
+from data_pipeline.models.video_pictures import PictureMaker
 from data_pipeline.records import ClipError, SettingsError, VideoFacts
 
 __all__ = ["READERS", "DecordReader", "PyAVReader", "VideoReader", "choose_reader", "open_reader", "probe"]
@@ -60,8 +60,7 @@ class PyAVReader:
         self.path = path
         self.facts = facts
         self._kept: dict[int, Any] = {}
-        # One converter for all frames: setting one up costs more than using it on a small frame.
-        self._converter = VideoReformatter()
+        self._maker = PictureMaker(facts)
 
     def thumbnails(self, size: int, limit: int) -> np.ndarray:
         """See VideoReader."""
@@ -72,8 +71,7 @@ class PyAVReader:
             for stamp, frame in self._decode(video, 0, wanted, leave_out=False):
                 if keep:
                     self._kept[stamp] = frame
-                small = self._converter.reformat(frame, width=size, height=size, format="rgb24")
-                pictures.append(self._upright(small.to_ndarray()))
+                pictures.append(self._maker.thumbnail(frame, size))
         except (av.FFmpegError, OSError) as error:
             raise _undecodable(error) from error
         if len(pictures) < len(wanted):
@@ -83,7 +81,7 @@ class PyAVReader:
     def frames(self, indices: tuple[int, ...]) -> list[np.ndarray]:
         """See VideoReader."""
         stamps = [self.facts.stamps[index] for index in indices]
-        found = {stamp: self._picture(self._kept[stamp]) for stamp in stamps if stamp in self._kept}
+        found = {stamp: self._maker.picture(self._kept[stamp]) for stamp in stamps if stamp in self._kept}
         if waiting := set(stamps) - found.keys():
             video = open_video(self.path, self.facts)
             groups: dict[int, set[int]] = {}
@@ -103,7 +101,7 @@ class PyAVReader:
             fault = ClipError("frames are missing", wanted_time=self._seconds(min(stamps - found.keys())))
             try:
                 for stamp, frame in self._decode(video, number, sorted(stamps - found.keys()), leave_out):
-                    found[stamp] = self._picture(frame)
+                    found[stamp] = self._maker.picture(frame)
             except (av.FFmpegError, OSError) as error:
                 fault = _undecodable(error)
             missing = stamps - found.keys()
@@ -144,20 +142,6 @@ class PyAVReader:
     def _seconds(self, stamp: int) -> float:
         return round((stamp - self.facts.stamps[0]) * self.facts.time_base, 3)
 
-    def _picture(self, frame: Any) -> np.ndarray:
-        if rotation_of(frame) != self.facts.rotation:
-            raise ClipError("pictures that turn", rotation=rotation_of(frame), at_first=self.facts.rotation)
-        picture = self._upright(self._converter.reformat(frame, format="rgb24").to_ndarray())
-        if picture.shape[:2] != (self.facts.height, self.facts.width):
-            size = [self.facts.width, self.facts.height]
-            raise ClipError("pictures of different sizes", first=size, later=list(picture.shape[1::-1]))
-        return picture
-
-    def _upright(self, picture: np.ndarray) -> np.ndarray:
-        # PyAV hands out pictures as stored; rotation counts degrees anticlockwise, as np.rot90 does.
-        turns = self.facts.rotation // 90
-        return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
-
 
 def _undecodable(error: Exception) -> ClipError:
     return ClipError("undecodable video", error=one_line(error))
@@ -171,21 +155,27 @@ class DecordReader:
             import decord
         except ImportError as error:
             raise SettingsError(f"the reader 'decord' is not installed ({error}); use --reader pyav") from error
+        if facts.notes:
+            raise ClipError("a clip that decord shows wrongly", because=list(facts.notes), needed="--reader auto")
         self._decord = decord
         self.path = path
         self.facts = facts
         self._video: Any = None
         self._kept: np.ndarray | None = None
 
-    def _open(self, **size: int) -> Any:
+    def _open(self, **squashed: int) -> Any:
         # decord raises RuntimeError or its own DECORDError, which share no parent but Exception.
         try:
-            video = self._decord.VideoReader(str(self.path), num_threads=1, **size)
+            video = self._decord.VideoReader(str(self.path), num_threads=1, **squashed)
         except Exception as error:
             raise ClipError("unreadable video", error=one_line(error), reader="decord") from error
         # A damaged file opens with fewer frames and no error: the "75 %" frame would be another one.
         if len(video) != len(self.facts.stamps):
             raise ClipError("frames are missing", decoded=len(video), expected=len(self.facts.stamps), reader="decord")
+        size = list(video[0].shape[1::-1])
+        if not squashed and size != [self.facts.width, self.facts.height]:
+            wanted = [self.facts.width, self.facts.height]
+            raise ClipError("pictures of another size", decoded=size, expected=wanted, reader="decord")
         return video
 
     @property

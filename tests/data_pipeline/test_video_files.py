@@ -74,6 +74,55 @@ def encode(
     return path
 
 
+def encode_colour(
+    path: Path,
+    signal: tuple[int, int, int],
+    *,
+    codec: str = "libx264",
+    matrix: int = 1,
+    tags: dict[str, int] | None = None,
+    size: tuple[int, int] = (96, 64),
+    pix_fmt: str = "yuv420p",
+    frames: int = 6,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """A clip of one colour. signal: RGB, 16 bit full range, what a converter with ``matrix`` (H.273) has to give.
+    tags: what the stream says about its colours, attributes of a codec context; without them nothing."""
+    picture = np.empty((size[1], size[0], 3), dtype=np.uint16)
+    picture[:] = signal
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = size[0], size[1], pix_fmt
+        stream.options = options or ({"preset": "ultrafast"} if codec == "libx264" else {})
+        stream.codec_context.thread_count = 1
+        for name, value in (tags or {}).items():
+            setattr(stream.codec_context, name, value)
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb48le").reformat(
+            format=pix_fmt, dst_colorspace=matrix, threads=1
+        )
+        frame.colorspace = (tags or {}).get("colorspace", 2)
+        for i in range(frames):
+            frame.pts, frame.time_base = i, Fraction(1, FPS)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+def tag_container(source: Path, path: Path, tags: dict[str, int]) -> Path:
+    """The same packets in a file whose container says these things about colours, and the codec nothing."""
+    options = {"movflags": "+write_colr"} if path.suffix in (".mp4", ".mov") else {}
+    with av.open(str(source)) as old, av.open(str(path), "w", options=options) as new:
+        origin = old.streams.video[0]
+        stream = new.add_stream_from_template(origin)
+        for name, value in tags.items():
+            setattr(stream.codec_context, name, value)
+        for packet in old.demux(origin):
+            if packet.size:
+                packet.stream = stream
+                new.mux(packet)
+    return path
+
+
 def remux(
     source: Path,
     path: Path,
@@ -109,6 +158,7 @@ def x264(params: str) -> dict[str, str]:
 CLOSED = x264("keyint=12:bframes=3:b-adapt=0")
 OPEN = x264("open-gop=1:keyint=12:bframes=3:b-adapt=0")
 LONG = x264("keyint=250:bframes=3")
+QUIET_X265 = {"x265-params": "pools=none:frame-threads=1:log-level=none", "preset": "ultrafast"}
 X265 = {"x265-params": "keyint=12:bframes=3:pools=none:frame-threads=1:log-level=none", "preset": "ultrafast"}
 VP9 = {"g": "20", "deadline": "realtime", "cpu-used": "8"}
 AV1 = {"g": "12", "preset": "12", "svtav1-params": "lp=1"}

@@ -1,0 +1,173 @@
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.models.video_pictures import DEFAULT_RULES, PictureRules
+from data_pipeline.models.video_reader import open_reader, probe
+from data_pipeline.records import ClipError
+
+
+def neighbour(name, path):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+video_files = neighbour("files_of_pictures", "test_video_files.py")
+tone_mapping = neighbour("tones_of_pictures", "models/test_tone_mapping.py")
+RED = (200, 40, 60)
+RED_SIGNAL = tuple(257 * value for value in RED)
+TAGS_709 = {"colorspace": 1, "color_trc": 1, "color_primaries": 1}
+TAGS_HDR = {
+    "PQ": {"colorspace": 9, "color_trc": 16, "color_primaries": 9},
+    "HLG": {"colorspace": 9, "color_trc": 18, "color_primaries": 9},
+}
+
+
+def read(path, rules=DEFAULT_RULES, index=2):
+    """Facts, one picture, and one thumbnail."""
+    facts = probe(path, rules)
+    reader = open_reader("pyav", path, facts)
+    [picture] = reader.frames((index,))
+    assert picture.shape == (facts.height, facts.width, 3)
+    return facts, picture, reader.thumbnails(16, 50)[index]
+
+
+def assert_colour(picture, wanted, within=4):
+    middle = picture[picture.shape[0] // 2, picture.shape[1] // 2].astype(int)
+    assert np.abs(middle - wanted).max() <= within, middle
+
+
+CODECS = {
+    "libx264": ("yuv420p", {}, ["mp4", "mov", "mkv"]),
+    "libx265": ("yuv420p10le", video_files.QUIET_X265, ["mp4", "mov", "mkv"]),
+    "libvpx-vp9": ("yuv420p", video_files.VP9, ["mp4", "webm"]),
+    "prores_ks": ("yuv422p10le", {}, ["mov", "mkv"]),
+    "mpeg2video": ("yuv420p", {"b": "4M"}, ["mkv", "mov"]),
+    "mpeg4": ("yuv420p", {"b": "4M"}, ["mp4"]),
+}
+
+
+@pytest.mark.parametrize(("codec", "kind"), [(codec, kind) for codec, (*_, kinds) in CODECS.items() for kind in kinds])
+def test_colours_that_only_the_container_tells(tmp_path, codec, kind):
+    pix_fmt, options, _ = CODECS[codec]
+    plain = video_files.encode_colour(
+        tmp_path / f"plain.{kind}", RED_SIGNAL, codec=codec, pix_fmt=pix_fmt, options=options
+    )
+    tagged = video_files.tag_container(plain, tmp_path / f"tagged.{kind}", TAGS_709)
+    _, picture, thumbnail = read(tagged)
+    assert_colour(picture, RED, within=6)
+    assert_colour(thumbnail, RED, within=6)
+    # The same without tags is BT.601, so that the tags were needed.
+    _, picture, _ = read(plain)
+    assert np.abs(picture[32, 48].astype(int) - RED).max() > 12
+
+
+@pytest.mark.parametrize(
+    ("size", "matrix"), [((1280, 720), 1), ((720, 1280), 1), ((1920, 800), 1), ((1280, 536), 1), ((854, 480), 6)]
+)
+def test_large_video_without_tags_is_bt709_and_small_one_bt601(tmp_path, size, matrix):
+    path = video_files.encode_colour(tmp_path / "a.mp4", RED_SIGNAL, matrix=matrix, size=size, frames=3)
+    _, picture, thumbnail = read(path)
+    assert_colour(picture, RED)
+    assert_colour(thumbnail, RED)
+
+
+@pytest.mark.parametrize("matrix", [1, 5, 6, 4, 7, 9])
+@pytest.mark.parametrize("size", [(96, 64), (1280, 720)])
+def test_colours_that_the_codec_tells(tmp_path, matrix, size):
+    path = video_files.encode_colour(
+        tmp_path / "a.mp4", RED_SIGNAL, matrix=matrix, size=size, frames=3, tags={"colorspace": matrix}
+    )
+    assert_colour(read(path)[1], RED)
+
+
+def test_rgb_video_is_not_converted(tmp_path):
+    path = video_files.encode_colour(
+        tmp_path / "a.mov", RED_SIGNAL, codec="qtrle", pix_fmt="rgb24", size=(1280, 720), frames=3
+    )
+    assert_colour(read(path)[1], RED, within=1)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "name"),
+    [(8, "YCgCo"), (10, "BT.2020 with constant luminance"), (13, "number 13"), (14, "ICtCp")],
+)
+def test_a_matrix_that_cannot_be_converted_is_called_so(tmp_path, matrix, name):
+    path = video_files.encode_colour(tmp_path / "a.mp4", RED_SIGNAL, tags={"colorspace": matrix})
+    with pytest.raises(ClipError, match="unknown colour matrix") as error:
+        probe(path)
+    assert name in error.value.evidence["matrix"]
+
+
+@pytest.mark.parametrize("transfer", TAGS_HDR)
+@pytest.mark.parametrize("colour", tone_mapping.COLOURS)
+def test_hdr_comes_out_as_its_sdr_colour(tmp_path, transfer, colour):
+    signal = tone_mapping.signal(colour, transfer)[0, 0].tolist()
+    path = video_files.encode_colour(
+        tmp_path / "a.mp4", signal, pix_fmt="yuv420p10le", matrix=9, tags=TAGS_HDR[transfer], frames=3
+    )
+    facts, picture, thumbnail = read(path)
+    assert (facts.tone_map, facts.notes) == (transfer, ("HDR, tone-mapped",))
+    # Ten bits are coarse where a colour at the edge of BT.709 has nearly nothing of a primary.
+    assert_colour(picture, colour, within=10)
+    assert_colour(thumbnail, colour, within=10)
+
+
+@pytest.mark.parametrize("transfer", TAGS_HDR)
+def test_hdr_that_only_the_container_tells(tmp_path, transfer):
+    plain = video_files.encode_colour(
+        tmp_path / "plain.mp4",
+        tone_mapping.signal(RED, transfer)[0, 0].tolist(),
+        codec="libx265",
+        pix_fmt="yuv420p10le",
+        options=video_files.QUIET_X265,
+        matrix=9,
+    )
+    facts, picture, _ = read(video_files.tag_container(plain, tmp_path / "a.mov", TAGS_HDR[transfer]))
+    assert (facts.tone_map, facts.notes) == (transfer, ("HDR, tone-mapped",))
+    assert_colour(picture, RED)
+
+
+@pytest.mark.parametrize("transfer", TAGS_HDR)
+def test_hdr_by_other_rules(tmp_path, transfer):
+    signal = tone_mapping.signal(RED, transfer)[0, 0]
+    path = video_files.encode_colour(
+        tmp_path / "a.mkv",
+        signal.tolist(),
+        codec="libx265",
+        pix_fmt="yuv420p10le",
+        matrix=9,
+        tags=TAGS_HDR[transfer],
+        options=video_files.QUIET_X265,
+    )
+    facts, picture, _ = read(path, PictureRules(hdr="keep"))
+    assert (facts.tone_map, facts.notes) == ("", ("HDR, kept as it is",))
+    assert_colour(picture, signal // 257)
+    with pytest.raises(ClipError, match="HDR video") as error:
+        probe(path, PictureRules(hdr="reject"))
+    assert error.value.evidence == {"transfer": transfer, "needed": "SDR, or --hdr tonemap"}
+
+
+def test_a_wide_gamut_is_converted_and_counted(tmp_path):
+    light = np.linalg.inv(tone_mapping.TO_BT709[9]) @ tone_mapping.srgb_light(RED)
+    signal = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 65535
+    path = video_files.encode_colour(
+        tmp_path / "a.mp4",
+        signal.astype(int).tolist(),
+        matrix=9,
+        tags={"colorspace": 9, "color_trc": 14, "color_primaries": 9},
+    )
+    facts, picture, _ = read(path)
+    assert facts.notes == ("wide gamut, converted to BT.709",)
+    assert_colour(picture, RED)
+
+
+def test_an_ordinary_clip_is_nothing_special(tmp_path):
+    path = video_files.encode_colour(tmp_path / "a.mp4", RED_SIGNAL, tags=TAGS_709)
+    facts, picture, _ = read(path)
+    assert (facts.tone_map, facts.notes, facts.deinterlace) == ("", (), False)
+    assert_colour(picture, RED)
