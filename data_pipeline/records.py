@@ -216,6 +216,10 @@ class VideoFacts:
     colours: Colours = Colours()
     tone_map: str = ""
     deinterlace: bool = False
+    if_interlaced: str = "deinterlace"
+    """What becomes of frames that turn out to be interlaced though the file did not say so: "deinterlace", "reject" or
+    "keep".
+    """
     notes: tuple[str, ...] = ()
 
     @property
@@ -258,6 +262,11 @@ class VideoShots:
 
     video: Video
     shots: tuple[Shot, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Those of the video, to which decoding all frames may have added."""
+        return self.video.notes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -22,7 +22,9 @@ from data_pipeline.models.video_pictures import (
     colours_of,
     crop_of,
     description_of,
+    fields_of,
     light_of,
+    may_have_fields,
     orientation_of,
     pixel_aspect_of,
     shape_notes,
@@ -32,13 +34,14 @@ from data_pipeline.records import ClipError, VideoFacts
 
 # Nothing else is opened, whatever a file is called: a playlist or a concat script named clip.mp4 would make FFmpeg
 # read other files, and a still picture is no video.
-CONTAINERS = "mov,matroska,webm,avi,mpegts,flv"
+CONTAINERS = "mov,matroska,webm,avi,mpegts,flv,asf,mpeg,mpegvideo"
 # Larger pictures are a mistake or an attack: a file of a few kilobytes can ask for gigabytes.
 MAX_PIXELS = 8192 * 8192
 # Decoders that give a whole picture right after a key frame. With others reading starts at the first frame.
 SEEKABLE_CODECS = frozenset(
     {"h264", "hevc", "vvc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg", "prores", "ffv1"}
 )
+PROGRESSIVE = 1  # among FFmpeg's orders of fields; 0 is "not said", larger ones are interlaced
 SHOW_FRAME = 0x10  # in the first byte of a VP8 frame
 
 
@@ -189,8 +192,11 @@ def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
         pixel_aspect=aspect,
         colours=colours,
         tone_map=tone_map,
+        if_interlaced=rules.interlaced,
         notes=(*notes, *shape_notes(aspect, crop, mirrored)),
     )
+    if _interlaced(container, stream, codec):
+        facts = fields_of(facts)
     return OpenVideo(
         path=path,
         container=container,
@@ -222,6 +228,19 @@ def _orientation(container: Any, stream: Any, description: str) -> tuple[int, bo
     container.seek(stream.start_time or 0, stream=stream)
     first = next(container.decode(stream), None)
     return orientation_of(first) if first is not None else (0, False)
+
+
+def _interlaced(container: Any, stream: Any, codec: str) -> bool:
+    """Whether frames are woven of two fields. The header says so, or the first frame where there is none that could."""
+    order = int(stream.codec_context.field_order)
+    if order or not may_have_fields(codec):
+        return order > PROGRESSIVE and may_have_fields(codec)
+    container.seek(stream.start_time or 0, stream=stream)
+    try:
+        first = next(container.decode(stream), None)
+    except av.FFmpegError:  # reading will say so
+        return False
+    return first is not None and first.interlaced_frame
 
 
 def packets_from(video: OpenVideo, number: int) -> Iterator[Any]:

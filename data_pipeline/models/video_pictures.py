@@ -7,11 +7,13 @@ that is nothing out of the ordinary costs one conversion per frame, and nothing 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import av
+import av.filter
 import numpy as np
 from av.video.reformatter import ColorRange, VideoReformatter
 from PIL import Image
@@ -141,6 +143,46 @@ def upright_size(
         raise ClipError("nothing left of the picture", stored=list(stored), cut_off=list(crop))
     width = max(1, round(width * aspect))
     return (height, width) if rotation % 180 else (width, height)
+
+
+def fields_of(facts: VideoFacts) -> VideoFacts:
+    """The same facts, of a clip that is interlaced. ClipError if the rule is to reject such clips."""
+    if facts.if_interlaced == "reject":
+        raise ClipError("interlaced video", needed="progressive video, or --interlaced deinterlace")
+    if facts.if_interlaced == "keep":
+        return replace(facts, notes=(*facts.notes, "interlaced, kept as it is"))
+    return replace(facts, deinterlace=True, notes=(*facts.notes, "interlaced, deinterlaced"))
+
+
+def may_have_fields(codec: str) -> bool:
+    """False for codecs whose frames are whole pictures. In HEVC a picture of an interlaced clip is one field: nothing
+    is woven together, so there is nothing to take apart.
+    """
+    return codec not in {"hevc", "vvc", "av1", "vp8", "vp9", "flv1", "h263", "mpeg1video"}
+
+
+def deinterlaced(frames: Sequence[Any], which: int) -> Any:
+    """``frames[which]`` without comb edges, by FFmpeg's bwdif. frames: that frame and its neighbours in time, decoded
+    and in order; it depends on nothing else, so that a frame is the same however it was reached. Frames that are not
+    marked as interlaced stay as they are.
+    """
+    first = frames[0]
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add(
+        "buffer",
+        f"video_size={first.width}x{first.height}:pix_fmt={first.format.name}:time_base=1/1000:pixel_aspect=1/1:"
+        f"colorspace={int(first.colorspace)}:range={int(first.color_range)}",
+    )
+    sink = graph.add("buffersink")
+    graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced"), sink)
+    graph.configure()
+    for frame in frames:
+        source.push(frame)
+    source.push(None)
+    for _ in range(which):
+        sink.pull()
+    return sink.pull()
 
 
 class PictureMaker:

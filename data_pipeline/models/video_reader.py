@@ -9,7 +9,7 @@ decode on one thread: workers are the parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.models.video_index import OpenVideo, one_line, open_video, packets_from, probe
-from data_pipeline.models.video_pictures import PictureMaker
+from data_pipeline.models.video_pictures import PictureMaker, deinterlaced, fields_of, may_have_fields
 from data_pipeline.records import ClipError, SettingsError, VideoFacts
 
 __all__ = ["READERS", "DecordReader", "PyAVReader", "VideoReader", "choose_reader", "open_reader", "probe"]
@@ -61,6 +61,7 @@ class PyAVReader:
         self.facts = facts
         self._kept: dict[int, Any] = {}
         self._maker = PictureMaker(facts)
+        self._noted = any(note.startswith("interlaced") for note in facts.notes)
 
     def thumbnails(self, size: int, limit: int) -> np.ndarray:
         """See VideoReader."""
@@ -71,6 +72,8 @@ class PyAVReader:
             for stamp, frame in self._decode(video, 0, wanted, leave_out=False):
                 if keep:
                     self._kept[stamp] = frame
+                if frame.interlaced_frame:
+                    self._note_fields()
                 pictures.append(self._maker.thumbnail(frame, size))
         except (av.FFmpegError, OSError) as error:
             raise _undecodable(error) from error
@@ -80,9 +83,30 @@ class PyAVReader:
 
     def frames(self, indices: tuple[int, ...]) -> list[np.ndarray]:
         """See VideoReader."""
-        stamps = [self.facts.stamps[index] for index in indices]
-        found = {stamp: self._maker.picture(self._kept[stamp]) for stamp in stamps if stamp in self._kept}
-        if waiting := set(stamps) - found.keys():
+        stamps = self.facts.stamps
+        if not self.facts.deinterlace:
+            found = self._found({stamps[index] for index in indices}, self._maker.picture)
+            return [found[stamps[index]] for index in indices]
+        around = {index: stamps[max(0, index - 1) : index + 2] for index in indices}
+        decoded = self._found({stamp for near in around.values() for stamp in near}, lambda frame: frame)
+        pictures = {}
+        for index, near in around.items():
+            frame = deinterlaced([decoded[stamp] for stamp in near], near.index(stamps[index]))
+            pictures[index] = self._maker.picture(frame)
+        return [pictures[index] for index in indices]
+
+    def _note_fields(self) -> None:
+        """Interlaced frames in a clip whose header did not say so: ``facts`` tell it from now on."""
+        facts = self.facts
+        if self._noted or facts.deinterlace or not may_have_fields(facts.codec):
+            return
+        self._noted = True
+        self.facts = fields_of(facts)
+
+    def _found(self, stamps: set[int], make: Callable[[Any], Any]) -> dict[int, Any]:
+        """What ``make`` makes of the decoded frames at these time stamps."""
+        found = {stamp: make(self._kept[stamp]) for stamp in stamps if stamp in self._kept}
+        if waiting := stamps - found.keys():
             video = open_video(self.path, self.facts)
             groups: dict[int, set[int]] = {}
             for stamp in waiting:
@@ -90,18 +114,18 @@ class PyAVReader:
                     raise ClipError("frames are missing", wanted_time=self._seconds(stamp))
                 groups.setdefault(video.key_of(stamp), set()).add(stamp)
             for number, group in sorted(groups.items()):
-                found |= self._read(video, number, group)
-        return [found[stamp] for stamp in stamps]
+                found |= self._read(video, number, group, make)
+        return found
 
-    def _read(self, video: OpenVideo, number: int, stamps: set[int]) -> dict[int, np.ndarray]:
-        """Upright pictures of the frames at these time stamps, from key frame ``number`` or from an earlier one."""
-        found: dict[int, np.ndarray] = {}
+    def _read(self, video: OpenVideo, number: int, stamps: set[int], make: Callable[[Any], Any]) -> dict[int, Any]:
+        """The same, decoded from key frame ``number`` or from an earlier one."""
+        found: dict[int, Any] = {}
         leave_out, back = video.facts.codec in CAN_LEAVE_OUT and not video.counted, 1
         while True:
             fault = ClipError("frames are missing", wanted_time=self._seconds(min(stamps - found.keys())))
             try:
                 for stamp, frame in self._decode(video, number, sorted(stamps - found.keys()), leave_out):
-                    found[stamp] = self._maker.picture(frame)
+                    found[stamp] = make(frame)
             except (av.FFmpegError, OSError) as error:
                 fault = _undecodable(error)
             missing = stamps - found.keys()
@@ -172,10 +196,6 @@ class DecordReader:
         # A damaged file opens with fewer frames and no error: the "75 %" frame would be another one.
         if len(video) != len(self.facts.stamps):
             raise ClipError("frames are missing", decoded=len(video), expected=len(self.facts.stamps), reader="decord")
-        size = list(video[0].shape[1::-1])
-        if not squashed and size != [self.facts.width, self.facts.height]:
-            wanted = [self.facts.width, self.facts.height]
-            raise ClipError("pictures of another size", decoded=size, expected=wanted, reader="decord")
         return video
 
     @property
@@ -191,9 +211,17 @@ class DecordReader:
         except Exception as error:
             raise ClipError("undecodable video", error=one_line(error), reader="decord") from error
 
+    def _whole(self, indices: Sequence[int]) -> np.ndarray:
+        """Frames at full size; ClipError if they are of another stream, or not turned upright."""
+        pictures = self._batch(self.video, indices)
+        wanted, size = [self.facts.width, self.facts.height], list(pictures.shape[2:0:-1])
+        if size != wanted:
+            raise ClipError("pictures of another size", decoded=size, expected=wanted, needed="--reader auto")
+        return pictures
+
     def _all(self) -> np.ndarray:
         if self._kept is None:
-            self._kept = self._batch(self.video, range(len(self.video)))
+            self._kept = self._whole(range(len(self.video)))
         return self._kept
 
     def thumbnails(self, size: int, limit: int) -> np.ndarray:
@@ -209,7 +237,7 @@ class DecordReader:
         if fits_in_memory(self.facts):
             pictures = self._all()
             return [pictures[index].copy() for index in indices]
-        return list(self._batch(self.video, indices))
+        return list(self._whole(indices))
 
 
 def choose_reader(name: str, path: Path, facts: VideoFacts) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 
@@ -52,7 +52,10 @@ class CutShots(Step[Video, VideoShots]):
         """The shots of the video; a video without a cut is one shot."""
         if len(video.facts.stamps) < 2:
             return Rejected("a single frame", {"frames": 1})
-        pictures = self._open(video.reader, video.file.path, video.facts).thumbnails(self.thumbnail, self.max_frames)
+        reader = self._open(video.reader, video.file.path, video.facts)
+        pictures = reader.thumbnails(self.thumbnail, self.max_frames)
+        if reader.facts != video.facts:  # frames say more than the header
+            video = replace(video, facts=reader.facts, notes=reader.facts.notes)
         cuts = self._find_cuts(
             pictures, cut_ratio=self.cut_ratio, min_content=self.min_content, fade_level=self.fade_level
         )

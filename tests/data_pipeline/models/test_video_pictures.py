@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.models.video_pictures import DEFAULT_RULES, PictureRules
+from data_pipeline.models.video_pictures import DEFAULT_RULES, PictureRules, may_have_fields
 from data_pipeline.models.video_reader import open_reader, probe
 from data_pipeline.records import ClipError
 
@@ -171,3 +171,125 @@ def test_an_ordinary_clip_is_nothing_special(tmp_path):
     facts, picture, _ = read(path)
     assert (facts.tone_map, facts.notes, facts.deinterlace) == ("", (), False)
     assert_colour(picture, RED)
+
+
+TOP_FIELD_FIRST = {"x264-params": "threads=1:keyint=12:bframes=2:tff=1:scenecut=0"}
+INTERLACED = {
+    "h264.mp4": {"options": TOP_FIELD_FIRST},
+    "h264.ts": {"options": TOP_FIELD_FIRST, "container": "mpegts"},
+    "bff.mkv": {"options": {"x264-params": "threads=1:keyint=12:bff=1:scenecut=0"}},
+    "mpeg2.mpg": {"codec": "mpeg2video", "options": {"flags": "+ildct+ilme", "b": "4M"}, "fps": 25},
+    "mpeg4.avi": {"codec": "mpeg4", "options": {"flags": "+ildct+ilme", "b": "4M"}},
+    "prores.mov": {"codec": "prores_ks", "options": {"flags": "+ildct"}, "pix_fmt": "yuv422p10le"},
+}
+
+
+def woven(frames=30, width=96, height=64):
+    """Numbered pictures in whose middle a bright bar moves by six pixels from field to field, even lines first."""
+    pictures = video_files.numbered(frames, width, height)
+    low = slice(height * 5 // 8, height)
+    for number, picture in enumerate(pictures):
+        for parity in (0, 1):
+            left = width // 3 + (6 * (2 * number + parity)) % (width // 3 - 8)
+            lines = picture[low][parity::2]
+            lines[:, width // 3 : -(width // 3)] = 30
+            lines[:, left : left + 8] = 225
+    return pictures
+
+
+def comb(picture):
+    """How much a line differs from the lines two above and below less than from its neighbours."""
+    rows = picture[44:62, 34:62].astype(int).mean(axis=-1)
+    return np.abs(rows[1:-1] - (rows[:-2] + rows[2:]) / 2).mean() - np.abs(rows[2:] - rows[:-2]).mean() / 2
+
+
+@pytest.fixture(scope="module")
+def interlaced(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interlaced")
+    return {name: video_files.encode(folder / name, woven(), **how) for name, how in INTERLACED.items()}
+
+
+@pytest.mark.parametrize("name", INTERLACED)
+def test_interlaced_clips_lose_their_combs_and_no_frame(interlaced, name, monkeypatch):
+    path = interlaced[name]
+    facts = probe(path)
+    assert facts.notes == ("interlaced, deinterlaced",)
+    count = len(facts.stamps)
+    reader = open_reader("pyav", path, facts)
+    order = np.random.default_rng(0).permutation(count).tolist()
+    single = {index: reader.frames((index,))[0] for index in order}
+    assert [video_files.number_of(single[index]) for index in range(count)] == list(range(30))
+    # From the beginning to the end in one go, and after everything was kept: the same pixels.
+    assert all(
+        np.array_equal(a, single[i]) for i, a in enumerate(open_reader("pyav", path, facts).frames(range(count)))
+    )
+    assert [video_files.number_of(picture) for picture in reader.thumbnails(64, 99)] == list(range(30))
+    assert all(np.array_equal(a, single[i]) for i, a in enumerate(reader.frames(tuple(range(count)))))
+    kept = probe(path, PictureRules(interlaced="keep"))
+    assert kept.notes == ("interlaced, kept as it is",)
+    [combed] = open_reader("pyav", path, kept).frames((10,))
+    assert comb(combed) > 40
+    assert comb(single[10]) < 12
+    # Lines of the first field stay; colours are interpolated between lines, so that grey is looked at.
+    first = 44 if name.startswith("h264") else 45
+    same = [np.abs(combed[i:60:2, 40:56].astype(int) - single[10][i:60:2, 40:56]).max() <= 3 for i in (44, 45)]
+    assert same == [first == 44, first == 45]
+    with pytest.raises(ClipError, match="interlaced video"):
+        probe(path, PictureRules(interlaced="reject"))
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "mpeg2.mpg"])
+def test_the_same_as_a_filter_over_the_whole_clip(interlaced, name):
+    import av.filter
+
+    facts = probe(interlaced[name])
+    pictures = open_reader("pyav", interlaced[name], facts).frames(tuple(range(len(facts.stamps))))
+    with av.open(str(interlaced[name])) as container:
+        stream = container.streams.video[0]
+        graph = av.filter.Graph()
+        source, sink = graph.add_buffer(template=stream), graph.add("buffersink")
+        graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), sink).configure()
+        for frame in container.decode(stream):
+            graph.push(frame)
+        graph.push(None)
+        for picture in pictures:
+            assert np.array_equal(picture, sink.pull().to_ndarray(format="rgb24"))
+
+
+@pytest.fixture
+def half_interlaced(tmp_path):
+    """Twelve progressive frames, then 30 interlaced ones."""
+    import av
+
+    how = {"codec": "mpeg2video", "fps": 25}
+    first = video_files.encode(tmp_path / "a.ts", video_files.numbered(12), options={"b": "4M", "g": "12"}, **how)
+    second = video_files.encode(tmp_path / "b.ts", woven(), options=INTERLACED["mpeg2.mpg"]["options"], **how)
+    path = tmp_path / "both.ts"
+    with av.open(str(path), "w") as new:
+        stream = None
+        for source, delay in ((first, 0), (second, 12 * 3600)):
+            with av.open(str(source)) as old:
+                stream = stream or new.add_stream_from_template(old.streams.video[0])
+                for packet in old.demux(video=0):
+                    if packet.size:
+                        packet.pts, packet.dts, packet.stream = packet.pts + delay, packet.dts + delay, stream
+                        new.mux(packet)
+    return path
+
+
+def test_a_clip_that_is_interlaced_later_on(half_interlaced):
+    facts = probe(half_interlaced)
+    assert (facts.notes, facts.deinterlace) == ((), False)
+    reader = open_reader("pyav", half_interlaced, facts)
+    reader.thumbnails(16, 99)
+    assert (reader.facts.notes, reader.facts.deinterlace) == (("interlaced, deinterlaced",), True)
+    assert comb(open_reader("pyav", half_interlaced, reader.facts).frames((22,))[0]) < 12
+    with pytest.raises(ClipError, match="interlaced video"):
+        open_reader("pyav", half_interlaced, probe(half_interlaced, PictureRules(interlaced="reject"))).thumbnails(
+            16, 99
+        )
+
+
+@pytest.mark.parametrize("codec", ["libx265", "libvpx-vp9"])
+def test_codecs_whose_frames_have_no_fields(codec):
+    assert not may_have_fields({"libx265": "hevc", "libvpx-vp9": "vp9"}[codec])
