@@ -8,14 +8,18 @@ a short group of pictures.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from av.stream import Disposition
 
+from data_pipeline.models.mpeg4_frames import MAX_NOT_CODED, is_packed, pictures_in
 from data_pipeline.models.video_pictures import (
     DEFAULT_RULES,
     PictureRules,
@@ -42,6 +46,8 @@ SEEKABLE_CODECS = frozenset(
     {"h264", "hevc", "vvc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg", "prores", "ffv1"}
 )
 PROGRESSIVE = 1  # among FFmpeg's orders of fields; 0 is "not said", larger ones are interlaced
+# Containers that tell when a packet is decoded, and not when it is shown.
+TIMELESS = frozenset({"avi", "asf"})
 SHOW_FRAME = 0x10  # in the first byte of a VP8 frame
 
 
@@ -57,9 +63,10 @@ class Key(NamedTuple):
 class OpenVideo:
     """An open file and its index.
 
-    positions: time stamp -> place in the order of decoding, of every packet. keys: in the order of decoding, the first
-    one being where reading starts. counted: the time stamps of the packets don't belong to the pictures (AVI has none
-    of its own), so frames are counted as they come out of the decoder.
+    positions: time stamp -> place in the order of decoding, of every packet. sizes: of all packets, in bytes. keys: in
+    the order of decoding, the first one being where reading starts. counted: the time stamps of the packets don't
+    belong to the pictures (AVI has none of its own), so frames are counted as they come out of the decoder;
+    ``positions`` then has the numbers of frames.
     """
 
     path: Path
@@ -67,6 +74,7 @@ class OpenVideo:
     stream: Any
     facts: VideoFacts
     positions: Mapping[int, int]
+    sizes: tuple[int, ...]
     keys: tuple[Key, ...]
     counted: bool
 
@@ -135,42 +143,131 @@ def close_last() -> None:
         _last.pop().container.close()
 
 
-def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
-    # A cover picture is a video stream too.
-    streams = [stream for stream in container.streams.video if not stream.disposition & stream.disposition.attached_pic]
+class Listed(NamedTuple):
+    """A packet with something in it, as listed. pictures: how many a decoder gives for it."""
+
+    pts: int | None
+    dts: int | None
+    is_key: bool
+    is_discard: bool
+    size: int
+    pictures: int
+
+
+def _list(container: Any, streams: Sequence[Any]) -> tuple[Any, list[Listed]]:
+    """The stream that is the film, and its packets in the order of decoding; ClipError if some are missing.
+
+    Of several streams those of one picture are left out if there are others; then the default one is taken, then the
+    one with the most pixels.
+    """
+    codecs = {stream.index: stream.codec_context.codec.canonical_name for stream in streams}
+    tables: dict[int, list[Listed]] = {stream.index: [] for stream in streams}
+    texts: dict[int, list[bytes | None]] = {stream.index: [] for stream in streams}
+    damaged, listed = Counter[int](), Counter[int]()
+    packed: dict[int, bool] = {}
+    for packet in container.demux(*streams):
+        number, size = packet.stream_index, packet.size
+        codec = codecs[number]
+        listed[number] += packet.dts is not None or bool(size)  # all but the empty one at the end
+        if not size or (codec == "vp8" and not bytes(packet)[0] & SHOW_FRAME):
+            continue
+        damaged[number] += packet.is_corrupt
+        if codec == "mpeg4":
+            if number not in packed:
+                packed[number] = is_packed(bytes(packet.stream.codec_context.extradata or b"") + bytes(packet))
+            small = packed[number] or not texts[number] or size <= MAX_NOT_CODED
+            texts[number].append(bytes(packet) if small else None)
+        tables[number].append(Listed(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard, size, 1))
+
+    def rank(stream: Any) -> tuple[bool, bool, int, int]:
+        context, count = stream.codec_context, len(tables[stream.index])
+        default = bool(stream.disposition & stream.disposition.default)
+        return count > 1, default, count * context.width * context.height, -stream.index
+
+    film = max(streams, key=rank)
+    _check_complete(container, film, listed[film.index], damaged[film.index])
+    packets, data = tables[film.index], texts[film.index]
+    if data:
+        header = bytes(film.codec_context.extradata or b"") + (data[0] or b"")
+        pictures = pictures_in(data, header)
+        packets = [packet._replace(pictures=count) for packet, count in zip(packets, pictures, strict=True)]
+    return film, packets
+
+
+def _moving(container: Any) -> list[Any]:
+    """The video streams that may be the film: no covers, no pictures of chapters, nothing without a decoder."""
+    still = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+    streams = [stream for stream in container.streams.video if not stream.disposition & still]
     if not streams:
         raise ClipError("no video stream")
-    stream = streams[0]
-    context = stream.codec_context
-    if context is None:
+    known = [stream for stream in streams if stream.codec_context is not None]
+    if not known:
         raise ClipError("unknown codec")
-    codec = context.codec.canonical_name
-    colours = colours_of(context)  # now: decoders forget what only the container says
-    if context.width * context.height > MAX_PIXELS:
-        raise ClipError("too large a picture", width=context.width, height=context.height, max_pixels=MAX_PIXELS)
-    packets, damaged, listed = [], 0, 0
-    for packet in container.demux(stream):
-        listed += packet.dts is not None or bool(packet.size)  # all but the empty one at the end
-        if not packet.size or (codec == "vp8" and not bytes(packet)[0] & SHOW_FRAME):
-            continue
-        damaged += packet.is_corrupt
-        packets.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
-    _check_complete(container, stream, listed, damaged)
-    time_base = float(stream.time_base or 0)
-    if any(pts is None for pts, *_ in packets):
-        raise ClipError("frames without time stamps", container=container.format.name, codec=codec)
-    counted = "avi" in container.format.name.split(",") and codec in ("h264", "hevc") and bool(context.has_b_frames)
-    keys = [Key(i, pts, pts if dts is None else dts) for i, (pts, dts, key, _) in enumerate(packets) if key]
-    if not keys:
-        raise ClipError("no key frame" if packets else "video without frames")
-    # What comes before the first key frame, or is shown before it, cannot be decoded.
-    first = keys[0]
-    shown = [pts for pts, _, _, discard in packets[first.position :] if not discard and pts >= first.pts]
+    return known
+
+
+def _is_counted(container: Any, stream: Any, packets: Sequence[Listed]) -> bool:
+    """Whether the time stamps of packets don't belong to the pictures that come out of them."""
+    delayed = bool(stream.codec_context.has_b_frames)
+    untimed = not TIMELESS.isdisjoint(container.format.name.split(","))
+    codec = stream.codec_context.codec.canonical_name
+    return (
+        # A demuxer can reorder MPEG-2 and MPEG-4 part 2, whose packets tell what kind of picture they hold.
+        (untimed and delayed and codec not in ("mpeg4", "mpeg2video", "mpeg1video"))
+        or any(packet.pts is None for packet in packets)
+        or any(packet.pictures > 1 or (delayed and packet.pictures < 1) for packet in packets)
+    )
+
+
+def _times(stream: Any, coming: Sequence[Listed], first: int) -> np.ndarray:
+    """Ascending time stamps of all frames, int64; ClipError if nobody can tell. coming: the packets from the first key
+    frame on, which is shown at ``first``.
+    """
+    packed = any(packet.pictures > 1 for packet in coming)
+    # What is shown before the first key frame cannot be decoded.
+    shown = [
+        packet.pts
+        for packet in coming
+        if packet.pts is not None and packet.pts >= first and not packet.is_discard and (packed or packet.pictures)
+    ]
+    frames = sum(packet.pictures for packet in coming)
+    if any(packet.pts is None for packet in coming) or (packed and len(shown) < frames):
+        # Some files tell the time only now and then: their frames follow each other evenly.
+        rate = stream.average_rate or stream.guessed_rate
+        if not rate or not stream.time_base:
+            raise ClipError("frames without time stamps", codec=stream.codec_context.codec.canonical_name)
+        return first + np.round(np.arange(frames) / float(rate * stream.time_base)).astype(np.int64)
+    if packed:
+        shown = sorted(shown)[:frames]
     stamps = np.unique(np.asarray(shown, dtype=np.int64))
     if len(stamps) != len(shown):
         raise ClipError("two frames with the same time stamp", frames=len(shown), times=len(stamps))
-    if not shown or not time_base:
+    return stamps
+
+
+def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
+    streams = _moving(container)
+    for stream in streams:
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width * height > MAX_PIXELS:
+            raise ClipError("too large a picture", width=width, height=height, max_pixels=MAX_PIXELS)
+    stream, packets = _list(container, streams)
+    context = stream.codec_context
+    codec = context.codec.canonical_name
+    colours = colours_of(context)  # before a frame is decoded: decoders forget what only the container says
+    counted = _is_counted(container, stream, packets)
+    keys = [
+        Key(i, packet.pts or 0, packet.pts or 0 if packet.dts is None else packet.dts)
+        for i, packet in enumerate(packets)
+        if packet.is_key
+    ]
+    if not keys:
+        raise ClipError("no key frame" if packets else "video without frames")
+    first = keys[0]
+    stamps = _times(stream, packets[first.position :], first.pts).tolist()
+    if not stamps or not stream.time_base:
         raise ClipError("video without frames")
+    several = ("several video streams",) if len(streams) > 1 else ()
     tone_map, notes = light_of(colours, rules)
     description = description_of(container, stream)
     rotation, mirrored = _orientation(container, stream, description)
@@ -178,22 +275,21 @@ def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
     width, height = upright_size((context.width, context.height), crop, aspect, rotation)
     if width * height > MAX_PIXELS:
         raise ClipError("too large a picture", width=width, height=height, max_pixels=MAX_PIXELS)
-    positions = {pts: i for i, (pts, *_) in enumerate(packets)}
     facts = VideoFacts(
         codec=codec,
         container=container.format.name,
         width=width,
         height=height,
         rotation=rotation,
-        time_base=time_base,
-        stamps=tuple(stamps.tolist()),
+        time_base=float(stream.time_base),
+        stamps=tuple(stamps),
         mirrored=mirrored,
         crop=crop,
         pixel_aspect=aspect,
         colours=colours,
         tone_map=tone_map,
         if_interlaced=rules.interlaced,
-        notes=(*notes, *shape_notes(aspect, crop, mirrored)),
+        notes=(*notes, *several, *shape_notes(aspect, crop, mirrored)),
     )
     if _interlaced(container, stream, codec):
         facts = fields_of(facts)
@@ -202,7 +298,8 @@ def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
         container=container,
         stream=stream,
         facts=facts,
-        positions=positions,
+        positions={pts: i for i, pts in enumerate(stamps if counted else (packet.pts for packet in packets))},
+        sizes=tuple(packet.size for packet in packets),
         keys=tuple(keys) if codec in SEEKABLE_CODECS and not counted else (first,),
         counted=counted,
     )
@@ -251,6 +348,12 @@ def packets_from(video: OpenVideo, number: int) -> Iterator[Any]:
     looked up, and if it lies behind the key frame, an earlier place is tried; at last the file is read from its start.
     """
     key = video.keys[number]
+    if video.counted:
+        with open_container(video.path) as container:
+            packets = container.demux(container.streams[video.stream.index])
+            filled = (packet for packet in packets if packet.size or packet.dts is None)
+            yield from islice(filled, key.position, None)
+        return
     earlier = [before.dts for before in reversed(video.keys[:number])]
     for target in dict.fromkeys((key.pts, key.dts, *earlier)):
         try:
@@ -280,5 +383,8 @@ def _skip_to(key: Key, video: OpenVideo, packets: Iterator[Any]) -> Iterator[Any
             if position > key.position:
                 return
             begun = position == key.position
+            # Where a parser cuts the packets, the first ones after a seek may be torn, or have each other's times.
+            if begun and packet.size != video.sizes[position]:
+                return
         if begun:
             yield packet

@@ -150,6 +150,59 @@ def remux(
     return path
 
 
+def is_b_frame(packet: bytes) -> bool:
+    """Whether a packet of MPEG-4 part 2 holds a picture drawn from an earlier and a later one."""
+    place = packet.index(b"\x00\x00\x01\xb6")
+    return packet[place + 4] >> 6 == 2
+
+
+def not_coded(packet: bytes, clock: int) -> bytes:
+    """The picture of MPEG-4 part 2 that says "nothing new" in place of a packet's. clock: bits of its time."""
+    place = packet.index(b"\x00\x00\x01\xb6") + 4
+    bits = "".join(f"{byte:08b}" for byte in packet[place : place + 16])
+    seconds = bits.index("0", 2)
+    head = "01" + bits[2 : seconds + 2 + clock] + "1" + "0"
+    head += "0" + "1" * (-(len(head) + 1) % 8)
+    return packet[place - 4 : place] + int(head, 2).to_bytes(len(head) // 8, "big")
+
+
+def repack(source: Path, path: Path, change: Any) -> Path:
+    """The packets of an avi as ``change`` makes them of the list of the old ones, one per tick of the clock."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        origin = old.streams.video[0]
+        stream = new.add_stream_from_template(origin)
+        packets = [packet for packet in old.demux(origin) if packet.size]
+        keys = {bytes(packet) for packet in packets if packet.is_keyframe}
+        for number, data in enumerate(change([bytes(packet) for packet in packets])):
+            packet = av.Packet(data)
+            packet.pts = packet.dts = number
+            packet.time_base, packet.stream = Fraction(1, FPS), stream
+            packet.is_keyframe = any(data.startswith(key[:40]) for key in keys)
+            new.mux(packet)
+    return path
+
+
+def packed(packets: Sequence[bytes]) -> list[bytes]:
+    """As DivX and XviD write B-frames into avi: the first one of a row goes into the packet of the picture before, and
+    a picture that is not coded takes the place of the last one."""
+    made: list[bytes] = []
+    owed = b""
+    for number, packet in enumerate(packets):
+        after = packets[number + 1] if number + 1 < len(packets) else b""
+        if not is_b_frame(packet):
+            if after and is_b_frame(after):
+                made.append(packet + after)
+                owed = not_coded(packet, 4)
+            else:
+                made.append(packet)
+        else:
+            if is_b_frame(packets[number - 1]):
+                made.append(packet)
+            if not after or not is_b_frame(after):
+                made.append(owed)
+    return [packet.replace(b"Lavc62.28.102", b"DivX503b1393p") for packet in made]
+
+
 def x264(params: str) -> dict[str, str]:
     """Options of libx264 for one thread."""
     return {"x264-params": f"threads=1:scenecut=0:{params}", "preset": "veryfast"}
