@@ -48,6 +48,8 @@ SEEKABLE_CODECS = frozenset(
 PROGRESSIVE = 1  # among FFmpeg's orders of fields; 0 is "not said", larger ones are interlaced
 # Containers that tell when a packet is decoded, and not when it is shown.
 TIMELESS = frozenset({"avi", "asf"})
+# No containers at all, only pictures in a row: FFmpeg makes times up.
+BARE = frozenset({"mpegvideo"})
 SHOW_FRAME = 0x10  # in the first byte of a VP8 frame
 
 
@@ -187,6 +189,8 @@ def _list(container: Any, streams: Sequence[Any]) -> tuple[Any, list[Listed]]:
     film = max(streams, key=rank)
     _check_complete(container, film, listed[film.index], damaged[film.index])
     packets, data = tables[film.index], texts[film.index]
+    if container.format.name in BARE:
+        packets = [packet._replace(pts=None) for packet in packets]
     if data:
         header = bytes(film.codec_context.extradata or b"") + (data[0] or b"")
         pictures = pictures_in(data, header)

@@ -109,7 +109,7 @@ def crop_of(description: str) -> tuple[int, int, int, int]:
     found = re.search(r"frame cropping: (\d+)/(\d+)/(\d+)/(\d+)", description)
     if found is None:
         return (0, 0, 0, 0)
-    top, bottom, left, right = map(int, found.groups())
+    left, right, top, bottom = map(int, found.groups())
     return (left, top, right, bottom)
 
 

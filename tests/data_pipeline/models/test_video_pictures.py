@@ -1,8 +1,12 @@
 import importlib.util
+from fractions import Fraction
 from pathlib import Path
 
+import av
+import av.filter
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from data_pipeline.models.video_pictures import DEFAULT_RULES, PictureRules, may_have_fields
 from data_pipeline.models.video_reader import open_reader, probe
@@ -239,8 +243,6 @@ def test_interlaced_clips_lose_their_combs_and_no_frame(interlaced, name, monkey
 
 @pytest.mark.parametrize("name", ["h264.mp4", "mpeg2.mpg"])
 def test_the_same_as_a_filter_over_the_whole_clip(interlaced, name):
-    import av.filter
-
     facts = probe(interlaced[name])
     pictures = open_reader("pyav", interlaced[name], facts).frames(tuple(range(len(facts.stamps))))
     with av.open(str(interlaced[name])) as container:
@@ -258,8 +260,6 @@ def test_the_same_as_a_filter_over_the_whole_clip(interlaced, name):
 @pytest.fixture
 def half_interlaced(tmp_path):
     """Twelve progressive frames, then 30 interlaced ones."""
-    import av
-
     how = {"codec": "mpeg2video", "fps": 25}
     first = video_files.encode(tmp_path / "a.ts", video_files.numbered(12), options={"b": "4M", "g": "12"}, **how)
     second = video_files.encode(tmp_path / "b.ts", woven(), options=INTERLACED["mpeg2.mpg"]["options"], **how)
@@ -292,3 +292,142 @@ def test_a_clip_that_is_interlaced_later_on(half_interlaced):
 @pytest.mark.parametrize("codec", ["libx265", "libvpx-vp9"])
 def test_codecs_whose_frames_have_no_fields(codec):
     assert not may_have_fields({"libx265": "hevc", "libvpx-vp9": "vp9"}[codec])
+
+
+MATRICES = [
+    (1, 0, 0, 1),
+    (0, -1, 1, 0),
+    (-1, 0, 0, -1),
+    (0, 1, -1, 0),
+    (-1, 0, 0, 1),
+    (1, 0, 0, -1),
+    (0, 1, 1, 0),
+    (0, -1, -1, 0),
+]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv"])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_turned_and_mirrored_clips_come_out_upright(tmp_path, matrix, kind):
+    path = video_files.encode(tmp_path / f"a.{kind}", video_files.numbered(9), matrix=matrix)
+    facts, picture, thumbnail = read(path, index=5)
+    assert (facts.width, facts.height) == (96, 64)
+    assert (video_files.number_of(picture), video_files.number_of(thumbnail)) == (5, 5)
+    a, b, c, d = matrix
+    assert facts.notes == (("mirrored, flipped upright",) if a * d - b * c < 0 else ())
+
+
+def test_a_slanted_clip(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=10)
+        stream.width, stream.height = 96, 64
+        stream.set_display_rotation(30)
+        for number in range(3):
+            frame = av.VideoFrame(96, 64, "yuv420p")
+            frame.pts = number
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    with pytest.raises(ClipError, match="slanted pictures"):
+        probe(path)
+
+
+@pytest.mark.parametrize(
+    ("aspect", "width"),
+    [((4, 3), 128), ((1, 2), 48), ((8, 9), 85), ((16, 11), 140), ((1, 1), 96), ((1281, 1280), 96), ((100, 101), 96)],
+)
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "ts", "avi"])
+def test_pixels_become_square(tmp_path, kind, aspect, width):
+    path = video_files.encode(tmp_path / f"a.{kind}", video_files.numbered(9), pixel_aspect=Fraction(*aspect))
+    facts, picture, thumbnail = read(path, index=5)
+    assert picture.shape == (64, width, 3)
+    assert (video_files.number_of(picture), video_files.number_of(thumbnail)) == (5, 5)
+    assert facts.notes == (("pixels not square, corrected",) if width != 96 else ())
+
+
+def test_a_ball_stays_round_when_pixels_are_squared_and_turned(tmp_path):
+    y, x = np.mgrid[:96, :128]
+    ball = np.where(((x - 70) ** 2 + (y - 40) ** 2 < 30**2)[..., None], 230, 30).astype(np.uint8).repeat(3, axis=2)
+    squeezed = ball[:, ::2]  # stored at half the width
+    path = video_files.encode(tmp_path / "a.mp4", squeezed[None].repeat(5, axis=0), pixel_aspect=Fraction(2, 1))
+    _, picture, _ = read(path)
+    assert picture.shape == (96, 128, 3)
+    mask = picture.mean(axis=-1) > 128
+    assert (mask.any(axis=0).sum(), mask.any(axis=1).sum()) == (pytest.approx(60, abs=2), pytest.approx(60, abs=2))
+    # Stored lying on its side, so that it is the height of the finished picture that grows.
+    tall = ball[::2]
+    path = video_files.encode(
+        tmp_path / "b.mp4", tall[None].repeat(5, axis=0), rotation=90, pixel_aspect=Fraction(2, 1)
+    )
+    _, picture, _ = read(path)
+    mask = picture.mean(axis=-1) > 128
+    assert picture.shape == (96, 128, 3)
+    assert (mask.any(axis=0).sum(), mask.any(axis=1).sum()) == (pytest.approx(60, abs=2), pytest.approx(60, abs=2))
+
+
+def crop_clip(folder, kind, pixel_aspect=None):
+    """Numbered pictures of 96 x 64 in a frame of noise of 16 pixels on the left, 4 above, 8 right, 12 below."""
+    pictures = np.random.default_rng(0).integers(0, 255, (9, 80, 120, 3), dtype=np.uint8)
+    pictures[:, 4:68, 16:112] = video_files.numbered(9)
+    path = video_files.encode(folder / f"plain.{kind}", pictures, options={"crf": "10"}, pixel_aspect=pixel_aspect)
+    if kind == "mkv":
+        return video_files.crop_matroska(path, folder / "cut.mkv", 16, 4, 8, 12)
+    return video_files.add_mp4_box(path, folder / f"cut.{kind}", video_files.clap(96, 64, 4, -4))
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mov", "mkv"])
+def test_what_the_container_cuts_off_is_not_seen(tmp_path, kind):
+    facts, picture, thumbnail = read(crop_clip(tmp_path, kind), index=5)
+    assert (facts.crop, facts.notes) == ((16, 4, 8, 12), ("cropped as the container says",))
+    assert picture.shape == (64, 96, 3)
+    wanted = video_files.numbered(9)[5].astype(int)
+    assert np.abs(picture.astype(int) - wanted)[2:30, 2:-2].mean() < 6
+    assert (video_files.number_of(picture), video_files.number_of(thumbnail)) == (5, 5)
+
+
+def test_cropped_first_then_squared(tmp_path):
+    _, picture, _ = read(crop_clip(tmp_path, "mkv", Fraction(4, 3)), index=5)
+    assert picture.shape == (64, 128, 3)
+    assert video_files.number_of(picture) == 5
+
+
+def test_a_container_that_cuts_everything_off(tmp_path):
+    path = video_files.encode(tmp_path / "plain.mkv", video_files.numbered(5))
+    video_files.crop_matroska(path, tmp_path / "cut.mkv", 50, 0, 50, 0)
+    with pytest.raises(ClipError, match="nothing left of the picture|unreadable video|no video stream"):
+        probe(tmp_path / "cut.mkv")
+
+
+def film(**more):
+    return {"pictures": video_files.numbered(20), "options": video_files.CLOSED, **more}
+
+
+STILL = {"pictures": np.full((1, 128, 192, 3), 90, np.uint8), "codec": "mjpeg", "pix_fmt": "yuvj420p"}
+OTHER = {"pictures": np.full((20, 64, 96, 3), 90, np.uint8), "options": video_files.CLOSED}
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "mov"])
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        STILL,
+        {**STILL, "disposition": Disposition.default},
+        {**OTHER, "disposition": Disposition(0)},
+        {**OTHER, "pictures": np.full((20, 32, 48, 3), 90, np.uint8), "disposition": Disposition.default},
+        {**STILL, "pictures": np.full((2, 128, 192, 3), 90, np.uint8), "disposition": Disposition.default},
+    ],
+    ids=["picture", "default picture", "not default", "smaller", "two pictures"],
+)
+def test_the_film_of_several_streams(tmp_path, kind, place, beside):
+    streams = [film(disposition=Disposition.default)]
+    streams.insert(place, beside)
+    path = video_files.encode_streams(tmp_path / f"a.{kind}", streams)
+    facts = probe(path)
+    reader = open_reader("pyav", path, facts)
+    order = np.random.default_rng(0).permutation(20).tolist()
+    assert [video_files.number_of(reader.frames((index,))[0]) for index in order] == order
+    assert [video_files.number_of(picture) for picture in reader.thumbnails(64, 99)] == list(range(20))
+    if importlib.util.find_spec("decord"):
+        with pytest.raises(ClipError, match="decord shows wrongly|another size"):
+            open_reader("decord", path, facts).frames((3,))
