@@ -196,8 +196,9 @@ class VideoFacts:
 
     stamps: presentation time stamps of all frames, ascending, in units of ``time_base`` seconds. width, height: of
     the upright picture, with square pixels. How it comes out of the stored one, in this order: ``deinterlace``; the
-    colours; ``crop``, pixels that are cut off (left, top, right, bottom); ``pixel_aspect``, width of a pixel over its
-    height; ``mirrored``, left and right exchanged; ``rotation``, degrees anticlockwise, a multiple of 90.
+    colours; ``crop``, pixels that the container cuts off (left, top, right, bottom); ``pixel_aspect``, width of a pixel
+    over its height; ``mirrored``, left and right exchanged; ``rotation``, degrees anticlockwise, a multiple of 90;
+    ``bars``, black ones that are cut off the upright picture, in the order of ``crop``.
 
     colours: what the file says about them, used where a frame says nothing. tone_map: "PQ", "HLG" or "SDR" for
     pictures whose light is converted to BT.709 (``models/tone_mapping.py``), else "". notes: see ``Video``.
@@ -213,6 +214,7 @@ class VideoFacts:
     mirrored: bool = False
     crop: tuple[int, int, int, int] = (0, 0, 0, 0)
     pixel_aspect: Fraction = Fraction(1)
+    bars: tuple[int, int, int, int] = (0, 0, 0, 0)
     colours: Colours = Colours()
     tone_map: str = ""
     deinterlace: bool = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,6 +129,9 @@ def open_video(path: Path, facts: VideoFacts | None = None, rules: PictureRules 
     container = open_container(path)
     try:
         video = _index(path, container, rules)
+        # Facts that were found while the file was read before.
+        if facts is not None and facts.stamps == video.facts.stamps:
+            video = replace(video, facts=facts)
     except (av.FFmpegError, OSError) as error:
         container.close()
         raise ClipError("undecodable video", error=one_line(error)) from error

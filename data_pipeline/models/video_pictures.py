@@ -185,6 +185,14 @@ def deinterlaced(frames: Sequence[Any], which: int) -> Any:
     return sink.pull()
 
 
+def _without(picture: np.ndarray, edges: tuple[int, int, int, int]) -> np.ndarray:
+    """A picture without so many pixels on its left, above, on its right and below."""
+    if not any(edges):
+        return picture
+    left, top, right, bottom = edges
+    return np.ascontiguousarray(picture[top : len(picture) - bottom, left : picture.shape[1] - right])
+
+
 class PictureMaker:
     """Makes the pictures of one clip."""
 
@@ -200,7 +208,7 @@ class PictureMaker:
         facts, orientation = self.facts, orientation_of(frame)
         if orientation != (facts.rotation, facts.mirrored):
             raise ClipError("pictures that turn", rotation=orientation[0], at_first=facts.rotation)
-        picture = self._upright(self._squared(self._rgb(frame)))
+        picture = _without(self._upright(self._squared(self._rgb(frame))), facts.bars)
         if picture.shape[:2] != (facts.height, facts.width):
             size = [facts.width, facts.height]
             raise ClipError("pictures of different sizes", first=size, later=list(picture.shape[1::-1]))
@@ -232,9 +240,7 @@ class PictureMaker:
     def _squared(self, picture: np.ndarray) -> np.ndarray:
         """Without what is cut off, and with square pixels."""
         facts = self.facts
-        if any(facts.crop):
-            left, top, right, bottom = facts.crop
-            picture = picture[top : len(picture) - bottom, left : picture.shape[1] - right]
+        picture = _without(picture, facts.crop)
         if facts.pixel_aspect == 1:
             return picture
         height, width = picture.shape[:2]
