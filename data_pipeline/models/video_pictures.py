@@ -21,9 +21,10 @@ from PIL import Image
 from data_pipeline.models.tone_mapping import TO_BT709, to_bt709
 from data_pipeline.records import ClipError, Colours, VideoFacts
 
-UNSAID, BT709 = 2, 1
+BT709, UNSAID, BT2020 = 1, 2, 9
 # Matrices of H.273 that can be converted to RGB, and names of those that cannot.
 KNOWN_MATRICES = frozenset({0, 1, UNSAID, 4, 5, 6, 7, 9})
+KNOWN = "RGB, BT.601, BT.709, BT.2020, FCC or SMPTE 240M"
 MATRIX_NAMES = {8: "YCgCo", 10: "BT.2020 with constant luminance", 11: "SMPTE ST 2085", 14: "ICtCp", 15: "IPT-PQ-C2"}
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
 # Video of this size that does not say its matrix has that of HDTV, as players take it; smaller video that of BT.601.
@@ -50,7 +51,7 @@ def colours_of(source: Any) -> Colours:
     matrix = int(source.colorspace)
     if matrix not in KNOWN_MATRICES:
         name = MATRIX_NAMES.get(matrix, f"number {matrix} of ITU-T H.273")
-        raise ClipError("unknown colour matrix", matrix=name, needed="RGB, BT.601, BT.709, BT.2020, FCC or SMPTE 240M")
+        raise ClipError("unknown colour matrix", matrix=name, needed=KNOWN)
     # FFmpeg has 1 for limited and 2 for full range.
     full_range = {1: False, 2: True}.get(int(source.color_range))
     return Colours(
@@ -92,7 +93,7 @@ def pixel_aspect_of(stream: Any) -> Fraction:
 
 def description_of(container: Any, stream: Any) -> str:
     """FFmpeg's own description of one stream, lower case: the only place where PyAV shows what a container says about
-    turning and cropping, short of decoding a frame.
+    turning and cropping, short of decoding a frame. ClipError for Dolby Vision without a picture for others.
     """
     level = av.logging.get_level()
     av.logging.set_level(av.logging.INFO)
@@ -101,7 +102,11 @@ def description_of(container: Any, stream: Any) -> str:
     finally:
         av.logging.set_level(level)
     parts = re.split(r"^ *stream #\d+:(\d+)", described.lower(), flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True)).get(str(stream.index), "")
+    described = dict(zip(parts[1::2], parts[2::2], strict=True)).get(str(stream.index), "")
+    # The one kind of Dolby Vision whose pictures nobody can show without it; the codec says nothing about its colours.
+    if re.search(r"dovi configuration record:.* profile: 5,", described):
+        raise ClipError("unknown colour matrix", matrix="IPT-PQ-C2 of Dolby Vision, profile 5", needed=KNOWN)
+    return described
 
 
 def crop_of(description: str) -> tuple[int, int, int, int]:
@@ -227,6 +232,8 @@ class PictureMaker:
         if said.matrix == UNSAID and not frame.format.is_rgb:
             if facts.matrix != UNSAID:
                 how["src_colorspace"] = facts.matrix
+            elif facts.transfer in HDR_TRANSFERS:
+                how["src_colorspace"] = BT2020
             elif frame.height >= HD_LINES or frame.width >= HD_COLUMNS:
                 how["src_colorspace"] = BT709
         if said.full_range is None and facts.full_range:
@@ -235,7 +242,9 @@ class PictureMaker:
         if not self.facts.tone_map:
             return self._converter.reformat(frame, format="rgb24", **size, **how).to_ndarray()
         signal = self._converter.reformat(frame, format="rgb48le", **size, **how).to_ndarray()
-        return to_bt709(signal, self.facts.tone_map, facts.primaries)
+        # Whoever says PQ or HLG and nothing else means BT.2100, whose primaries and matrix are those of BT.2020.
+        primaries = BT2020 if facts.primaries == UNSAID else facts.primaries
+        return to_bt709(signal, self.facts.tone_map, primaries)
 
     def _squared(self, picture: np.ndarray) -> np.ndarray:
         """Without what is cut off, and with square pixels."""

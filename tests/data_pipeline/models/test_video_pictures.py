@@ -10,7 +10,9 @@ from av.stream import Disposition
 
 from data_pipeline.models.video_pictures import DEFAULT_RULES, PictureRules, may_have_fields
 from data_pipeline.models.video_reader import open_reader, probe
-from data_pipeline.records import ClipError
+from data_pipeline.records import ClipError, VideoFile
+from data_pipeline.steps.cut_shots import CutShots
+from data_pipeline.steps.read_videos import ReadVideos
 
 
 def neighbour(name, path):
@@ -134,6 +136,32 @@ def test_hdr_that_only_the_container_tells(tmp_path, transfer):
     facts, picture, _ = read(video_files.tag_container(plain, tmp_path / "a.mov", TAGS_HDR[transfer]))
     assert (facts.tone_map, facts.notes) == (transfer, ("HDR, tone-mapped",))
     assert_colour(picture, RED)
+
+
+@pytest.mark.parametrize("transfer", TAGS_HDR)
+def test_hdr_that_tells_no_matrix_and_no_primaries(tmp_path, transfer):
+    path = video_files.encode_colour(
+        tmp_path / "a.mp4",
+        tone_mapping.signal(RED, transfer)[0, 0].tolist(),
+        pix_fmt="yuv420p10le",
+        matrix=9,
+        tags={"color_trc": TAGS_HDR[transfer]["color_trc"]},
+    )
+    assert_colour(read(path)[1], RED)
+
+
+def test_dolby_vision_without_a_picture_for_others(tmp_path):
+    plain = video_files.encode_colour(tmp_path / "plain.mp4", RED_SIGNAL)
+    for profile in (5, 8):
+        record = bytes([1, 0, profile << 1, 1 << 3 | 5, 0]) + bytes(19)
+        path = tmp_path / f"{profile}.mp4"
+        video_files.add_mp4_box(plain, path, (32).to_bytes(4, "big") + b"dvcC" + record)
+        if profile == 8:
+            read(path)
+            continue
+        with pytest.raises(ClipError, match="unknown colour matrix") as error:
+            probe(path)
+        assert "Dolby Vision, profile 5" in error.value.evidence["matrix"]
 
 
 @pytest.mark.parametrize("transfer", TAGS_HDR)
@@ -431,3 +459,28 @@ def test_the_film_of_several_streams(tmp_path, kind, place, beside):
     if importlib.util.find_spec("decord"):
         with pytest.raises(ClipError, match="decord shows wrongly|another size"):
             open_reader("decord", path, facts).frames((3,))
+
+
+def test_the_steps_pass_on_what_is_out_of_the_ordinary(tmp_path):
+    signal = tone_mapping.signal(RED, "HLG")[0, 0].tolist()
+    path = video_files.encode_colour(
+        tmp_path / "a.mp4", signal, pix_fmt="yuv420p10le", matrix=9, tags=TAGS_HDR["HLG"], frames=12
+    )
+    file = VideoFile(name="a.mp4", key="a", path=path, caption="a red wall")
+    read, cut = ReadVideos(annotations=False), CutShots()
+    read.setup(), cut.setup()
+    video = read.process(file)
+    assert video.notes == cut.process(video).notes == ("HDR, tone-mapped",)
+    strict = ReadVideos(annotations=False, hdr="reject")
+    strict.setup()
+    with pytest.raises(ClipError, match="HDR video"):
+        strict.process(file)
+
+
+def test_a_late_interlaced_clip_is_told_by_the_shots(half_interlaced):
+    file = VideoFile(name="both.ts", key="both", path=half_interlaced, caption="bars")
+    read, cut = ReadVideos(annotations=False), CutShots()
+    read.setup(), cut.setup()
+    video = read.process(file)
+    found = cut.process(video)
+    assert (video.notes, found.notes, found.video.facts.deinterlace) == ((), ("interlaced, deinterlaced",), True)
