@@ -22,7 +22,7 @@ from data_pipeline.steps.filter_pairs import FilterPairs
 from data_pipeline.steps.find_entities import SUBJECTS, FindEntities
 from data_pipeline.steps.match_subjects import MatchSubjects
 from data_pipeline.steps.pick_frames import PickFrames
-from data_pipeline.steps.read_videos import ReadVideos
+from data_pipeline.steps.read_videos import HDR, INTERLACED, ReadVideos
 from data_pipeline.steps.segment_masks import SEGMENTERS, SegmentMasks
 from data_pipeline.steps.write_captions import CAPTIONERS, WriteCaptions
 from data_pipeline.steps.write_shards import WriteShards
@@ -101,7 +101,11 @@ class StepOptions:
 READING = StepOptions(
     "reading",
     ReadVideos,
-    {"reader": Setting("video decoder", choices=("auto", "decord", "pyav"))},
+    {
+        "reader": Setting("video decoder", choices=("auto", "decord", "pyav")),
+        "hdr": Setting("what becomes of PQ and HLG", choices=HDR),
+        "interlaced": Setting("what becomes of interlaced clips", choices=INTERLACED),
+    },
 )
 SHOTS = StepOptions(
     "shots",

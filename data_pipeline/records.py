@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -184,12 +185,27 @@ class Annotations:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Colours:
+    """How a video codes its colours, by the numbers of ITU-T H.273; 2 is "not said". full_range: None if not said."""
+
+    matrix: int = 2
+    transfer: int = 2
+    primaries: int = 2
+    full_range: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class VideoFacts:
     """What a look through a video file tells.
 
     stamps: presentation time stamps of all frames, ascending, in units of ``time_base`` seconds. width, height: of
-    the upright picture. rotation: degrees, a multiple of 90, that the container asks players to turn the stored
-    picture by.
+    the upright picture, with square pixels. How it comes out of the stored one, in this order: ``deinterlace``; the
+    colours; ``crop``, pixels that the container cuts off (left, top, right, bottom); ``pixel_aspect``, width of a pixel
+    over its height; ``mirrored``, left and right exchanged; ``rotation``, degrees anticlockwise, a multiple of 90;
+    ``bars``, black ones that are cut off the upright picture, in the order of ``crop``.
+
+    colours: what the file says about them, used where a frame says nothing. tone_map: "PQ", "HLG" or "SDR" for
+    pictures whose light is converted to BT.709 (``models/tone_mapping.py``), else "". notes: see ``Video``.
     """
 
     codec: str
@@ -199,6 +215,18 @@ class VideoFacts:
     rotation: int
     time_base: float
     stamps: tuple[int, ...]
+    mirrored: bool = False
+    crop: tuple[int, int, int, int] = (0, 0, 0, 0)
+    pixel_aspect: Fraction = Fraction(1)
+    bars: tuple[int, int, int, int] = (0, 0, 0, 0)
+    colours: Colours = Colours()
+    tone_map: str = ""
+    deinterlace: bool = False
+    if_interlaced: str = "deinterlace"
+    """What becomes of frames that turn out to be interlaced though the file did not say so: "deinterlace", "reject" or
+    "keep".
+    """
+    notes: tuple[str, ...] = ()
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -240,6 +268,11 @@ class VideoShots:
 
     video: Video
     shots: tuple[Shot, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Those of the video, to which decoding all frames may have added."""
+        return self.video.notes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,25 +8,48 @@ a short group of pictures.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from av.stream import Disposition
 
+from data_pipeline.models.mpeg4_frames import MAX_NOT_CODED, is_packed, pictures_in
+from data_pipeline.models.video_pictures import (
+    DEFAULT_RULES,
+    PictureRules,
+    colours_of,
+    crop_of,
+    description_of,
+    fields_of,
+    light_of,
+    may_have_fields,
+    orientation_of,
+    pixel_aspect_of,
+    shape_notes,
+    upright_size,
+)
 from data_pipeline.records import ClipError, VideoFacts
 
 # Nothing else is opened, whatever a file is called: a playlist or a concat script named clip.mp4 would make FFmpeg
 # read other files, and a still picture is no video.
-CONTAINERS = "mov,matroska,webm,avi,mpegts,flv"
+CONTAINERS = "mov,matroska,webm,avi,mpegts,flv,asf,mpeg,mpegvideo"
 # Larger pictures are a mistake or an attack: a file of a few kilobytes can ask for gigabytes.
 MAX_PIXELS = 8192 * 8192
 # Decoders that give a whole picture right after a key frame. With others reading starts at the first frame.
 SEEKABLE_CODECS = frozenset(
     {"h264", "hevc", "vvc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg", "prores", "ffv1"}
 )
+PROGRESSIVE = 1  # among FFmpeg's orders of fields; 0 is "not said", larger ones are interlaced
+# Containers that tell when a packet is decoded, and not when it is shown.
+TIMELESS = frozenset({"avi", "asf"})
+# No containers at all, only pictures in a row: FFmpeg makes times up.
+BARE = frozenset({"mpegvideo"})
 SHOW_FRAME = 0x10  # in the first byte of a VP8 frame
 
 
@@ -42,9 +65,10 @@ class Key(NamedTuple):
 class OpenVideo:
     """An open file and its index.
 
-    positions: time stamp -> place in the order of decoding, of every packet. keys: in the order of decoding, the first
-    one being where reading starts. counted: the time stamps of the packets don't belong to the pictures (AVI has none
-    of its own), so frames are counted as they come out of the decoder.
+    positions: time stamp -> place in the order of decoding, of every packet. sizes: of all packets, in bytes. keys: in
+    the order of decoding, the first one being where reading starts. counted: the time stamps of the packets don't
+    belong to the pictures (AVI has none of its own), so frames are counted as they come out of the decoder;
+    ``positions`` then has the numbers of frames.
     """
 
     path: Path
@@ -52,6 +76,7 @@ class OpenVideo:
     stream: Any
     facts: VideoFacts
     positions: Mapping[int, int]
+    sizes: tuple[int, ...]
     keys: tuple[Key, ...]
     counted: bool
 
@@ -86,12 +111,14 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def probe(path: Path) -> VideoFacts:
-    """Facts of a video; the file stays open until the next one is probed. ClipError if there is no video in it."""
-    return open_video(path).facts
+def probe(path: Path, rules: PictureRules = DEFAULT_RULES) -> VideoFacts:
+    """Facts of a video; the file stays open until the next one is probed. ClipError if there is no video in it, or
+    ``rules`` reject it.
+    """
+    return open_video(path, rules=rules).facts
 
 
-def open_video(path: Path, facts: VideoFacts | None = None) -> OpenVideo:
+def open_video(path: Path, facts: VideoFacts | None = None, rules: PictureRules = DEFAULT_RULES) -> OpenVideo:
     """The file with its index. If ``facts`` are those of the file opened last, that one is given.
 
     One file is open at a time: the one opened before is closed.
@@ -101,7 +128,10 @@ def open_video(path: Path, facts: VideoFacts | None = None) -> OpenVideo:
     close_last()
     container = open_container(path)
     try:
-        video = _index(path, container)
+        video = _index(path, container, rules)
+        # Facts that were found while the file was read before.
+        if facts is not None and facts.stamps == video.facts.stamps:
+            video = replace(video, facts=facts)
     except (av.FFmpegError, OSError) as error:
         container.close()
         raise ClipError("undecodable video", error=one_line(error)) from error
@@ -118,59 +148,165 @@ def close_last() -> None:
         _last.pop().container.close()
 
 
-def _index(path: Path, container: Any) -> OpenVideo:
-    # A cover picture is a video stream too.
-    streams = [stream for stream in container.streams.video if not stream.disposition & stream.disposition.attached_pic]
+class Listed(NamedTuple):
+    """A packet with something in it, as listed. pictures: how many a decoder gives for it."""
+
+    pts: int | None
+    dts: int | None
+    is_key: bool
+    is_discard: bool
+    size: int
+    pictures: int
+
+
+def _list(container: Any, streams: Sequence[Any]) -> tuple[Any, list[Listed]]:
+    """The stream that is the film, and its packets in the order of decoding; ClipError if some are missing.
+
+    Of several streams those of one picture are left out if there are others; then the default one is taken, then the
+    one with the most pixels.
+    """
+    codecs = {stream.index: stream.codec_context.codec.canonical_name for stream in streams}
+    tables: dict[int, list[Listed]] = {stream.index: [] for stream in streams}
+    texts: dict[int, list[bytes | None]] = {stream.index: [] for stream in streams}
+    damaged, listed = Counter[int](), Counter[int]()
+    packed: dict[int, bool] = {}
+    for packet in container.demux(*streams):
+        number, size = packet.stream_index, packet.size
+        codec = codecs[number]
+        listed[number] += packet.dts is not None or bool(size)  # all but the empty one at the end
+        if not size or (codec == "vp8" and not bytes(packet)[0] & SHOW_FRAME):
+            continue
+        damaged[number] += packet.is_corrupt
+        if codec == "mpeg4":
+            if number not in packed:
+                packed[number] = is_packed(bytes(packet.stream.codec_context.extradata or b"") + bytes(packet))
+            small = packed[number] or not texts[number] or size <= MAX_NOT_CODED
+            texts[number].append(bytes(packet) if small else None)
+        tables[number].append(Listed(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard, size, 1))
+
+    def rank(stream: Any) -> tuple[bool, bool, int, int]:
+        context, count = stream.codec_context, len(tables[stream.index])
+        default = bool(stream.disposition & stream.disposition.default)
+        return count > 1, default, count * context.width * context.height, -stream.index
+
+    film = max(streams, key=rank)
+    _check_complete(container, film, listed[film.index], damaged[film.index])
+    packets, data = tables[film.index], texts[film.index]
+    if container.format.name in BARE:
+        packets = [packet._replace(pts=None) for packet in packets]
+    if data:
+        header = bytes(film.codec_context.extradata or b"") + (data[0] or b"")
+        pictures = pictures_in(data, header)
+        packets = [packet._replace(pictures=count) for packet, count in zip(packets, pictures, strict=True)]
+    return film, packets
+
+
+def _moving(container: Any) -> list[Any]:
+    """The video streams that may be the film: no covers, no pictures of chapters, nothing without a decoder."""
+    still = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+    streams = [stream for stream in container.streams.video if not stream.disposition & still]
     if not streams:
         raise ClipError("no video stream")
-    stream = streams[0]
-    context = stream.codec_context
-    if context is None:
+    known = [stream for stream in streams if stream.codec_context is not None]
+    if not known:
         raise ClipError("unknown codec")
-    codec = context.codec.canonical_name
-    if context.width * context.height > MAX_PIXELS:
-        raise ClipError("too large a picture", width=context.width, height=context.height, max_pixels=MAX_PIXELS)
-    packets, damaged, listed = [], 0, 0
-    for packet in container.demux(stream):
-        listed += packet.dts is not None or bool(packet.size)  # all but the empty one at the end
-        if not packet.size or (codec == "vp8" and not bytes(packet)[0] & SHOW_FRAME):
-            continue
-        damaged += packet.is_corrupt
-        packets.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
-    _check_complete(container, stream, listed, damaged)
-    time_base = float(stream.time_base or 0)
-    if any(pts is None for pts, *_ in packets):
-        raise ClipError("frames without time stamps", container=container.format.name, codec=codec)
-    counted = "avi" in container.format.name.split(",") and codec in ("h264", "hevc") and bool(context.has_b_frames)
-    keys = [Key(i, pts, pts if dts is None else dts) for i, (pts, dts, key, _) in enumerate(packets) if key]
-    if not keys:
-        raise ClipError("no key frame" if packets else "video without frames")
-    # What comes before the first key frame, or is shown before it, cannot be decoded.
-    first = keys[0]
-    shown = [pts for pts, _, _, discard in packets[first.position :] if not discard and pts >= first.pts]
+    return known
+
+
+def _is_counted(container: Any, stream: Any, packets: Sequence[Listed]) -> bool:
+    """Whether the time stamps of packets don't belong to the pictures that come out of them."""
+    delayed = bool(stream.codec_context.has_b_frames)
+    untimed = not TIMELESS.isdisjoint(container.format.name.split(","))
+    codec = stream.codec_context.codec.canonical_name
+    return (
+        # A demuxer can reorder MPEG-2 and MPEG-4 part 2, whose packets tell what kind of picture they hold.
+        (untimed and delayed and codec not in ("mpeg4", "mpeg2video", "mpeg1video"))
+        or any(packet.pts is None for packet in packets)
+        or any(packet.pictures > 1 or (delayed and packet.pictures < 1) for packet in packets)
+    )
+
+
+def _times(stream: Any, coming: Sequence[Listed], first: int) -> np.ndarray:
+    """Ascending time stamps of all frames, int64; ClipError if nobody can tell. coming: the packets from the first key
+    frame on, which is shown at ``first``.
+    """
+    packed = any(packet.pictures > 1 for packet in coming)
+    # What is shown before the first key frame cannot be decoded.
+    shown = [
+        packet.pts
+        for packet in coming
+        if packet.pts is not None and packet.pts >= first and not packet.is_discard and (packed or packet.pictures)
+    ]
+    frames = sum(packet.pictures for packet in coming)
+    if any(packet.pts is None for packet in coming) or (packed and len(shown) < frames):
+        # Some files tell the time only now and then: their frames follow each other evenly.
+        rate = stream.average_rate or stream.guessed_rate
+        if not rate or not stream.time_base:
+            raise ClipError("frames without time stamps", codec=stream.codec_context.codec.canonical_name)
+        return first + np.round(np.arange(frames) / float(rate * stream.time_base)).astype(np.int64)
+    if packed:
+        shown = sorted(shown)[:frames]
     stamps = np.unique(np.asarray(shown, dtype=np.int64))
     if len(stamps) != len(shown):
         raise ClipError("two frames with the same time stamp", frames=len(shown), times=len(stamps))
-    if not shown or not time_base:
+    return stamps
+
+
+def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
+    streams = _moving(container)
+    for stream in streams:
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width * height > MAX_PIXELS:
+            raise ClipError("too large a picture", width=width, height=height, max_pixels=MAX_PIXELS)
+    stream, packets = _list(container, streams)
+    context = stream.codec_context
+    codec = context.codec.canonical_name
+    colours = colours_of(context)  # before a frame is decoded: decoders forget what only the container says
+    counted = _is_counted(container, stream, packets)
+    keys = [
+        Key(i, packet.pts or 0, packet.pts or 0 if packet.dts is None else packet.dts)
+        for i, packet in enumerate(packets)
+        if packet.is_key
+    ]
+    if not keys:
+        raise ClipError("no key frame" if packets else "video without frames")
+    first = keys[0]
+    stamps = _times(stream, packets[first.position :], first.pts).tolist()
+    if not stamps or not stream.time_base:
         raise ClipError("video without frames")
-    rotation = _rotation(container, stream)
-    width, height = (context.height, context.width) if rotation % 180 else (context.width, context.height)
-    positions = {pts: i for i, (pts, *_) in enumerate(packets)}
+    several = ("several video streams",) if len(streams) > 1 else ()
+    tone_map, notes = light_of(colours, rules)
+    description = description_of(container, stream)
+    rotation, mirrored = _orientation(container, stream, description)
+    crop, aspect = crop_of(description), pixel_aspect_of(stream)
+    width, height = upright_size((context.width, context.height), crop, aspect, rotation)
+    if width * height > MAX_PIXELS:
+        raise ClipError("too large a picture", width=width, height=height, max_pixels=MAX_PIXELS)
     facts = VideoFacts(
         codec=codec,
         container=container.format.name,
         width=width,
         height=height,
         rotation=rotation,
-        time_base=time_base,
-        stamps=tuple(stamps.tolist()),
+        time_base=float(stream.time_base),
+        stamps=tuple(stamps),
+        mirrored=mirrored,
+        crop=crop,
+        pixel_aspect=aspect,
+        colours=colours,
+        tone_map=tone_map,
+        if_interlaced=rules.interlaced,
+        notes=(*notes, *several, *shape_notes(aspect, crop, mirrored)),
     )
+    if _interlaced(container, stream, codec):
+        facts = fields_of(facts)
     return OpenVideo(
         path=path,
         container=container,
         stream=stream,
         facts=facts,
-        positions=positions,
+        positions={pts: i for i, pts in enumerate(stamps if counted else (packet.pts for packet in packets))},
+        sizes=tuple(packet.size for packet in packets),
         keys=tuple(keys) if codec in SEEKABLE_CODECS and not counted else (first,),
         counted=counted,
     )
@@ -185,36 +321,30 @@ def _check_complete(container: Any, stream: Any, found: int, damaged: int) -> No
         raise ClipError("damaged packets", damaged=damaged, packets=found)
 
 
-def _rotation(container: Any, stream: Any) -> int:
-    """Degrees anticlockwise, 0, 90, 180 or 270, by which the container asks to turn the stored picture.
+def _orientation(container: Any, stream: Any, description: str) -> tuple[int, bool]:
+    """Turn and flip of the stored pictures, see ``orientation_of``.
 
-    Only frames carry the number, and a frame costs more than all packets: so one is decoded only where FFmpeg's own
-    description of the file speaks of a display matrix.
+    Only frames carry them, and a frame costs more than all packets: so one is decoded only where the description of the
+    stream speaks of a display matrix.
     """
-    level = av.logging.get_level()
-    av.logging.set_level(av.logging.INFO)
-    try:
-        described = container.dumps_format()
-    finally:
-        av.logging.set_level(level)
-    if "display matrix" not in described.lower():
-        return 0
+    if "display matrix" not in description:
+        return 0, False
     container.seek(stream.start_time or 0, stream=stream)
     first = next(container.decode(stream), None)
-    return rotation_of(first) if first is not None else 0
+    return orientation_of(first) if first is not None else (0, False)
 
 
-def rotation_of(frame: Any) -> int:
-    """Degrees anticlockwise, 0, 90, 180 or 270, by which a decoded frame asks to be turned; ClipError if it asks for
-    anything else.
-    """
-    matrix = frame.side_data.get("DISPLAYMATRIX") if frame.side_data else None
-    if matrix is None:
-        return 0
-    a, b, _, c, d = np.frombuffer(bytes(matrix)[:20], dtype=np.int32).tolist()
-    if a * d - b * c <= 0 or frame.rotation % 90:
-        raise ClipError("mirrored or slanted pictures", rotation=frame.rotation, matrix=[a, b, c, d])
-    return frame.rotation % 360
+def _interlaced(container: Any, stream: Any, codec: str) -> bool:
+    """Whether frames are woven of two fields. The header says so, or the first frame where there is none that could."""
+    order = int(stream.codec_context.field_order)
+    if order or not may_have_fields(codec):
+        return order > PROGRESSIVE and may_have_fields(codec)
+    container.seek(stream.start_time or 0, stream=stream)
+    try:
+        first = next(container.decode(stream), None)
+    except av.FFmpegError:  # reading will say so
+        return False
+    return first is not None and first.interlaced_frame
 
 
 def packets_from(video: OpenVideo, number: int) -> Iterator[Any]:
@@ -225,6 +355,12 @@ def packets_from(video: OpenVideo, number: int) -> Iterator[Any]:
     looked up, and if it lies behind the key frame, an earlier place is tried; at last the file is read from its start.
     """
     key = video.keys[number]
+    if video.counted:
+        with open_container(video.path) as container:
+            packets = container.demux(container.streams[video.stream.index])
+            filled = (packet for packet in packets if packet.size or packet.dts is None)
+            yield from islice(filled, key.position, None)
+        return
     earlier = [before.dts for before in reversed(video.keys[:number])]
     for target in dict.fromkeys((key.pts, key.dts, *earlier)):
         try:
@@ -254,5 +390,8 @@ def _skip_to(key: Key, video: OpenVideo, packets: Iterator[Any]) -> Iterator[Any
             if position > key.position:
                 return
             begun = position == key.position
+            # Where a parser cuts the packets, the first ones after a seek may be torn, or have each other's times.
+            if begun and packet.size != video.sizes[position]:
+                return
         if begun:
             yield packet

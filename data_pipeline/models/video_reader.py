@@ -9,17 +9,17 @@ decode on one thread: workers are the parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from data_pipeline.models.video_index import OpenVideo, one_line, open_video, packets_from, probe, rotation_of
+from data_pipeline.models.video_index import OpenVideo, one_line, open_video, packets_from, probe
+from data_pipeline.models.video_pictures import PictureMaker, deinterlaced, fields_of, may_have_fields
 from data_pipeline.records import ClipError, SettingsError, VideoFacts
 
 __all__ = ["READERS", "DecordReader", "PyAVReader", "VideoReader", "choose_reader", "open_reader", "probe"]
@@ -60,8 +60,8 @@ class PyAVReader:
         self.path = path
         self.facts = facts
         self._kept: dict[int, Any] = {}
-        # One converter for all frames: setting one up costs more than using it on a small frame.
-        self._converter = VideoReformatter()
+        self._maker = PictureMaker(facts)
+        self._noted = any(note.startswith("interlaced") for note in facts.notes)
 
     def thumbnails(self, size: int, limit: int) -> np.ndarray:
         """See VideoReader."""
@@ -72,8 +72,9 @@ class PyAVReader:
             for stamp, frame in self._decode(video, 0, wanted, leave_out=False):
                 if keep:
                     self._kept[stamp] = frame
-                small = self._converter.reformat(frame, width=size, height=size, format="rgb24")
-                pictures.append(self._upright(small.to_ndarray()))
+                if frame.interlaced_frame:
+                    self._note_fields()
+                pictures.append(self._maker.thumbnail(frame, size))
         except (av.FFmpegError, OSError) as error:
             raise _undecodable(error) from error
         if len(pictures) < len(wanted):
@@ -82,9 +83,30 @@ class PyAVReader:
 
     def frames(self, indices: tuple[int, ...]) -> list[np.ndarray]:
         """See VideoReader."""
-        stamps = [self.facts.stamps[index] for index in indices]
-        found = {stamp: self._picture(self._kept[stamp]) for stamp in stamps if stamp in self._kept}
-        if waiting := set(stamps) - found.keys():
+        stamps = self.facts.stamps
+        if not self.facts.deinterlace:
+            found = self._found({stamps[index] for index in indices}, self._maker.picture)
+            return [found[stamps[index]] for index in indices]
+        around = {index: stamps[max(0, index - 1) : index + 2] for index in indices}
+        decoded = self._found({stamp for near in around.values() for stamp in near}, lambda frame: frame)
+        pictures = {}
+        for index, near in around.items():
+            frame = deinterlaced([decoded[stamp] for stamp in near], near.index(stamps[index]))
+            pictures[index] = self._maker.picture(frame)
+        return [pictures[index] for index in indices]
+
+    def _note_fields(self) -> None:
+        """Interlaced frames in a clip whose header did not say so: ``facts`` tell it from now on."""
+        facts = self.facts
+        if self._noted or facts.deinterlace or not may_have_fields(facts.codec):
+            return
+        self._noted = True
+        self.facts = fields_of(facts)
+
+    def _found(self, stamps: set[int], make: Callable[[Any], Any]) -> dict[int, Any]:
+        """What ``make`` makes of the decoded frames at these time stamps."""
+        found = {stamp: make(self._kept[stamp]) for stamp in stamps if stamp in self._kept}
+        if waiting := stamps - found.keys():
             video = open_video(self.path, self.facts)
             groups: dict[int, set[int]] = {}
             for stamp in waiting:
@@ -92,18 +114,18 @@ class PyAVReader:
                     raise ClipError("frames are missing", wanted_time=self._seconds(stamp))
                 groups.setdefault(video.key_of(stamp), set()).add(stamp)
             for number, group in sorted(groups.items()):
-                found |= self._read(video, number, group)
-        return [found[stamp] for stamp in stamps]
+                found |= self._read(video, number, group, make)
+        return found
 
-    def _read(self, video: OpenVideo, number: int, stamps: set[int]) -> dict[int, np.ndarray]:
-        """Upright pictures of the frames at these time stamps, from key frame ``number`` or from an earlier one."""
-        found: dict[int, np.ndarray] = {}
+    def _read(self, video: OpenVideo, number: int, stamps: set[int], make: Callable[[Any], Any]) -> dict[int, Any]:
+        """The same, decoded from key frame ``number`` or from an earlier one."""
+        found: dict[int, Any] = {}
         leave_out, back = video.facts.codec in CAN_LEAVE_OUT and not video.counted, 1
         while True:
             fault = ClipError("frames are missing", wanted_time=self._seconds(min(stamps - found.keys())))
             try:
                 for stamp, frame in self._decode(video, number, sorted(stamps - found.keys()), leave_out):
-                    found[stamp] = self._picture(frame)
+                    found[stamp] = make(frame)
             except (av.FFmpegError, OSError) as error:
                 fault = _undecodable(error)
             missing = stamps - found.keys()
@@ -144,20 +166,6 @@ class PyAVReader:
     def _seconds(self, stamp: int) -> float:
         return round((stamp - self.facts.stamps[0]) * self.facts.time_base, 3)
 
-    def _picture(self, frame: Any) -> np.ndarray:
-        if rotation_of(frame) != self.facts.rotation:
-            raise ClipError("pictures that turn", rotation=rotation_of(frame), at_first=self.facts.rotation)
-        picture = self._upright(self._converter.reformat(frame, format="rgb24").to_ndarray())
-        if picture.shape[:2] != (self.facts.height, self.facts.width):
-            size = [self.facts.width, self.facts.height]
-            raise ClipError("pictures of different sizes", first=size, later=list(picture.shape[1::-1]))
-        return picture
-
-    def _upright(self, picture: np.ndarray) -> np.ndarray:
-        # PyAV hands out pictures as stored; rotation counts degrees anticlockwise, as np.rot90 does.
-        turns = self.facts.rotation // 90
-        return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
-
 
 def _undecodable(error: Exception) -> ClipError:
     return ClipError("undecodable video", error=one_line(error))
@@ -171,16 +179,18 @@ class DecordReader:
             import decord
         except ImportError as error:
             raise SettingsError(f"the reader 'decord' is not installed ({error}); use --reader pyav") from error
+        if facts.notes:
+            raise ClipError("a clip that decord shows wrongly", because=list(facts.notes), needed="--reader auto")
         self._decord = decord
         self.path = path
         self.facts = facts
         self._video: Any = None
         self._kept: np.ndarray | None = None
 
-    def _open(self, **size: int) -> Any:
+    def _open(self, **squashed: int) -> Any:
         # decord raises RuntimeError or its own DECORDError, which share no parent but Exception.
         try:
-            video = self._decord.VideoReader(str(self.path), num_threads=1, **size)
+            video = self._decord.VideoReader(str(self.path), num_threads=1, **squashed)
         except Exception as error:
             raise ClipError("unreadable video", error=one_line(error), reader="decord") from error
         # A damaged file opens with fewer frames and no error: the "75 %" frame would be another one.
@@ -201,9 +211,17 @@ class DecordReader:
         except Exception as error:
             raise ClipError("undecodable video", error=one_line(error), reader="decord") from error
 
+    def _whole(self, indices: Sequence[int]) -> np.ndarray:
+        """Frames at full size; ClipError if they are of another stream, or not turned upright."""
+        pictures = self._batch(self.video, indices)
+        wanted, size = [self.facts.width, self.facts.height], list(pictures.shape[2:0:-1])
+        if size != wanted:
+            raise ClipError("pictures of another size", decoded=size, expected=wanted, needed="--reader auto")
+        return pictures
+
     def _all(self) -> np.ndarray:
         if self._kept is None:
-            self._kept = self._batch(self.video, range(len(self.video)))
+            self._kept = self._whole(range(len(self.video)))
         return self._kept
 
     def thumbnails(self, size: int, limit: int) -> np.ndarray:
@@ -219,7 +237,7 @@ class DecordReader:
         if fits_in_memory(self.facts):
             pictures = self._all()
             return [pictures[index].copy() for index in indices]
-        return list(self._batch(self.video, indices))
+        return list(self._whole(indices))
 
 
 def choose_reader(name: str, path: Path, facts: VideoFacts) -> str:

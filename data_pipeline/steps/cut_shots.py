@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 
+import numpy as np
+
 from data_pipeline.records import Rejected, SettingsError, Shot, Video, VideoShots
 from data_pipeline.step import Step
+
+# Frames that are decoded at full size to measure black bars.
+LOOKS = 5
 
 
 @dataclass(kw_only=True)
@@ -18,7 +23,8 @@ class CutShots(Step[Video, VideoShots]):
     frame by at least min_content (mean difference of hue, saturation and value, 0 to 255) and by cut_ratio times the
     mean of the two changes on either side, since fast motion lasts and a cut does not. fade_level: a stretch of frames
     with a mean below it, or above 255 - fade_level, is the middle of a fade; 0 looks for none. Slow dissolves are not
-    found. Only the first ``max_frames`` frames are looked at; later ones are not used.
+    found. Only the first ``max_frames`` frames are looked at; later ones are not used. Black bars round the picture are
+    cut off; a clip with annotations, which are of the whole picture, is rejected for them.
     """
 
     preload: ClassVar[tuple[str, ...]] = ("scenedetect",)
@@ -43,16 +49,39 @@ class CutShots(Step[Video, VideoShots]):
 
     def setup(self) -> None:
         """Loads the readers and PySceneDetect."""
+        from data_pipeline.models import black_bars
         from data_pipeline.models.shots import find_cuts
         from data_pipeline.models.video_reader import open_reader
 
-        self._open, self._find_cuts = open_reader, find_cuts
+        self._open, self._find_cuts, self._bars = open_reader, find_cuts, black_bars
 
     def process(self, video: Video) -> VideoShots | Rejected:
         """The shots of the video; a video without a cut is one shot."""
         if len(video.facts.stamps) < 2:
             return Rejected("a single frame", {"frames": 1})
-        pictures = self._open(video.reader, video.file.path, video.facts).thumbnails(self.thumbnail, self.max_frames)
+        reader = self._open(video.reader, video.file.path, video.facts)
+        pictures = reader.thumbnails(self.thumbnail, self.max_frames)
+        if reader.facts != video.facts:  # frames say more than the header
+            video = replace(video, facts=reader.facts, notes=reader.facts.notes)
+        if self._bars.may_have_bars(pictures):
+            # Full-sized pictures tell where they end; thumbnails only that there is something to look for.
+            places = sorted({len(pictures) * place // LOOKS for place in range(LOOKS)})
+            frames = self._open(video.reader, video.file.path, video.facts).frames(tuple(places))
+            bars = self._bars.find_bars(frames)
+            if any(bars):
+                if video.annotations is not None:
+                    return Rejected("black bars round the picture", {"bars": bars, "needed": "annotated clips without"})
+                left, top, right, bottom = bars
+                facts = video.facts
+                pictures = _within(pictures, bars, (facts.width, facts.height))
+                facts = replace(
+                    facts,
+                    width=facts.width - left - right,
+                    height=facts.height - top - bottom,
+                    bars=bars,
+                    notes=(*facts.notes, "black bars, cut off"),
+                )
+                video = replace(video, facts=facts, notes=facts.notes)
         cuts = self._find_cuts(
             pictures, cut_ratio=self.cut_ratio, min_content=self.min_content, fade_level=self.fade_level
         )
@@ -62,3 +91,11 @@ class CutShots(Step[Video, VideoShots]):
             Shot(first=start, last=end - 1, start=times[start], end=times[end - 1]) for start, end in pairwise(starts)
         ]
         return VideoShots(video=video, shots=tuple(shots))
+
+
+def _within(thumbnails: np.ndarray, bars: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
+    """Thumbnails (frames, height, width, 3) without the lines that bars of a picture of this size touch."""
+    height, width = thumbnails.shape[1:3]
+    left, right = (-(-bar * width // size[0]) for bar in (bars[0], bars[2]))
+    top, bottom = (-(-bar * height // size[1]) for bar in (bars[1], bars[3]))
+    return thumbnails[:, top : height - bottom, left : width - right]

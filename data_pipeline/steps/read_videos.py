@@ -6,10 +6,14 @@ import hashlib
 import os
 import stat
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data_pipeline.records import InputError, Rejected, SettingsError, Video, VideoFile
 from data_pipeline.step import Step
+
+HDR = ("tonemap", "reject", "keep")
+INTERLACED = ("deinterlace", "reject", "keep")
 
 
 @dataclass(kw_only=True)
@@ -19,17 +23,25 @@ class ReadVideos(Step[VideoFile, Video]):
 
     reader: "auto", "decord" or "pyav" (data_pipeline/models/video_reader.py tells them apart). annotations: whether
     to read the boxes and masks that came with the videos; annotations_file: a corpus file or folder, else the sidecars.
-    caption_required: if not, the caption of a clip that has none is "", and a later step has to write one.
+    caption_required: if not, the caption of a clip that has none is "", and a later step has to write one. hdr: whether
+    PQ and HLG are tone-mapped to BT.709, rejected, or kept as they are coded. interlaced: whether such clips are
+    deinterlaced, rejected or kept as they are.
     """
 
     reader: str = "auto"
     annotations: bool = True
     annotations_file: Path | None = None
     caption_required: bool = True
+    hdr: str = "tonemap"
+    interlaced: str = "deinterlace"
 
     def __post_init__(self) -> None:
         if self.reader not in ("auto", "decord", "pyav"):
             raise SettingsError(f"reader must be auto, decord or pyav, got {self.reader!r}")
+        if self.hdr not in HDR:
+            raise SettingsError(f"hdr must be one of {', '.join(HDR)}, got {self.hdr!r}")
+        if self.interlaced not in INTERLACED:
+            raise SettingsError(f"interlaced must be one of {', '.join(INTERLACED)}, got {self.interlaced!r}")
         if self.annotations_file is not None and not self.annotations_file.exists():
             raise InputError(f"no annotations file or folder at {self.annotations_file}")
 
@@ -37,8 +49,10 @@ class ReadVideos(Step[VideoFile, Video]):
         """Loads the readers and the corpus file."""
         from data_pipeline.models import video_reader
         from data_pipeline.models.annotations import AnnotationSource
+        from data_pipeline.models.video_pictures import PictureRules
 
-        self._probe = video_reader.probe
+        rules = PictureRules(hdr=self.hdr, interlaced=self.interlaced)
+        self._probe = partial(video_reader.probe, rules=rules)
         self._choose = video_reader.choose_reader
         self._source = AnnotationSource(self.annotations_file) if self.annotations else None
 
@@ -75,7 +89,7 @@ class ReadVideos(Step[VideoFile, Video]):
             facts=facts,
             reader=self._choose(self.reader, file.path, facts),
             annotations=annotations,
-            notes=(*file.notes, *(annotations.notes if annotations else ())),
+            notes=(*file.notes, *facts.notes, *(annotations.notes if annotations else ())),
         )
 
 

@@ -43,6 +43,15 @@ def number_of(picture: np.ndarray) -> int:
     return sum(1 << bit for bit, x in enumerate(places) if picture[height // 8 : height // 2, x].mean() > 128)
 
 
+def as_stored(pictures: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """The pictures (frames, height, width, 3) that this display matrix turns into these, found pixel by pixel."""
+    a, b, c, d = matrix
+    height, width = pictures.shape[1:3] if a else pictures.shape[2:0:-1]
+    y, x = np.mgrid[:height, :width]
+    across, down = a * x + c * y, b * x + d * y
+    return pictures[:, down - down.min(), across - across.min()]
+
+
 def encode(
     path: Path,
     pictures: np.ndarray,
@@ -54,11 +63,16 @@ def encode(
     pix_fmt: str = "yuv420p",
     container: str | None = None,
     rotation: int = 0,
+    matrix: tuple[int, int, int, int] | None = None,
+    pixel_aspect: Fraction | None = None,
     container_options: dict[str, str] | None = None,
 ) -> Path:
     """stamps: in units of 1 / fps. rotation: degrees anticlockwise by which players turn the stored pictures, which
-    are turned the other way here, so that they come out upright."""
+    are turned the other way here, so that they come out upright. matrix: the same as a, b, c, d of a display matrix,
+    x' = a x + c y and y' = b x + d y, each -1, 0 or 1. pixel_aspect: width of a pixel over its height."""
     pictures = np.rot90(pictures, -(rotation // 90), axes=(1, 2))
+    if matrix is not None:
+        pictures = as_stored(pictures, matrix)
     with av.open(str(path), "w", format=container, options=container_options or {}) as file:
         stream = file.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = pictures.shape[2], pictures.shape[1], pix_fmt
@@ -66,11 +80,65 @@ def encode(
         stream.codec_context.thread_count = 1
         if rotation:
             stream.set_display_rotation(rotation)
+        if matrix is not None:
+            a, b, c, d = (value << 16 for value in matrix)
+            stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         for i, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame.pts, frame.time_base = (i if stamps is None else stamps[i]), Fraction(1, fps)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
+    return path
+
+
+def encode_colour(
+    path: Path,
+    signal: tuple[int, int, int],
+    *,
+    codec: str = "libx264",
+    matrix: int = 1,
+    tags: dict[str, int] | None = None,
+    size: tuple[int, int] = (96, 64),
+    pix_fmt: str = "yuv420p",
+    frames: int = 6,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """A clip of one colour. signal: RGB, 16 bit full range, what a converter with ``matrix`` (H.273) has to give.
+    tags: what the stream says about its colours, attributes of a codec context; without them nothing."""
+    picture = np.empty((size[1], size[0], 3), dtype=np.uint16)
+    picture[:] = signal
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = size[0], size[1], pix_fmt
+        stream.options = options or ({"preset": "ultrafast"} if codec == "libx264" else {})
+        stream.codec_context.thread_count = 1
+        for name, value in (tags or {}).items():
+            setattr(stream.codec_context, name, value)
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb48le").reformat(
+            format=pix_fmt, dst_colorspace=matrix, threads=1
+        )
+        frame.colorspace = (tags or {}).get("colorspace", 2)
+        for i in range(frames):
+            frame.pts, frame.time_base = i, Fraction(1, FPS)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+def tag_container(source: Path, path: Path, tags: dict[str, int]) -> Path:
+    """The same packets in a file whose container says these things about colours, and the codec nothing."""
+    options = {"movflags": "+write_colr"} if path.suffix in (".mp4", ".mov") else {}
+    with av.open(str(source)) as old, av.open(str(path), "w", options=options) as new:
+        origin = old.streams.video[0]
+        stream = new.add_stream_from_template(origin)
+        for name, value in tags.items():
+            setattr(stream.codec_context, name, value)
+        for packet in old.demux(origin):
+            if packet.size:
+                packet.stream = stream
+                new.mux(packet)
     return path
 
 
@@ -101,6 +169,134 @@ def remux(
     return path
 
 
+def add_mp4_box(source: Path, path: Path, box: bytes, kind: bytes = b"avc1") -> Path:
+    """The same file with one more box in the description of its first track's pictures (``kind``)."""
+    data, start, end, places = source.read_bytes(), 0, source.stat().st_size, []
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", kind):
+        while data[start + 4 : start + 8] != name:
+            start += int.from_bytes(data[start : start + 4], "big")
+            assert start < end, name
+        places.append(start)
+        end = start + int.from_bytes(data[start : start + 4], "big")
+        start += 16 if name == b"stsd" else 8
+    made = bytearray(data[:end] + box + data[end:])  # the pictures lie before, so that no place of theirs changes
+    for place in places:
+        size = int.from_bytes(made[place : place + 4], "big") + len(box)
+        made[place : place + 4] = size.to_bytes(4, "big")
+    path.write_bytes(bytes(made))
+    return path
+
+
+def clap(width: int, height: int, right: int, down: int) -> bytes:
+    """QuickTime's "clean aperture" of this size, its middle moved by so many pixels."""
+    values = (width, 1, height, 1, right, 1, down, 1)
+    return (40).to_bytes(4, "big") + b"clap" + b"".join(value.to_bytes(4, "big", signed=True) for value in values)
+
+
+def crop_matroska(source: Path, path: Path, left: int, top: int, right: int, bottom: int) -> Path:
+    """The same mkv, which asks players to cut off so many pixels."""
+    data = bytearray(source.read_bytes())
+
+    def size_of(place: int) -> tuple[int, int]:
+        count = 9 - data[place].bit_length()
+        return int.from_bytes(data[place : place + count], "big") - (1 << 7 * count), count
+
+    def resize(place: int, by: int) -> None:
+        value, count = size_of(place)
+        data[place : place + count] = (value + by + (1 << 7 * count)).to_bytes(count, "big")
+
+    crop = b"".join(
+        bytes([0x54, name, 0x81, value]) for name, value in ((0xAA, bottom), (0xBB, top), (0xCC, left), (0xDD, right))
+    )
+    void = data.index(b"\xec", data.index(b"\x11\x4d\x9b\x74"))  # empty room after the table of contents
+    tracks = data.index(b"\x16\x54\xae\x6b", void)
+    entry = data.index(b"\xae", tracks + 4 + size_of(tracks + 4)[1])
+    video = data.index(b"\xe0", entry + 1 + size_of(entry + 1)[1])
+    end = video + 1 + sum(size_of(video + 1))
+    data[end:end] = crop
+    for place in (video + 1, entry + 1, tracks + 4):
+        resize(place, len(crop))
+    after = void + 1 + size_of(void + 1)[1]
+    resize(void + 1, -len(crop))
+    del data[after : after + len(crop)]
+    path.write_bytes(bytes(data))
+    return path
+
+
+def encode_streams(path: Path, streams: Sequence[dict[str, Any]]) -> Path:
+    """A file of several video streams. Each: pictures, codec, options, pix_fmt, disposition."""
+    with av.open(str(path), "w") as file:
+        made = []
+        for how in streams:
+            stream = file.add_stream(how.get("codec", "libx264"), rate=FPS)
+            stream.height, stream.width = how["pictures"].shape[1:3]
+            stream.pix_fmt, stream.options = how.get("pix_fmt", "yuv420p"), how.get("options", {})
+            stream.codec_context.thread_count = 1
+            if "disposition" in how:
+                stream.disposition = how["disposition"]
+            made.append(stream)
+        for stream, how in zip(made, streams, strict=True):
+            for i, picture in enumerate(how["pictures"]):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                frame.pts, frame.time_base = i, Fraction(1, FPS)
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode())
+    return path
+
+
+def is_b_frame(packet: bytes) -> bool:
+    """Whether a packet of MPEG-4 part 2 holds a picture drawn from an earlier and a later one."""
+    place = packet.index(b"\x00\x00\x01\xb6")
+    return packet[place + 4] >> 6 == 2
+
+
+def not_coded(packet: bytes, clock: int) -> bytes:
+    """The picture of MPEG-4 part 2 that says "nothing new" in place of a packet's. clock: bits of its time."""
+    place = packet.index(b"\x00\x00\x01\xb6") + 4
+    bits = "".join(f"{byte:08b}" for byte in packet[place : place + 16])
+    seconds = bits.index("0", 2)
+    head = "01" + bits[2 : seconds + 2 + clock] + "1" + "0"
+    head += "0" + "1" * (-(len(head) + 1) % 8)
+    return packet[place - 4 : place] + int(head, 2).to_bytes(len(head) // 8, "big")
+
+
+def repack(source: Path, path: Path, change: Any) -> Path:
+    """The packets of an avi as ``change`` makes them of the list of the old ones, one per tick of the clock."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        origin = old.streams.video[0]
+        stream = new.add_stream_from_template(origin)
+        packets = [packet for packet in old.demux(origin) if packet.size]
+        keys = {bytes(packet) for packet in packets if packet.is_keyframe}
+        for number, data in enumerate(change([bytes(packet) for packet in packets])):
+            packet = av.Packet(data)
+            packet.pts = packet.dts = number
+            packet.time_base, packet.stream = Fraction(1, FPS), stream
+            packet.is_keyframe = any(data.startswith(key[:40]) for key in keys)
+            new.mux(packet)
+    return path
+
+
+def packed(packets: Sequence[bytes]) -> list[bytes]:
+    """As DivX and XviD write B-frames into avi: the first one of a row goes into the packet of the picture before, and
+    a picture that is not coded takes the place of the last one."""
+    made: list[bytes] = []
+    owed = b""
+    for number, packet in enumerate(packets):
+        after = packets[number + 1] if number + 1 < len(packets) else b""
+        if not is_b_frame(packet):
+            if after and is_b_frame(after):
+                made.append(packet + after)
+                owed = not_coded(packet, 4)
+            else:
+                made.append(packet)
+        else:
+            if is_b_frame(packets[number - 1]):
+                made.append(packet)
+            if not after or not is_b_frame(after):
+                made.append(owed)
+    return [packet.replace(b"Lavc62.28.102", b"DivX503b1393p") for packet in made]
+
+
 def x264(params: str) -> dict[str, str]:
     """Options of libx264 for one thread."""
     return {"x264-params": f"threads=1:scenecut=0:{params}", "preset": "veryfast"}
@@ -109,9 +305,12 @@ def x264(params: str) -> dict[str, str]:
 CLOSED = x264("keyint=12:bframes=3:b-adapt=0")
 OPEN = x264("open-gop=1:keyint=12:bframes=3:b-adapt=0")
 LONG = x264("keyint=250:bframes=3")
+QUIET_X265 = {"x265-params": "pools=none:frame-threads=1:log-level=none", "preset": "ultrafast"}
 X265 = {"x265-params": "keyint=12:bframes=3:pools=none:frame-threads=1:log-level=none", "preset": "ultrafast"}
 VP9 = {"g": "20", "deadline": "realtime", "cpu-used": "8"}
 AV1 = {"g": "12", "preset": "12", "svtav1-params": "lp=1"}
+MPEG2 = {"b": "4M", "bf": "2", "g": "12"}
+SIMPLE = {"b": "2M", "g": "12"}
 UNEVEN = np.cumsum([0, *np.random.default_rng(0).integers(1, 5, FRAMES - 1)]).tolist()
 
 
@@ -158,6 +357,24 @@ ENCODED: dict[str, dict[str, Any]] = {
     "turned_180.mp4": {"options": CLOSED, "rotation": 180},
     "turned_270.mp4": {"options": CLOSED, "rotation": 270},
     "turned_90.mkv": {"options": CLOSED, "rotation": 90},
+    "closed.mts": {"options": CLOSED, "container": "mpegts"},
+    "open.m2ts": {"options": OPEN, "container": "mpegts", "container_options": {"mpegts_m2ts_mode": "1"}},
+    "hevc.ts": {"codec": "libx265", "options": X265},
+    "mpeg2.ts": {"codec": "mpeg2video", "options": MPEG2, "fps": 25},
+    "mpeg2.mpg": {"codec": "mpeg2video", "options": MPEG2, "fps": 25},
+    "mpeg2.mpeg": {"codec": "mpeg2video", "options": MPEG2, "fps": 25, "container": "vob"},
+    "mpeg1.mpg": {"codec": "mpeg1video", "options": MPEG2, "fps": 25},
+    "bare.mpg": {"codec": "mpeg1video", "options": MPEG2, "fps": 25, "container": "mpeg1video"},
+    "h264.mpg": {"options": CLOSED},
+    "wmv1.wmv": {"codec": "wmv1", "options": SIMPLE},
+    "wmv2.wmv": {"codec": "wmv2", "options": SIMPLE},
+    "h264.wmv": {"options": OPEN},
+    "flv1.flv": {"codec": "flv", "options": SIMPLE},
+    "h264.3gp": {"options": CLOSED},
+    "mpeg4.3gp": {"codec": "mpeg4", "options": SIMPLE},
+    "mpeg4.mkv": {"codec": "mpeg4", "options": {**SIMPLE, "bf": "2"}},
+    "mpeg4.ts": {"codec": "mpeg4", "options": {**SIMPLE, "bf": "2"}},
+    "prores.mov": {"codec": "prores_ks", "pix_fmt": "yuv422p10le"},
 }
 SHIFTED = {
     "late.mp4": ("closed.mp4", {"shift": 2.0}),
@@ -168,6 +385,8 @@ SHIFTED = {
 }
 
 
+# MPEG-4 with one, two and three B-frames in a row.
+PACKED = ("packed_1.avi", "packed_2.avi", "packed_3.avi")
 # The frame of the original pictures that is the first to be seen: an edit list cuts some away, and what comes before
 # the first key frame cannot be decoded.
 FIRST = {"edited.mp4": 7, "headless.mkv": 12, "headless.ts": 12}
@@ -177,7 +396,12 @@ def write_all(folder: Path) -> dict[str, Path]:
     """Writes every kind of readable file; names -> paths."""
     pictures = noisy(numbered())
     paths = {name: encode(folder / name, pictures, **settings) for name, settings in ENCODED.items()}
-    return paths | {name: remux(paths[origin], folder / name, **how) for name, (origin, how) in SHIFTED.items()}
+    paths |= {name: remux(paths[origin], folder / name, **how) for name, (origin, how) in SHIFTED.items()}
+    for rows, name in enumerate(PACKED, 1):
+        options = {"b": "2M", "g": "12", "bf": str(rows), "b_strategy": "0"}
+        plain = encode(folder / "plain_mpeg4.avi", pictures, codec="mpeg4", options=options)
+        paths[name] = repack(plain, folder / name, packed)
+    return paths
 
 
 @pytest.mark.parametrize(("width", "height"), [(96, 64), (97, 63), (64, 64), (320, 180)])

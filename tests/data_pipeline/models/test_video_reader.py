@@ -15,7 +15,7 @@ spec = importlib.util.spec_from_file_location("mining_video_files", Path(__file_
 video_files = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(video_files)
 number_of, FRAMES = video_files.number_of, video_files.FRAMES
-NAMES = [*video_files.ENCODED, *video_files.SHIFTED]
+NAMES = [*video_files.ENCODED, *video_files.SHIFTED, *video_files.PACKED]
 needs_decord = pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="decord is not installed")
 
 
@@ -46,7 +46,8 @@ def test_every_frame_is_the_one_that_was_asked_for(videos, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_times_are_seconds_after_the_first_frame(videos, name):
-    shown = np.asarray(video_files.UNEVEN if name.startswith("uneven") else range(FRAMES)) / video_files.FPS
+    rate = video_files.ENCODED.get(name, {}).get("fps", video_files.FPS)
+    shown = np.asarray(video_files.UNEVEN if name.startswith("uneven") else range(FRAMES)) / rate
     shown = shown[video_files.FIRST.get(name, 0) :]
     # Matroska's clock has milliseconds.
     np.testing.assert_allclose(probe(videos[name]).times, shown - shown[0], atol=1.01e-3)

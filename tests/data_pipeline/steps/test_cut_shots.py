@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from data_pipeline.records import Rejected, SettingsError
+from data_pipeline.records import Annotations, Rejected, SettingsError
 from data_pipeline.sources import find_videos
 from data_pipeline.steps.cut_shots import CutShots
 from data_pipeline.steps.read_videos import ReadVideos
@@ -72,3 +74,60 @@ def test_a_single_frame(write_clip, tmp_path):
 def test_wrong_settings(settings, message):
     with pytest.raises(SettingsError, match=message):
         CutShots(**settings)
+
+
+@pytest.fixture
+def letterboxed(tmp_path, write_clip, draw_clip, write_video):
+    """Two scenes of 12 frames between black bars: 16 lines above and below, or columns at the sides."""
+
+    def write(sides=False, slides=False):
+        scenes = [draw_clip((name,), seed=seed, num_frames=12)[0] for seed, name in enumerate(("dog", "teapot"))]
+        scenes[1] = 255 - scenes[1]
+        if slides:
+            scenes = [scene[:1].repeat(12, axis=0) for scene in scenes]
+        edge, none = (16, 16), (0, 0)
+        pictures = np.pad(np.concatenate(scenes), (none, none if sides else edge, edge if sides else none, none))
+        write_video(tmp_path / "film.mp4", pictures)
+        (tmp_path / "film.txt").write_text("a dog on the beach")
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("sides", [False, True])
+def test_black_bars_are_cut_off(letterboxed, sides):
+    found = process(CutShots(), letterboxed(sides))
+    assert [(shot.first, shot.last) for shot in found.shots] == [(0, 11), (12, 23)]
+    facts = found.video.facts
+    assert facts.bars == pytest.approx((16, 0, 16, 0) if sides else (0, 16, 0, 16), abs=1)
+    assert found.notes == ("black bars, cut off",)
+    from data_pipeline.models.video_reader import open_reader
+
+    [picture] = open_reader("pyav", found.video.file.path, facts).frames((3,))
+    assert picture.shape == (facts.height, facts.width, 3)
+    assert min(picture[0].mean(), picture[-1].mean(), picture[:, 0].mean(), picture[:, -1].mean()) > 40
+
+
+def test_a_slideshow_is_cut_between_its_slides(letterboxed):
+    found = process(CutShots(), letterboxed(slides=True))
+    assert [(shot.first, shot.last) for shot in found.shots] == [(0, 11), (12, 23)]
+
+
+def test_annotations_are_of_the_picture_with_its_bars(letterboxed, tmp_path):
+    read = ReadVideos(annotations=False)
+    step = CutShots()
+    for each in (read, step):
+        each.setup()
+    video = replace(read.process(find_videos(letterboxed())[0]), annotations=Annotations(frames={}))
+    rejected = step.process(video)
+    assert rejected.reason == "black bars round the picture"
+    assert rejected.evidence["needed"] == "annotated clips without"
+
+
+def test_an_ordinary_clip_keeps_its_facts(write_clip, tmp_path):
+    write_clip(tmp_path)
+    read = ReadVideos(annotations=False)
+    read.setup()
+    video = read.process(find_videos(tmp_path)[0])
+    found = process(CutShots(), tmp_path)
+    assert (found.video, found.notes) == (video, ())

@@ -145,3 +145,15 @@ def test_a_file_that_may_not_be_read(step, write_clip, tmp_path, monkeypatch):
 
     monkeypatch.setattr(read_videos, "hash_file", refuse)  # root may read everything
     assert step.process(file) == Rejected("unreadable video", {"error": "PermissionError: Permission denied"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"hdr": "clip"}, "hdr must be one of tonemap, reject, keep, got 'clip'"),
+        ({"interlaced": "weave"}, "interlaced must be one of deinterlace, reject, keep, got 'weave'"),
+    ],
+)
+def test_wrong_rules(setting, message):
+    with pytest.raises(SettingsError, match=message):
+        ReadVideos(**setting)
