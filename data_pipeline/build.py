@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline import __version__
 from data_pipeline.assemble import (
@@ -25,42 +25,70 @@ from data_pipeline.assemble import (
 from data_pipeline.journal import Journal, write_atomically
 from data_pipeline.languages import OTHER_LANGUAGE, SPACY_MODELS
 from data_pipeline.options import make_parser, make_steps
-from data_pipeline.records import InputError, MiningError, SettingsError, VideoFile
+from data_pipeline.records import InputError, MiningError, MissingModelError, ModelNeededError, SettingsError, VideoFile
 from data_pipeline.run import run
 from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_session, run_on_ray, write_on_ray
 from data_pipeline.shard_reader import rejected_videos
 from data_pipeline.sources import beside, find_videos
 from data_pipeline.step import Step
 
-
-def check_captions_exist(arguments: argparse.Namespace, files: Sequence[VideoFile]) -> None:
-    """InputError if captions are to come with the videos and not one video has any."""
-    if arguments.caption == "files" and not any(file.caption for file in files):
-        name = Path(files[0].name).stem
-        raise InputError(
-            f"none of {len(files)} videos has a caption.\nGive {name}.txt beside {files[0].name} (and so on), or a "
-            "table with the columns video and caption, --captions FILE; or have them written: --caption blip "
-            "--caption-model DIR_OR_HUB_ID"
-        )
+if TYPE_CHECKING:
+    from data_pipeline.models.hub import HubModel
 
 
 # A day; what is longer is a mistake, and too long for the clocks of some systems.
 LONGEST_TIMEOUT = 86_400
 
 
-def check_annotations_exist(arguments: argparse.Namespace, files: Sequence[VideoFile]) -> None:
-    """InputError if boxes are to be read from annotations and not one video has any."""
-    if arguments.detector != "annotations" or arguments.annotations is not None:
-        return
-    if not any(beside(file.path, ".annotations.json").is_file() for file in files):
-        name = Path(files[0].name).stem
-        raise InputError(
-            f"the detector 'annotations' reads boxes that come with the videos, but none of {len(files)} has any.\n"
-            f"Give sidecars ({name}.annotations.json ...), or --annotations FILE_OR_FOLDER, or find boxes with\n"
-            "  --detector groundingdino-hf --detector-model IDEA-Research/grounding-dino-tiny "
-            "--segmenter mobile-sam --segmenter-checkpoint FILE\n"
-            "(clips of the procedural world: --detector embedded --segmenter embedded; all ways: docs/mining.md)"
+def check_inputs(arguments: argparse.Namespace, files: Sequence[VideoFile], steps: Sequence[Step]) -> None:
+    """InputError if no video has what the steps need, with all that is missing in one message."""
+    name, among = Path(files[0].name).stem, f"none of {len(files)} videos has"
+    lacking = []
+    if arguments.caption == "files" and not any(file.caption for file in files):
+        from data_pipeline.models.hub import BLIP
+
+        lacking.append(
+            f"{among} a caption.\nGive {name}.txt beside {files[0].name} (and so on), or a table with the columns "
+            f"video and caption, --captions FILE; or have them written by {BLIP.told()}: --caption blip"
         )
+    sidecars = (beside(file.path, ".annotations.json").is_file() for file in files)
+    if arguments.detector == "annotations" and arguments.annotations is None and not any(sidecars):
+        lacking.append(
+            f"the detector 'annotations' reads boxes that come with the videos, but {among} any.\nGive sidecars "
+            f"({name}.annotations.json ...) or --annotations FILE_OR_FOLDER, or leave --detector away: then boxes and "
+            "masks are found"
+        )
+    if lacking:
+        from data_pipeline.models.hub import missing
+
+        needed = [model.told() for model in missing(models_of(steps))]
+        later = f"\nStill to be downloaded then: {' and '.join(needed)}" if needed else ""
+        raise InputError("\n".join(lacking) + later)
+
+
+def models_of(steps: Sequence[Step]) -> list[HubModel]:
+    """The models of the hub that the steps load."""
+    return [model for step in steps for model in step.downloads().values()]
+
+
+def deal_out(arguments: argparse.Namespace, files: Sequence[VideoFile], steps: list[Step]) -> str:
+    """Looks which videos have annotations, and tells the steps that choose by it. Returns a sentence on those that have
+    none, for the detector auto. InputError if no entry of the annotations is about any video.
+    """
+    if arguments.detector not in ("auto", "annotations"):
+        return ""
+    from data_pipeline.models.annotations import AnnotationSource
+
+    notes: list[str] = []
+    source = AnnotationSource(arguments.annotations, notes)
+    say(notes + source.check_names(arguments.videos, [file.name for file in files]))
+    bare = 0
+    if arguments.detector == "auto":
+        bare = sum(not source.knows(file.path, file.name) for file in files)
+    for place, step in enumerate(steps):
+        if hasattr(step, "model_needed"):
+            steps[place] = replace(step, model_needed=bool(bare))
+    return f"{bare} of {len(files)} videos come without annotations: networks find their boxes and masks" * bool(bare)
 
 
 def say(notes: Sequence[str]) -> None:
@@ -78,12 +106,11 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
     files = find_videos(arguments.videos, arguments.captions, notes)
     say(notes)
     steps = make_steps(arguments)
-    check_captions_exist(arguments, files)
-    check_annotations_exist(arguments, files)
-    if arguments.detector == "annotations" and arguments.annotations is not None:
-        from data_pipeline.models.annotations import check_names
-
-        say(check_names(arguments.annotations, arguments.videos, [file.name for file in files]))
+    bare = deal_out(arguments, files, steps)
+    check_inputs(arguments, files, steps)
+    if not cluster:  # whose machines have caches of their own
+        download(models_of(steps), arguments, bare)
+    say([bare] if bare else [])
     settings = {step.name: step.settings() for step in steps}
     hashes = file_hashes(steps)
     journal = Journal(arguments.out)
@@ -103,7 +130,7 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
     with journal.lock():
         try:
             with ray_session(cluster, group_steps(steps)) if cluster else nullcontext():
-                _run(steps, files, journal, cluster, arguments)
+                _run(steps, files, journal, cluster, arguments, hashes)
                 content |= assemble(journal, files, steps[-1].pairs_per_shard, write_on_ray if cluster else write_here)
                 _finish(journal, files, steps, content)
         except BaseException:
@@ -112,17 +139,41 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
     return content
 
 
+def download(models: Sequence[HubModel], arguments: argparse.Namespace, why: str = "") -> None:
+    """Downloads models of the hub that are not here, telling their sizes first. MissingModelError with the commands
+    that bring them if they cannot be had. why: what ``deal_out`` says.
+    """
+    from data_pipeline.models.hub import fetch
+
+    try:
+        fetch(models, lambda line: print(line, file=sys.stderr), quiet=arguments.quiet)  # noqa: T201
+    except MissingModelError as error:
+        if not why:
+            raise
+        ways = "clips of the procedural world: --detector embedded; annotated clips only: --detector annotations"
+        raise MissingModelError(f"{error}\n{why} ({ways})") from error
+
+
 def _run(
-    steps: Sequence[Step],
+    steps: list[Step],
     files: Sequence[VideoFile],
     journal: Journal,
     cluster: RayOptions | None,
     arguments: argparse.Namespace,
+    hashes: dict[str, str],
 ) -> None:
     if cluster:
         run_on_ray(steps, files, journal, cluster, quiet=arguments.quiet)
-    else:
-        run(steps, files, journal, workers=arguments.workers, timeout=arguments.clip_timeout, quiet=arguments.quiet)
+        return
+    settings = {"workers": arguments.workers, "timeout": arguments.clip_timeout, "quiet": arguments.quiet}
+    try:
+        run(steps, files, journal, **settings)
+    except ModelNeededError:  # that annotated boxes lack masks is seen when they are read
+        place = [step.name for step in steps].index("segment_masks")
+        steps[place] = replace(steps[place], model_needed=True)
+        download(models_of(steps), arguments)
+        hashes |= file_hashes([steps[place]])
+        run(steps, files, journal, **settings)
 
 
 def _finish(journal: Journal, files: Sequence[VideoFile], steps: Sequence[Step], content: dict[str, Any]) -> None:

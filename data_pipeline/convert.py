@@ -46,7 +46,7 @@ def convert(arguments: argparse.Namespace) -> None:
         convert_to_package(arguments.source, arguments.out)
         return
     from data_pipeline.models.grounding_dino_weights import convert_to_hf
-    from data_pipeline.models.model_files import find_files
+    from data_pipeline.models.hub import find_files
 
     weights = (arguments.checkpoint,) if arguments.checkpoint else ("*.safetensors", "*.pth")
     files = find_files(arguments.source, "IN", {"configuration": (arguments.config,), "weights": weights})

@@ -11,7 +11,7 @@ from typing import Any
 from data_pipeline.drawing import draw_preview
 from data_pipeline.journal import Journal, fingerprint
 from data_pipeline.pool import Failure
-from data_pipeline.records import Dropped, EncodedPair, MiningError, Rejected, VideoFile
+from data_pipeline.records import Dropped, EncodedPair, MiningError, ModelNeededError, Rejected, VideoFile
 from data_pipeline.step import Step
 
 UNEXPECTED, TOO_SLOW, DIED = "unexpected error", "took too long", "the worker died"
@@ -104,6 +104,8 @@ def _process(step: Step, records: list[Any]) -> list[Any]:
         if len(results) != len(records):
             raise RuntimeError(f"{step.name} gave {len(results)} results for {len(records)} records")
         return results
+    except ModelNeededError:
+        raise
     except Exception:
         if len(records) > 1:
             return [result for record in records for result in _process(step, [record])]

@@ -141,7 +141,11 @@ CAPTIONS = StepOptions(
             flag="caption",
             choices=CAPTIONERS,
         ),
-        "model": Setting("directory or hub id of BLIP", flag="caption-model", metavar="NAME"),
+        "model": Setting(
+            "directory or hub id of BLIP; default: Salesforce/blip-image-captioning-large",
+            flag="caption-model",
+            metavar="NAME",
+        ),
         "max_tokens": Setting("length of a caption at most", flag="caption-max-tokens"),
         "frames_per_batch": Setting("pictures in one pass", flag="caption-batch"),
     },
@@ -161,9 +165,13 @@ BOXES = StepOptions(
     "boxes",
     DetectBoxes,
     {
-        "detector": Setting("where boxes come from", choices=DETECTORS),
+        "detector": Setting(
+            "where boxes come from; auto: annotations of clips that have some, else groundingdino-hf", choices=DETECTORS
+        ),
         "model": Setting(
-            "directory or hub id of groundingdino-hf or groundingdino", flag="detector-model", metavar="NAME"
+            "directory or hub id of groundingdino-hf or groundingdino; default: IDEA-Research/grounding-dino-tiny",
+            flag="detector-model",
+            metavar="NAME",
         ),
         "config": Setting(
             "configuration of groundingdino (Python assignments, read and not run)",
@@ -184,13 +192,20 @@ MASKS = StepOptions(
     "masks",
     SegmentMasks,
     {
-        "segmenter": Setting("where masks come from", choices=SEGMENTERS),
+        "segmenter": Setting(
+            "where masks come from; auto: annotations that have some, else mobile-sam on a CPU and sam elsewhere",
+            choices=SEGMENTERS,
+        ),
         "model": Setting(
             "sam: vit_b, vit_l, vit_h; mobile-sam: vit_t; or a json file; default: the first of these",
             flag="segmenter-model",
             metavar="NAME",
         ),
-        "checkpoint": Setting("weights of the segmenter", flag="segmenter-checkpoint", metavar="FILE"),
+        "checkpoint": Setting(
+            "weights of the segmenter; default: the released ones, from the hub",
+            flag="segmenter-checkpoint",
+            metavar="FILE",
+        ),
         "frames_per_batch": Setting("frames encoded at once by the segmenter", flag="segmenter-batch"),
     },
 )
@@ -327,23 +342,28 @@ def make_steps(arguments: argparse.Namespace) -> list[Step]:
     """The whole pipeline, in order. SettingsError or InputError if the options don't make sense; nothing heavy is
     loaded.
     """
-    annotated = "annotations" in (arguments.detector, arguments.segmenter)
+    annotated = arguments.detector in ("auto", "annotations")
     if arguments.segmenter == "annotations" and arguments.detector != "annotations":
         raise SettingsError(
-            f"annotated masks belong to annotated boxes: with --detector {arguments.detector} use --segmenter sam "
-            "or mobile-sam and --segmenter-checkpoint FILE (for clips of the procedural world: --segmenter embedded)"
+            f"annotated masks alone belong to annotated boxes alone: with --detector {arguments.detector} leave "
+            "--segmenter away, or use sam, mobile-sam or (for clips of the procedural world) embedded"
         )
+    if arguments.annotations is not None and not annotated:
+        raise SettingsError(f"--annotations is for the detectors auto and annotations, not for {arguments.detector}")
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", arguments.device):
         raise SettingsError(f"--device is cpu, cuda, cuda:1 or mps, got {arguments.device!r}")
+    if arguments.detector == "embedded" and arguments.segmenter == "auto":
+        arguments.segmenter = "embedded"
     device = {"device": arguments.device}
     extra: dict[StepOptions, dict[str, Any]] = {
         READING: {
             "annotations": annotated,
             "annotations_file": arguments.annotations,
+            "annotations_required": arguments.detector == "annotations",
             "caption_required": arguments.caption == "files",
         },
         CAPTIONS: device,
-        FRAMES: {"annotated_only": arguments.detector == "annotations"},
+        FRAMES: {"annotated_only": annotated},
         BOXES: device,
         MASKS: device,
         MATCHING: device,

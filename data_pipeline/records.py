@@ -36,6 +36,14 @@ class InputError(MiningError, ValueError):
     """The run cannot start: a folder, a table or a checkpoint is missing or unreadable."""
 
 
+class MissingModelError(InputError):
+    """A model of the hub is not on this machine and cannot be had."""
+
+
+class ModelNeededError(InputError):
+    """A network that nobody had thought to be needed (``model_needed`` of some steps) is needed by a clip."""
+
+
 class OutputError(MiningError):
     """The results cannot be written (a full disk, a folder without permission): the run stops, and can go on later."""
 
@@ -347,6 +355,13 @@ class DetectedPair:
     entities: tuple[Entity, ...]
     reference: tuple[Detection, ...]
     target: tuple[Detection, ...]
+    served: Mapping[str, str] = field(default_factory=dict)
+    """Where its "boxes" and "masks" came from, if that differs from clip to clip: "annotations" or a model's name."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """See ``Video``."""
+        return tuple(f"{what} by {whom}" for what, whom in self.served.items())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -375,6 +390,8 @@ class TrainingPair:
     frames: FramePair
     matches: tuple[Match, ...]
     dropped: tuple[Dropped, ...] = ()
+    served: Mapping[str, str] = field(default_factory=dict)
+    """See ``DetectedPair``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -209,7 +209,10 @@ def draw_sample(sample: Sample, height: int = HEIGHT) -> Tile:
     cutouts = [draw_cut_out(picture, height // 2) for picture in sample.references]
     similarities = [subject["match_similarity"] for subject in metadata["subjects"]]
     known = ", ".join(f"{value:.2f}" for value in similarities if value is not None)
-    text = printable(f"{metadata['caption']}\n[{sample.key}{f'; similarity {known}' if known else ''}]")
+    source = metadata["source"]
+    more = [f"similarity {known}"] if known else []
+    more += [f"{what} by {source[what]}" for what in ("boxes", "masks") if what in source]
+    text = printable(f"{metadata['caption']}\n[{'; '.join([sample.key, *more])}]")
     return beside([*cutouts, draw_frame(np.asarray(sample.target), subjects, height)]), text
 
 

@@ -29,6 +29,7 @@ summary { cursor: pointer; } small { color: #555; }
   .funnel :is(td, th):nth-child(2) { display: none; }
 }
 """
+SERVED = ("boxes by ", "masks by ")  # how notes begin that say where those came from
 MOST_EVIDENCE, MOST_TRACEBACK = 600, 4000  # characters
 PHRASES_SHOWN = 20
 CHART = (420, 170)  # pixels of a chart's bars, without the text round them
@@ -245,9 +246,13 @@ def page(
         "<h2>Funnel</h2>",
         funnel(tally, notes.get("seconds", {})),
     ]
-    if notes.get("clips"):
-        rows = [(escape(note), count) for note, count in notes["clips"]]
-        parts += ["<h3>Clips out of the ordinary, kept or rejected</h3>", table(("what", one), rows)]
+    for title, served in (
+        ("Where boxes and masks came from", True),
+        ("Clips out of the ordinary, kept or rejected", False),
+    ):
+        rows = [(escape(note), count) for note, count in notes.get("clips", ()) if note.startswith(SERVED) is served]
+        if rows:
+            parts += [f"<h3>{title}</h3>", table(("what", one), rows)]
     for name, title, unit in (
         ("dropped", "Subjects left out of samples that were kept", "subjects"),
         ("lost_pairs", "Pairs that fell out of clips that were kept", "pairs"),

@@ -6,9 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from data_pipeline.records import ClipError, Rejected
+
+if TYPE_CHECKING:
+    from data_pipeline.models.hub import HubModel
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -44,11 +47,27 @@ class Step(Generic[In, Out]):
 
     def model_files(self) -> dict[str, Path]:
         """Files and folders whose content shapes the dataset, by a name: the settings that name one that is here."""
+        from data_pipeline.models.hub import in_cache
+
         named = {f.name for f in fields(self) if "Path" in str(f.type)} | set(self.path_settings)
         values = {name: value for name, value in self.settings().items() if name in named and value}
         # "transformers:FOLDER" names a folder too.
         places = {name: Path(value.partition(":")[2] if ":" in value else value) for name, value in values.items()}
-        return {name: place for name, place in places.items() if place.exists()}
+        downloads = {name: in_cache(model) for name, model in self.downloads().items()}
+        return {name: place for name, place in (places | downloads).items() if place and place.exists()}
+
+    def downloads(self) -> dict[str, HubModel]:
+        """Models of the hub that ``setup`` loads, by the setting that names each: the runner downloads them before it
+        starts any worker.
+        """
+        return {}
+
+    def place_of(self, setting: str) -> str:
+        """Where the model is that a setting names: that itself, or where it was downloaded to."""
+        from data_pipeline.models.hub import place_of
+
+        model = self.downloads().get(setting)
+        return str(getattr(self, setting) if model is None else place_of(model))
 
     def setup(self) -> None:
         """Once per worker: heavy imports and weights. SettingsError or InputError if something is missing."""

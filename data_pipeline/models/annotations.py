@@ -141,17 +141,36 @@ def _check_once(objects: Sequence[AnnotatedObject], index: int) -> None:
 
 class AnnotationSource:
     """Finds the annotations of each video: in the file for many videos if one is given and knows the video, else in
-    the sidecar.
+    the sidecar. notes: takes sentences on what was assumed when the file was read.
     """
 
-    def __init__(self, corpus: Path | None) -> None:
+    def __init__(self, corpus: Path | None, notes: list[str] | None = None) -> None:
         self._corpus = corpus
-        self._videos = read_many(corpus) if corpus else {}
+        self._videos = read_many(corpus, notes) if corpus else {}
         self._by_last: dict[str, list[tuple[list[str], str]]] = {}
         for key in self._videos:
             parts = path_parts(key)
             self._by_last.setdefault(parts[-1] if parts else "", []).append((parts, key))
         self._alone: dict[Path, bool] = {}
+
+    def knows(self, video: Path, name: str) -> bool:
+        """Whether there is anything about the video called ``name``."""
+        return bool(self._keys_of(video, name)) or sidecar_path(video).is_file()
+
+    def check_names(self, folder: Path, names: Sequence[str]) -> list[str]:
+        """Sentences on entries of the file for many videos that name none of these. InputError if none names one."""
+        places = Places(list(names), folder)
+        unused = []
+        for key, entry in self._videos.items():
+            found = [places.find(each) for each in (key, *entry.rivals) if each]
+            if key and not any(videos and way != 1 for videos, way in found):  # _keys_of takes no end of a path
+                unused.append(key)
+        if not unused:
+            return []
+        what = f"the first one {unused[0]!r}, the folder has {names[0]!r}{places.near(unused[0])}"
+        if len(unused) == len(self._videos):
+            raise InputError(f"none of {len(unused)} entries of {self._corpus} names a video: {what}")
+        return [f"{len(unused)} entries of {self._corpus} name no video, {what}"]
 
     def read(self, video: Path, name: str, width: int, height: int, num_frames: int) -> Annotations | None:
         """Annotations of the video called ``name``; None if there are none; ClipError if they are unusable."""
@@ -215,26 +234,6 @@ class AnnotationSource:
             videos = (path for path in found if not is_hidden(path.relative_to(root)))
             self._alone[root] = len(list(islice(videos, 2))) == 1
         return self._alone[root]
-
-
-def check_names(path: Path, folder: Path, names: Sequence[str]) -> list[str]:
-    """Sentences on entries of an annotations file or folder that name none of the videos, and on what was assumed when
-    it was read. InputError if it cannot be read, or if no entry names a video.
-    """
-    notes: list[str] = []
-    places = Places(list(names), folder)
-    entries = read_many(path, notes)
-    unused = []
-    for key, entry in entries.items():
-        found = [places.find(each) for each in (key, *entry.rivals) if each]
-        if key and not any(videos and way != 1 for videos, way in found):  # _keys_of does not take the end of a path
-            unused.append(key)
-    if unused:
-        what = f"the first one {unused[0]!r}, the folder has {names[0]!r}{places.near(unused[0])}"
-        if len(unused) == len(entries):
-            raise InputError(f"none of {len(unused)} entries of {path} names a video: {what}")
-        notes.append(f"{len(unused)} entries of {path} name no video, {what}")
-    return notes
 
 
 def read_many(path: Path, notes: list[str] | None = None) -> dict[str, Entry]:

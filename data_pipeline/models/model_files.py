@@ -1,4 +1,4 @@
-"""Where a model's files are: in a directory of this machine, or in a repository of the Hugging Face hub.
+"""Which files a model has, in a directory of this machine (those of the hub: ``hub``).
 
 Standard library only, so that a step can refuse a missing file before anything heavy is imported.
 """
@@ -55,52 +55,29 @@ def check_model_directory(name: str, option: str, needed: Needed) -> None:
         )
 
 
-def find_files(name: str, option: str, needed: Needed) -> dict[str, Path]:
-    """The files of a model, meaning -> path; those of a hub id are downloaded (huggingface_hub keeps them).
+def choose_files(name: str, option: str, needed: Needed, listing: Sequence[str]) -> dict[str, str]:
+    """Which of the files of a model is which, meaning -> file: those that fit the first pattern that any fits.
 
-    InputError where one is missing, where several fit and none is named exactly, or where the hub does not answer.
+    InputError where one is missing, or where several fit and none is named exactly.
     """
-    listing = _hub_listing(name, option) if is_hub_id(name) else _local_listing(name, option)
     chosen = {}
     for meaning, patterns in needed.items():
-        fitting = next((found for p in patterns if (found := [file for file in listing if Path(file).match(p)])), [])
+        fitting = next((found for p in patterns if (found := [file for file in listing if fits(file, p)])), [])
         if not fitting:
             raise InputError(f"{option}: {name} has no {meaning} ({' or '.join(patterns)})")
         if len(fitting) > 1:
             raise InputError(f"{option}: {name} has several files for its {meaning}: name one of {', '.join(fitting)}")
         chosen[meaning] = fitting[0]
-    if not is_hub_id(name):
-        return {meaning: Path(name) / file for meaning, file in chosen.items()}
-    return {meaning: _download(name, file, option) for meaning, file in chosen.items()}
+    return chosen
 
 
-def _local_listing(name: str, option: str) -> list[str]:
-    folder = Path(name)
-    if not folder.is_dir():
-        raise InputError(
-            f"{option}: no directory at {name}; give a model's directory, or its hub id (owner/repository)"
-        )
-    return sorted(path.name for path in folder.iterdir() if path.is_file())
+def fits(file: str, pattern: str) -> bool:
+    """Whether a path in a model's folder fits a pattern. "*.json" is meant of the folder itself: "onnx/config.json",
+    beside it, belongs to something else.
+    """
+    return file.count("/") == pattern.count("/") and Path(file).match(pattern)
 
 
-def _hub_listing(name: str, option: str) -> list[str]:
-    import huggingface_hub
-
-    try:
-        return sorted(huggingface_hub.list_repo_files(name))
-    except Exception as error:  # no network, no such repository, no permission: no common parent
-        raise InputError(_hub_problem(name, option, error)) from error
-
-
-def _download(name: str, file: str, option: str) -> Path:
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.hf_hub_download(name, file))
-    except Exception as error:
-        raise InputError(_hub_problem(f"{name}/{file}", option, error)) from error
-
-
-def _hub_problem(name: str, option: str, error: Exception) -> str:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{option}: cannot get {name} from the hub ({first}); download it elsewhere and give its directory"
+def list_files(folder: Path) -> list[str]:
+    """The files of a folder and of those in it, by their paths in it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from data_pipeline.models.annotations import read_mask
-from data_pipeline.records import ClipError, Detection, Frame
+from data_pipeline.records import ClipError, Detection, Frame, ModelNeededError
 
 
 class Segmenter(Protocol):
@@ -34,3 +34,38 @@ class AnnotationSegmenter:
                 raise ClipError("annotation without a mask", phrase=detection.entity.phrase, frame=frame.index)
             found.append(replace(detection, mask=mask))
         return tuple(found)
+
+
+class FillingSegmenter:
+    """Reads annotated masks, and asks a network about boxes without one. network: None if none was thought to be
+    needed.
+    """
+
+    def __init__(self, network: Segmenter | None) -> None:
+        self._network = network
+
+    def segment(self, requests: Sequence[tuple[Frame, tuple[Detection, ...]]]) -> list[tuple[Detection, ...]]:
+        """See Segmenter. ClipError if an annotated mask is broken, ModelNeededError if the network is missing."""
+        parts = [
+            [(frame, tuple(one for one in found if has_mask(one) is annotated)) for frame, found in requests]
+            for annotated in (True, False)
+        ]
+        read = AnnotationSegmenter().segment(parts[0])
+        if not any(found for _, found in parts[1]):
+            return read
+        if self._network is None:
+            raise ModelNeededError(
+                "there are annotated boxes without masks: --segmenter mobile-sam (or sam, on a GPU) finds these"
+            )
+        drawn = self._network.segment(parts[1])
+        filled = []
+        for (_, found), *ready in zip(requests, read, drawn, strict=True):
+            annotated, asked = map(iter, ready)
+            filled.append(tuple(next(annotated if has_mask(one) else asked) for one in found))
+        return filled
+
+
+def has_mask(detection: Detection) -> bool:
+    """True for a box that was annotated with a mask."""
+    annotated = detection.annotated
+    return annotated is not None and not (annotated.mask_rle is None and annotated.mask_file is None)

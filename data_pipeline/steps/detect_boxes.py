@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -21,8 +21,9 @@ from data_pipeline.step import Step
 
 if TYPE_CHECKING:
     from data_pipeline.models.detector import Detector
+    from data_pipeline.models.hub import HubModel
 
-DETECTORS = ("annotations", "groundingdino", "groundingdino-hf", "embedded")
+DETECTORS = ("auto", "annotations", "groundingdino", "groundingdino-hf", "embedded")
 
 
 @dataclass(kw_only=True)
@@ -30,19 +31,21 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
     """Boxes by the detector of the given name.
 
     detector: "annotations"; "groundingdino" (the package groundingdino-py); "groundingdino-hf" (transformers);
-    "embedded" (a tiny one of transformers that comes with the repository and knows the procedural world only).
-    model: a directory or a hub id with the detector's files. For groundingdino, config and checkpoint are then the
-    names of two of these files, if it has several; without a model they are paths. text_encoder: the BERT of
-    groundingdino, a directory or a name that transformers knows, if not the one of its configuration.
+    "embedded" (a tiny one of transformers that comes with the repository and knows the procedural world only); "auto":
+    the annotations of clips that have some, groundingdino-hf for the others. model: a directory or a hub id with the
+    detector's files, for auto and groundingdino-hf the released one if empty. For groundingdino, config and checkpoint
+    are then the names of two of these files, if it has several; without a model they are paths. text_encoder: the BERT
+    of groundingdino, a directory or a name that transformers knows, if not the one of its configuration.
     box_threshold: least score of a box. nms_iou: of two boxes of one phrase that overlap more, the better stays.
     image_size: pixels of a frame's short side; None for what the model says (800 for groundingdino).
     device: "cpu", "cuda", "cuda:1". frames_per_batch: frames in one forward pass. With 2 they are those of one pair,
     and clips do not influence each other; more are quicker on a GPU and may change boxes in their last digits.
+    model_needed: for auto, whether there are clips without annotations.
     """
 
     path_settings: ClassVar[tuple[str, ...]] = ("model", "text_encoder")
 
-    detector: str = "annotations"
+    detector: str = "auto"
     model: str = ""
     config: Path | None = None
     checkpoint: Path | None = None
@@ -52,6 +55,7 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
     image_size: int | None = None
     device: str = "cpu"
     frames_per_batch: int = 2
+    model_needed: bool = field(default=True, metadata={"hashed": False})
 
     def __post_init__(self) -> None:
         if self.detector not in DETECTORS:
@@ -64,14 +68,15 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
             raise SettingsError(f"frames_per_batch must be at least 1, got {self.frames_per_batch}")
         if self.detector == "groundingdino":
             self._check_package_files()
-        elif self.detector == "groundingdino-hf":
+        elif self.detector in ("auto", "groundingdino-hf"):
             self._check_hf_files()
         elif self.detector == "embedded":
             self._check_embedded_files()
 
     def _check_package_files(self) -> None:
         if self.model:
-            from data_pipeline.models.model_files import find_files, is_hub_id
+            from data_pipeline.models.hub import find_files
+            from data_pipeline.models.model_files import is_hub_id
 
             if not is_hub_id(self.model):
                 find_files(self.model, "--detector-model", self._needed())
@@ -85,14 +90,15 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
                 raise InputError(f"{option}: no file at {path}")
 
     def _check_hf_files(self) -> None:
+        from data_pipeline.models.hub import GROUNDING_DINO
         from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, check_model_directory
 
-        if not self.model:
-            raise SettingsError("the detector groundingdino-hf needs --detector-model DIR_OR_HUB_ID")
+        # Set here, so that it is recorded with the settings.
+        self.model = self.model or GROUNDING_DINO.hub_id
         if self.config or self.checkpoint or self.text_encoder:
             raise SettingsError(
                 "--detector-config, --detector-checkpoint and --detector-text-encoder belong to the detector "
-                "groundingdino; groundingdino-hf finds everything in --detector-model"
+                f"groundingdino; {self.detector} finds everything in --detector-model"
             )
         check_model_directory(self.model, "--detector-model", TEXT_AND_IMAGE_MODEL)
 
@@ -106,9 +112,24 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
         check_model_directory(str(EMBEDDED_DETECTOR), "--detector embedded", TEXT_AND_IMAGE_MODEL)
 
     @property
+    def _by_model(self) -> bool:
+        """Whether a network is asked at all."""
+        return self.detector != "annotations" and (self.detector != "auto" or self.model_needed)
+
+    @property
     def model_device(self) -> str:
         """See Step."""
-        return "" if self.detector == "annotations" else self.device
+        return self.device if self._by_model else ""
+
+    def downloads(self) -> dict[str, HubModel]:
+        """See Step."""
+        from data_pipeline.models.hub import HubModel, transformers_model
+        from data_pipeline.models.model_files import is_hub_id
+
+        if not self._by_model or not is_hub_id(self.model):
+            return {}
+        package = self.detector == "groundingdino"
+        return {"model": HubModel(self.model, self._needed()) if package else transformers_model(self.model)}
 
     def model_files(self) -> dict[str, Path]:
         """See Step."""
@@ -123,29 +144,28 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
 
     def setup(self) -> None:
         """Loads the detector."""
-        self._detector = self._load()
+        from data_pipeline.models.detector import AnnotationDetector
+
+        self._annotations = AnnotationDetector()
+        self._network = self._load() if self._by_model else None
 
     def _load(self) -> Detector:
-        if self.detector == "annotations":
-            from data_pipeline.models.detector import AnnotationDetector
-
-            return AnnotationDetector()
         settings = {
             "box_threshold": self.box_threshold,
             "nms_iou": self.nms_iou,
             "image_size": self.image_size,
             "batch_size": self.frames_per_batch,
         }
-        if self.detector in ("groundingdino-hf", "embedded"):
+        if self.detector in ("auto", "groundingdino-hf", "embedded"):
             from data_pipeline.models.grounding_dino_hf import GroundingDinoHF, load_grounding_dino_hf
 
-            name = str(EMBEDDED_DETECTOR) if self.detector == "embedded" else self.model
+            name = str(EMBEDDED_DETECTOR) if self.detector == "embedded" else self.place_of("model")
             return GroundingDinoHF(*load_grounding_dino_hf(name, self.device), **settings)
         from data_pipeline.models.grounding_dino import GroundingDino, load_grounding_dino
 
         config, checkpoint = self.config, self.checkpoint
         if self.model:
-            from data_pipeline.models.model_files import find_files
+            from data_pipeline.models.hub import find_files
 
             files = find_files(self.model, "--detector-model", self._needed())
             config, checkpoint = files["configuration"], files["weights"]
@@ -166,25 +186,49 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
             return [self.process(record) for record in records]
 
     def _detect(self, records: Sequence[NamedPair]) -> list[DetectedPair | Rejected]:
+        annotated = [self._by_annotations(record) for record in records]
+        found: list[DetectedPair | Rejected | None] = [None] * len(records)
+        for detector, wanted in ((self._annotations, True), (self._network, False)):
+            numbers = [number for number, known in enumerate(annotated) if known is wanted]
+            for number, pair in zip(numbers, self._ask(detector, [records[each] for each in numbers]), strict=True):
+                found[number] = pair
+        return found
+
+    def _by_annotations(self, record: NamedPair) -> bool:
+        if self.detector == "auto":
+            return record.frames.video.annotations is not None
+        return self.detector == "annotations"
+
+    def _ask(self, detector: Detector, records: Sequence[NamedPair]) -> list[DetectedPair | Rejected]:
         from data_pipeline.models.detector import Question
 
+        if not records:
+            return []
         questions = [
             Question(video=record.frames.video, frame=frame, entities=record.entities)
             for record in records
             for frame in (record.frames.reference, record.frames.target)
         ]
-        found = self._detector.detect(questions)
-        return [self._pair(record, found[2 * number], found[2 * number + 1]) for number, record in enumerate(records)]
+        found = detector.detect(questions)
+        served = {}
+        if self.detector == "auto":
+            served["boxes"] = "annotations" if detector is self._annotations else self.model
+        return [
+            self._pair(record, *found[2 * number : 2 * number + 2], served) for number, record in enumerate(records)
+        ]
 
     @staticmethod
     def _pair(
-        record: NamedPair, reference: tuple[Detection, ...], target: tuple[Detection, ...]
+        record: NamedPair, reference: tuple[Detection, ...], target: tuple[Detection, ...], served: Mapping[str, str]
     ) -> DetectedPair | Rejected:
         if not reference or not target:
             evidence = {
                 "phrases": [entity.phrase for entity in record.entities],
                 "reference": len(reference),
                 "target": len(target),
+                **served,
             }
             return Rejected("no entity detected in one of the frames", evidence)
-        return DetectedPair(frames=record.frames, entities=record.entities, reference=reference, target=target)
+        return DetectedPair(
+            frames=record.frames, entities=record.entities, reference=reference, target=target, served=served
+        )

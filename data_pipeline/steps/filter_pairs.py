@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -130,7 +130,7 @@ class FilterPairs(Step[TrainingPair, TrainingPair]):
         change = difference(pair.frames, kept)
         if change < self.min_change:
             return Rejected("near-identical frames", {"change": round(change, 4), "min_change": self.min_change})
-        return TrainingPair(frames=pair.frames, matches=tuple(kept), dropped=(*pair.dropped, *dropped))
+        return replace(pair, matches=tuple(kept), dropped=(*pair.dropped, *dropped))
 
     def faults(self, found: Detection, image: np.ndarray) -> Iterator[tuple[str, dict[str, float]]]:
         """What speaks against one detection: reasons with what was measured, cheap ones first. image: the frame that it

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from data_pipeline.records import (
     cut_out,
 )
 from data_pipeline.step import Step
+
+if TYPE_CHECKING:
+    from data_pipeline.models.hub import HubModel
 
 LIBRARIES = ("timm", "transformers", "dinov2", "clip")
 # Where no threshold is given; the measurements behind these numbers are in docs/mining.md.
@@ -82,11 +85,25 @@ class MatchSubjects(Step[DetectedPair, TrainingPair]):
         """See Step."""
         return "" if self.embedder == "histogram" else self.device
 
+    def downloads(self) -> dict[str, HubModel]:
+        """See Step."""
+        from data_pipeline.models.embedder import SHORT_NAMES, hub_name
+        from data_pipeline.models.hub import transformers_model
+        from data_pipeline.models.model_files import IMAGE_SETTINGS, TRANSFORMERS_MODEL, is_hub_id
+
+        library, _, name = self.embedder.partition(":")
+        if library in SHORT_NAMES:
+            name = hub_name(self.embedder)
+        elif library != "transformers":
+            return {}
+        return {"embedder": transformers_model(name, TRANSFORMERS_MODEL | IMAGE_SETTINGS)} if is_hub_id(name) else {}
+
     def setup(self) -> None:
         """Loads the embedder."""
         from data_pipeline.models.embedder import load_embedder
 
-        self._embedder = load_embedder(self.embedder, self.checkpoint, self.device)
+        name = f"transformers:{self.place_of('embedder')}" if self.downloads() else self.embedder
+        self._embedder = load_embedder(name, self.checkpoint, self.device)
 
     def process(self, record: DetectedPair) -> TrainingPair | Rejected:
         """The pair with its matches, in the order of the caption, then from left to right in the target.
@@ -111,7 +128,7 @@ class MatchSubjects(Step[DetectedPair, TrainingPair]):
         if not matches:
             lost_phrases = [{"phrase": lost.phrase, "reason": lost.reason, **lost.evidence} for lost in dropped]
             return Rejected("no subject matched in both frames", {"subjects": lost_phrases})
-        return TrainingPair(frames=record.frames, matches=tuple(matches), dropped=tuple(dropped))
+        return TrainingPair(frames=record.frames, matches=tuple(matches), dropped=tuple(dropped), served=record.served)
 
     @staticmethod
     def _instances(record: DetectedPair) -> list[tuple[str, list[Detection], list[Detection]]]:

@@ -59,8 +59,8 @@ class PickFrames(Step[VideoShots, tuple[FramePair, ...]]):
 
     candidates: frames that are looked at, evenly spread from reference_place to target_place of the shot (0 is its
     first frame, 1 its last): a quarter and three quarters keep away from the fades and the half-entered subjects at its
-    ends. With 2 exactly these two places are used. annotated_only: the annotated frames nearest to these places, for a
-    detector that reads annotations. min_gap: seconds between the two frames; nearer ones show the same moment.
+    ends. With 2 exactly these two places are used. annotated_only: of clips with annotations, the annotated frames
+    nearest to these places. min_gap: seconds between the two frames; nearer ones show the same moment.
 
     A candidate is left out if its mean grey level is below min_frame_brightness or above max_frame_brightness (0 to 1),
     or its sharpness below min_frame_sharpness (``models/picture_quality.py``).
@@ -121,7 +121,8 @@ class PickFrames(Step[VideoShots, tuple[FramePair, ...]]):
             if len(usable) - len(late) < 2 <= len(usable):
                 evidence["needed"] = f"two of them among the first {looked_at}, which --max-frames limits"
                 return Rejected("annotated frames after max_frames", evidence)
-            reason = "fewer than two annotated frames in one shot" if self.annotated_only else "shots of one frame"
+            annotated = self.annotated_only and video.annotations is not None
+            reason = "fewer than two annotated frames in one shot" if annotated else "shots of one frame"
             return Rejected(reason, evidence)
         count = min(self.candidates, max(2, CANDIDATE_PIXELS // (video.facts.width * video.facts.height)))
         wanted = [(shot, self.places(shot, frames, times, count)) for shot, frames in shots]
@@ -186,10 +187,10 @@ class PickFrames(Step[VideoShots, tuple[FramePair, ...]]):
         return None
 
     def _usable_frames(self, record: VideoShots) -> tuple[int, ...]:
-        if not self.annotated_only:
+        annotations = record.video.annotations if self.annotated_only else None
+        if annotations is None:
             return tuple(range(record.shots[-1].last + 1))
-        annotations = record.video.annotations
-        return tuple(sorted(index for index, objects in annotations.frames.items() if objects)) if annotations else ()
+        return tuple(sorted(index for index, objects in annotations.frames.items() if objects))
 
     def _choices(
         self, shot: Shot, frames: Sequence[Frame], faults: list[tuple[str, dict[str, float]]]

@@ -22,7 +22,8 @@ class ReadVideos(Step[VideoFile, Video]):
     disagree with their video.
 
     reader: "auto", "decord" or "pyav" (data_pipeline/models/video_reader.py tells them apart). annotations: whether
-    to read the boxes and masks that came with the videos; annotations_file: a corpus file or folder, else the sidecars.
+    to read the boxes and masks that came with the videos; annotations_file: a corpus file or folder, else the sidecars;
+    annotations_required: whether a clip without any is rejected.
     caption_required: if not, the caption of a clip that has none is "", and a later step has to write one. hdr: whether
     PQ and HLG are tone-mapped to BT.709, rejected, or kept as they are coded. interlaced: whether such clips are
     deinterlaced, rejected or kept as they are.
@@ -31,6 +32,7 @@ class ReadVideos(Step[VideoFile, Video]):
     reader: str = "auto"
     annotations: bool = True
     annotations_file: Path | None = None
+    annotations_required: bool = True
     caption_required: bool = True
     hdr: str = "tonemap"
     interlaced: str = "deinterlace"
@@ -80,7 +82,7 @@ class ReadVideos(Step[VideoFile, Video]):
                 annotations = self._source.read(file.path, file.name, facts.width, facts.height, len(facts.stamps))
             except OSError:  # a name so long that a sidecar beside it cannot exist
                 annotations = None
-            if annotations is None:
+            if annotations is None and self.annotations_required:
                 return Rejected("no annotations", self._source.needed(file.name))
         return Video(
             file=file,

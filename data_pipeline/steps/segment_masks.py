@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from data_pipeline.places import EMBEDDED_SEGMENTER, SEGMENTER_SIZES, SEGMENTER_WEIGHTS
 from data_pipeline.records import (
@@ -20,7 +20,11 @@ from data_pipeline.records import (
 )
 from data_pipeline.step import Step
 
-SEGMENTERS = ("annotations", "sam", "mobile-sam", "embedded")
+if TYPE_CHECKING:
+    from data_pipeline.models.hub import HubModel
+    from data_pipeline.models.segmenter import Segmenter
+
+SEGMENTERS = ("auto", "annotations", "sam", "mobile-sam", "embedded")
 MODELS = {"sam": ("vit_b", "vit_l", "vit_h"), "mobile-sam": ("vit_t",)}
 Request = tuple[Frame, tuple[Detection, ...]]
 
@@ -29,22 +33,25 @@ Request = tuple[Frame, tuple[Detection, ...]]
 class SegmentMasks(Step[DetectedPair, DetectedPair]):
     """Masks by the segmenter of the given name.
 
-    segmenter: "annotations", "sam", "mobile-sam" or "embedded" (a tiny SAM that comes with the repository). model: for
+    segmenter: "annotations", "sam", "mobile-sam", "embedded" (a tiny SAM that comes with the repository), or "auto":
+    annotated masks where there are some, for other boxes mobile-sam on a CPU and sam on other devices. model: for
     sam "vit_b", "vit_l" or "vit_h", for mobile-sam "vit_t", or a json file with the sizes of another one; empty for the
-    first of these names. checkpoint: its weights, .safetensors or PyTorch's. device: "cpu", "cuda", "cuda:1".
-    frames_per_batch: frames encoded at once. With 2 they are those of one pair, and clips do not influence each
-    other; more are quicker on a GPU and may change a mask's score in its last digits.
+    first of these names. checkpoint: its weights, .safetensors or PyTorch's; None for the released ones of a name.
+    device: "cpu", "cuda", "cuda:1". frames_per_batch: frames encoded at once. With 2 they are those of one pair, and
+    clips do not influence each other; more are quicker on a GPU and may change a mask's score in its last digits.
+    model_needed: for auto, whether there are boxes without masks; if not, such a box is a ModelNeededError.
 
     Detections whose mask is empty, or has no pixel in their box, are left out here.
     """
 
     path_settings: ClassVar[tuple[str, ...]] = ("model",)
 
-    segmenter: str = "annotations"
+    segmenter: str = "auto"
     model: str = ""
     checkpoint: Path | None = None
     device: str = "cpu"
     frames_per_batch: int = 2
+    model_needed: bool = field(default=True, metadata={"hashed": False})
 
     def __post_init__(self) -> None:
         if self.segmenter not in SEGMENTERS:
@@ -53,17 +60,28 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
             raise SettingsError(f"frames_per_batch must be at least 1, got {self.frames_per_batch}")
         if self.segmenter == "embedded":
             self._check_embedded_files()
-        if self.segmenter in MODELS:
-            known = MODELS[self.segmenter]
-            if self.model not in ("", *known) and not Path(self.model).is_file():
+        if self.segmenter == "annotations" and (self.model or self.checkpoint):
+            raise SettingsError("--segmenter-model and --segmenter-checkpoint are not for --segmenter annotations")
+        if self.architecture in MODELS:
+            known = MODELS[self.architecture]
+            # Set here, so that it is recorded with the settings.
+            self.model = self.model or known[0]
+            if self.model not in known and not Path(self.model).is_file():
                 raise InputError(
-                    f"--segmenter-model for {self.segmenter} is {', '.join(known)} or a json file; there is no file "
+                    f"--segmenter-model for {self.architecture} is {', '.join(known)} or a json file; there is no file "
                     f"{self.model}"
                 )
-            if self.checkpoint is None:
-                raise SettingsError(f"the segmenter {self.segmenter} needs --segmenter-checkpoint FILE")
-            if not self.checkpoint.is_file():
+            if self.checkpoint is None and self.model not in known:
+                raise SettingsError(f"the sizes in {self.model} need their weights: --segmenter-checkpoint FILE")
+            if self.checkpoint is not None and not self.checkpoint.is_file():
                 raise InputError(f"--segmenter-checkpoint: no file at {self.checkpoint}")
+
+    @property
+    def architecture(self) -> str:
+        """The segmenter's name; for auto that of the network: "sam" or "mobile-sam"."""
+        if self.segmenter != "auto":
+            return self.segmenter
+        return "mobile-sam" if self.device == "cpu" and self.model not in MODELS["sam"] else "sam"
 
     def _check_embedded_files(self) -> None:
         if self.model or self.checkpoint:
@@ -75,7 +93,15 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
     @property
     def model_device(self) -> str:
         """See Step."""
-        return "" if self.segmenter == "annotations" else self.device
+        used = self.segmenter != "annotations" and (self.segmenter != "auto" or self.model_needed)
+        return self.device if used else ""
+
+    def downloads(self) -> dict[str, HubModel]:
+        """See Step."""
+        from data_pipeline.models.hub import SEGMENTERS as RELEASED
+
+        named = self.model_device and self.checkpoint is None and self.model in RELEASED
+        return {"checkpoint": RELEASED[self.model]} if named else {}
 
     def model_files(self) -> dict[str, Path]:
         """See Step."""
@@ -84,26 +110,28 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
 
     def setup(self) -> None:
         """Loads the segmenter."""
-        if self.segmenter == "annotations":
-            from data_pipeline.models.segmenter import AnnotationSegmenter
+        from data_pipeline.models.segmenter import AnnotationSegmenter, FillingSegmenter
 
-            self._segmenter = AnnotationSegmenter()
-            return
+        if self.segmenter == "annotations":
+            self._segmenter: Segmenter = AnnotationSegmenter()
+        elif self.segmenter == "auto":
+            self._segmenter = FillingSegmenter(self._load() if self.model_needed else None)
+        else:
+            self._segmenter = self._load()
+
+    def _load(self) -> Segmenter:
         from data_pipeline.models.sam import SamSegmenter, load_sam
 
+        model, checkpoint = self.model, self.checkpoint
         if self.segmenter == "embedded":
-            self._segmenter = SamSegmenter(
-                load_sam(str(SEGMENTER_SIZES), SEGMENTER_WEIGHTS, self.device), self.frames_per_batch
-            )
-            return
-        model = self.model or MODELS[self.segmenter][0]
-        if self.segmenter == "sam":
-            sam = load_sam(model, self.checkpoint, self.device)
-        else:
+            model, checkpoint = str(SEGMENTER_SIZES), SEGMENTER_WEIGHTS
+        elif self.checkpoint is None:
+            checkpoint = Path(self.place_of("checkpoint"))
+        if self.architecture == "mobile-sam":
             from data_pipeline.models.mobile_sam import load_mobile_sam
 
-            sam = load_mobile_sam(model, self.checkpoint, self.device)
-        self._segmenter = SamSegmenter(sam, self.frames_per_batch)
+            return SamSegmenter(load_mobile_sam(model, checkpoint, self.device), self.frames_per_batch)
+        return SamSegmenter(load_sam(model, checkpoint, self.device), self.frames_per_batch)
 
     def process(self, record: DetectedPair) -> DetectedPair | Rejected:
         """The pair with its masks; rejected if one of the frames is left without any."""
@@ -135,9 +163,11 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
         except ClipError as error:
             return error
 
-    @staticmethod
     def _pair(
-        record: DetectedPair, reference: tuple[Detection, ...] | ClipError, target: tuple[Detection, ...] | ClipError
+        self,
+        record: DetectedPair,
+        reference: tuple[Detection, ...] | ClipError,
+        target: tuple[Detection, ...] | ClipError,
     ) -> DetectedPair | Rejected:
         for failure in (reference, target):
             if isinstance(failure, ClipError):
@@ -146,7 +176,13 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
         if not reference or not target:
             evidence = {"reference": len(reference), "target": len(target)}
             return Rejected("all masks are empty in one of the frames", evidence)
-        return DetectedPair(frames=record.frames, entities=record.entities, reference=reference, target=target)
+        served = dict(record.served)
+        if self.segmenter == "auto":
+            # Only networks say how good a mask is.
+            network = f"{self.architecture} {self.model}"
+            sources = {"annotations" if one.mask_score is None else network for one in (*reference, *target)}
+            served["masks"] = " and ".join(sorted(sources))
+        return replace(record, reference=reference, target=target, served=served)
 
 
 def shows(found: Detection) -> bool:

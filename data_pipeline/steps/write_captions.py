@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from data_pipeline.records import FramePair, Rejected, SettingsError
 from data_pipeline.step import Step
+
+if TYPE_CHECKING:
+    from data_pipeline.models.hub import HubModel
 
 CAPTIONERS = ("files", "blip")
 
@@ -17,8 +20,9 @@ class WriteCaptions(Step[FramePair, FramePair]):
     """Captions the target frame of a clip whose caption is blank; the others keep theirs.
 
     captioner: "files" (captions come with the videos; without one a clip is rejected) or "blip". model: BLIP's
-    directory or hub id. max_tokens: length of a caption at most. device: "cpu", "cuda", "cuda:1". frames_per_batch:
-    pictures in one pass; more are quicker on a GPU and may change a word where two are equally likely.
+    directory or hub id, the released one if empty. max_tokens: length of a caption at most. device: "cpu", "cuda",
+    "cuda:1". frames_per_batch: pictures in one pass; more are quicker on a GPU and may change a word where two are
+    equally likely.
     """
 
     path_settings: ClassVar[tuple[str, ...]] = ("model",)
@@ -40,16 +44,24 @@ class WriteCaptions(Step[FramePair, FramePair]):
             if self.model:
                 raise SettingsError("--caption-model is for --caption blip; captions are read from files")
             return
-        if not self.model:
-            raise SettingsError("--caption blip needs --caption-model DIR_OR_HUB_ID")
+        from data_pipeline.models.hub import BLIP
         from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, check_model_directory
 
+        # Set here, so that it is recorded with the settings.
+        self.model = self.model or BLIP.hub_id
         check_model_directory(self.model, "--caption-model", TEXT_AND_IMAGE_MODEL)
 
     @property
     def model_device(self) -> str:
         """See Step."""
         return "" if self.captioner == "files" else self.device
+
+    def downloads(self) -> dict[str, HubModel]:
+        """See Step."""
+        from data_pipeline.models.hub import transformers_model
+        from data_pipeline.models.model_files import is_hub_id
+
+        return {"model": transformers_model(self.model)} if self.captioner == "blip" and is_hub_id(self.model) else {}
 
     def setup(self) -> None:
         """Loads the captioner, if there is one."""
@@ -58,7 +70,7 @@ class WriteCaptions(Step[FramePair, FramePair]):
             from data_pipeline.models.captioner import load_captioner
 
             self._captioner = load_captioner(
-                self.model, self.device, max_tokens=self.max_tokens, batch_size=self.frames_per_batch
+                self.place_of("model"), self.device, max_tokens=self.max_tokens, batch_size=self.frames_per_batch
             )
 
     def process(self, record: FramePair) -> FramePair | Rejected:

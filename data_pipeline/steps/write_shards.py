@@ -101,6 +101,7 @@ class WriteShards(Step[TrainingPair, EncodedPair]):
                 "t_reference": round(reference.time, 6),
                 "t_target": round(target.time, 6),
                 "shot": [round(shot.start, 6), round(shot.end, 6)],
+                **pair.served,
             },
             "pipeline": dict(self.pipeline),
         }

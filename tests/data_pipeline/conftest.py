@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import av
 import numpy as np
@@ -190,3 +194,72 @@ def make_match() -> Callable[..., Match]:
         return Match(reference=first, target=second, similarity=0.9)
 
     return make
+
+
+class SmallHub:
+    """A hub on this machine, asked by huggingface_hub itself. repositories: hub id -> file -> content. asked: paths of
+    the files that were downloaded.
+    """
+
+    COMMIT = "c" * 40
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.asked: list[str] = []
+        hub = self
+
+        class Answers(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                kind, content = hub.answer(self.path, download=self.command == "GET")
+                self.send_response(200 if content is not None else 404)
+                if content is None:
+                    self.send_header("X-Error-Code", "RepoNotFound")
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(content or b"")))
+                self.send_header("X-Repo-Commit", hub.COMMIT)
+                self.send_header("ETag", f'"{hashlib.sha1(content or b"").hexdigest()}"')
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(content or b"")
+
+            do_HEAD = do_GET  # noqa: N815
+
+            def log_message(self, *words: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def answer(self, path: str, *, download: bool) -> tuple[str, bytes | None]:
+        parts = unquote(path.partition("?")[0]).strip("/").split("/")
+        own = self.repositories.get("/".join(parts[2:4] if parts[0] == "api" else parts[:2]))
+        if own is None:
+            return "text/plain", None
+        if parts[0] == "api" and "tree" in parts:
+            files = [{"type": "file", "path": name, "size": len(own[name]), "oid": "0" * 40} for name in own]
+            return "application/json", json.dumps(files).encode()
+        if parts[0] == "api":
+            siblings = [{"rfilename": name, "size": len(content)} for name, content in own.items()]
+            return "application/json", json.dumps({"id": "x/y", "sha": self.COMMIT, "siblings": siblings}).encode()
+        name = "/".join(parts[4:])
+        if download:
+            self.asked.append(name)
+        return "application/octet-stream", own.get(name)
+
+
+@pytest.fixture
+def small_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SmallHub]:
+    """A hub with nothing in it yet, and an empty cache for what is downloaded from it."""
+    from huggingface_hub import constants
+
+    hub = SmallHub()
+    address = f"http://127.0.0.1:{hub.server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()

@@ -22,7 +22,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def mine(videos, out, *options, workers=0):
-    return main(["--videos", str(videos), "--out", str(out), "--workers", str(workers), "--quiet", *map(str, options)])
+    plain = [] if "--detector" in options else ["--detector", "annotations", "--segmenter", "annotations"]
+    common = ["--videos", str(videos), "--out", str(out), "--workers", str(workers), "--quiet", *plain]
+    return main([*common, *map(str, options)])
 
 
 def rejected(out):
@@ -259,9 +261,10 @@ def test_every_filter_can_be_set_from_the_command_line():
 
 def test_every_setting_of_every_step_is_on_the_command_line():
     derived = {
-        "read_videos": {"annotations", "annotations_file", "caption_required"},
+        "read_videos": {"annotations", "annotations_file", "annotations_required", "caption_required"},
         "pick_frames": {"annotated_only"},
-        **{name: {"device"} for name in ("write_captions", "detect_boxes", "segment_masks", "match_subjects")},
+        **{name: {"device"} for name in ("write_captions", "match_subjects")},
+        **{name: {"device", "model_needed"} for name in ("detect_boxes", "segment_masks")},
     }
     for options, step in zip(STEPS, make_steps(arguments()), strict=True):
         names = {field.name for field in fields(step) if field.init and field.name != "pipeline"}
@@ -269,14 +272,35 @@ def test_every_setting_of_every_step_is_on_the_command_line():
 
 
 def test_annotated_masks_belong_to_annotated_boxes():
-    with pytest.raises(SettingsError, match="with --detector groundingdino use --segmenter sam"):
-        make_steps(arguments("--detector", "groundingdino"))
+    for detector in ("auto", "groundingdino"):
+        with pytest.raises(SettingsError, match=f"with --detector {detector} leave --segmenter away, or use sam"):
+            make_steps(arguments("--detector", detector, "--segmenter", "annotations"))
+    with pytest.raises(
+        SettingsError, match="--annotations is for the detectors auto and annotations, not for embedded"
+    ):
+        make_steps(arguments("--detector", "embedded", "--annotations", "boxes.json"))
+
+
+def test_the_embedded_detector_brings_its_segmenter():
+    steps = {step.name: step for step in make_steps(arguments("--detector", "embedded"))}
+    assert steps["segment_masks"].segmenter == "embedded"
 
 
 BAD = {
     "missing folder": (["--videos", "nowhere"], "no folder of videos at nowhere"),
     "folder without videos": (["--videos", "."], "no videos in ."),
-    "no annotations at all": (["--videos", "bare"], "none of 1 has any.*--detector groundingdino-hf"),
+    "no annotations at all": (
+        ["--videos", "bare", "--detector", "annotations"],
+        "'annotations' reads boxes that come with the videos, but none of 1 videos has any.*or leave --detector away",
+    ),
+    "no networks": (
+        ["--videos", "bare"],
+        r"^error: Grounding DINO \(IDEA-Research/grounding-dino-tiny, "
+        r"690 MB\) and MobileSAM \(dhkim2810/MobileSAM, 41 MB\) are not on this machine, and cannot be had .*\n"
+        r"  hf download IDEA-Research/grounding-dino-tiny --include .*\n  hf download dhkim2810/MobileSAM --include .*"
+        r"1 of 1 videos come without annotations: networks find their boxes and masks \(clips of the "
+        "procedural world: --detector embedded; annotated clips only: --detector annotations",
+    ),
     "missing table": (["--videos", "bare", "--captions", "no.csv"], "no captions table at no.csv"),
     "missing corpus": (["--videos", "bare", "--annotations", "no.json"], "no annotations file or folder at no.json"),
     "workers": (["--videos", "bare", "--workers", "-1"], "--workers must be 0 or more, got -1"),
@@ -530,7 +554,7 @@ def test_exports_of_others_give_the_samples_that_sidecars_give(write_clip, tmp_p
 def test_real_clips(shared_dir, tmp_path):
     videos = shared_dir / "media/videos"
     options = ("--captions", videos / "captions.csv", "--annotations", videos / "captions_and_boxes.json")
-    assert mine(videos, tmp_path / "out", *options) == 0
+    assert mine(videos, tmp_path / "out", *options) == 0  # annotations only: one clip has none
     samples = read_shard(tmp_path / "out/pairs-000000.tar")
     phrases = {
         key: [subject["phrase"] for subject in json.loads(files["json"])["subjects"]] for key, files in samples.items()

@@ -37,6 +37,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(write_clip, tmp_path):
         write_clip(tmp_path / "videos", f"clip_{i:02d}", ("dog", "cat", "fish")[: 1 + i % 3], seed=i)
     (tmp_path / "videos/empty.mp4").write_bytes(b"")
     command = ["--videos", str(tmp_path / "videos"), "--pairs-per-shard", "5", "--quiet"]
+    command += ["--detector", "annotations"]
     assert main([*command, "--out", str(tmp_path / "whole"), "--workers", "0"]) == 0
 
     kills = int(os.environ.get("KILLS", "3"))

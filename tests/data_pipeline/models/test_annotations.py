@@ -6,7 +6,6 @@ from PIL import Image
 
 from data_pipeline.models.annotations import (
     AnnotationSource,
-    check_names,
     read_many,
     read_mask,
     read_sidecar,
@@ -272,20 +271,20 @@ def names_in(tmp_path, *files):
 
 def test_entries_that_name_no_video_are_told(tmp_path):
     path = names_in(tmp_path, "a.mp4", "data/b", "Clip_3.mp4")
-    assert check_names(path, tmp_path, ["a.mp4", "b.mp4", "clip_3.mp4"]) == [
+    assert AnnotationSource(path).check_names(tmp_path, ["a.mp4", "b.mp4", "clip_3.mp4"]) == [
         f"1 entries of {path} name no video, the first one 'Clip_3.mp4', the folder has 'a.mp4'; is it 'clip_3.mp4'?"
     ]
-    assert check_names(path, tmp_path, ["a.mp4", "b.mp4", "Clip_3.mp4"]) == []
+    assert AnnotationSource(path).check_names(tmp_path, ["a.mp4", "b.mp4", "Clip_3.mp4"]) == []
 
 
 def test_annotations_of_other_videos_stop_the_run(tmp_path):
     with pytest.raises(
         InputError, match="none of 2 entries of .*corpus.json names a video: the first one 'x.mp4', the"
     ):
-        check_names(names_in(tmp_path, "x.mp4", "y.mp4"), tmp_path, ["a.mp4"])
+        AnnotationSource(names_in(tmp_path, "x.mp4", "y.mp4")).check_names(tmp_path, ["a.mp4"])
     path = names_in(tmp_path, "b.mp4")  # the end of a path does not do for annotations, and the hint says so
     with pytest.raises(InputError, match="'b.mp4', the folder has 'deep/b.mp4'; is it 'deep/b.mp4'?"):
-        check_names(path, tmp_path, ["deep/b.mp4"])
+        AnnotationSource(path).check_names(tmp_path, ["deep/b.mp4"])
 
 
 def test_pictures_that_name_no_video_are_left_to_the_clip(tmp_path):
@@ -295,7 +294,7 @@ def test_pictures_that_name_no_video_are_left_to_the_clip(tmp_path):
     path.write_text(
         json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "dog"}]})
     )
-    assert check_names(path, tmp_path, ["a.mp4", "b.mp4"]) == []
+    assert AnnotationSource(path).check_names(tmp_path, ["a.mp4", "b.mp4"]) == []
 
 
 def test_a_deleted_video_does_not_keep_another_from_being_alone(tmp_path):

@@ -125,35 +125,26 @@ def test_the_step_loads_it_and_leaves_the_package_as_it_was(dino_files):
         text_encoder=str(dino_files.bert),
     )
     step.setup()
-    assert isinstance(step._detector, GroundingDino)
+    assert isinstance(step._network, GroundingDino)
     assert groundingdino.BertModelWarper is bertwarper.BertModelWarper
     after = transformer_vanilla.TransformerEncoderLayer.forward, get_tokenlizer.get_pretrained_language_model
     assert after == before
 
 
-def test_weights_from_safetensors_and_from_the_hub(dino_files, tmp_path, monkeypatch):
-    """The hub is a folder here: what is asked of huggingface_hub is what matters."""
-    import huggingface_hub
-    from safetensors.torch import save_file
+def test_weights_from_safetensors_and_from_the_hub(dino_files, small_hub):
+    from safetensors.torch import save
 
-    hub = tmp_path / "hub"
-    hub.mkdir()
-    save_file(
-        {name: tensor.clone() for name, tensor in read_weights(dino_files.weights).items()}, hub / "w.safetensors"
-    )
-    (hub / "model.cfg.py").write_text(dino_files.config.read_text())
-    (hub / "other.cfg.py").write_text("")
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: [path.name for path in hub.iterdir()])
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: asked.append(names) or str(hub / names[1]))
+    weights = save({name: tensor.clone() for name, tensor in read_weights(dino_files.weights).items()})
+    configurations = {"model.cfg.py": dino_files.config.read_bytes(), "other.cfg.py": b""}
+    small_hub.repositories["owner/dino"] = {"w.safetensors": weights, **configurations}
     settings = {"detector": "groundingdino", "model": "owner/dino", "text_encoder": str(dino_files.bert)}
     with pytest.raises(InputError, match="several files for its configuration: name one of model.cfg.py, other.cfg.py"):
         DetectBoxes(**settings).setup()
     step = DetectBoxes(**settings, config="model.cfg.py")
     step.setup()
-    assert asked == [("owner/dino", "model.cfg.py"), ("owner/dino", "w.safetensors")]
+    assert sorted(small_hub.asked) == ["model.cfg.py", "w.safetensors"]
     original = load_grounding_dino(dino_files.config, dino_files.weights, str(dino_files.bert), "cpu").state_dict()
-    for name, tensor in step._detector.model.state_dict().items():
+    for name, tensor in step._network.model.state_dict().items():
         assert torch.equal(tensor, original[name]), name
 
 

@@ -127,7 +127,7 @@ def test_annotated_boxes_without_masks_get_theirs_from_the_segmenter(files, make
     for found in (*filled.reference, *filled.target):
         assert (found.object_id, found.entity.phrase, found.mask.shape) == (4, "brown dog", (30, 50))
         assert found.mask_score is not None
-    without = SegmentMasks()
+    without = SegmentMasks(segmenter="annotations")
     without.setup()
     assert without.process(detected).reason == "annotation without a mask"
 

@@ -32,7 +32,7 @@ def detect(make_pair, make_entity):
     def run(reference, target, phrases=("dog", "soccer ball")):
         annotations = Annotations(frames={3: tuple(reference), 8: tuple(target)})
         pair = make_pair(BLACK, BLACK, annotations=annotations)
-        step = DetectBoxes()
+        step = DetectBoxes(detector="annotations")
         step.setup()
         return step.process(NamedPair(frames=pair, entities=tuple(make_entity(phrase) for phrase in phrases)))
 
@@ -103,9 +103,9 @@ class Recorder:
 
 @pytest.fixture
 def step_and_recorder():
-    step = DetectBoxes()
-    step._detector = Recorder()
-    return step, step._detector
+    step = DetectBoxes(detector="annotations")
+    step._annotations, step._network = Recorder(), None
+    return step, step._annotations
 
 
 def test_all_frames_of_all_pairs_in_one_call(step_and_recorder, make_pair, make_entity):
@@ -131,7 +131,7 @@ def test_a_pair_that_cannot_be_asked_about_does_not_fail_the_others(step_and_rec
 
 def test_wrong_settings(tmp_path):
     with pytest.raises(
-        SettingsError, match="detector must be one of annotations, groundingdino, groundingdino-hf.*, got 'yolo'"
+        SettingsError, match="detector must be one of auto, annotations, groundingdino, groundingdino-hf.*, got 'yolo'"
     ):
         DetectBoxes(detector="yolo")
     with pytest.raises(SettingsError, match=r"are fractions, got 0 and 0.7"):
@@ -162,8 +162,7 @@ def test_groundingdino_wants_its_files(tmp_path):
 
 
 def test_groundingdino_hf_wants_its_files(tmp_path):
-    with pytest.raises(SettingsError, match="groundingdino-hf needs --detector-model DIR_OR_HUB_ID"):
-        DetectBoxes(detector="groundingdino-hf")
+    assert DetectBoxes(detector="groundingdino-hf").model == "IDEA-Research/grounding-dino-tiny"
     with pytest.raises(
         InputError, match="--detector-model: no directory at .*/no/such/place; give a model's directory"
     ):
@@ -190,5 +189,5 @@ def test_the_embedded_detector_brings_its_own_files(tmp_path, monkeypatch):
 
 
 def test_a_detector_that_reads_annotations_has_no_model():
-    assert DetectBoxes().model_device == ""
-    assert DetectBoxes().model_files() == {}
+    assert DetectBoxes(detector="annotations").model_device == ""
+    assert DetectBoxes(detector="annotations").model_files() == {}

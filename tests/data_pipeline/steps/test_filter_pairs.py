@@ -212,7 +212,12 @@ def mine(tmp_path, write_video, annotate, make_entity):
             record = step.process(record)
             assert not isinstance(record, Rejected)
         record = NamedPair(frames=record[0], entities=tuple(make_entity(name) for name in names))
-        for step in (DetectBoxes(), SegmentMasks(), MatchSubjects(), FilterPairs(**settings)):
+        for step in (
+            DetectBoxes(detector="annotations"),
+            SegmentMasks(segmenter="annotations"),
+            MatchSubjects(),
+            FilterPairs(**settings),
+        ):
             step.setup()
             if alter is not None and isinstance(record, DetectedPair) and record.target[0].mask is not None:
                 record = replace(record, target=tuple(replace(found, **alter) for found in record.target))

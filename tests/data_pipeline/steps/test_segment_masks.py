@@ -28,7 +28,7 @@ def segment(make_pair, make_detection):
             yield replace(make_detection(MASK), mask=None, annotated=annotated)
 
     def run(reference, target):
-        step = SegmentMasks()
+        step = SegmentMasks(segmenter="annotations")
         step.setup()
         return step.process(pair(reference, target))
 
@@ -72,7 +72,7 @@ def test_a_box_without_a_mask(segment):
 
 def test_a_broken_pair_does_not_fail_its_neighbours(segment):
     pairs = [segment.pair([MASK], [MASK]), segment.pair([None], [MASK]), segment.pair([MASK, MASK], [MASK])]
-    step = SegmentMasks()
+    step = SegmentMasks(segmenter="annotations")
     step.setup()
     first, broken, last = step.process_many(pairs)
     assert [len(first.reference), len(last.reference)] == [1, 2]
@@ -89,7 +89,7 @@ def test_all_frames_of_a_batch_are_one_request(segment):
             self.asked.append([len(found) for _, found in requests])
             return [tuple(replace(one, mask=MASK) for one in found) for _, found in requests]
 
-    step = SegmentMasks()
+    step = SegmentMasks(segmenter="annotations")
     step._segmenter = Whole()
     pairs = step.process_many([segment.pair([None], [None, None]), segment.pair([None] * 3, [None] * 4)])
     assert step._segmenter.asked == [[1, 2, 3, 4]]
@@ -97,15 +97,17 @@ def test_all_frames_of_a_batch_are_one_request(segment):
 
 
 def test_wrong_settings(tmp_path):
-    with pytest.raises(SettingsError, match="must be one of annotations, sam, mobile-sam, embedded, got 'unet'"):
+    with pytest.raises(SettingsError, match="must be one of auto, annotations, sam, mobile-sam, embedded, got 'unet'"):
         SegmentMasks(segmenter="unet")
     with pytest.raises(InputError, match="for sam is vit_b, vit_l, vit_h or a json file; there is no file vit_x"):
         SegmentMasks(segmenter="sam", model="vit_x")
     with pytest.raises(InputError, match="for mobile-sam is vit_t or a json file; there is no file vit_b"):
         SegmentMasks(segmenter="mobile-sam", model="vit_b")
     for segmenter in ("sam", "mobile-sam"):
-        with pytest.raises(SettingsError, match=f"{segmenter} needs --segmenter-checkpoint FILE"):
-            SegmentMasks(segmenter=segmenter)
+        sizes = tmp_path / "sizes.json"
+        sizes.write_text("{}")
+        with pytest.raises(SettingsError, match="the sizes in .*sizes.json need their weights: --segmenter-checkpoint"):
+            SegmentMasks(segmenter=segmenter, model=str(sizes))
         with pytest.raises(InputError, match="--segmenter-checkpoint: no file at"):
             SegmentMasks(segmenter=segmenter, checkpoint=tmp_path / "sam.pth")
     with pytest.raises(SettingsError, match="frames_per_batch must be at least 1, got 0"):
@@ -113,14 +115,14 @@ def test_wrong_settings(tmp_path):
 
 
 def test_the_size_of_batches_is_recorded_since_it_may_change_last_digits():
-    assert SegmentMasks(frames_per_batch=8).settings() != SegmentMasks().settings()
+    assert SegmentMasks(frames_per_batch=8).settings() != SegmentMasks(segmenter="annotations").settings()
 
 
 def test_the_embedded_segmenter_brings_its_own_files(tmp_path, monkeypatch):
     step = SegmentMasks(segmenter="embedded", device="cuda:1")
     assert step.model_device == "cuda:1"
     assert step.model_files()["embedded"].is_dir()
-    assert SegmentMasks().model_device == ""
+    assert SegmentMasks(segmenter="annotations").model_device == ""
     with pytest.raises(SettingsError, match="the segmenter embedded brings its own files"):
         SegmentMasks(segmenter="embedded", model="vit_b")
     monkeypatch.setattr(segment_masks, "SEGMENTER_WEIGHTS", tmp_path / "gone")

@@ -103,8 +103,7 @@ def test_wrong_settings(tmp_path):
         WriteCaptions(max_tokens=0)
     with pytest.raises(SettingsError, match="--caption-model is for --caption blip"):
         WriteCaptions(model="some/model")
-    with pytest.raises(SettingsError, match="--caption blip needs --caption-model DIR_OR_HUB_ID"):
-        WriteCaptions(captioner="blip")
+    assert WriteCaptions(captioner="blip").model == "Salesforce/blip-image-captioning-large"
     with pytest.raises(InputError, match="--caption-model: no directory at"):
         WriteCaptions(captioner="blip", model=str(tmp_path / "no/blip"))
     with pytest.raises(InputError, match=r"--caption-model: the directory .* lacks its configuration \(config.json\)"):
