@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from data_pipeline.models.hub import HubModel
 
 LIBRARIES = ("timm", "transformers", "dinov2", "clip")
-# Where no threshold is given; the measurements behind these numbers are in docs/mining.md.
+# Where no threshold is given; what these numbers rest on is in docs/mining_measurements.md.
 MIN_SIMILARITY = {"histogram": 0.7, "timm": 0.55, "transformers": 0.5, "dinov2": 0.5, "clip": 0.75}
 ROUNDING = 1e-5
 """Similarities are rounded to this before they are compared: the last digits of a network's output say nothing."""

@@ -53,7 +53,7 @@ def test_times_are_seconds_after_the_first_frame(videos, name):
     np.testing.assert_allclose(probe(videos[name]).times, shown - shown[0], atol=1.01e-3)
 
 
-# The table of docs/mining.md, section Reading.
+# The table of docs/mining_measurements.md, section Reading.
 WRONG_IN_DECORD = [
     "open.mp4",
     "open.mkv",
@@ -100,7 +100,7 @@ def read_wrongly_by_decord(path):
 def test_why_auto_does_not_take_decord(videos, name):
     assert choose_reader("auto", videos[name], probe(videos[name])) == "pyav"
     wrong = read_wrongly_by_decord(videos[name])
-    assert len(wrong) > 5, "decord reads this right by now: docs/mining.md says otherwise"
+    assert len(wrong) > 5, "decord reads this right by now: docs/mining_measurements.md says otherwise"
 
 
 @needs_decord
