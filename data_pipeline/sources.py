@@ -157,6 +157,12 @@ def beside(video: Path, ending: str) -> Path:
     return path
 
 
+def have_annotations(files: Iterable[VideoFile]) -> bool:
+    """Whether one of the videos has ``clip.annotations.json`` beside it."""
+    # Not Path.is_file, which raises for a name that is too long with this suffix.
+    return any(os.path.isfile(beside(file.path, ".annotations.json")) for file in files)  # noqa: PTH113
+
+
 def read_sidecar_caption(video: Path, notes: list[str] | None = None) -> str | None:
     """The caption in ``clip.txt`` or under "caption" in ``clip.json``; None if there is neither, or nothing in it.
 
@@ -171,10 +177,12 @@ def read_sidecar_caption(video: Path, notes: list[str] | None = None) -> str | N
             text, caption = decode_text(content, "caption file", notes), None
             if ending == ".txt":
                 caption = as_caption(text, "caption")
-            elif isinstance(data := json.loads(text), dict):
-                caption = as_caption(data.get("caption"), "caption")
-                if _is_several(data.get("caption")):
+            elif isinstance(data := json.loads(text), dict) and "caption" in data:
+                caption = as_caption(data["caption"], "caption")
+                if _is_several(data["caption"]):
                     notes.append("several captions, of which the first was taken")
+            else:
+                notes.append('json without "caption"')
             return caption or None
         except ClipError as error:
             notes.append(f"caption file that cannot be used: {error.evidence['error']}")
@@ -396,6 +404,6 @@ def match_captions(table: Mapping[str, Row], path: Path, places: Places, notes: 
         called, names = unclear[0]
         notes.append(
             f"{len(unclear)} rows of {path} fit more than one video and are not used, the first one {called!r}: "
-            f"{names[0]!r} and {names[1]!r}; write the path below the folder"
+            f"{names[0]!r} and {names[1]!r}; write the path below the folder, with its suffix"
         )
     return {name: table[called].caption for name, (_, called) in found.items()}

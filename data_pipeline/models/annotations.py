@@ -39,10 +39,11 @@ from data_pipeline.records import (
     Box,
     ClipError,
     InputError,
+    VideoFile,
     decode_mask,
     mask_box,
 )
-from data_pipeline.sources import SUFFIXES, Places, beside, is_hidden, path_parts
+from data_pipeline.sources import SUFFIXES, Places, beside, have_annotations, is_hidden, path_parts
 from data_pipeline.texts import decode_text, read_text
 
 SCHEMA = "data_pipeline.annotations/1"
@@ -217,12 +218,13 @@ class AnnotationSource:
         return self._alone[root]
 
 
-def check_names(path: Path, folder: Path, names: Sequence[str]) -> list[str]:
+def check_names(path: Path, folder: Path, files: Sequence[VideoFile]) -> list[str]:
     """Sentences on entries of an annotations file or folder that name none of the videos, and on what was assumed when
-    it was read. InputError if it cannot be read, or if no entry names a video.
+    it was read. InputError if it cannot be read, or if no entry names a video and no video has a sidecar.
     """
     notes: list[str] = []
-    places = Places(list(names), folder)
+    names = [file.name for file in files]
+    places = Places(names, folder)
     entries = read_many(path, notes)
     unused = []
     for key, entry in entries.items():
@@ -231,7 +233,7 @@ def check_names(path: Path, folder: Path, names: Sequence[str]) -> list[str]:
             unused.append(key)
     if unused:
         what = f"the first one {unused[0]!r}, the folder has {names[0]!r}{places.near(unused[0])}"
-        if len(unused) == len(entries):
+        if len(unused) == len(entries) and not have_annotations(files):
             raise InputError(f"none of {len(unused)} entries of {path} names a video: {what}")
         notes.append(f"{len(unused)} entries of {path} name no video, {what}")
     return notes
