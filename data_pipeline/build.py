@@ -29,7 +29,7 @@ from data_pipeline.records import InputError, MiningError, SettingsError, VideoF
 from data_pipeline.run import run
 from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_session, run_on_ray, write_on_ray
 from data_pipeline.shard_reader import rejected_videos
-from data_pipeline.sources import find_videos, have_annotations
+from data_pipeline.sources import annotations_beside, find_videos
 from data_pipeline.step import Step
 
 
@@ -52,7 +52,7 @@ def check_annotations_exist(arguments: argparse.Namespace, files: Sequence[Video
     """InputError if boxes are to be read from annotations and not one video has any."""
     if arguments.detector != "annotations" or arguments.annotations is not None:
         return
-    if not have_annotations(files):
+    if not any(annotations_beside(file.path) for file in files):
         name = Path(files[0].name).stem
         raise InputError(
             f"the detector 'annotations' reads boxes that come with the videos, but none of {len(files)} has any.\n"

@@ -37,6 +37,7 @@ Chinese in an encoding of its own.
 """
 WINDOWS_NOTE = "is no UTF-8 and was read as Windows-1252; save it as UTF-8 if letters look wrong"
 SAVE = "save it as UTF-8"
+SEVERAL = "several captions, of which the first was taken"
 
 
 # ------------------------------------------------------------------------------------------------------------ encodings
@@ -147,6 +148,11 @@ def as_caption(value: Any, what: str) -> str:
             )
             raise ClipError(UNREADABLE, error=error)
     return next(filter(None, found), "")
+
+
+def is_several(value: Any) -> bool:
+    """Whether ``as_caption`` leaves captions of this value out."""
+    return isinstance(value, list) and len([text for text in value if text]) > 1
 
 
 def printed(text: str) -> str | None:

@@ -43,7 +43,7 @@ from data_pipeline.records import (
     decode_mask,
     mask_box,
 )
-from data_pipeline.sources import SUFFIXES, Places, beside, have_annotations, is_hidden, path_parts
+from data_pipeline.sources import SUFFIXES, Places, annotations_beside, is_hidden, path_parts
 from data_pipeline.texts import decode_text, read_text
 
 SCHEMA = "data_pipeline.annotations/1"
@@ -60,11 +60,6 @@ OTHERS = {
     ".zip": "an archive, which has to be unpacked",
 }
 """Suffixes of what tools export besides."""
-
-
-def sidecar_path(video: Path) -> Path:
-    """``clip.mp4`` -> ``clip.annotations.json``."""
-    return beside(video, ".annotations.json")
 
 
 def _pixel_box(values: Any, width: int, height: int, where: str) -> Box:
@@ -164,8 +159,8 @@ class AnnotationSource:
             annotations = _from_entry(entry, width, height, num_frames)
             besides = {"left_out": entry.left_out} if entry.left_out else {}
         else:
-            sidecar, besides = sidecar_path(video), {}
-            if not sidecar.is_file():
+            sidecar, besides = annotations_beside(video), {}
+            if sidecar is None:
                 return None
             annotations = read_sidecar(sidecar, width, height, num_frames)
         if not any(annotations.frames.values()):
@@ -233,7 +228,7 @@ def check_names(path: Path, folder: Path, files: Sequence[VideoFile]) -> list[st
             unused.append(key)
     if unused:
         what = f"the first one {unused[0]!r}, the folder has {names[0]!r}{places.near(unused[0])}"
-        if len(unused) == len(entries) and not have_annotations(files):
+        if len(unused) == len(entries) and not any(annotations_beside(file.path) for file in files):
             raise InputError(f"none of {len(unused)} entries of {path} names a video: {what}")
         notes.append(f"{len(unused)} entries of {path} name no video, {what}")
     return notes

@@ -717,7 +717,9 @@ PHOTO_FAULTS = {
     "objects as a list": ({"file_name": "p1.png", "text": "a", "objects": [1]}, "unreadable item"),
     "upwards": ({"file_name": "../p1.png", "text": "a"}, "path outside the folder of pictures"),
     "absolute": ({"file_name": "/p1.png", "text": "a"}, "path outside the folder of pictures"),
-    "a name that no file has": ({"file_name": "a" * 300 + ".png", "text": "a"}, "unreadable item"),
+    "a name that no file has": (
+        {"file_name": "a" * 300 + ".png", "text": "a", "boxes": BOXES, "phrases": ["a", "b"]},
+        "no such picture"),
     "no file_name": ({"file": "p1.png"}, "unreadable item"),
     "no such picture": (
         {"file_name": "p9.png", "text": "a", "boxes": BOXES, "phrases": ["a", "b"]}, "no such picture"),
@@ -839,7 +841,7 @@ def test_wrong_command_lines(tmp_path, pictures, capsys):
         (official("broken.json", *images), "item 0 is no json, or the file breaks off"),
         (official("trail.json", *images), "after the end of the list comes '[]'"),
         (official("commas.json", *images), "not a comma or a bracket"),
-        (official("latin.json", *images), "latin.json is neither UTF-8, UTF-16 with a mark nor Windows-1252"),
+        (official("latin.json", *images), "latin.json is neither UTF-8, UTF-16 nor Windows-1252"),
         (official("deep.json", *images), "item 0 is nested too deeply"),
         (official("broken.parquet", *images), "cannot read"),
         (official("nowhere.jsonl", *images), "none of the 1 target pictures is in"),

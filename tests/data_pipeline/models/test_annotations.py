@@ -10,9 +10,9 @@ from data_pipeline.models.annotations import (
     read_many,
     read_mask,
     read_sidecar,
-    sidecar_path,
 )
 from data_pipeline.records import AnnotatedObject, ClipError, InputError, VideoFile, encode_mask
+from data_pipeline.sources import annotations_beside
 
 MASK = np.zeros((8, 10), dtype=bool)
 MASK[2:6, 1:5] = True
@@ -38,7 +38,7 @@ def write(tmp_path, content):
 
 def test_sidecar(tmp_path):
     path = write(tmp_path, sidecar())
-    assert path == sidecar_path(tmp_path / "clip.mp4")
+    assert path == annotations_beside(tmp_path / "clip.mp4")
     [found] = read_sidecar(path, 10, 8, 12).frames[3]
     assert (found.object_id, found.name, found.attributes) == (7, "dog", {"main_color": "red"})
     assert found.box == (0.1, 0.25, 0.5, 0.75)
