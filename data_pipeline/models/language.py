@@ -273,7 +273,7 @@ class NounChunker:
                 kind = "adjective"  # "double-decker"
             # The base form of a verb or an adjective would not be a noun: "clean" for "cleaner".
             lemma = token.lemma_.lower() if token.pos_ in NOUNS else token.lower_
-            if token.tag_ == "NNS" and lemma == token.lower_ and lemma[:-1] in self._nouns:
+            if token.tag_ in ("NNS", "NNPS") and lemma == token.lower_ and lemma[:-1] in self._nouns:
                 lemma = lemma.removesuffix("s")  # "saris"
             words.append((token.lower_, lemma, "head" if token == head else kind))
         governor = root
@@ -341,7 +341,7 @@ def denied_nouns(document: Doc) -> frozenset[int]:
     for token in document:
         word, head = token.norm_, token.head
         following = token.nbor().lower_ if token.i + 1 < len(document) else ""
-        if word in ("without", "sans", "except") or token.lower_ == "w/o":
+        if word in ("without", "sans") or token.lower_ == "w/o":
             found |= complements(token)
         elif word in ("instead", "free", "devoid", "empty", "lack", "absence") and following == "of":
             found |= complements(token.nbor()) | alternatives(token.nbor())

@@ -343,7 +343,7 @@ class FindEntities(Step[FramePair, NamedPair]):
             ):
                 return False
         # "looks at a camera", "the camera zooms in": the one that takes the film
-        if head == "camera" and (chunk.preposition or chunk.words[0][0] == "the"):
+        if head == "camera" and not kept and (chunk.preposition or chunk.words[0][0] == "the"):
             return False
         if head in PASTIMES and chunk.words[0][2] != "determiner":  # "plays ping pong"
             return False

@@ -144,6 +144,7 @@ CAPTIONS = json.loads(Path(__file__).with_name("caption_entities.json").read_tex
         ("looked_at_once_afterwards", 0.90, 40),
         ("written_before_the_rules_were_mended", 0.95, 150),
         ("looked_at_while_mending", 0.90, 45),
+        ("written_by_a_reviewer", 0.90, 200),
     ],
 )
 def test_agreement_with_what_a_person_names(step, part, least, captions):
@@ -152,7 +153,8 @@ def test_agreement_with_what_a_person_names(step, part, least, captions):
     names, over all captions together: a missing and an invented phrase count alike, and a wrong one counts twice. The
     first rules were written with an eye on the first part. The third was written before they were mended, and gave
     0.74 then; 0.89 when the kinds of the issue were mended and before anybody looked at what it missed. The second is
-    run once whenever rules are done: 0.92 of the first twenty, 0.90 of the others.
+    run once whenever rules are done: 0.92 of the first twenty, 0.90 of the others. The last was written by somebody
+    else than the rules: 0.91 of the first 150 at first sight, 0.86 of the 50 that followed; then some rules were mended.
     """
     both, either = 0, 0
     for caption, expected in CAPTIONS[part]:
@@ -319,6 +321,7 @@ def test_what_is_denied_is_not_asked_for(phrases, caption, expected):
     [
         ("a dog not far from a house", ["dog", "house"]),
         ("not only a dog but also a cat", ["dog", "cat"]),
+        ("a room without furniture except for a lamp", ["lamp"]),
         ("not a dog but a cat", ["cat"]),
         ("no more than two dogs run", ["dog"]),
         ("not all dogs have collars", ["dog", "collar"]),
@@ -396,6 +399,8 @@ def test_nouns_that_are_colours_too(phrases, caption, expected):
         ("two guys playing ping pong", ["guy"]),
         ("a toy kitchen in a kitchen", ["toy kitchen"]),
         ("The camera zooms in on a photographer with his camera", ["photographer"]),
+        ("a tourist with a film camera", ["tourist", "film camera"]),
+        ("Two Labradors chase a tennis ball", ["labrador", "tennis ball"]),
         ("a sense of calmness, elegance and a celebration at a fire engine", ["fire engine"]),
         ("a man in an orange helmet looking at a blueprint", ["man", "orange helmet", "blueprint"]),
     ],
@@ -414,7 +419,7 @@ def test_whole_words(phrases, caption, expected):
         ("Dog chewing bone", ["dog", "bone"]),
         ("Barista roasting marshmallows", ["barista"]),
         ("a baby bathing suit on a chair", ["baby bathing suit", "chair"]),
-        ("Wood burning stove", ["wood burning stove"]),
+        ("Coffee roasting machine", ["coffee roasting machine"]),
         ("the girl waves at a dog", ["girl", "dog"]),
         ("a cup stands there while the crowd cheers", ["cup", "crowd"]),
         ("the plumber runs at the beach", ["plumber"]),
