@@ -795,7 +795,7 @@ def test_wrong_command_lines(tmp_path, pictures, capsys):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "broken.parquet").write_text("PAR1")
     (tmp_path / "nowhere.jsonl").write_text(json.dumps(item(0, image_file="missing.png")))
-    (tmp_path / "case.jsonl").write_text(json.dumps(item(0, image_file="P0.PNG")))
+    (tmp_path / "case.jsonl").write_text(json.dumps(item(0, image_file="Target0.PNG")))
     bare = tmp_path / "bare"
     save(bare / "a.png")
     captioned = tmp_path / "captioned"
@@ -846,7 +846,7 @@ def test_wrong_command_lines(tmp_path, pictures, capsys):
         (official("deep.json", *images), "item 0 is nested too deeply"),
         (official("broken.parquet", *images), "cannot read"),
         (official("nowhere.jsonl", *images), "none of the 1 target pictures is in"),
-        (official("case.jsonl", *images), "'P0.PNG': paths of items are below that folder; is it 'p0.png'?"),
+        (official("case.jsonl", *images), "'Target0.PNG': paths of items are below that folder; is it 'target0.png'?"),
         (photos("bare"), "no picture in"),
         (photos("bare"), "has a caption or boxes"),
         (photos("captioned"), "has boxes: give metadata.jsonl"),
