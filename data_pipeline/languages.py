@@ -22,8 +22,8 @@ SMALL_WORDS = {
     "German": words_of(
         """
         auf aus bei beim das dem den der des ein eine einem einen einer eines frau frauen hund hunde im ist junge katze
-        kind kinder mann mit mädchen männer nach neben sich sie sind sitzt spielen spielt steht und unter vom von vor wird zum
-        zur zwei über
+        kind kinder mann mit mädchen männer nach neben sich sie sind sitzt spielen spielt steht und unter vom von vor
+        wird zum zur zwei über
         """
     ),
     "French": words_of(
@@ -40,8 +40,8 @@ SMALL_WORDS = {
     ),
     "Italian": words_of(
         """
-        al alla bambina bambini bambino cane che con dalla del della delle di donna due e gatto gli il la le mentre nel nella per
-        ragazza ragazzo si sta sua sul sulla sulle suo un una uno uomo
+        al alla bambina bambini bambino cane che con dalla del della delle di donna due e gatto gli il la le mentre nel
+        nella per ragazza ragazzo si sta sua sul sulla sulle suo un una uno uomo
         """
     ),
     "Portuguese": words_of(
@@ -60,7 +60,7 @@ SMALL_WORDS = {
         "av barn bredvid den det en ett flicka från hund hunden i katt kvinna med och på pojke sitter som står två är"
     ),
     "Danish": words_of(
-        "af barn ved den det dreng en et fra hund hunden i kat kvinde med mand og på pige sidder som står er"
+        "af barn børn ved den det dreng en et fra hund hunden i kat kvinde med mand og på pige sidder som står er"
     ),
     "Norwegian": words_of(
         "av barn ved den det en et fra gutt hund hunden i jente katt kvinne med mann og på sitter som står er"
