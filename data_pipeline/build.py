@@ -29,7 +29,7 @@ from data_pipeline.records import InputError, MiningError, MissingModelError, Mo
 from data_pipeline.run import run
 from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_session, run_on_ray, write_on_ray
 from data_pipeline.shard_reader import rejected_videos
-from data_pipeline.sources import beside, find_videos
+from data_pipeline.sources import annotations_beside, find_videos
 from data_pipeline.step import Step
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def check_inputs(arguments: argparse.Namespace, files: Sequence[VideoFile], step
             f"{among} a caption.\nGive {name}.txt beside {files[0].name} (and so on), or a table with the columns "
             f"video and caption, --captions FILE; or have them written by {BLIP.told()}: --caption blip"
         )
-    sidecars = (beside(file.path, ".annotations.json").is_file() for file in files)
+    sidecars = (annotations_beside(file.path) for file in files)
     if arguments.detector == "annotations" and arguments.annotations is None and not any(sidecars):
         lacking.append(
             f"the detector 'annotations' reads boxes that come with the videos, but {among} any.\nGive sidecars "
@@ -81,7 +81,7 @@ def deal_out(arguments: argparse.Namespace, files: Sequence[VideoFile], steps: l
 
     notes: list[str] = []
     source = AnnotationSource(arguments.annotations, notes)
-    say(notes + source.check_names(arguments.videos, [file.name for file in files]))
+    say(notes + source.check_names(arguments.videos, files))
     bare = 0
     if arguments.detector == "auto":
         bare = sum(not source.knows(file.path, file.name) for file in files)

@@ -26,6 +26,7 @@ from data_pipeline.journal import Journal, atomic_file, write_atomically
 from data_pipeline.options import HelpFormatter, Parser, default_workers, finite
 from data_pipeline.records import InputError, MiningError, SettingsError
 from data_pipeline.run import run
+from data_pipeline.sources import Places
 from data_pipeline.step import Step
 
 IMPORTERS = ("official", "images")
@@ -174,9 +175,10 @@ def check_items(arguments: argparse.Namespace, spool: Spool, files: Sequence[Ite
     if not files:
         raise InputError(f"no items in {arguments.source}")
     if spool.wanted and not spool.pictures:
+        near = Places(list_pictures(arguments.images), arguments.images).near(spool.missing)
         raise InputError(
             f"none of the {spool.wanted} target pictures is in {arguments.images}, the first one is {spool.missing!r}: "
-            "paths of items are below that folder"
+            f"paths of items are below that folder{near}"
         )
     pixels = {unit: count for (normalised, unit), count in spool.boxes.items() if not normalised}
     if pixels and set(pixels) == {"fractions"}:

@@ -11,7 +11,7 @@ def words_of(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Articles, prepositions, auxiliaries and the commonest nouns of captions. None of them is an ordinary English word.
+# Articles, prepositions, auxiliaries and the commonest nouns of captions. No list has a word of the English one.
 SMALL_WORDS = {
     "English": words_of(
         """
@@ -22,8 +22,8 @@ SMALL_WORDS = {
     "German": words_of(
         """
         auf aus bei beim das dem den der des ein eine einem einen einer eines frau frauen hund hunde im ist junge katze
-        kind kinder mann mit mädchen männer nach neben sich sie sind sitzt spielt steht und unter vom von vor wird zum
-        zur zwei über
+        kind kinder mann mit mädchen männer nach neben sich sie sind sitzt spielen spielt steht und unter vom von vor
+        wird zum zur zwei über
         """
     ),
     "French": words_of(
@@ -40,8 +40,8 @@ SMALL_WORDS = {
     ),
     "Italian": words_of(
         """
-        al alla bambina bambino cane che con dalla del della delle di donna e gatto gli il la le mentre nel nella per
-        ragazza ragazzo si sta sua sul sulla sulle suo un una uno uomo
+        al alla bambina bambini bambino cane che con dalla del della delle di donna due e gatto gli il la le mentre nel
+        nella per ragazza ragazzo si sta sua sul sulla sulle suo un una uno uomo
         """
     ),
     "Portuguese": words_of(
@@ -60,10 +60,10 @@ SMALL_WORDS = {
         "av barn bredvid den det en ett flicka från hund hunden i katt kvinna med och på pojke sitter som står två är"
     ),
     "Danish": words_of(
-        "af barn ved den det dreng en et fra hund hunden i kat kvinde med mand og på pige sidder som står to er"
+        "af barn børn ved den det dreng en et fra hund hunden i kat kvinde med mand og på pige sidder som står er"
     ),
     "Norwegian": words_of(
-        "av barn ved den det en et fra gutt hund hunden i jente katt kvinne med mann og på sitter som står to er"
+        "av barn ved den det en et fra gutt hund hunden i jente katt kvinne med mann og på sitter som står er"
     ),
     "Catalan": words_of("al amb d'un dona el els en es gat gos i la les nen nena per que sobre un una"),
     "Polish": words_of(
@@ -77,7 +77,7 @@ SMALL_WORDS = {
         "anak anjing dan dengan di ke kucing laki orang pada pria sebuah sedang seekor seorang wanita yang"
     ),
     "Vietnamese": words_of("bên chó con cô của cậu gái một mèo người trai trên và với đang đàn ông ở"),
-    "Finnish": words_of("ja kaksi kissa koira lapsi mies nainen on poika tyttö vieressä"),
+    "Finnish": words_of("ja kaksi kissa koira lapsi mies nainen poika tyttö vieressä"),
 }
 # Scripts that one language, or a few, are written in: the beginning of the letters' names in Unicode.
 SCRIPTS = {

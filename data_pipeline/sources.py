@@ -18,9 +18,11 @@ from typing import Any
 
 from data_pipeline.records import ClipError, InputError, VideoFile
 from data_pipeline.texts import (
+    SEVERAL,
     as_caption,
     check_columns,
     decode_text,
+    is_several,
     plain_columns,
     read_csv,
     read_json_lines,
@@ -147,14 +149,30 @@ def make_keys(names: Iterable[str]) -> dict[str, str]:
 
 
 def beside(video: Path, ending: str) -> Path:
-    """The file ``clip`` + ending beside ``clip.mp4``. A name with accents is looked for in both forms of Unicode."""
-    path = video.with_name(video.stem + ending)
-    if not path.name.isascii() and not os.path.lexists(path):
-        for form in ("NFC", "NFD"):
-            other = path.with_name(unicodedata.normalize(form, path.name))
-            if os.path.lexists(other):
-                return other
-    return path
+    """The file ``clip`` + ending beside ``clip.mp4``, see ``on_disk``."""
+    return on_disk(video.parent, video.stem + ending)
+
+
+def on_disk(folder: Path, name: str) -> Path:
+    """Where a name below a folder lies: as it is written, else with slashes for backslashes and in either form of
+    Unicode; as it is written if none of them is there.
+    """
+    path = folder / name
+    if (name.isascii() and "\\" not in name) or os.path.lexists(path):
+        return path
+    spellings = (unicodedata.normalize(form, name.replace("\\", "/")) for form in ("NFC", "NFD"))
+    return next((other for each in spellings if os.path.lexists(other := folder / each)), path)
+
+
+def annotations_beside(video: Path) -> Path | None:
+    """``clip.annotations.json`` beside ``clip.mp4``; None if there is none."""
+    path = beside(video, ".annotations.json")
+    return path if is_file(path) else None
+
+
+def is_file(path: Path) -> bool:
+    """True for a file that is there; Path.is_file raises an OSError for a name that is too long."""
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def read_sidecar_caption(video: Path, notes: list[str] | None = None) -> str | None:
@@ -171,10 +189,12 @@ def read_sidecar_caption(video: Path, notes: list[str] | None = None) -> str | N
             text, caption = decode_text(content, "caption file", notes), None
             if ending == ".txt":
                 caption = as_caption(text, "caption")
-            elif isinstance(data := json.loads(text), dict):
-                caption = as_caption(data.get("caption"), "caption")
-                if _is_several(data.get("caption")):
-                    notes.append("several captions, of which the first was taken")
+            elif isinstance(data := json.loads(text), dict) and "caption" in data:
+                caption = as_caption(data["caption"], "caption")
+                if is_several(data["caption"]):
+                    notes.append(SEVERAL)
+            else:
+                notes.append('json without "caption"')
             return caption or None
         except ClipError as error:
             notes.append(f"caption file that cannot be used: {error.evidence['error']}")
@@ -186,10 +206,6 @@ def read_sidecar_caption(video: Path, notes: list[str] | None = None) -> str | N
             continue
         return None
     return None
-
-
-def _is_several(value: Any) -> bool:
-    return isinstance(value, list) and len([text for text in value if text]) > 1
 
 
 def _read_small(path: Path) -> bytes | None:
@@ -293,7 +309,7 @@ def read_captions(path: Path, notes: list[str] | None = None, places: Places | N
             video, caption = _video_name(row["video"]), as_caption(row["caption"], "caption")
         except ClipError as error:
             raise InputError(f"{place}: {error.evidence['error']}") from error
-        several += _is_several(row["caption"])
+        several += is_several(row["caption"])
         if places is not None and reader is _read_csv:
             _check_open_quote(row["caption"], places, place)
         if captions.setdefault(video, Row(caption, place)).caption != caption:
@@ -396,6 +412,6 @@ def match_captions(table: Mapping[str, Row], path: Path, places: Places, notes: 
         called, names = unclear[0]
         notes.append(
             f"{len(unclear)} rows of {path} fit more than one video and are not used, the first one {called!r}: "
-            f"{names[0]!r} and {names[1]!r}; write the path below the folder"
+            f"{names[0]!r} and {names[1]!r}; write the path below the folder, with its suffix"
         )
     return {name: table[called].caption for name, (_, called) in found.items()}

@@ -23,6 +23,8 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# Without a mark, by which byte of each pair is zero.
+UNMARKED = ((1, "utf-16-le"), (0, "utf-16-be"))
 BLOCK = 1 << 20
 UNREADABLE = "unreadable item"
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
@@ -35,13 +37,14 @@ Chinese in an encoding of its own.
 """
 WINDOWS_NOTE = "is no UTF-8 and was read as Windows-1252; save it as UTF-8 if letters look wrong"
 SAVE = "save it as UTF-8"
+SEVERAL = "several captions, of which the first was taken"
 
 
 # ------------------------------------------------------------------------------------------------------------ encodings
 
 
 def open_text(path: Path, notes: list[str] | None = None, newline: str | None = "") -> TextIO:
-    """A file opened as text: UTF-8 with or without a mark, UTF-16 or UTF-32 with one, or Windows-1252 where it is
+    """A file opened as text: UTF-8 or UTF-16 with or without a mark, UTF-32 with one, or Windows-1252 where it is
     certainly no UTF-8, which is said in ``notes``. InputError if it is none of these.
 
     newline: as in ``open``.
@@ -70,8 +73,11 @@ def decode_text(content: bytes, name: str, notes: list[str] | None = None) -> st
 def _encoding(file: BinaryIO, name: str, notes: list[str] | None) -> str:
     start = file.read(4096)
     encoding = next((encoding for mark, encoding in MARKS if start.startswith(mark)), "utf-8-sig")
-    if encoding == "utf-8-sig" and start.count(0) > len(start) // 4:
-        raise InputError(f"{name} looks like UTF-16 without a byte-order mark, or is no text: {SAVE}")
+    if encoding == "utf-8-sig" and (zeros := start.count(0)) > len(start) // 4:
+        # Letters of the Latin alphabet have a zero in every second byte, no letter but rare ones in the others.
+        encoding = next((each for first, each in UNMARKED if start[first::2].count(0) == zeros), "")
+        if not encoding:
+            raise InputError(f"{name} looks like UTF-16 without a byte-order mark, or is no text: {SAVE}")
     file.seek(0)
     decoder = codecs.getincrementaldecoder(encoding)()
     try:
@@ -81,7 +87,7 @@ def _encoding(file: BinaryIO, name: str, notes: list[str] | None) -> str:
         return encoding
     except UnicodeError as error:
         if encoding != "utf-8-sig":
-            raise InputError(f"{name} has the mark of {encoding.upper()} but is none ({error}): {SAVE}") from error
+            raise InputError(f"{name} begins as {encoding.upper()} but is none ({error}): {SAVE}") from error
     file.seek(0)
     _check_windows(file.read(), name)
     if notes is not None:
@@ -97,9 +103,9 @@ def _check_windows(content: bytes, name: str) -> None:
     broken = len(BROKEN.findall(text))
     at = next(i for i, sign in enumerate(text) if BROKEN.match(sign))
     if len(NOT_ASCII.findall(text)) - broken >= broken:
-        what, at = "is UTF-8 with damaged places", len(text[:at].encode())
+        what, at = "is damaged UTF-8, or in an encoding of its own", len(text[:at].encode())
     elif strange := NO_WINDOWS.search(content):
-        what, at = "is neither UTF-8, UTF-16 with a mark nor Windows-1252", strange.start()
+        what, at = "is neither UTF-8, UTF-16 nor Windows-1252", strange.start()
     else:
         return
     line = content.count(b"\n", 0, at) + 1
@@ -144,6 +150,11 @@ def as_caption(value: Any, what: str) -> str:
     return next(filter(None, found), "")
 
 
+def is_several(value: Any) -> bool:
+    """Whether ``as_caption`` leaves captions of this value out."""
+    return isinstance(value, list) and len([text for text in value if text]) > 1
+
+
 def printed(text: str) -> str | None:
     """The type of the list, dict or bytes that a program printed into a text; None for a text of words."""
     if not re.match(r"[\[({]|[bB][\"']", text) or text[-1] not in "])}\"'":
@@ -175,7 +186,7 @@ def plain_columns(names: Iterable[Any], place: str) -> list[str]:
 
 
 def _plain(names: Iterable[Any]) -> list[str]:
-    return [str(name).strip().casefold() for name in names]
+    return [str(name).replace("\ufeff", "").strip().casefold() for name in names]
 
 
 def check_columns(found: Sequence[str], needed: Sequence[str], place: str) -> None:
@@ -249,13 +260,15 @@ def _quotes(error: csv.Error, path: Path, first: int, last: int) -> str:
 
 
 def _check_swallowed(row: Mapping[str, str], key: str, separator: str, place: str) -> None:
-    """InputError if a cell of several lines holds what names a file as the row itself does: it is another row."""
+    """InputError if a line within a cell holds, in a field, what names a file as the row itself does: it is another
+    row.
+    """
     suffix = PurePosixPath(row[key].strip()).suffix.lower()
-    for cell in row.values():
-        if suffix and re.search(r"[\r\n]", cell):
-            for part in re.split(rf"[\r\n{separator}]", cell):
-                if part.strip(' "').lower().endswith(suffix):
-                    raise InputError(f"{place}: a quote is left open; it takes in the row of {part.strip()}")
+    lines = (line for cell in row.values() for line in re.split(r"[\r\n]+", cell)[1:]) if suffix else ()
+    for parts in (line.split(separator) for line in lines):
+        for part in parts:
+            if len(parts) > 1 and part.strip(' "').lower().endswith(suffix):
+                raise InputError(f"{place}: a quote is left open; it takes in the row of {part.strip()}")
 
 
 def read_json_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int, Any]]:

@@ -15,13 +15,16 @@ from typing import Any
 
 from data_pipeline.importers.items import OUTSIDE, Broken, ImportItem, ImportSubject, as_list
 from data_pipeline.records import ClipError, InputError
-from data_pipeline.sources import beside, path_parts, read_sidecar_caption
+from data_pipeline.sources import annotations_beside, on_disk, path_parts, read_sidecar_caption
 from data_pipeline.texts import (
+    SEVERAL,
     UNREADABLE,
     as_caption,
     as_text,
     clean_caption,
     decode_text,
+    is_several,
+    plain_columns,
     read_csv,
     read_json_lines,
     read_text,
@@ -30,6 +33,7 @@ from data_pipeline.texts import (
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 METADATA = ("metadata.jsonl", "metadata.csv")
 ANNOTATIONS_SCHEMA = "data_pipeline.annotations/1"
+CAPTION_COLUMNS = ("text", "caption")
 JSON_COLUMNS = ("boxes", "phrases", "masks", "objects")
 Row = Mapping[str, Any]
 
@@ -86,6 +90,8 @@ def read_metadata(path: Path, notes: list[str] | None = None) -> Iterator[tuple[
         if isinstance(row, ValueError):
             yield number, ClipError(UNREADABLE, error=str(row))
             continue
+        if isinstance(row, dict):
+            row = dict(zip(plain_columns(row, f"{path}, line {number}"), row.values(), strict=True))
         known = isinstance(row, dict) and isinstance(row.get("file_name"), str)
         yield number, row if known else ClipError(UNREADABLE, error=f"line {number} is no object with a text file_name")
 
@@ -104,7 +110,7 @@ def _json_cells(row: Mapping[str, Any]) -> Row | ClipError:
 
 def row_caption(row: Row) -> str:
     """The caption in the column text or caption, "" if there is neither; ClipError if they differ."""
-    captions = {as_caption(row[name], name) for name in ("text", "caption") if row.get(name) is not None}
+    captions = {as_caption(row[name], name) for name in CAPTION_COLUMNS if row.get(name) is not None}
     if len(captions) > 1:
         raise ClipError("two captions", captions=sorted(captions))
     return captions.pop() if captions else ""
@@ -271,17 +277,17 @@ def to_item(
     boxes are given twice.
     """
     name = row["file_name"]
-    parts = PurePosixPath(name)
+    parts = PurePosixPath(name.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or "\0" in name or not parts.name:
         raise ClipError(OUTSIDE, path=name)
-    path = folder / parts
-    sidecar = beside(path, ".annotations.json")
+    path = on_disk(folder, name)
+    sidecar = annotations_beside(path)
     found: dict[str, tuple[tuple[ImportSubject, ...], tuple[int, int] | None]] = {}
     if (own := row_subjects(row)) is not None:
         found["metadata"] = (own, None)
-    if coco is not None and (entry := coco.read(name)) is not None:
+    if coco is not None and (entry := coco.read(path.relative_to(folder).as_posix())) is not None:
         found["--annotations"] = entry
-    if sidecar.is_file():
+    if sidecar is not None:
         found[sidecar.name] = read_sidecar(sidecar)
     if len(found) > 1:
         raise ClipError("boxes given twice", places=list(found))
@@ -292,6 +298,7 @@ def to_item(
         raise ClipError("no caption", found="; ".join(own))
     if notes is not None:
         notes += own
+        notes += [SEVERAL] * any(is_several(row.get(column)) for column in CAPTION_COLUMNS)
     return ImportItem(
         target=name,
         caption=caption,

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from data_pipeline.records import ClipError, InputError, VideoFile
-from data_pipeline.sources import make_keys, readable_name
+from data_pipeline.sources import make_keys, on_disk, readable_name
 from data_pipeline.texts import UNREADABLE, short
 
 OUTSIDE = "path outside the folder of pictures"
@@ -92,10 +92,10 @@ def place_of(root: Path, path: str, allow_absolute: bool) -> Path:
 
     allow_absolute: absolute paths, and links out of the folder, are followed; ``..`` never is.
     """
-    parts = PurePosixPath(path)
+    parts = PurePosixPath(path.replace("\\", "/"))
     if not path or "\0" in path or ".." in parts.parts:
         raise ClipError(OUTSIDE, path=path)
-    place = root / parts
+    place = on_disk(root, path)
     if allow_absolute:
         return place
     try:

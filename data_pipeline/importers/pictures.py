@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from data_pipeline.records import AnnotatedObject, Box, ClipError
+from data_pipeline.sources import is_file
 
 # Pillow knows more, and some of those run other programs to open a file.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
@@ -55,7 +56,7 @@ def open_picture(path: Path, name: str, max_pixels: int, exif: str) -> Picture:
     profile is applied. ClipError for a file that is missing, damaged, larger than ``max_pixels``, transparent, moving,
     or of more than 8 bits.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise ClipError("no such picture", picture=name)
     try:
         content = path.read_bytes()

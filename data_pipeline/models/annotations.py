@@ -39,10 +39,11 @@ from data_pipeline.records import (
     Box,
     ClipError,
     InputError,
+    VideoFile,
     decode_mask,
     mask_box,
 )
-from data_pipeline.sources import SUFFIXES, Places, beside, is_hidden, path_parts
+from data_pipeline.sources import SUFFIXES, Places, annotations_beside, is_hidden, path_parts
 from data_pipeline.texts import decode_text, read_text
 
 SCHEMA = "data_pipeline.annotations/1"
@@ -59,11 +60,6 @@ OTHERS = {
     ".zip": "an archive, which has to be unpacked",
 }
 """Suffixes of what tools export besides."""
-
-
-def sidecar_path(video: Path) -> Path:
-    """``clip.mp4`` -> ``clip.annotations.json``."""
-    return beside(video, ".annotations.json")
 
 
 def _pixel_box(values: Any, width: int, height: int, where: str) -> Box:
@@ -155,11 +151,14 @@ class AnnotationSource:
 
     def knows(self, video: Path, name: str) -> bool:
         """Whether there is anything about the video called ``name``."""
-        return bool(self._keys_of(video, name)) or sidecar_path(video).is_file()
+        return bool(self._keys_of(video, name)) or annotations_beside(video) is not None
 
-    def check_names(self, folder: Path, names: Sequence[str]) -> list[str]:
-        """Sentences on entries of the file for many videos that name none of these. InputError if none names one."""
-        places = Places(list(names), folder)
+    def check_names(self, folder: Path, files: Sequence[VideoFile]) -> list[str]:
+        """Sentences on entries of the file for many videos that name none of these. InputError if no entry names one
+        and no video has a sidecar.
+        """
+        names = [file.name for file in files]
+        places = Places(names, folder)
         unused = []
         for key, entry in self._videos.items():
             found = [places.find(each) for each in (key, *entry.rivals) if each]
@@ -168,7 +167,7 @@ class AnnotationSource:
         if not unused:
             return []
         what = f"the first one {unused[0]!r}, the folder has {names[0]!r}{places.near(unused[0])}"
-        if len(unused) == len(self._videos):
+        if len(unused) == len(self._videos) and not any(annotations_beside(file.path) for file in files):
             raise InputError(f"none of {len(unused)} entries of {self._corpus} names a video: {what}")
         return [f"{len(unused)} entries of {self._corpus} name no video, {what}"]
 
@@ -182,8 +181,8 @@ class AnnotationSource:
             annotations = _from_entry(entry, width, height, num_frames)
             besides = {"left_out": entry.left_out} if entry.left_out else {}
         else:
-            sidecar, besides = sidecar_path(video), {}
-            if not sidecar.is_file():
+            sidecar, besides = annotations_beside(video), {}
+            if sidecar is None:
                 return None
             annotations = read_sidecar(sidecar, width, height, num_frames)
         if not any(annotations.frames.values()):

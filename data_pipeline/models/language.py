@@ -61,6 +61,8 @@ class Chunk:
     words: tuple[tuple[str, str, str], ...]
     preposition: str = ""
     """The preposition that the chunk hangs on ("in" of "in front"), also through a list; "" if none."""
+    part_of: str = ""
+    """What that hangs on, as its base form, where it is "of": "slice" for the bread of "slices of bread"."""
     subject: bool = False
     """It is the grammatical subject of a verb, or what a caption without a sentence is about."""
     possessed: bool = False
@@ -227,6 +229,8 @@ class NounChunker:
             after = document[first.i + 1] if first.i + 1 < len(document) else None
             if last == first and first.lower_ in ("a", "an") and after is not None and after.i not in covered:
                 last = after if after.lower_ in self._nouns else first  # "A rose in a vase"
+            if plural_look(last) and last.tag_ == "VBZ" and last.i == first.i + 1 and is_one([first]):
+                continue  # "one wears a hat"
             noun = last.pos_ in (*NOUNS, "VERB") or (last.dep_ in ("pobj", "dobj") and self._may_be(last, "noun"))
             if last != first and noun:
                 found.append((first.i, last))
@@ -235,7 +239,7 @@ class NounChunker:
             if verb.tag_ != "VBG":
                 continue
             first = verb
-            while first.i and first.nbor(-1).i not in covered and first.nbor(-1).pos_ in (*NOUNS, "ADJ"):
+            while first.i and first.nbor(-1).i not in covered and first.nbor(-1).pos_ in (*NOUNS, "ADJ", "INTJ"):
                 first = first.nbor(-1)
             if first != verb and self._may_be(last := verb.nbor(-1), "noun"):
                 found.append((first.i, last))
@@ -269,7 +273,7 @@ class NounChunker:
                 kind = "adjective"  # "double-decker"
             # The base form of a verb or an adjective would not be a noun: "clean" for "cleaner".
             lemma = token.lemma_.lower() if token.pos_ in NOUNS else token.lower_
-            if token.tag_ == "NNS" and lemma == token.lower_ and lemma[:-1] in self._nouns:
+            if token.tag_ in ("NNS", "NNPS") and lemma == token.lower_ and lemma[:-1] in self._nouns:
                 lemma = lemma.removesuffix("s")  # "saris"
             words.append((token.lower_, lemma, "head" if token == head else kind))
         governor = root
@@ -284,6 +288,7 @@ class NounChunker:
             position=start,
             words=tuple(words),
             preposition=governor.head.lower_ if hangs else "",
+            part_of=governor.head.head.lemma_.lower() if hangs and governor.head.lower_ == "of" else "",
             subject=root.dep_ in (*SUBJECTS, "ROOT"),
             possessed=owned or any(token.lower_ in POSSESSIVES for token in own),
             owned=owned,
@@ -336,7 +341,7 @@ def denied_nouns(document: Doc) -> frozenset[int]:
     for token in document:
         word, head = token.norm_, token.head
         following = token.nbor().lower_ if token.i + 1 < len(document) else ""
-        if word in ("without", "sans", "except") or token.lower_ == "w/o":
+        if word in ("without", "sans") or token.lower_ == "w/o":
             found |= complements(token)
         elif word in ("instead", "free", "devoid", "empty", "lack", "absence") and following == "of":
             found |= complements(token.nbor()) | alternatives(token.nbor())

@@ -13,6 +13,7 @@ from data_pipeline.step import Step
 
 # Frames that are decoded at full size to measure black bars.
 LOOKS = 5
+CUT_OFF = "black bars, cut off"
 
 
 @dataclass(kw_only=True)
@@ -62,7 +63,8 @@ class CutShots(Step[Video, VideoShots]):
         reader = self._open(video.reader, video.file.path, video.facts)
         pictures = reader.thumbnails(self.thumbnail, self.max_frames)
         if reader.facts != video.facts:  # frames say more than the header
-            video = replace(video, facts=reader.facts, notes=reader.facts.notes)
+            added = reader.facts.notes[len(video.facts.notes) :]
+            video = replace(video, facts=reader.facts, notes=(*video.notes, *added))
         if self._bars.may_have_bars(pictures):
             # Full-sized pictures tell where they end; thumbnails only that there is something to look for.
             places = sorted({len(pictures) * place // LOOKS for place in range(LOOKS)})
@@ -79,9 +81,9 @@ class CutShots(Step[Video, VideoShots]):
                     width=facts.width - left - right,
                     height=facts.height - top - bottom,
                     bars=bars,
-                    notes=(*facts.notes, "black bars, cut off"),
+                    notes=(*facts.notes, CUT_OFF),
                 )
-                video = replace(video, facts=facts, notes=facts.notes)
+                video = replace(video, facts=facts, notes=(*video.notes, CUT_OFF))
         cuts = self._find_cuts(
             pictures, cut_ratio=self.cut_ratio, min_content=self.min_content, fade_level=self.fade_level
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -128,8 +129,10 @@ COLOURS = words_of(
 COLOURED_THINGS = words_of(
     "blond blonde brunette cherry coral cream lavender lilac lime olive orange peach plum redhead rose salmon violet"
 )
-# Without an article they are colours after these: "in orange", "shades of peach", "from orange to lime".
-COLOUR_PREPOSITIONS = words_of("as between from in into of through to")
+# Without an article they are colours after these, "in orange", "from orange to lime", and as part of those: "shades of
+# peach", but "slices of salmon".
+COLOUR_PREPOSITIONS = words_of("as between from in into through to")
+COLOUR_WORDS = words_of("color colour hue shade tint tone")
 SHADES = words_of("bright dark deep light pale")
 MATERIALS = words_of(
     """
@@ -192,6 +195,17 @@ PEOPLE = words_of(
     staff student surfer surgeon swimmer tailor teacher team teen teenager toddler tourist trainer traveler traveller
     twin uncle vendor victim violinist visitor waiter waitress warrior weaver wife woman worker youngster youth
     zookeeper
+    """
+)
+ANIMALS = words_of(
+    """
+    alligator alpaca antelope ape bear beaver bee bird bison buffalo bull bunny butterfly calf camel cat cheetah chick
+    chicken chimpanzee cow crab crocodile crow deer dog dolphin donkey duck duckling eagle elephant flamingo foal fox
+    frog giraffe goat goose gorilla hamster hare hawk hedgehog heron hippo hippopotamus horse hyena jaguar kangaroo
+    kitten koala lamb leopard lion lioness lizard llama macaque meerkat monkey moose mouse orangutan ostrich otter owl
+    ox panda panther parrot peacock pelican penguin pig pigeon piglet pony puma puppy rabbit raccoon rat raven rhino
+    rhinoceros rooster seagull shark sheep snake sparrow spider squirrel stork swan tiger tortoise turkey turtle walrus
+    whale wolf woodpecker zebra
     """
 )
 PERSON_ENDINGS = ("man", "woman", "boy", "girl", "person", "player")
@@ -281,7 +295,7 @@ class FindEntities(Step[FramePair, NamedPair]):
         """Entities of the noun chunks of one caption, in its order, each phrase once."""
         found: list[Entity] = []
         described: list[tuple[str, frozenset[str]]] = []  # head and describing words of each
-        for chunk in split_owners(map(without_verb, join_colours(without_lone_colours(chunks)))):
+        for chunk in split_doers(split_owners(map(without_verb, join_colours(without_lone_colours(chunks))))):
             head = singular(*chunk.words[-1][:2])
             kept = describing_words(chunk)
             if chunk.denied or not self._is_subject(chunk, head, kept):
@@ -307,7 +321,7 @@ class FindEntities(Step[FramePair, NamedPair]):
         idea = len(head) > 6 and head.endswith(IDEA_ENDINGS) and head not in THINGS_WITH_SUCH_ENDINGS
         if idea and chunk.words[-1][0] == head:
             return False
-        if (head in self.scenery and "toy" not in kept) or (chunk.proper and chunk.preposition in LOCATIVES):
+        if (head in self.scenery and "toy" not in kept) or is_place(chunk):
             return False
         if head in PATTERNS and chunk.preposition in ("with", "in"):
             return False
@@ -315,8 +329,10 @@ class FindEntities(Step[FramePair, NamedPair]):
             if head in HAIR:
                 return False
             if (
-                head in LIMBS and chunk.owned and (chunk.subject or chunk.preposition == "of")
-            ):  # "a woman's hands hold a cup"
+                head in LIMBS
+                and (chunk.owned or (bare and chunk.counts))
+                and (chunk.subject or chunk.preposition == "of")
+            ):  # "a woman's hands hold a cup", "Hand of a child"
                 return True
             alone = bare and chunk.words[-1][0] == head
             if (
@@ -327,11 +343,16 @@ class FindEntities(Step[FramePair, NamedPair]):
             ):
                 return False
         # "looks at a camera", "the camera zooms in": the one that takes the film
-        if head == "camera" and (chunk.preposition or chunk.words[0][0] == "the"):
+        if head == "camera" and not kept and (chunk.preposition or chunk.words[0][0] == "the"):
             return False
         if head in PASTIMES and chunk.words[0][2] != "determiner":  # "plays ping pong"
             return False
         return not (bare and head.endswith("ing") and head not in THINGS_IN_ING)
+
+
+def is_place(chunk: Chunk) -> bool:
+    """True for "in Paris", but not for "in front of a MacBook"."""
+    return chunk.proper and chunk.preposition in LOCATIVES and chunk.words[0][0] not in ("a", "an")
 
 
 def split_owners(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
@@ -355,14 +376,40 @@ def split_owners(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         )
 
 
+def split_doers(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """Headlines that the parser took for one noun: "Farmer holding box" is a farmer and a box."""
+    for chunk in chunks:
+        plain = chunk.words[0][2] != "determiner"  # "a baby changing table" is one
+        for i, (doer, lemma, _) in enumerate(chunk.words[:-2]):
+            verb = chunk.words[i + 1][0]
+            if does(doer, lemma) and verb.endswith("ing") and (plain or verb not in KINDS):
+                before, between, behind = re.split(rf"( {re.escape(verb)} )", chunk.text, maxsplit=1, flags=re.I)
+                words = (*chunk.words[:i], (doer, lemma, "head"))
+                yield replace(chunk, text=before, words=words, subject=True, counts=False)
+                place = chunk.position + len(before + between)
+                chunk = replace(chunk, text=behind, position=place, words=chunk.words[i + 2 :], subject=False)
+                break
+        yield chunk
+
+
+def does(text: str, lemma: str) -> bool:
+    """True for people and animals."""
+    return not {text, lemma}.isdisjoint(PEOPLE | GROUPS_OF_PEOPLE | ANIMALS) or is_person(lemma, ())
+
+
 def without_verb(chunk: Chunk) -> Chunk:
-    """Without the verb in -ing that the parser took for the noun: "an orange helmet looking" is a helmet."""
-    text = chunk.words[-1][0]
-    names_noun = len(chunk.words) > 1 and chunk.words[-2][2] == "compound"
-    one = chunk.words[0][0] in ("a", "an") or chunk.preposition in ("with", "in")
-    if not (text.endswith("ing") and text not in THINGS_IN_ING and names_noun and one):
+    """Without the verb that the parser took for the noun: "an orange helmet looking" is a helmet, "the nurse waves" a
+    nurse.
+    """
+    if len(chunk.words) < 2:
         return chunk
-    noun, lemma, _ = chunk.words[-2]
+    text, (noun, lemma, role) = chunk.words[-1][0], chunk.words[-2]
+    one = chunk.words[0][0] in ("a", "an") or chunk.preposition in ("with", "in")
+    doer = does(noun, lemma)
+    doing = text.endswith("ing") and text not in THINGS_IN_ING and role == "compound" and (one or doer)
+    deed = doer and text.endswith("s") and not STOP_WORDS.isdisjoint((text[:-1], text[:-2]))
+    if not (doing or deed):
+        return chunk
     return replace(
         chunk,
         text=chunk.text[: -len(text)].rstrip(),
@@ -371,10 +418,11 @@ def without_verb(chunk: Chunk) -> Chunk:
 
 
 def is_colour_thing(chunk: Chunk, head: str) -> bool:
-    """True for "an orange", "two peaches", "ice cream" and "eats peach", but not for "in orange"."""
+    """True for "an orange", "two peaches", "ice cream", "eats peach", but not for "in orange" and "shades of peach"."""
     if head not in COLOURED_THINGS:
         return False
-    return len(chunk.words) > 1 or chunk.words[-1][0] != head or chunk.preposition not in COLOUR_PREPOSITIONS
+    is_thing = len(chunk.words) > 1 or chunk.words[-1][0] != head
+    return is_thing or not (chunk.preposition in COLOUR_PREPOSITIONS or chunk.part_of in COLOUR_WORDS)
 
 
 def without_lone_colours(chunks: Sequence[Chunk]) -> list[Chunk]:

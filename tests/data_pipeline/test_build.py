@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -384,7 +385,8 @@ def test_annotations_that_name_no_video_are_told_before_anything_is_mined(folder
     content = {"file": "clop_0.mp4", "width": 128, "height": 128, "annotations": []}
     corpus = tmp_path / "corpus.json"
     corpus.write_text(json.dumps({"videos": {"a": content}}), encoding="utf-8-sig")
-    assert mine(folder, tmp_path / "out", "--annotations", corpus) == 2
+    bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.annotations.json"))
+    assert mine(bare, tmp_path / "out", "--annotations", corpus) == 2
     assert "none of 1 entries of" in (error := capsys.readouterr().err)
     assert "the first one 'clop_0.mp4', the folder has 'clip_0.mp4'; is it 'clip_0.mp4'?" in error
     assert not (tmp_path / "out").exists()

@@ -717,7 +717,9 @@ PHOTO_FAULTS = {
     "objects as a list": ({"file_name": "p1.png", "text": "a", "objects": [1]}, "unreadable item"),
     "upwards": ({"file_name": "../p1.png", "text": "a"}, "path outside the folder of pictures"),
     "absolute": ({"file_name": "/p1.png", "text": "a"}, "path outside the folder of pictures"),
-    "a name that no file has": ({"file_name": "a" * 300 + ".png", "text": "a"}, "unreadable item"),
+    "a name that no file has": (
+        {"file_name": "a" * 300 + ".png", "text": "a", "boxes": BOXES, "phrases": ["a", "b"]},
+        "no such picture"),
     "no file_name": ({"file": "p1.png"}, "unreadable item"),
     "no such picture": (
         {"file_name": "p9.png", "text": "a", "boxes": BOXES, "phrases": ["a", "b"]}, "no such picture"),
@@ -793,6 +795,7 @@ def test_wrong_command_lines(tmp_path, pictures, capsys):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "broken.parquet").write_text("PAR1")
     (tmp_path / "nowhere.jsonl").write_text(json.dumps(item(0, image_file="missing.png")))
+    (tmp_path / "case.jsonl").write_text(json.dumps(item(0, image_file="Target0.PNG")))
     bare = tmp_path / "bare"
     save(bare / "a.png")
     captioned = tmp_path / "captioned"
@@ -839,10 +842,11 @@ def test_wrong_command_lines(tmp_path, pictures, capsys):
         (official("broken.json", *images), "item 0 is no json, or the file breaks off"),
         (official("trail.json", *images), "after the end of the list comes '[]'"),
         (official("commas.json", *images), "not a comma or a bracket"),
-        (official("latin.json", *images), "latin.json is neither UTF-8, UTF-16 with a mark nor Windows-1252"),
+        (official("latin.json", *images), "latin.json is neither UTF-8, UTF-16 nor Windows-1252"),
         (official("deep.json", *images), "item 0 is nested too deeply"),
         (official("broken.parquet", *images), "cannot read"),
         (official("nowhere.jsonl", *images), "none of the 1 target pictures is in"),
+        (official("case.jsonl", *images), "'Target0.PNG': paths of items are below that folder; is it 'target0.png'?"),
         (photos("bare"), "no picture in"),
         (photos("bare"), "has a caption or boxes"),
         (photos("captioned"), "has boxes: give metadata.jsonl"),

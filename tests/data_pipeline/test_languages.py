@@ -10,6 +10,10 @@ from data_pipeline.languages import SMALL_WORDS, SPACY_MODELS, other_language
         ("un chien sur la plage", "French"),
         ("un perro corre por la playa", "Spanish"),
         ("Una donna cammina con il suo cane", "Italian"),
+        ("Due bambini mangiano un gelato", "Italian"),
+        ("Kinder spielen Ball", "German"),
+        ("En hund løber på stranden med to børn", "Danish"),
+        ("Nainen ja koira on puistossa", "Finnish"),
         ("Um homem está andando de bicicleta", "Portuguese"),
         ("Een hond speelt met een bal", "Dutch"),
         ("Pies biega po plaży", "Polish"),
@@ -35,6 +39,7 @@ def test_captions_of_other_languages(caption, language):
         "",
         "🐶🐶 12",
         "Los Angeles skyline",
+        "Chef en route to cafe",
         "La Sagrada Familia in Barcelona",
         "Une fille in a café holds a piñata and a crème brûlée",
         "a close-up, chef de cuisine, à la carte, on a plate",
@@ -46,6 +51,11 @@ def test_captions_of_other_languages(caption, language):
 )
 def test_foreign_words_do_not_make_an_english_caption_foreign(caption):
     assert other_language(caption) == ""
+
+
+def test_no_english_small_word_speaks_for_another_language():
+    for language, words in SMALL_WORDS.items():
+        assert language == "English" or SMALL_WORDS["English"].isdisjoint(words), language
 
 
 def test_what_is_expected_is_not_other():

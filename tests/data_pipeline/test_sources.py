@@ -381,7 +381,7 @@ def test_a_row_that_fits_two_videos_is_not_used_and_told(folder, tmp_path):
     assert notes == [
         f"1 rows of {table} name no video, the first one 'B.mp4'; is it 'b.mp4'?",
         f"2 rows of {table} fit more than one video and are not used, the first one 'a': 'a.mov' and 'a.mp4'; write "
-        "the path below the folder",
+        "the path below the folder, with its suffix",
     ]
 
 
@@ -456,12 +456,15 @@ def test_a_folder_that_is_itself_hidden_is_read(tmp_path):
             "a caf\u00e9",
             "caption file is no UTF-8 and was read as Windows-1252; ",
         ),
-        ("txt", "a dog".encode("utf-16-le"), None, "caption file looks like UTF-16 without a byte-order mark"),
-        ("txt", bytes(range(256)), None, "caption file is neither UTF-8, UTF-16 with a mark nor Windows-1252"),
+        ("txt", "a dog".encode("utf-16-le"), "a dog", None),
+        ("txt", "a dog".encode("utf-32-le"), None, "caption file looks like UTF-16 without a byte-order mark"),
+        ("txt", bytes(range(256)), None, "caption file is neither UTF-8, UTF-16 nor Windows-1252"),
         ("txt", b"['a dog']", None, "caption file that cannot be used: caption is a list written as a text"),
         ("txt", b"a dog " * 200_000, None, "caption file of more than 1048576 bytes"),
         ("json", b'{"caption": 3}', None, "caption file that cannot be used: caption must be a text, got int 3"),
         ("json", b'{"caption": NaN}', None, "caption file that cannot be used: caption must be a text, got float nan"),
+        ("json", b'{"text": "a dog"}', None, 'json without "caption"'),
+        ("json", b'["a dog"]', None, 'json without "caption"'),
         ("json", b"{", None, "caption file that is no json (JSONDecodeError)"),
         ("json", '{"caption": "a caf\u00e9"}'.encode("utf-16"), "a caf\u00e9", None),
     ],

@@ -47,8 +47,8 @@ def test_western_texts(text):
         ("\u03c3\u03ba\u03cd\u03bb\u03bf\u03c2", "cp1253", "is neither UTF-8, UTF-16"),
         ("\u72d7\u5728\u8dd1", "gbk", "is neither UTF-8, UTF-16"),
         ("\u72ac\u304c\u8d70\u308b\u3002", "shift-jis", "is neither UTF-8, UTF-16"),
-        ("a dog", "utf-16-le", "looks like UTF-16 without a byte-order mark"),
-        ("a dog", "utf-16-be", "looks like UTF-16 without a byte-order mark"),
+        ("a \u4e00 dog", "utf-16-le", "looks like UTF-16 without a byte-order mark"),
+        ("a dog", "utf-32-le", "looks like UTF-16 without a byte-order mark"),
     ],
 )
 def test_other_encodings_are_an_error_and_no_wrong_letters(tmp_path, text, encoding, message):
@@ -60,13 +60,25 @@ def test_other_encodings_are_an_error_and_no_wrong_letters(tmp_path, text, encod
 
 def test_a_damaged_place_in_utf8_is_an_error_with_its_line():
     content = "caf\u00e9\ncaf\u00e9\n".encode() + b"caf\xe9\n"
-    with pytest.raises(InputError, match="a.txt is UTF-8 with damaged places: line 3 has the bytes e9 0a; save it"):
+    with pytest.raises(InputError, match="a.txt is damaged UTF-8, or in .* own: line 3 has the bytes e9 0a; save it"):
         decode_text(content, "a.txt")
 
 
 def test_a_mark_that_is_a_lie():
-    with pytest.raises(InputError, match="a.txt has the mark of UTF-16 but is none"):
+    with pytest.raises(InputError, match="a.txt begins as UTF-16 but is none"):
         decode_text(b"\xff\xfea", "a.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_a_mark_where_every_second_byte_says_so(tmp_path, encoding):
+    notes = []
+    assert decode_text("a caf\u00e9\u2019s dog".encode(encoding), "a.txt", notes) == "a caf\u00e9\u2019s dog"
+    assert notes == []
+    path = tmp_path / "table.csv"
+    path.write_bytes("video,caption\na.mp4,a dog\n".encode(encoding))
+    assert list(read_csv(path, ("video", "caption"))) == [(2, {"video": "a.mp4", "caption": "a dog"})]
+    with pytest.raises(InputError, match="a.txt begins as UTF-16-.E but is none .*: save it as UTF-8"):
+        decode_text("a dog".encode(encoding) + b"\n", "a.txt")
 
 
 def test_text_of_many_blocks(tmp_path, monkeypatch):
@@ -95,6 +107,8 @@ def rows_of(tmp_path, content, needed=("video", "caption")):
         ('video,caption\na.mp4,a "big" dog\n', (2, "a.mp4", 'a "big" dog')),
         ('video,caption\na.mp4,"a ""big"" dog"\n', (2, "a.mp4", 'a "big" dog')),
         ("caption,id,video\na dog,7,a.mp4\n", (2, "a.mp4", "a dog")),
+        ('video,caption\na.mp4,"as in b.mp4, but\nnot c.mp4"\n', (2, "a.mp4", "as in b.mp4, but\nnot c.mp4")),
+        ("\ufeff\ufeffvideo,caption\na.mp4,a dog\n", (2, "a.mp4", "a dog")),
         ("video,caption,\na.mp4,a dog,\n,,\n", (2, "a.mp4", "a dog")),
         ("video,caption,note\na.mp4,a dog\n", (2, "a.mp4", "a dog")),
     ],
@@ -123,7 +137,7 @@ def test_a_row_of_a_table(tmp_path, content, row):
             'video,caption\na.mp4,"a dog\nb.mp4,a cat\nc.mp4,"\n',
             "line 2: a quote is left open; it takes in the row of b.mp4",
         ),
-        ('caption,video\n"a dog,a.mp4\na cat,b.mp4\n",c.mp4\n', "line 2: a quote is left open; .* the row of a.mp4"),
+        ('caption,video\n"a dog,a.mp4\na cat,b.mp4\n",c.mp4\n', "line 2: a quote is left open; .* the row of b.mp4"),
         ('video,caption\na.mp4,"Big" dog\n', "line 2: text follows a closing quote: .*are not doubled"),
         ('video,caption\na.mp4,"' + "x" * 140_000, "line 2: field larger than field limit .*; is a quote left open?"),
         ("video,caption,Caption\na,b,c\n", "table.csv: two columns are called caption"),

@@ -14,6 +14,7 @@ from data_pipeline.importers.images import (
     row_caption,
     row_subjects,
 )
+from data_pipeline.importers.items import place_of
 from data_pipeline.importers.pictures import to_box
 from data_pipeline.records import ClipError, InputError
 
@@ -63,9 +64,7 @@ def test_cells_of_a_csv(tmp_path):
     assert rows[1] == {"file_name": "b.png"}
     assert [row.evidence["error"][:20] for row in rows[2:]] == ["the column boxes of ", "a row without file_n"]
     path.write_bytes(b"file_name,text\na.png,\xd1\xee\xe1\xe0\xea\xe0\n")
-    with pytest.raises(
-        InputError, match="is neither UTF-8, UTF-16 with a mark nor Windows-1252: line 2 has the bytes d1 ee"
-    ):
+    with pytest.raises(InputError, match="is neither UTF-8, UTF-16 nor Windows-1252: line 2 has the bytes d1 ee"):
         list(read_metadata(path))
 
 
@@ -121,6 +120,45 @@ def test_coco_with_a_byte_order_mark(tmp_path, encoding):
     [subject] = CocoFile(path, ["a.png"], notes).read("a.png")[0]
     assert (subject.phrase, subject.box) == ("dog", [0, 0, 2, 2])
     assert notes == [f"1 images of {path} name no picture, the first one 'z.png'"]
+
+
+@pytest.mark.parametrize("called", ["sub\\caf\u00e9.png", "./sub/cafe\u0301.png", ".\\sub\\cafe\u0301.png"])
+def test_pictures_by_names_that_were_written_elsewhere(tmp_path, called):
+    picture = tmp_path / "sub" / "caf\u00e9.png"
+    picture.parent.mkdir()
+    Image.new("RGB", (4, 4)).save(picture)
+    picture.with_suffix(".txt").write_text("a dog")
+    rows = tmp_path / "metadata.jsonl"
+    rows.write_text(json.dumps({"File_Name": called}))
+    coco = tmp_path / "coco.json"
+    content = {
+        "images": [{"id": 1, "file_name": "sub/caf\u00e9.png", "width": 4, "height": 4}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2]}],
+        "categories": [{"id": 1, "name": "dog"}],
+    }
+    coco.write_text(json.dumps(content))
+    [item] = read_images(tmp_path, rows, coco, normalised=False)
+    assert (item.target, item.caption, item.subjects[0].phrase) == (called, "a dog", "dog")
+    assert place_of(tmp_path, item.target, allow_absolute=False).samefile(picture)
+    with pytest.raises(ClipError, match="path outside the folder of pictures"):
+        place_of(tmp_path, f"..\\{called}", allow_absolute=True)
+
+
+def test_several_captions_are_told(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    rows, notes = tmp_path / "metadata.jsonl", []
+    rows.write_text(json.dumps({"file_name": "a.png", "text": ["a dog", "a cat"]}))
+    [item] = read_images(tmp_path, rows, None, normalised=False, notes=notes)
+    assert item.caption == "a dog"
+    assert notes == ["1 pictures: several captions, of which the first was taken"]
+
+
+def test_a_name_without_room_for_a_sidecar(tmp_path):
+    name = f"{'a' * 240}.png"
+    Image.new("RGB", (4, 4)).save(tmp_path / name)
+    rows = tmp_path / "metadata.jsonl"
+    rows.write_text(json.dumps({"file_name": name, "text": "a dog"}))
+    assert [item.caption for item in read_images(tmp_path, rows, None, normalised=False)] == ["a dog"]
 
 
 def test_a_line_that_is_no_object(tmp_path):

@@ -9,9 +9,9 @@ from data_pipeline.models.annotations import (
     read_many,
     read_mask,
     read_sidecar,
-    sidecar_path,
 )
-from data_pipeline.records import AnnotatedObject, ClipError, InputError, encode_mask
+from data_pipeline.records import AnnotatedObject, ClipError, InputError, VideoFile, encode_mask
+from data_pipeline.sources import annotations_beside
 
 MASK = np.zeros((8, 10), dtype=bool)
 MASK[2:6, 1:5] = True
@@ -37,7 +37,7 @@ def write(tmp_path, content):
 
 def test_sidecar(tmp_path):
     path = write(tmp_path, sidecar())
-    assert path == sidecar_path(tmp_path / "clip.mp4")
+    assert path == annotations_beside(tmp_path / "clip.mp4")
     [found] = read_sidecar(path, 10, 8, 12).frames[3]
     assert (found.object_id, found.name, found.attributes) == (7, "dog", {"main_color": "red"})
     assert found.box == (0.1, 0.25, 0.5, 0.75)
@@ -244,7 +244,7 @@ def test_a_sidecar_in_no_known_encoding(tmp_path):
     path.write_bytes(b'{"a": "\xd1\xee\xe1\xe0\xea\xe0"}')
     with pytest.raises(ClipError) as caught:
         read_sidecar(path, 10, 8, 12)
-    assert "annotations sidecar is neither UTF-8, UTF-16 with a mark" in caught.value.evidence["error"]
+    assert "annotations sidecar is neither UTF-8, UTF-16 nor" in caught.value.evidence["error"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -269,22 +269,36 @@ def names_in(tmp_path, *files):
     return path
 
 
+def videos_in(folder, *names):
+    return [VideoFile(name=name, key=name, path=folder / name, caption=None) for name in names]
+
+
 def test_entries_that_name_no_video_are_told(tmp_path):
     path = names_in(tmp_path, "a.mp4", "data/b", "Clip_3.mp4")
-    assert AnnotationSource(path).check_names(tmp_path, ["a.mp4", "b.mp4", "clip_3.mp4"]) == [
+    assert AnnotationSource(path).check_names(tmp_path, videos_in(tmp_path, "a.mp4", "b.mp4", "clip_3.mp4")) == [
         f"1 entries of {path} name no video, the first one 'Clip_3.mp4', the folder has 'a.mp4'; is it 'clip_3.mp4'?"
     ]
-    assert AnnotationSource(path).check_names(tmp_path, ["a.mp4", "b.mp4", "Clip_3.mp4"]) == []
+    assert AnnotationSource(path).check_names(tmp_path, videos_in(tmp_path, "a.mp4", "b.mp4", "Clip_3.mp4")) == []
 
 
 def test_annotations_of_other_videos_stop_the_run(tmp_path):
     with pytest.raises(
         InputError, match="none of 2 entries of .*corpus.json names a video: the first one 'x.mp4', the"
     ):
-        AnnotationSource(names_in(tmp_path, "x.mp4", "y.mp4")).check_names(tmp_path, ["a.mp4"])
+        AnnotationSource(names_in(tmp_path, "x.mp4", "y.mp4")).check_names(tmp_path, videos_in(tmp_path, "a.mp4"))
     path = names_in(tmp_path, "b.mp4")  # the end of a path does not do for annotations, and the hint says so
     with pytest.raises(InputError, match="'b.mp4', the folder has 'deep/b.mp4'; is it 'deep/b.mp4'?"):
-        AnnotationSource(path).check_names(tmp_path, ["deep/b.mp4"])
+        AnnotationSource(path).check_names(tmp_path, videos_in(tmp_path, "deep/b.mp4"))
+
+
+def test_annotations_of_other_videos_are_a_note_beside_sidecars(tmp_path):
+    path, files = names_in(tmp_path, "x.mp4"), videos_in(tmp_path, f"{'b' * 240}.mp4", "clip.mp4")
+    with pytest.raises(InputError, match="none of 1 entries"):
+        AnnotationSource(path).check_names(tmp_path, files)
+    write(tmp_path, sidecar())
+    assert AnnotationSource(path).check_names(tmp_path, files) == [
+        f"1 entries of {path} name no video, the first one 'x.mp4', the folder has {files[0].name!r}"
+    ]
 
 
 def test_pictures_that_name_no_video_are_left_to_the_clip(tmp_path):
@@ -294,7 +308,7 @@ def test_pictures_that_name_no_video_are_left_to_the_clip(tmp_path):
     path.write_text(
         json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "dog"}]})
     )
-    assert AnnotationSource(path).check_names(tmp_path, ["a.mp4", "b.mp4"]) == []
+    assert AnnotationSource(path).check_names(tmp_path, videos_in(tmp_path, "a.mp4", "b.mp4")) == []
 
 
 def test_a_deleted_video_does_not_keep_another_from_being_alone(tmp_path):

@@ -119,6 +119,8 @@ def test_annotations_are_of_the_picture_with_its_bars(letterboxed, tmp_path):
     for each in (read, step):
         each.setup()
     video = replace(read.process(find_videos(letterboxed())[0]), annotations=Annotations(frames={}))
+    said = replace(video, annotations=None, notes=("said before",))
+    assert step.process(said).notes == ("said before", "black bars, cut off")
     rejected = step.process(video)
     assert rejected.reason == "black bars round the picture"
     assert rejected.evidence["needed"] == "annotated clips without"

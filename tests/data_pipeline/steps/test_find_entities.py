@@ -144,6 +144,7 @@ CAPTIONS = json.loads(Path(__file__).with_name("caption_entities.json").read_tex
         ("looked_at_once_afterwards", 0.90, 40),
         ("written_before_the_rules_were_mended", 0.95, 150),
         ("looked_at_while_mending", 0.90, 45),
+        ("written_by_a_reviewer", 0.90, 200),
     ],
 )
 def test_agreement_with_what_a_person_names(step, part, least, captions):
@@ -152,7 +153,8 @@ def test_agreement_with_what_a_person_names(step, part, least, captions):
     names, over all captions together: a missing and an invented phrase count alike, and a wrong one counts twice. The
     first rules were written with an eye on the first part. The third was written before they were mended, and gave
     0.74 then; 0.89 when the kinds of the issue were mended and before anybody looked at what it missed. The second is
-    run once whenever rules are done: 0.92 of the first twenty, 0.90 of the others.
+    run once whenever rules are done: 0.92 of the first twenty, 0.90 of the others. The last was written by somebody
+    else than the rules: 0.91 of the first 150 at first sight, 0.86 of the 50 that followed, 0.91 since.
     """
     both, either = 0, 0
     for caption, expected in CAPTIONS[part]:
@@ -319,6 +321,7 @@ def test_what_is_denied_is_not_asked_for(phrases, caption, expected):
     [
         ("a dog not far from a house", ["dog", "house"]),
         ("not only a dog but also a cat", ["dog", "cat"]),
+        ("a room without furniture except for a lamp", ["lamp"]),
         ("not a dog but a cat", ["cat"]),
         ("no more than two dogs run", ["dog"]),
         ("not all dogs have collars", ["dog", "collar"]),
@@ -356,6 +359,7 @@ def test_denials_are_counted(step, make_pair):
         ("a man dressed in orange", ["man"]),
         ("a sunset turns from orange to violet", []),
         ("shades of orange and peach", []),
+        ("slices of salmon on a plate", ["slice", "salmon", "plate"]),
         ("a glass of orange juice", ["glass", "orange juice"]),
     ],
 )
@@ -395,12 +399,48 @@ def test_nouns_that_are_colours_too(phrases, caption, expected):
         ("two guys playing ping pong", ["guy"]),
         ("a toy kitchen in a kitchen", ["toy kitchen"]),
         ("The camera zooms in on a photographer with his camera", ["photographer"]),
+        ("a tourist with a film camera", ["tourist", "film camera"]),
+        ("Two Labradors chase a tennis ball", ["labrador", "tennis ball"]),
         ("a sense of calmness, elegance and a celebration at a fire engine", ["fire engine"]),
         ("a man in an orange helmet looking at a blueprint", ["man", "orange helmet", "blueprint"]),
     ],
 )
 def test_whole_words(phrases, caption, expected):
     assert phrases(caption) == expected
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("Farmer holding box", ["farmer", "box"]),
+        ("Mechanic repairing car engine with wrench", ["mechanic", "car engine", "wrench"]),
+        ("Woman washing car in the garden", ["woman", "car"]),
+        ("Young plumber opening red bottle", ["plumber", "red bottle"]),
+        ("Dog chewing bone", ["dog", "bone"]),
+        ("Barista roasting marshmallows", ["barista"]),
+        ("a baby bathing suit on a chair", ["baby bathing suit", "chair"]),
+        ("Coffee roasting machine", ["coffee roasting machine"]),
+        ("the girl waves at a dog", ["girl", "dog"]),
+        ("a cup stands there while the crowd cheers", ["cup", "crowd"]),
+        ("the plumber runs at the beach", ["plumber"]),
+        ("the dog toys lie on a rug", ["dog toy", "rug"]),
+        ("two men, one wears a hoodie, another kicks a ball", ["man", "hoodie", "ball"]),
+    ],
+)
+def test_verbs_are_no_part_of_those_who_do_it(phrases, caption, expected):
+    assert phrases(caption) == expected
+
+
+def test_a_headline_is_cut_where_its_words_stand(step):
+    caption = "YOUNG Farmer Holding Red Box"
+    found = step.entities(step._chunker.chunks(caption))
+    assert [(entity.phrase, entity.mention) for entity in found] == [("farmer", "YOUNG Farmer"), ("red box", "Red Box")]
+    assert all(caption[entity.position :].startswith(entity.mention) for entity in found)
+
+
+def test_places_by_name_and_things_by_name(phrases):
+    assert phrases("a boat in front of Venice") == ["boat"]
+    assert phrases("a hand in front of a MacBook") == ["hand", "macbook"]
 
 
 def test_a_slash_and_a_hyphen_keep_mentions_in_place(step):
@@ -414,6 +454,7 @@ def test_hands_are_subjects_where_their_owner_is_named(phrases):
     assert phrases("a woman's hands hold a smartphone") == ["woman", "hand", "smartphone"]
     assert phrases("a woman’s hands hold a smartphone") == ["woman", "hand", "smartphone"]
     assert phrases("a parrot on the man's shoulder") == ["parrot", "man"]
+    assert phrases("Hand of a child holding an ice cream cone") == ["hand", "child", "ice cream cone"]
 
 
 @pytest.mark.parametrize(
