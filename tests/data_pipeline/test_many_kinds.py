@@ -388,8 +388,9 @@ def test_the_report_names_every_reason_and_its_count(mined):
     assert found == wanted
     assert (counts["videos"], counts["rejected"]) == (len(CLIPS), wanted.total())
     html = (mined.out / "report.html").read_text(encoding="utf-8")
-    for (_, reason), count in wanted.items():
-        assert f'{reason}</td><td class="n">{count}</td>' in html, reason
+    for (stage, reason), count in wanted.items():
+        assert f"{count} {reason}<" in html
+        assert f"<summary>{stage}: {reason} ({count})</summary>" in html
 
 
 def test_the_report_counts_what_is_out_of_the_ordinary(mined):

@@ -211,10 +211,19 @@ def crop_matroska(source: Path, path: Path, left: int, top: int, right: int, bot
     crop = b"".join(
         bytes([0x54, name, 0x81, value]) for name, value in ((0xAA, bottom), (0xBB, top), (0xCC, left), (0xDD, right))
     )
-    void = data.index(b"\xec", data.index(b"\x11\x4d\x9b\x74"))  # empty room after the table of contents
-    tracks = data.index(b"\x16\x54\xae\x6b", void)
-    entry = data.index(b"\xae", tracks + 4 + size_of(tracks + 4)[1])
-    video = data.index(b"\xe0", entry + 1 + size_of(entry + 1)[1])
+
+    def child(name: bytes, place: int) -> int:
+        """Where the first element of this name begins, among those that stand in a row from ``place`` on."""
+        while not data.startswith(name, place):
+            size = place + 9 - data[place].bit_length()  # an element's name is as long as a size that begins like it
+            place = size + sum(size_of(size))
+        return place
+
+    segment = child(b"\x18\x53\x80\x67", 0) + 4
+    void = child(b"\xec", segment + size_of(segment)[1])  # empty room after the table of contents
+    tracks = child(b"\x16\x54\xae\x6b", void)
+    entry = child(b"\xae", tracks + 4 + size_of(tracks + 4)[1])
+    video = child(b"\xe0", entry + 1 + size_of(entry + 1)[1])
     end = video + 1 + sum(size_of(video + 1))
     data[end:end] = crop
     for place in (video + 1, entry + 1, tracks + 4):
