@@ -171,7 +171,8 @@ def _list(container: Any, streams: Sequence[Any]) -> tuple[Any, list[Listed]]:
     damaged, listed = Counter[int](), Counter[int]()
     packed: dict[int, bool] = {}
     for packet in container.demux(*streams):
-        number, size = packet.stream_index, packet.size
+        # Not ``packet.stream_index``: that of the empty packets at the end is 0, whatever their stream.
+        number, size = packet.stream.index, packet.size
         codec = codecs[number]
         listed[number] += packet.dts is not None or bool(size)  # all but the empty one at the end
         if not size or (codec == "vp8" and not bytes(packet)[0] & SHOW_FRAME):

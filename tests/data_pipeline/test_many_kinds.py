@@ -166,8 +166,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "wide_untagged.mkv": h264(colours={"dst_colorspace": 1}, sizes=((1280, 240),)),
     "second_stream.mp4": h264(after="second", notes=[SEVERAL]),
     "cover.mp4": h264(after="cover"),
-    "sound.mp4": h264(sound=True),
-    "sound.ts": mpeg2(sound=True),
+    "sound.mp4": h264(sound=1),
+    "sound.ts": mpeg2(sound=1),
+    "sound_first.mp4": h264(sound=0),
+    "sound_first.mkv": h264(sound=0),
+    "sound_first.flv": {"options": CLOSED, "sound": 0},
+    "sound_first.wmv": {"codec": "wmv2", "options": FINE, "sound": 0},
     "edited.mp4": {"options": CLOSED, "after": "edit", "first": 7, "frames": 30},
     "late.mkv": {"options": OPEN, "after": "late"},
     "headless.mkv": {"options": CLOSED, "after": "behead", "first": 12, "frames": 36},
@@ -361,7 +365,7 @@ def decoded_frames(path: Path) -> int:
     with av.open(str(path)) as container:
         counts = Counter[int]()
         for packet in container.demux(*container.streams.video):
-            counts[packet.stream_index] += len(packet.decode())
+            counts[packet.stream.index] += len(packet.decode())
         return max(counts.values())
 
 

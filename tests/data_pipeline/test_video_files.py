@@ -68,18 +68,21 @@ def encode(
     container_options: dict[str, str] | None = None,
     colours: dict[str, int] | None = None,
     tags: dict[str, int] | None = None,
-    sound: bool = False,
+    sound: int | None = None,
 ) -> Path:
     """pictures: uint8, or uint16 of full range. stamps: in units of 1 / fps. rotation: degrees anticlockwise by which
     players turn the stored pictures, which are turned the other way here, so that they come out upright. matrix: the
     same as a, b, c, d of a display matrix, x' = a x + c y and y' = b x + d y, each -1, 0 or 1. pixel_aspect: width of a
     pixel over its height. colours: dst_colorspace and dst_color_range of the conversion from RGB. tags: what the stream
-    says about its colours, attributes of a codec context. sound: a silent sound track beside."""
+    says about its colours, attributes of a codec context. sound: the place of a silent sound track, 0 before the video or 1
+    behind it."""
     pictures = np.rot90(pictures, -(rotation // 90), axes=(1, 2))
     if matrix is not None:
         pictures = as_stored(pictures, matrix)
     with av.open(str(path), "w", format=container, options=container_options or {}) as file:
+        silence = file.add_stream("aac", rate=16000) if sound == 0 else None
         stream = file.add_stream(codec, rate=fps)
+        silence = file.add_stream("aac", rate=16000) if sound else silence
         stream.width, stream.height, stream.pix_fmt = pictures.shape[2], pictures.shape[1], pix_fmt
         stream.options = options or {}
         stream.codec_context.thread_count = 1
@@ -92,7 +95,6 @@ def encode(
             stream.codec_context.sample_aspect_ratio = pixel_aspect
         for name, value in (tags or {}).items():
             setattr(stream.codec_context, name, value)
-        silence = file.add_stream("aac", rate=16000) if sound else None
         rgb = "rgb24" if pictures.dtype == np.uint8 else "rgb48le"
         for i, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format=rgb)
