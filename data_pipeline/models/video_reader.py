@@ -158,9 +158,12 @@ class PyAVReader:
         """
         own, place, counter = set(wanted), 0, iter(video.facts.stamps)
         self._fed, self._torn = video.keys[number].position, False
+        cut = None
         try:
             for packet in packets_from(video, number):
                 self._fed += 1
+                if self._fed == len(video.sizes) and packet.is_corrupt:  # not every decoder minds half of a packet
+                    cut = packet.pts
                 if leave_out:
                     needed = packet.pts is None or packet.pts in own
                     packet.stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
@@ -168,7 +171,7 @@ class PyAVReader:
                     stamp = next(counter, None) if video.counted else frame.pts
                     if stamp is None or stamp < wanted[place]:
                         continue
-                    self._torn = frame.is_corrupt
+                    self._torn = frame.is_corrupt or stamp == cut
                     if stamp > wanted[place] or self._torn:
                         return
                     yield stamp, frame

@@ -124,7 +124,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "wmv2.wmv": {"codec": "wmv2", "options": FINE},
     "flv1.flv": {"codec": "flv", "options": FINE},
     "prores.mov": {"codec": "prores_ks", "pix_fmt": "yuv422p10le"},
-    "dnxhd.mov": {"codec": "dnxhd", "pix_fmt": "yuv422p", "options": {"profile": "dnxhr_hq"}, "sizes": ((256, 128),), "colours": {"dst_colorspace": 1}},
+    "dnxhd.mov": {
+        "codec": "dnxhd", "pix_fmt": "yuv422p", "options": {"profile": "dnxhr_hq"}, "sizes": ((256, 128),),
+        "colours": {"dst_colorspace": 1},
+    },
     "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p", "options": {"qmin": "2", "qmax": "2"}},
     "ffv1.mkv": {"codec": "ffv1"},
     "ffv1_grey.mkv": {"codec": "ffv1", "pix_fmt": "gray", "colours_of": BRIGHT},

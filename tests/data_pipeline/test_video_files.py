@@ -74,8 +74,8 @@ def encode(
     players turn the stored pictures, which are turned the other way here, so that they come out upright. matrix: the
     same as a, b, c, d of a display matrix, x' = a x + c y and y' = b x + d y, each -1, 0 or 1. pixel_aspect: width of a
     pixel over its height. colours: dst_colorspace and dst_color_range of the conversion from RGB. tags: what the stream
-    says about its colours, attributes of a codec context. sound: the place of a silent sound track, 0 before the video or 1
-    behind it."""
+    says about its colours, attributes of a codec context. sound: where a silent sound track stands, 0 before the video
+    or 1 behind it."""
     pictures = np.rot90(pictures, -(rotation // 90), axes=(1, 2))
     if matrix is not None:
         pictures = as_stored(pictures, matrix)
