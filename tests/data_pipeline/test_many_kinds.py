@@ -75,7 +75,7 @@ TAGS_HDR = {
 TEN_BITS = {"pix_fmt": "yuv420p10le"}
 HDR, FLIPPED, COMBED = "HDR, tone-mapped", "mirrored, flipped upright", "interlaced, deinterlaced"
 OBLONG, CROPPED, SEVERAL = "pixels not square, corrected", "cropped as the container says", "several video streams"
-WIDE = "wide gamut, converted to BT.709"
+AGAIN = "times that repeat or go back, made even"
 
 
 def h264(**more):
@@ -165,8 +165,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "full_range.mp4": h264(colours={"dst_colorspace": 6, "dst_color_range": 2}, tags={"color_range": 2}),
     "bt709.mp4": h264(colours={"dst_colorspace": 1}, tags=TAGS_709),
     "bt709_of_the_box.mov": h264(colours={"dst_colorspace": 1}, after="tag"),
-    "tall_untagged.mp4": h264(colours={"dst_colorspace": 1}, sizes=((240, 720),)),
-    "wide_untagged.mkv": h264(colours={"dst_colorspace": 1}, sizes=((1280, 240),)),
+    "tall_untagged.mp4": h264(colours={"dst_colorspace": 1}, sizes=((160, 720),)),
+    "wide_untagged.mkv": h264(colours={"dst_colorspace": 1}, sizes=((1280, 160),)),
     "second_stream.mp4": h264(after="second", notes=[SEVERAL]),
     "cover.mp4": h264(after="cover"),
     "sound.mp4": h264(sound=1),
@@ -178,6 +178,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "edited.mp4": {"options": CLOSED, "after": "edit", "first": 7, "frames": 30},
     "late.mkv": {"options": OPEN, "after": "late"},
     "headless.mkv": {"options": CLOSED, "after": "behead", "first": 12, "frames": 36},
+    "stitched.ts": {"options": CLOSED, "after": "stitch", "notes": [AGAIN]},
+    "stitched.mpeg": mpeg2(after="stitch", notes=[AGAIN]),
     "two_scenes.mp4": h264(stored="scenes", frames=30),
     "letterbox.mp4": h264(stored="bars", outcome=("cut_shots", "black bars round the picture")),
     "slides.mp4": h264(stored="slides", outcome=("filter_pairs", "near-identical frames")),
@@ -295,6 +297,9 @@ def write(folder: Path, clip: Clip) -> None:
         beside = other if after == "second" else {**still, "disposition": Disposition.attached_pic}
         film = {"pictures": made, "options": X264, "disposition": Disposition.default}
         video_files.encode_streams(path, [other if after == "second" else film, film if after == "second" else beside])
+    elif after == "stitch":  # two files, put one behind the other
+        parts = [video_files.encode(plain, part, **settings).read_bytes() for part in np.array_split(made, 2)]
+        path.write_bytes(b"".join(parts))
     else:
         video_files.encode(plain, made, **settings)
     width, height = clip.size
