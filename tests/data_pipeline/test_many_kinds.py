@@ -46,6 +46,7 @@ RULES = {
 }
 FRAMES, FPS = 20, 10
 SIZES = ((96, 64), (64, 96), (128, 72), (112, 80))
+FAST = ((160, 64), (192, 96))  # in which the ball has a long way to go
 COLOURS = ((200, 40, 40), (40, 60, 200), (230, 180, 40), (30, 200, 60))
 # For pictures without colours, which have to stand out by their light.
 BRIGHT = ((250, 225, 40),)
@@ -152,9 +153,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "clap.mov": h264(stored="frame", after="clap", notes=[CROPPED]),
     "pixel_crop.mkv": h264(stored="frame", after="pixel_crop", notes=[CROPPED]),
     "crop_oblong.mkv": h264(stored="frame", after="pixel_crop", pixel_aspect=Fraction(4, 3), notes=[OBLONG, CROPPED]),
-    "top_first.mp4": {"options": TFF, "stored": "top", "notes": [COMBED]},
-    "bottom_first.mts": {"options": BFF, "stored": "bottom", "container": "mpegts", "notes": [COMBED]},
-    "fields.mpg": mpeg2(options=FIELDS, stored="top", notes=[COMBED]),
+    "top_first.mp4": {"options": TFF, "stored": "top", "sizes": FAST, "notes": [COMBED]},
+    "bottom_first.mts": {"options": BFF, "stored": "bottom", "container": "mpegts", "sizes": FAST, "notes": [COMBED]},
+    "fields.mpg": mpeg2(options=FIELDS, stored="top", sizes=FAST, notes=[COMBED]),
     "pq.mp4": {"options": X264, **TEN_BITS, "light": "PQ", "tags": TAGS_HDR["PQ"], "notes": [HDR]},
     "hlg.mov": {
         "codec": "libx265", "options": X265, **TEN_BITS, "light": "HLG", "tags": TAGS_HDR["HLG"], "notes": [HDR],
@@ -443,5 +444,15 @@ def check_picture(clip: Clip, picture: np.ndarray, truth: np.ndarray, masks: np.
     assert np.abs(colour - clip.colour).max() <= within(clip), (clip, colour)
     near = (np.abs(picture - clip.colour) < 60).all(axis=-1)
     wanted, found = np.array(box_of(masks[index])), np.array(box_of(near))
-    assert np.abs(wanted - found).max() <= 2, (clip, wanted, found)
+    woven = clip.how.get("stored") in ("top", "bottom")  # which of the two moments is shown is the filter's affair
+    assert np.abs(wanted - found).max() <= (4 if woven else 2), (clip, wanted, found)
     assert off <= 7, (clip, off)
+    if woven:
+        moved = (truth[index] != clip.pictures(later=0.5)[0][index]).any(axis=-1)[1:-1]
+        assert comb(picture)[moved].mean() < comb(stored(clip, truth)[index])[moved].mean() / 2, clip
+
+
+def comb(picture: np.ndarray) -> np.ndarray:
+    """How much a line is lighter or darker than the mean of its neighbours: (height - 2, width)."""
+    light = picture.astype(float).mean(axis=-1)
+    return np.abs(light[1:-1] - (light[:-2] + light[2:]) / 2)
