@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,7 +130,7 @@ def open_video(path: Path, facts: VideoFacts | None = None, rules: PictureRules 
     try:
         video = _index(path, container, rules)
         # Facts that were found while the file was read before.
-        if facts is not None and facts.stamps == video.facts.stamps:
+        if facts is not None and facts.stamps == video.facts.stamps[: len(facts.stamps)]:
             video = replace(video, facts=facts)
     except (av.FFmpegError, OSError) as error:
         container.close()
@@ -168,15 +168,15 @@ def _list(container: Any, streams: Sequence[Any]) -> tuple[Any, list[Listed]]:
     codecs = {stream.index: stream.codec_context.codec.canonical_name for stream in streams}
     tables: dict[int, list[Listed]] = {stream.index: [] for stream in streams}
     texts: dict[int, list[bytes | None]] = {stream.index: [] for stream in streams}
-    damaged, listed = Counter[int](), Counter[int]()
+    listed = Counter[int]()
     packed: dict[int, bool] = {}
     for packet in container.demux(*streams):
-        number, size = packet.stream_index, packet.size
+        # Not ``packet.stream_index``: that of the empty packets at the end is 0, whatever their stream.
+        number, size = packet.stream.index, packet.size
         codec = codecs[number]
         listed[number] += packet.dts is not None or bool(size)  # all but the empty one at the end
         if not size or (codec == "vp8" and not bytes(packet)[0] & SHOW_FRAME):
             continue
-        damaged[number] += packet.is_corrupt
         if codec == "mpeg4":
             if number not in packed:
                 packed[number] = is_packed(bytes(packet.stream.codec_context.extradata or b"") + bytes(packet))
@@ -190,7 +190,7 @@ def _list(container: Any, streams: Sequence[Any]) -> tuple[Any, list[Listed]]:
         return count > 1, default, count * context.width * context.height, -stream.index
 
     film = max(streams, key=rank)
-    _check_complete(container, film, listed[film.index], damaged[film.index])
+    _check_complete(container, film, listed[film.index])
     packets, data = tables[film.index], texts[film.index]
     if container.format.name in BARE:
         packets = [packet._replace(pts=None) for packet in packets]
@@ -209,7 +209,7 @@ def _moving(container: Any) -> list[Any]:
         raise ClipError("no video stream")
     known = [stream for stream in streams if stream.codec_context is not None]
     if not known:
-        raise ClipError("unknown codec")
+        raise ClipError("unknown codec", needed="a codec that FFmpeg decodes, and a header that is whole")
     return known
 
 
@@ -226,9 +226,18 @@ def _is_counted(container: Any, stream: Any, packets: Sequence[Listed]) -> bool:
     )
 
 
-def _times(stream: Any, coming: Sequence[Listed], first: int) -> np.ndarray:
+def _start_again(packets: Sequence[Listed]) -> bool:
+    """Whether times repeat or go back, in the order of decoding: files that were put one behind the other, and the end
+    of an mpg, whose last two frames may have one time.
+    """
+    times = [packet.pts for packet in packets if packet.pts is not None and not packet.is_discard]
+    order = [packet.dts for packet in packets if packet.dts is not None]
+    return len(set(times)) < len(times) or any(after < before for before, after in pairwise(order))
+
+
+def _times(stream: Any, coming: Sequence[Listed], first: int, trusted: bool) -> np.ndarray:
     """Ascending time stamps of all frames, int64; ClipError if nobody can tell. coming: the packets from the first key
-    frame on, which is shown at ``first``.
+    frame on, which is shown at ``first``. trusted: False if their times are not those of the frames.
     """
     packed = any(packet.pictures > 1 for packet in coming)
     # What is shown before the first key frame cannot be decoded.
@@ -238,18 +247,19 @@ def _times(stream: Any, coming: Sequence[Listed], first: int) -> np.ndarray:
         if packet.pts is not None and packet.pts >= first and not packet.is_discard and (packed or packet.pictures)
     ]
     frames = sum(packet.pictures for packet in coming)
-    if any(packet.pts is None for packet in coming) or (packed and len(shown) < frames):
+    if not trusted or any(packet.pts is None for packet in coming) or (packed and len(shown) < frames):
         # Some files tell the time only now and then: their frames follow each other evenly.
         rate = stream.average_rate or stream.guessed_rate
         if not rate or not stream.time_base:
             raise ClipError("frames without time stamps", codec=stream.codec_context.codec.canonical_name)
-        return first + np.round(np.arange(frames) / float(rate * stream.time_base)).astype(np.int64)
+        step = 1 / float(rate * stream.time_base)
+        steps = np.diff([packet.dts for packet in coming if packet.dts is not None])
+        if not trusted and (steps > 0).any():  # of times that start again FFmpeg makes a wrong rate
+            step = float(steps[(steps > 0) & (steps < 2 * np.median(steps[steps > 0]))].mean())
+        return first + np.round(np.arange(frames) * step).astype(np.int64)
     if packed:
         shown = sorted(shown)[:frames]
-    stamps = np.unique(np.asarray(shown, dtype=np.int64))
-    if len(stamps) != len(shown):
-        raise ClipError("two frames with the same time stamp", frames=len(shown), times=len(stamps))
-    return stamps
+    return np.sort(np.asarray(shown, dtype=np.int64))
 
 
 def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
@@ -271,10 +281,14 @@ def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
     if not keys:
         raise ClipError("no key frame" if packets else "video without frames")
     first = keys[0]
-    stamps = _times(stream, packets[first.position :], first.pts).tolist()
+    coming = packets[first.position :]
+    again = not counted and _start_again(coming)
+    counted = counted or again
+    stamps = _times(stream, coming, first.pts, not again).tolist()
     if not stamps or not stream.time_base:
         raise ClipError("video without frames")
-    several = ("several video streams",) if len(streams) > 1 else ()
+    said = {"several video streams": len(streams) > 1, "times that repeat or go back, made even": again}
+    several = tuple(note for note, holds in said.items() if holds)
     tone_map, notes = light_of(colours, rules)
     description = description_of(container, stream)
     rotation, mirrored = _orientation(container, stream, description)
@@ -312,13 +326,11 @@ def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
     )
 
 
-def _check_complete(container: Any, stream: Any, found: int, damaged: int) -> None:
+def _check_complete(container: Any, stream: Any, found: int) -> None:
     # mp4 lists its packets in its header; a shorter file still opens. What an edit list cuts away is not in the list.
     expected = len(stream.index_entries) if "mp4" in container.format.name.split(",") else found
     if found < expected:
         raise ClipError("frames are missing", found=found, expected=expected)
-    if damaged:
-        raise ClipError("damaged packets", damaged=damaged, packets=found)
 
 
 def _orientation(container: Any, stream: Any, description: str) -> tuple[int, bool]:

@@ -10,6 +10,7 @@ decode on one thread: workers are the parallelism.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ __all__ = ["READERS", "DecordReader", "PyAVReader", "VideoReader", "choose_reade
 READERS = ("auto", "decord", "pyav")
 # Decoded pixels of a clip that are kept at most: 48 MB, or five seconds of 320 x 240.
 SHORT_CLIP_PIXELS = 16_000_000
+CUT_OFF = "cut off within a frame, used up to there"
 # Their decoders leave out pictures that no other picture is drawn from, and the rest stays the same, bit for bit.
 CAN_LEAVE_OUT = frozenset({"h264", "hevc"})
 
@@ -60,14 +62,17 @@ class PyAVReader:
         self.path = path
         self.facts = facts
         self._kept: dict[int, Any] = {}
+        self._fed, self._torn = 0, False
         self._maker = PictureMaker(facts)
         self._noted = any(note.startswith("interlaced") for note in facts.notes)
 
     def thumbnails(self, size: int, limit: int) -> np.ndarray:
-        """See VideoReader."""
+        """See VideoReader. A file that ends within its last packet loses what cannot be shown of it: ``facts`` tell it
+        from now on.
+        """
         video, keep = open_video(self.path, self.facts), fits_in_memory(self.facts)
         wanted = self.facts.stamps[:limit]
-        pictures = []
+        pictures: list[np.ndarray] = []
         try:
             for stamp, frame in self._decode(video, 0, wanted, leave_out=False):
                 if keep:
@@ -76,9 +81,14 @@ class PyAVReader:
                     self._note_fields()
                 pictures.append(self._maker.thumbnail(frame, size))
         except (av.FFmpegError, OSError) as error:
-            raise _undecodable(error) from error
+            self._torn = True
+            if self._fed < len(video.sizes) or not pictures:
+                raise _undecodable(error) from error
         if len(pictures) < len(wanted):
-            raise ClipError("frames are missing", decoded=len(pictures), expected=len(wanted))
+            if not self._torn or self._fed < len(video.sizes) or not pictures:
+                raise ClipError(self._what_is_wrong(), decoded=len(pictures), expected=len(wanted))
+            notes = (*self.facts.notes, CUT_OFF)
+            self.facts = replace(self.facts, stamps=wanted[: len(pictures)], notes=notes)
         return np.stack(pictures)
 
     def frames(self, indices: tuple[int, ...]) -> list[np.ndarray]:
@@ -122,10 +132,12 @@ class PyAVReader:
         found: dict[int, Any] = {}
         leave_out, back = video.facts.codec in CAN_LEAVE_OUT and not video.counted, 1
         while True:
-            fault = ClipError("frames are missing", wanted_time=self._seconds(min(stamps - found.keys())))
             try:
                 for stamp, frame in self._decode(video, number, sorted(stamps - found.keys()), leave_out):
                     found[stamp] = make(frame)
+                missing = stamps - found.keys()
+                if missing:
+                    fault = ClipError(self._what_is_wrong(), wanted_time=self._seconds(min(missing)))
             except (av.FFmpegError, OSError) as error:
                 fault = _undecodable(error)
             missing = stamps - found.keys()
@@ -145,8 +157,13 @@ class PyAVReader:
         one has not come in its turn. Errors are those of PyAV.
         """
         own, place, counter = set(wanted), 0, iter(video.facts.stamps)
+        self._fed, self._torn = video.keys[number].position, False
+        cut = None
         try:
             for packet in packets_from(video, number):
+                self._fed += 1
+                if self._fed == len(video.sizes) and packet.is_corrupt:  # not every decoder minds half of a packet
+                    cut = packet.pts
                 if leave_out:
                     needed = packet.pts is None or packet.pts in own
                     packet.stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
@@ -154,7 +171,8 @@ class PyAVReader:
                     stamp = next(counter, None) if video.counted else frame.pts
                     if stamp is None or stamp < wanted[place]:
                         continue
-                    if stamp > wanted[place] or frame.is_corrupt:
+                    self._torn = frame.is_corrupt or stamp == cut
+                    if stamp > wanted[place] or self._torn:
                         return
                     yield stamp, frame
                     place += 1
@@ -162,6 +180,10 @@ class PyAVReader:
                         return
         finally:
             video.stream.codec_context.skip_frame = "DEFAULT"
+
+    def _what_is_wrong(self) -> str:
+        """Why the last decoding ended early."""
+        return "a damaged frame" if self._torn else "frames are missing"
 
     def _seconds(self, stamp: int) -> float:
         return round((stamp - self.facts.stamps[0]) * self.facts.time_base, 3)

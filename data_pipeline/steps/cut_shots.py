@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from data_pipeline.records import Rejected, SettingsError, Shot, Video, VideoShots
+from data_pipeline.records import Rejected, SettingsError, Shot, Video, VideoFacts, VideoShots
 from data_pipeline.step import Step
 
 # Frames that are decoded at full size to measure black bars.
@@ -63,8 +63,7 @@ class CutShots(Step[Video, VideoShots]):
         reader = self._open(video.reader, video.file.path, video.facts)
         pictures = reader.thumbnails(self.thumbnail, self.max_frames)
         if reader.facts != video.facts:  # frames say more than the header
-            added = reader.facts.notes[len(video.facts.notes) :]
-            video = replace(video, facts=reader.facts, notes=(*video.notes, *added))
+            video = _now_known(video, reader.facts)
         if self._bars.may_have_bars(pictures):
             # Full-sized pictures tell where they end; thumbnails only that there is something to look for.
             places = sorted({len(pictures) * place // LOOKS for place in range(LOOKS)})
@@ -83,7 +82,7 @@ class CutShots(Step[Video, VideoShots]):
                     bars=bars,
                     notes=(*facts.notes, CUT_OFF),
                 )
-                video = replace(video, facts=facts, notes=(*video.notes, CUT_OFF))
+                video = _now_known(video, facts)
         cuts = self._find_cuts(
             pictures, cut_ratio=self.cut_ratio, min_content=self.min_content, fade_level=self.fade_level
         )
@@ -93,6 +92,12 @@ class CutShots(Step[Video, VideoShots]):
             Shot(first=start, last=end - 1, start=times[start], end=times[end - 1]) for start, end in pairwise(starts)
         ]
         return VideoShots(video=video, shots=tuple(shots))
+
+
+def _now_known(video: Video, facts: VideoFacts) -> Video:
+    """The video with facts of which more is known than before."""
+    new = tuple(note for note in facts.notes if note not in video.facts.notes)
+    return replace(video, facts=facts, notes=(*video.notes, *new))
 
 
 def _within(thumbnails: np.ndarray, bars: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:

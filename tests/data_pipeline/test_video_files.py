@@ -66,15 +66,23 @@ def encode(
     matrix: tuple[int, int, int, int] | None = None,
     pixel_aspect: Fraction | None = None,
     container_options: dict[str, str] | None = None,
+    colours: dict[str, int] | None = None,
+    tags: dict[str, int] | None = None,
+    sound: int | None = None,
 ) -> Path:
-    """stamps: in units of 1 / fps. rotation: degrees anticlockwise by which players turn the stored pictures, which
-    are turned the other way here, so that they come out upright. matrix: the same as a, b, c, d of a display matrix,
-    x' = a x + c y and y' = b x + d y, each -1, 0 or 1. pixel_aspect: width of a pixel over its height."""
+    """pictures: uint8, or uint16 of full range. stamps: in units of 1 / fps. rotation: degrees anticlockwise by which
+    players turn the stored pictures, which are turned the other way here, so that they come out upright. matrix: the
+    same as a, b, c, d of a display matrix, x' = a x + c y and y' = b x + d y, each -1, 0 or 1. pixel_aspect: width of a
+    pixel over its height. colours: dst_colorspace and dst_color_range of the conversion from RGB. tags: what the stream
+    says about its colours, attributes of a codec context. sound: where a silent sound track stands, 0 before the video
+    or 1 behind it."""
     pictures = np.rot90(pictures, -(rotation // 90), axes=(1, 2))
     if matrix is not None:
         pictures = as_stored(pictures, matrix)
     with av.open(str(path), "w", format=container, options=container_options or {}) as file:
+        silence = file.add_stream("aac", rate=16000) if sound == 0 else None
         stream = file.add_stream(codec, rate=fps)
+        silence = file.add_stream("aac", rate=16000) if sound else silence
         stream.width, stream.height, stream.pix_fmt = pictures.shape[2], pictures.shape[1], pix_fmt
         stream.options = options or {}
         stream.codec_context.thread_count = 1
@@ -85,11 +93,22 @@ def encode(
             stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
         if pixel_aspect is not None:
             stream.codec_context.sample_aspect_ratio = pixel_aspect
+        for name, value in (tags or {}).items():
+            setattr(stream.codec_context, name, value)
+        rgb = "rgb24" if pictures.dtype == np.uint8 else "rgb48le"
         for i, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format=rgb)
+            if colours is not None:
+                frame = frame.reformat(format=pix_fmt, threads=1, **colours)
+                frame.colorspace = (tags or {}).get("colorspace", 2)
             frame.pts, frame.time_base = (i if stamps is None else stamps[i]), Fraction(1, fps)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
+        if silence is not None:
+            noise = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            noise.sample_rate = 16000
+            file.mux(silence.encode(noise))
+            file.mux(silence.encode())
     return path
 
 
@@ -107,24 +126,10 @@ def encode_colour(
 ) -> Path:
     """A clip of one colour. signal: RGB, 16 bit full range, what a converter with ``matrix`` (H.273) has to give.
     tags: what the stream says about its colours, attributes of a codec context; without them nothing."""
-    picture = np.empty((size[1], size[0], 3), dtype=np.uint16)
-    picture[:] = signal
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, rate=FPS)
-        stream.width, stream.height, stream.pix_fmt = size[0], size[1], pix_fmt
-        stream.options = options or ({"preset": "ultrafast"} if codec == "libx264" else {})
-        stream.codec_context.thread_count = 1
-        for name, value in (tags or {}).items():
-            setattr(stream.codec_context, name, value)
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb48le").reformat(
-            format=pix_fmt, dst_colorspace=matrix, threads=1
-        )
-        frame.colorspace = (tags or {}).get("colorspace", 2)
-        for i in range(frames):
-            frame.pts, frame.time_base = i, Fraction(1, FPS)
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-    return path
+    pictures = np.empty((frames, size[1], size[0], 3), dtype=np.uint16)
+    pictures[:] = signal
+    options = options or ({"preset": "ultrafast"} if codec == "libx264" else {})
+    return encode(path, pictures, codec, options, pix_fmt=pix_fmt, colours={"dst_colorspace": matrix}, tags=tags)
 
 
 def tag_container(source: Path, path: Path, tags: dict[str, int]) -> Path:
@@ -208,10 +213,19 @@ def crop_matroska(source: Path, path: Path, left: int, top: int, right: int, bot
     crop = b"".join(
         bytes([0x54, name, 0x81, value]) for name, value in ((0xAA, bottom), (0xBB, top), (0xCC, left), (0xDD, right))
     )
-    void = data.index(b"\xec", data.index(b"\x11\x4d\x9b\x74"))  # empty room after the table of contents
-    tracks = data.index(b"\x16\x54\xae\x6b", void)
-    entry = data.index(b"\xae", tracks + 4 + size_of(tracks + 4)[1])
-    video = data.index(b"\xe0", entry + 1 + size_of(entry + 1)[1])
+
+    def child(name: bytes, place: int) -> int:
+        """Where the first element of this name begins, among those that stand in a row from ``place`` on."""
+        while not data.startswith(name, place):
+            size = place + 9 - data[place].bit_length()  # an element's name is as long as a size that begins like it
+            place = size + sum(size_of(size))
+        return place
+
+    segment = child(b"\x18\x53\x80\x67", 0) + 4
+    void = child(b"\xec", segment + size_of(segment)[1])  # empty room after the table of contents
+    tracks = child(b"\x16\x54\xae\x6b", void)
+    entry = child(b"\xae", tracks + 4 + size_of(tracks + 4)[1])
+    video = child(b"\xe0", entry + 1 + size_of(entry + 1)[1])
     end = video + 1 + sum(size_of(video + 1))
     data[end:end] = crop
     for place in (video + 1, entry + 1, tracks + 4):

@@ -150,11 +150,70 @@ def test_a_shorter_file_than_its_header_says(tmp_path, closed):
     assert error.value.evidence["expected"] == 60
 
 
-def test_two_frames_with_the_same_time_stamp(closed, tmp_path):
+def test_a_header_that_was_cut_off(tmp_path, closed):
+    content = closed.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: content.index(b"dinf")])
+    with pytest.raises(ClipError, match="unknown codec") as error:
+        probe(tmp_path / "cut.mp4")
+    assert error.value.evidence == {"needed": "a codec that FFmpeg decodes, and a header that is whole"}
+
+
+def assert_exact(path, numbers):
+    """Every frame, in random order and in one go."""
+    facts = probe(path)
+    assert len(facts.stamps) == len(numbers)
+    reader = PyAVReader(path, facts)
+    order = np.random.default_rng(0).permutation(len(numbers)).tolist()
+    found = {index: video_files.number_of(reader.frames((index,))[0]) for index in order}
+    assert [found[index] for index in range(len(numbers))] == numbers
+    assert [video_files.number_of(picture) for picture in reader.thumbnails(64, 999)] == numbers
+    return facts
+
+
+AGAIN = "times that repeat or go back, made even"
+
+
+def test_two_frames_with_the_same_time_stamp_are_counted(closed, tmp_path):
     path = video_files.remux(closed, tmp_path / "twice.mkv", stamps={20: 21})
-    with pytest.raises(ClipError, match="two frames with the same time stamp") as error:
-        probe(path)
-    assert error.value.evidence == {"frames": 60, "times": 59}
+    facts = assert_exact(path, list(range(60)))
+    assert facts.notes == (AGAIN,)
+    assert facts.times == pytest.approx([i / 10 for i in range(60)])
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video", "mpeg1video"])
+@pytest.mark.parametrize("kind", ["ts", "mpg"])
+def test_files_put_one_behind_the_other(tmp_path, codec, kind):
+    options = video_files.CLOSED if codec == "libx264" else video_files.MPEG2
+    pictures = video_files.numbered(48)
+    parts = [
+        video_files.encode(tmp_path / f"{i}.{kind}", part, codec, options, fps=25)
+        for i, part in enumerate((pictures[:24], pictures[24:]))
+    ]
+    path = tmp_path / f"both.{kind}"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    facts = assert_exact(path, list(range(48)))
+    # H.264 in mpg is counted anyway.
+    assert facts.notes == (() if (codec, kind) == ("libx264", "mpg") else (AGAIN,))
+    assert facts.times == pytest.approx([i / 25 for i in range(48)])
+
+
+def test_the_last_two_frames_of_an_mpg_have_one_time(tmp_path):
+    options = {"b": "4M", "bf": "2", "g": "12"}
+    path = video_files.encode(
+        tmp_path / "a.vob", video_files.numbered(24), "mpeg2video", options, fps=30, container="vob"
+    )
+    facts = assert_exact(path, list(range(24)))
+    assert facts.times == pytest.approx([i / 30 for i in range(24)], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mov", "mkv", "ts", "flv", "wmv"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_sound_before_and_behind_the_pictures(tmp_path, kind, place):
+    codec, options = ("wmv2", video_files.SIMPLE) if kind == "wmv" else ("libx264", video_files.CLOSED)
+    path = video_files.encode(tmp_path / f"a.{kind}", video_files.numbered(24), codec, options, sound=place)
+    with av.open(str(path)) as container:
+        assert [stream.type for stream in container.streams][place] == "audio"
+    assert_exact(path, list(range(24)))
 
 
 def test_a_frame_without_a_time_stamp_follows_evenly(closed, monkeypatch):
@@ -177,7 +236,7 @@ def test_frames_without_time_stamps_or_a_rate():
     codec = SimpleNamespace(codec=SimpleNamespace(canonical_name="h264"))
     stream = SimpleNamespace(average_rate=None, guessed_rate=None, time_base=None, codec_context=codec)
     with pytest.raises(ClipError, match="frames without time stamps"):
-        video_index._times(stream, [video_index.Listed(None, None, True, False, 9, 1)], 0)
+        video_index._times(stream, [video_index.Listed(None, None, True, False, 9, 1)], 0, trusted=True)
 
 
 def test_a_video_without_a_key_frame(closed, tmp_path):

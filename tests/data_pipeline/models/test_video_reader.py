@@ -203,6 +203,55 @@ def test_frames_that_the_file_lacks(videos, reader):
         opened.frames((3, FRAMES))
 
 
+CUT = ["mpeg4.avi", "bframes.avi", "mjpeg.avi", "closed.flv", "wmv2.wmv", "mpeg2.mpg", "mpeg2.mpeg", "mpeg1.mpg"]
+
+
+@pytest.mark.parametrize("name", [*CUT, "closed.ts", "open.m2ts", "hevc.ts", "closed.mkv", "vp9.webm"])
+@pytest.mark.parametrize("share", [0.5, 0.73])
+def test_a_file_that_was_cut_off_is_used_as_far_as_it_goes(videos, tmp_path, name, share, monkeypatch):
+    content = videos[name].read_bytes()
+    path = tmp_path / name
+    path.write_bytes(content[: int(share * len(content))])
+    facts = probe(path)
+    thumbnails = (reader := PyAVReader(path, facts)).thumbnails(64, 999)
+    count = len(thumbnails)
+    assert 8 < count <= len(facts.stamps) <= count + 4 < FRAMES
+    assert reader.facts.stamps == facts.stamps[:count]
+    assert reader.facts.notes == (() if count == len(facts.stamps) else (video_reader.CUT_OFF,))
+    # A frame that comes before a lost one in the file may be shown after it.
+    numbers = [number_of(picture) for picture in thumbnails]
+    assert numbers == sorted(set(numbers))
+    assert numbers[:-4] == list(range(count - 4))
+    monkeypatch.setattr(video_reader, "SHORT_CLIP_PIXELS", 0)
+    other = PyAVReader(path, reader.facts)
+    for index in (count - 1, 0, count // 2):
+        assert number_of(other.frames((index,))[0]) == numbers[index]
+
+
+def test_some_cut_files_lose_a_frame(videos, tmp_path):
+    """So that the test above has something to see."""
+    path = tmp_path / "cut.avi"
+    path.write_bytes(videos["mjpeg.avi"].read_bytes()[:-9000])
+    facts = probe(path)
+    reader = PyAVReader(path, facts)
+    assert len(reader.thumbnails(16, 99)) == len(facts.stamps) - 1
+    # Of a longer film only the first frames are looked at, and its end doesn't matter.
+    assert len(PyAVReader(path, facts).thumbnails(16, 20)) == 20
+
+
+@pytest.mark.parametrize("name", ["closed.mp4", "mpeg2.mpg", "mpeg4.avi"])
+def test_a_damaged_frame_in_the_middle(videos, tmp_path, name):
+    content = bytearray(videos[name].read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 200] = np.random.default_rng(0).bytes(200)
+    path = tmp_path / name
+    path.write_bytes(bytes(content))
+    reader = PyAVReader(path, probe(path))
+    with pytest.raises(ClipError, match="a damaged frame|undecodable video") as error:
+        reader.thumbnails(16, 99)
+    assert error.value.evidence.get("decoded", 30) in range(8, 45)
+
+
 def test_a_frame_that_never_comes_out_of_the_decoder(videos, monkeypatch):
     facts = probe(videos["closed.mp4"])
     original = video_reader.packets_from

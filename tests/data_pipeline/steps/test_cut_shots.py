@@ -126,6 +126,15 @@ def test_annotations_are_of_the_picture_with_its_bars(letterboxed, tmp_path):
     assert rejected.evidence["needed"] == "annotated clips without"
 
 
+def test_what_was_noted_before_is_not_lost(letterboxed):
+    read, step = ReadVideos(annotations=False), CutShots()
+    for each in (read, step):
+        each.setup()
+    video = read.process(find_videos(letterboxed())[0])
+    found = step.process(replace(video, notes=("a caption in Windows-1252",)))
+    assert found.notes == ("a caption in Windows-1252", "black bars, cut off")
+
+
 def test_an_ordinary_clip_keeps_its_facts(write_clip, tmp_path):
     write_clip(tmp_path)
     read = ReadVideos(annotations=False)
