@@ -37,6 +37,9 @@ def hub(small_hub):
 
 
 def test_sizes_are_told_and_only_what_is_needed_is_downloaded(hub, capfd):
+    from huggingface_hub.utils import enable_progress_bars
+
+    enable_progress_bars()  # another test may have switched them off
     told = []
     wanted = [GROUNDING_DINO, SEGMENTERS["vit_b"], GROUNDING_DINO]
     assert missing(wanted) == [GROUNDING_DINO, SEGMENTERS["vit_b"]]
