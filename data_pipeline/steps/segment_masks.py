@@ -77,6 +77,12 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
         """See Step."""
         return "" if self.segmenter == "annotations" else self.device
 
+    @property
+    def preload(self) -> tuple[str, ...]:
+        """See Step."""
+        modules = {"annotations": (), "mobile-sam": ("data_pipeline.models.mobile_sam",)}
+        return modules.get(self.segmenter, ("data_pipeline.models.sam",))
+
     def model_files(self) -> dict[str, Path]:
         """See Step."""
         found = {"embedded": EMBEDDED_SEGMENTER} if self.segmenter == "embedded" else {}
