@@ -2,8 +2,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+from scenedetect import ContentDetector, FrameTimecode, StatsManager
 
-from data_pipeline.models.shots import find_cuts
+from data_pipeline.models import shots
+from data_pipeline.models.shots import changes, find_cuts
 
 find = partial(find_cuts, cut_ratio=3.0, min_content=20.0, fade_level=12)
 
@@ -20,6 +22,29 @@ def scene(seed, frames, drift=0):
 def blend(first, second, weights):
     weights = np.asarray(weights)[:, None, None, None]
     return (first * (1 - weights) + second * weights).astype(np.uint8)
+
+
+def test_changes_are_those_that_the_library_measures():
+    pictures = np.concatenate((scene(0, 4, drift=3), scene(1, 3), np.zeros((2, 32, 32, 3), np.uint8)))
+    detector = ContentDetector(threshold=255)
+    stats = detector.stats_manager = StatsManager()
+    for number, picture in enumerate(pictures):
+        detector.process_frame(FrameTimecode(number, 25.0), np.ascontiguousarray(picture[..., ::-1]))
+    key = ContentDetector.FRAME_SCORE_KEY
+    wanted = [stats.get_metrics(FrameTimecode(number, 25.0), [key])[0] for number in range(1, len(pictures))]
+    assert changes(pictures).tolist() == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_clips_that_are_seen_at_once_are_those_without_a_cut(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    parts = [scene(int(rng.integers(50)), int(rng.integers(1, 9)), int(rng.integers(3))) for _ in range(3)]
+    pictures = np.concatenate([(part * rng.uniform(0, 1)).astype(np.uint8) for part in parts])
+    if seed % 2:
+        pictures = 255 - pictures
+    found = find(pictures)
+    monkeypatch.setattr(shots, "CLOSE", 1000.0)  # frame by frame, always
+    assert found == find(pictures)
 
 
 def test_cuts_are_found_at_their_frames():
