@@ -2,7 +2,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from scenedetect import ContentDetector, FrameTimecode, StatsManager
+from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode, StatsManager, ThresholdDetector
 
 from data_pipeline.models import shots
 from data_pipeline.models.shots import changes, find_cuts
@@ -36,15 +36,21 @@ def test_changes_are_those_that_the_library_measures():
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_clips_that_are_seen_at_once_are_those_without_a_cut(seed, monkeypatch):
+def test_what_is_seen_at_once_is_what_the_library_finds_frame_by_frame(seed):
     rng = np.random.default_rng(seed)
     parts = [scene(int(rng.integers(50)), int(rng.integers(1, 9)), int(rng.integers(3))) for _ in range(3)]
     pictures = np.concatenate([(part * rng.uniform(0, 1)).astype(np.uint8) for part in parts])
     if seed % 2:
         pictures = 255 - pictures
     found = find(pictures)
-    monkeypatch.setattr(shots, "CLOSE", 1000.0)  # frame by frame, always
-    assert found == find(pictures)
+    still = np.concatenate((pictures[:1].repeat(2, 0), pictures, pictures[-1:].repeat(2, 0)))
+    wanted = shots._detect(
+        AdaptiveDetector(adaptive_threshold=3.0, min_content_val=20.0, window_width=2, min_scene_len=0), still
+    )
+    for threshold, side in ((12, "FLOOR"), (243, "CEILING")):
+        method = ThresholdDetector.Method[side]
+        wanted |= shots._detect(ThresholdDetector(threshold=threshold, method=method, min_scene_len=0), still)
+    assert found == sorted(number - 2 for number in wanted if 0 < number - 2 < len(pictures))
 
 
 def test_cuts_are_found_at_their_frames():
