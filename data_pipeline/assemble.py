@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import platform
 import tarfile
@@ -181,7 +182,6 @@ class IndexWriter:
         columns |= {"phrases": pyarrow.list_(text), "areas": pyarrow.list_(number)}
         columns |= dict.fromkeys(("min_detection_score", "min_match_similarity", "frame_gap_seconds"), number)
         self._schema = pyarrow.schema(columns)
-        self._table = pyarrow.Table.from_pylist
         self._writer = pyarrow.parquet.ParquetWriter(file, self._schema)
         self._rows: list[dict[str, Any]] = []
 
@@ -192,8 +192,18 @@ class IndexWriter:
             self._flush()
 
     def _flush(self) -> None:
-        self._writer.write_table(self._table(self._rows, schema=self._schema))
+        self._writer.write_table(self._table())
         self._rows = []
+
+    def _table(self) -> Any:
+        # By way of JSON: turning Python's own values into columns makes pyarrow import pandas, for a second of CPU.
+        from pyarrow.json import ParseOptions, ReadOptions, read_json
+
+        if not self._rows:
+            return self._schema.empty_table()
+        content = "\n".join(map(json.dumps, self._rows)).encode()
+        how = ParseOptions(explicit_schema=self._schema, unexpected_field_behavior="error")
+        return read_json(io.BytesIO(content), ReadOptions(use_threads=False, block_size=len(content) + 1), how)
 
     def __enter__(self) -> IndexWriter:
         return self

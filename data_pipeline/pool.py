@@ -5,6 +5,7 @@ the others.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import signal
 import time
@@ -52,10 +53,23 @@ class _Worker(Generic[Task]):
     """When the task in hand was begun, or was next in the pipe."""
 
 
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection inside the block: thousands of modules are hardly any garbage, but every collection while
+    they are imported walks all of them.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _serve(make: Callable[[], Callable[[Any, Place], Any]], connection: Connection, place: Place) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
-        work = make()
+        with uncollected():
+            work = make()
     except MiningError as error:
         connection.send(("failed", error))
         return
@@ -172,7 +186,7 @@ def _context(preload: tuple[str, ...]) -> Any:
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
-        context.set_forkserver_preload(["data_pipeline.run", *preload])
+        context.set_forkserver_preload(["data_pipeline.server_start", "data_pipeline.run", *preload])
     return context
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from data_pipeline.journal import Journal
 from data_pipeline.journey import TRY_AGAIN, Finished, Journey, commit, travel
-from data_pipeline.pool import Failure, Place, run_pool
+from data_pipeline.pool import Failure, Place, run_pool, uncollected
 from data_pipeline.records import MiningError, VideoFile
 from data_pipeline.step import Step
 
@@ -89,7 +89,8 @@ def _results(
     steps: Sequence[Step], waiting: Sequence[VideoFile], journal: Journal, workers: int, timeout: float
 ) -> Iterable[tuple[str, Finished]]:
     if workers == 0:
-        work = make_worker(steps, journal)
+        with uncollected():
+            work = make_worker(steps, journal)
         yield from ((file.name, work(file, None)) for file in waiting)
         return
     make = partial(make_worker, steps, journal, threads=1)

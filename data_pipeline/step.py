@@ -27,8 +27,12 @@ class Step(Generic[In, Out]):
     Fields with ``init=False`` are what ``setup`` loads.
     """
 
-    preload: ClassVar[tuple[str, ...]] = ()
-    """Modules that ``setup`` will need and that are slow to import: the runner may import them once for all workers."""
+    @property
+    def preload(self) -> tuple[str, ...]:
+        """Modules that ``setup`` will need and that are slow to import: the runner may import them once for all
+        workers. A step that always needs the same ones has them as a class attribute.
+        """
+        return ()
 
     @property
     def name(self) -> str:

@@ -163,10 +163,13 @@ class GroundingDetector:
         ClipError if one of the questions cannot be asked or answered.
         """
         batches: dict[tuple[int, int], list[tuple[int, PhraseText]]] = {}
+        texts: dict[tuple[str, ...], list[PhraseText]] = {}  # the frames of a pair are asked for the same
         for number, question in enumerate(questions):
             height, width = question.frame.image.shape[:2]
-            phrases = [entity.phrase for entity in question.entities]
-            for text in phrase_texts(phrases, self.tokenizer, self.max_tokens):
+            phrases = tuple(entity.phrase for entity in question.entities)
+            if phrases not in texts:
+                texts[phrases] = phrase_texts(phrases, self.tokenizer, self.max_tokens)
+            for text in texts[phrases]:
                 batches.setdefault(self.preprocessing.size(width, height), []).append((number, text))
         found: list[list[PhraseBox]] = [[] for _ in questions]
         for jobs in batches.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,11 +35,11 @@ class Looks:
 def look_at(picture: np.ndarray) -> Looks:
     """Measures a picture, uint8 RGB (height, width, 3), shrunk to ``SIDE`` pixels first."""
     image = _at_side(picture)
-    levels = np.asarray(image.convert("L"), dtype=np.float32)
+    levels = np.asarray(image.convert("L"))
     small = image.resize((CHANGE_SIDE, CHANGE_SIDE), Image.Resampling.BOX)
     return Looks(
         sharpness=_edges(levels),
-        brightness=float(levels.mean() / 255),
+        brightness=float(levels.mean(dtype=np.float32) / 255),
         small=np.asarray(small, dtype=np.float32) / 255,
     )
 
@@ -52,7 +53,7 @@ def sharpness(picture: np.ndarray) -> float:
     fewer than 5 pixels on one side the answer is 0. The measure of an edge falls with the square of the width of its
     blur, whatever the edge divides, so a plain surface with a clear outline is sharp.
     """
-    return _edges(np.asarray(_at_side(picture).convert("L"), dtype=np.float32))
+    return _edges(np.asarray(_at_side(picture).convert("L")))
 
 
 def _at_side(picture: np.ndarray) -> Image.Image:
@@ -66,11 +67,30 @@ def _at_side(picture: np.ndarray) -> Image.Image:
 def _edges(levels: np.ndarray) -> float:
     if min(levels.shape) < 2 * STEP + 1:
         return 0.0
-    low, high = np.percentile(levels, (1, 99))
+    low, high = percentiles(levels, (1, 99))
+    levels = levels.astype(np.int16)
     middle = slice(STEP, -STEP)
     across = np.abs(levels[:, 2 * STEP :] + levels[:, : -2 * STEP] - 2 * levels[:, middle])
     down = np.abs(levels[2 * STEP :] + levels[: -2 * STEP] - 2 * levels[middle])
-    return float(min(np.percentile(across, 99), np.percentile(down, 99)) / max(high - low, LEAST_CONTRAST))
+    edges = min(*percentiles(across, (99,), np.float32), *percentiles(down, (99,), np.float32))
+    return float(edges / max(high - low, LEAST_CONTRAST))
+
+
+def percentiles(values: np.ndarray, ranks: tuple[float, ...], kind: type[np.floating] = np.float64) -> list[Any]:
+    """Those of np.percentile (linear interpolation) bit for bit, in a fraction of its time: small whole numbers are
+    counted instead of sorted.
+
+    values: integers, none negative. kind: of the numbers that are interpolated, and of the answers.
+    """
+    up_to = np.cumsum(np.bincount(values.ravel()))
+    found = []
+    for rank in ranks:
+        place = (values.size - 1) * (rank / 100)
+        before = int(place)
+        low, high = map(kind, np.searchsorted(up_to, (before, min(before + 1, values.size - 1)), side="right"))
+        part = place - before
+        found.append(low + (high - low) * kind(part) if part < 0.5 else high - (high - low) * kind(1 - part))
+    return found
 
 
 def clipped_share(pixels: np.ndarray) -> float:

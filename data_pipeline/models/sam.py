@@ -156,6 +156,8 @@ class SamSegmenter:
         self._sam = sam
         self._frames_per_batch = frames_per_batch
         self._resize = ResizeLongestSide(sam.image_encoder.img_size)
+        with torch.inference_mode():
+            self._places = sam.prompt_encoder.get_dense_pe()
 
     @torch.inference_mode()
     def segment(self, requests: Sequence[tuple[Frame, tuple[Detection, ...]]]) -> list[tuple[Detection, ...]]:
@@ -199,7 +201,7 @@ class SamSegmenter:
         )
         logits, quality = self._sam.mask_decoder(
             image_embeddings=embedding[None],
-            image_pe=self._sam.prompt_encoder.get_dense_pe(),
+            image_pe=self._places,
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=False,

@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from data_pipeline.models.detector import Detector
     from data_pipeline.models.hub import HubModel
 
+# What the detectors' setup imports: seconds of importing for every worker.
+PRELOAD = {
+    "groundingdino": ("data_pipeline.models.grounding_dino", "transformers.models.bert.modeling_bert"),
+    "groundingdino-hf": (
+        "data_pipeline.models.grounding_dino_hf",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.models.grounding_dino.image_processing_pil_grounding_dino",
+        "transformers.models.grounding_dino.modeling_grounding_dino",
+    ),
+}
 DETECTORS = ("auto", "annotations", "groundingdino", "groundingdino-hf", "embedded")
 
 
@@ -130,6 +140,12 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
             return {}
         package = self.detector == "groundingdino"
         return {"model": HubModel(self.model, self._needed()) if package else transformers_model(self.model)}
+
+    @property
+    def preload(self) -> tuple[str, ...]:
+        """See Step."""
+        kind = "groundingdino" if self.detector == "groundingdino" else "groundingdino-hf"
+        return PRELOAD[kind] if self._by_model else ()
 
     def model_files(self) -> dict[str, Path]:
         """See Step."""

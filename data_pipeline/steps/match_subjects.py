@@ -48,6 +48,7 @@ class MatchSubjects(Step[DetectedPair, TrainingPair]):
     MIN_SIMILARITY.
     """
 
+    preload: ClassVar[tuple[str, ...]] = ("scipy.optimize",)
     path_settings: ClassVar[tuple[str, ...]] = ("embedder",)
 
     embedder: str = "histogram"

@@ -103,6 +103,12 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
         named = self.model_device and self.checkpoint is None and self.model in RELEASED
         return {"checkpoint": RELEASED[self.model]} if named else {}
 
+    @property
+    def preload(self) -> tuple[str, ...]:
+        """See Step."""
+        module = "mobile_sam" if self.architecture == "mobile-sam" else "sam"
+        return (f"data_pipeline.models.{module}",) if self.model_device else ()
+
     def model_files(self) -> dict[str, Path]:
         """See Step."""
         found = {"embedded": EMBEDDED_SEGMENTER} if self.segmenter == "embedded" else {}

@@ -1,5 +1,7 @@
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,3 +186,20 @@ def test_shards_are_plain_tar(mined):
     content = (journal.out / "pairs-000000.tar").read_bytes()
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
         assert len(archive.getmembers()) == 6
+
+
+def test_the_index_takes_any_text_and_number_without_pandas():
+    code = """
+import io, sys
+import pyarrow.parquet
+from data_pipeline.assemble import IndexWriter
+row = dict(key="k", shard="s", video="v", caption='"a"\\\\n\\U0001f600 \\0', width=1, height=2, num_subjects=2,
+    phrases=["2020-01-01", "null"], areas=[0.1, 1 / 3], min_detection_score=1e-9, min_match_similarity=None,
+    frame_gap_seconds=0)
+file = io.BytesIO()
+with IndexWriter(file) as index:
+    index.add([row])
+assert "pandas" not in sys.modules
+assert pyarrow.parquet.read_table(file).to_pylist() == [row]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,3 +1,5 @@
+import gc
+import importlib.util
 import sys
 from dataclasses import dataclass
 
@@ -5,6 +7,7 @@ import pytest
 
 from data_pipeline import run as runner
 from data_pipeline.journal import Journal
+from data_pipeline.options import make_parser, make_steps
 from data_pipeline.records import ClipError, EncodedPair, MiningError, OutputError, Rejected, VideoFile
 from data_pipeline.run import preloads, run
 from data_pipeline.step import Step
@@ -83,6 +86,25 @@ def test_models_on_a_gpu_share_nothing_by_forking():
 
     assert preloads([Model(device="cpu"), Pass()]) == ("json",)
     assert preloads([Model(device="cuda:0"), Pass()]) == ()
+
+
+def test_workers_share_the_libraries_of_the_models_that_were_chosen():
+    def preloaded(*options):
+        return preloads(make_steps(make_parser().parse_args(["--videos", "x", *options])))
+
+    names = preloaded("--detector", "embedded", "--segmenter", "embedded")
+    assert {"transformers.models.grounding_dino.modeling_grounding_dino", "data_pipeline.models.sam"} < set(names)
+    # The server of the workers says nothing about a name that cannot be imported.
+    assert all(importlib.util.find_spec(name) for name in names)
+    unused = preloaded("--detector", "annotations", "--segmenter", "annotations")
+    assert not any(name.startswith(("transformers", "data_pipeline.models.sam")) for name in unused)
+
+
+def test_setting_up_collects_no_garbage_and_afterwards_it_is_collected(files, journal, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Judge, "setup", lambda self: seen.append(gc.isenabled()), raising=False)
+    run([Judge()], files[:1], journal, workers=0, timeout=1, quiet=True)
+    assert (seen, gc.isenabled()) == ([False], True)
 
 
 def test_finished_clips_are_not_mined_again(files, journal, monkeypatch):

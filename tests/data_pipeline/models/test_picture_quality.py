@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from data_pipeline.models.picture_quality import CHANGE_SIDE, SIDE, change, clipped_share, look_at, sharpness
+from data_pipeline.models.picture_quality import (
+    CHANGE_SIDE,
+    SIDE,
+    change,
+    clipped_share,
+    look_at,
+    percentiles,
+    sharpness,
+)
 
 
 @pytest.fixture
@@ -60,6 +68,20 @@ def test_looks(picture):
     assert looks.brightness == pytest.approx(picture.mean() / 255, abs=1e-3)
     assert looks.small.shape == (CHANGE_SIDE, CHANGE_SIDE, 3)
     assert look_at(np.full((9, 9, 3), 255, np.uint8)).brightness == 1
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_counted_percentiles_are_those_of_sorting_bit_for_bit(kind):
+    rng = np.random.default_rng(1)
+    for size in (1, 2, 3, 99, 100, 101, 102, 5000):
+        for most in (1, 3, 511):
+            values = rng.integers(0, most, size)
+            for rank in (0, 1, 37.5, 50, 99, 100):
+                # numpy counts a rank in double precision if it comes in an array.
+                asked = (rank,) if kind is np.float64 else rank
+                wanted = np.percentile(values.astype(np.float32), asked)
+                [found] = percentiles(values, (rank,), kind)
+                assert (found, type(found)) == (np.asarray(wanted).item(), kind), (size, most, rank)
 
 
 def test_change_counts_the_tenth_that_changed_most():

@@ -2,8 +2,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode, StatsManager, ThresholdDetector
 
-from data_pipeline.models.shots import find_cuts
+from data_pipeline.models import shots
+from data_pipeline.models.shots import changes, find_cuts
 
 find = partial(find_cuts, cut_ratio=3.0, min_content=20.0, fade_level=12)
 
@@ -20,6 +22,35 @@ def scene(seed, frames, drift=0):
 def blend(first, second, weights):
     weights = np.asarray(weights)[:, None, None, None]
     return (first * (1 - weights) + second * weights).astype(np.uint8)
+
+
+def test_changes_are_those_that_the_library_measures():
+    pictures = np.concatenate((scene(0, 4, drift=3), scene(1, 3), np.zeros((2, 32, 32, 3), np.uint8)))
+    detector = ContentDetector(threshold=255)
+    stats = detector.stats_manager = StatsManager()
+    for number, picture in enumerate(pictures):
+        detector.process_frame(FrameTimecode(number, 25.0), np.ascontiguousarray(picture[..., ::-1]))
+    key = ContentDetector.FRAME_SCORE_KEY
+    wanted = [stats.get_metrics(FrameTimecode(number, 25.0), [key])[0] for number in range(1, len(pictures))]
+    assert changes(pictures).tolist() == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_seen_at_once_is_what_the_library_finds_frame_by_frame(seed):
+    rng = np.random.default_rng(seed)
+    parts = [scene(int(rng.integers(50)), int(rng.integers(1, 9)), int(rng.integers(3))) for _ in range(3)]
+    pictures = np.concatenate([(part * rng.uniform(0, 1)).astype(np.uint8) for part in parts])
+    if seed % 2:
+        pictures = 255 - pictures
+    found = find(pictures)
+    still = np.concatenate((pictures[:1].repeat(2, 0), pictures, pictures[-1:].repeat(2, 0)))
+    wanted = shots._detect(
+        AdaptiveDetector(adaptive_threshold=3.0, min_content_val=20.0, window_width=2, min_scene_len=0), still
+    )
+    for threshold, side in ((12, "FLOOR"), (243, "CEILING")):
+        method = ThresholdDetector.Method[side]
+        wanted |= shots._detect(ThresholdDetector(threshold=threshold, method=method, min_scene_len=0), still)
+    assert found == sorted(number - 2 for number in wanted if 0 < number - 2 < len(pictures))
 
 
 def test_cuts_are_found_at_their_frames():
