@@ -26,7 +26,6 @@ from data_pipeline.steps.read_videos import HDR, INTERLACED, ReadVideos
 from data_pipeline.steps.segment_masks import SEGMENTERS, SegmentMasks
 from data_pipeline.steps.write_captions import CAPTIONERS, WriteCaptions
 from data_pipeline.steps.write_shards import WriteShards
-from data_pipeline.texts import short
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ def path_of(text: str) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot look at {short(text)}: {error.strerror}") from error
+        raise argparse.ArgumentTypeError(f"cannot look at {text[:200]!r}: {error.strerror}") from error
     return Path(text)
 
 

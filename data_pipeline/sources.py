@@ -208,7 +208,9 @@ def read_sidecar_caption(video: Path, notes: list[str] | None = None) -> str | N
             notes.append(str(error))
         except (ValueError, RecursionError) as error:
             notes.append(f"caption file that is no json ({type(error).__name__})")
-        except OSError:  # no permission, or a name that is too long with this suffix
+        except PermissionError:
+            notes.append("caption file that cannot be read: no permission")
+        except OSError:  # a name that is too long with this suffix
             continue
         return None
     return None

@@ -86,7 +86,7 @@ def transformers_model(hub_id: str, needed: Needed = TEXT_AND_IMAGE_MODEL) -> Hu
 
 def in_cache(model: HubModel) -> Path | None:
     """The folder of a model that has been downloaded, or its file if it has but one; None if a file that it needs is
-    not there. InputError if it is no name of the hub.
+    not there. InputError if it is no name of the hub, or if the cache is forbidden.
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -99,6 +99,8 @@ def in_cache(model: HubModel) -> Path | None:
     try:
         folder = repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8").strip()
         files = choose_files(model.hub_id, "", model.needed, list_files(folder))
+    except PermissionError as error:
+        raise InputError(f"the models in {repository} cannot be read: no permission ({error.filename})") from error
     except (OSError, ValueError):  # nothing there, or not all, or a reference that is none
         return None
     if missing_parts(folder):

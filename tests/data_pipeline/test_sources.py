@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data_pipeline import sources
 from data_pipeline.records import InputError
 from data_pipeline.sources import SUFFIXES, beside, find_videos, make_keys, path_parts, read_captions
 
@@ -490,3 +491,15 @@ def test_links_to_folders_are_left_out_and_told(tmp_path):
     notes = []
     assert [file.name for file in find_videos(folder, notes=notes)] == ["a.mp4", "folder.mp4"]
     assert notes == ["left out: 1 links to folders, which are not followed, the first one 'link'"]
+
+
+def test_a_caption_that_is_forbidden_is_told(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.txt").write_text("a dog")
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(sources, "_read_small", forbidden)
+    [file] = find_videos(tmp_path)
+    assert (file.caption, file.notes) == (None, ("caption file that cannot be read: no permission",))

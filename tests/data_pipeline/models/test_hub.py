@@ -194,3 +194,16 @@ def test_files_of_a_directory(tmp_path):
         InputError, match="--model: no directory at .*/nothing; give a model's directory, or its hub id"
     ):
         find_files(str(tmp_path / "nothing"), "--model", needed)
+
+
+def test_a_cache_that_is_forbidden_is_no_missing_model(hub, monkeypatch):
+    fetch([SEGMENTERS["vit_b"]])
+
+    def forbidden(self, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    with pytest.raises(
+        InputError, match="the models in .*models--ybelkada--segment-anything cannot be read: no permis"
+    ):
+        missing([SEGMENTERS["vit_b"]])
