@@ -141,15 +141,18 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def download(steps: Sequence[Step], arguments: argparse.Namespace, why: str = "") -> None:
     """Downloads models of the hub that are not here, telling their sizes first. MissingModelError with the commands
-    that bring them if they cannot be had; InputError if their device is not here. why: what ``deal_out`` says.
+    that bring them if they cannot be had; InputError if their device or spaCy's model is not here. why: what
+    ``deal_out`` says.
     """
     from data_pipeline.models.hub import fetch, missing
     from data_pipeline.models.threads import check_device
 
     models = models_of(steps)
     if missing(models):
-        for step in steps:
+        for step in steps:  # a download is long: what else is missing is told before it
             check_device(step.model_device)
+            if not step.model_device:
+                replace(step).set_up()
     try:
         fetch(models, lambda line: print(line, file=sys.stderr), quiet=arguments.quiet)  # noqa: T201
     except MissingModelError as error:

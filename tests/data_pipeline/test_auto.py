@@ -202,6 +202,8 @@ def test_what_is_wrong_anyway_is_said_before_a_download(hub, clips, tmp_path, ca
     assert "is not empty and no earlier run of this program is in it" in capsys.readouterr().err
     assert mine(clips, tmp_path / "out", "--device", "cuda:99") == 2
     assert "error: --device cuda:99: " in capsys.readouterr().err
+    assert mine(clips, tmp_path / "out", "--language-model", "xx_none") == 2
+    assert "error: no spaCy model found (tried xx_none)" in capsys.readouterr().err
     assert hub.asked == []
     assert not (tmp_path / "out").exists()
 
