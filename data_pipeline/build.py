@@ -108,15 +108,15 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
     steps = make_steps(arguments)
     bare = deal_out(arguments, files, steps)
     check_inputs(arguments, files, steps)
-    if not cluster:  # whose machines have caches of their own
-        download(models_of(steps), arguments, bare)
-    say([bare] if bare else [])
     settings = {step.name: step.settings() for step in steps}
-    hashes = file_hashes(steps)
     journal = Journal(arguments.out)
-    journal.start(settings, hashes, __version__)
+    journal.check(settings, file_hashes(steps) if journal.is_complete() else None, __version__)
     if journal.is_complete():
         return _already_built(journal, files)
+    if not cluster:  # whose machines have caches of their own
+        download(steps, arguments, bare)
+    say([bare] if bare else [])
+    hashes = journal.start(settings, file_hashes(steps), __version__)
     pipeline = {"version": __version__, "settings_hash": settings_hash(settings, __version__)}
     steps[-1] = replace(steps[-1], pipeline=pipeline)
     content = {
@@ -130,7 +130,7 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
     with journal.lock():
         try:
             with ray_session(cluster, group_steps(steps)) if cluster else nullcontext():
-                _run(steps, files, journal, cluster, arguments, hashes)
+                _run(steps, files, journal, cluster, arguments, content)
                 content |= assemble(journal, files, steps[-1].pairs_per_shard, write_on_ray if cluster else write_here)
                 _finish(journal, files, steps, content)
         except BaseException:
@@ -139,12 +139,20 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
     return content
 
 
-def download(models: Sequence[HubModel], arguments: argparse.Namespace, why: str = "") -> None:
+def download(steps: Sequence[Step], arguments: argparse.Namespace, why: str = "") -> None:
     """Downloads models of the hub that are not here, telling their sizes first. MissingModelError with the commands
-    that bring them if they cannot be had. why: what ``deal_out`` says.
+    that bring them if they cannot be had; InputError if their device or spaCy's model is not here. why: what
+    ``deal_out`` says.
     """
-    from data_pipeline.models.hub import fetch
+    from data_pipeline.models.hub import fetch, missing
+    from data_pipeline.models.threads import check_device
 
+    models = models_of(steps)
+    if missing(models):
+        for step in steps:  # a download is long: what else is missing is told before it
+            check_device(step.model_device)
+            if not step.model_device:
+                replace(step).set_up()
     try:
         fetch(models, lambda line: print(line, file=sys.stderr), quiet=arguments.quiet)  # noqa: T201
     except MissingModelError as error:
@@ -160,20 +168,22 @@ def _run(
     journal: Journal,
     cluster: RayOptions | None,
     arguments: argparse.Namespace,
-    hashes: dict[str, str],
+    content: dict[str, Any],
 ) -> None:
+    """Mines the clips. content: of build.json; the files of models that only turn out to be needed are added to it."""
     if cluster:
         run_on_ray(steps, files, journal, cluster, quiet=arguments.quiet)
         return
     settings = {"workers": arguments.workers, "timeout": arguments.clip_timeout, "quiet": arguments.quiet}
-    try:
-        run(steps, files, journal, **settings)
-    except ModelNeededError:  # that annotated boxes lack masks is seen when they are read
-        place = [step.name for step in steps].index("segment_masks")
-        steps[place] = replace(steps[place], model_needed=True)
-        download(models_of(steps), arguments)
-        hashes |= file_hashes([steps[place]])
-        run(steps, files, journal, **settings)
+    while True:
+        try:
+            run(steps, files, journal, **settings)
+            return
+        except ModelNeededError as error:  # that annotated boxes lack masks is seen when they are read
+            place = [step.name for step in steps].index(error.step)
+            steps[place] = replace(steps[place], model_needed=True)
+            download(steps, arguments)
+            content["files"] = journal.start(content["settings"], file_hashes([steps[place]]), __version__)
 
 
 def _finish(journal: Journal, files: Sequence[VideoFile], steps: Sequence[Step], content: dict[str, Any]) -> None:

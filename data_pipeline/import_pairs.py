@@ -23,7 +23,7 @@ from data_pipeline.importers.official import check_items_file, read_official
 from data_pipeline.importers.pictures import EXIF
 from data_pipeline.importers.steps import CutSubjects, OpenPictures, ReadItems, WritePairs
 from data_pipeline.journal import Journal, atomic_file, write_atomically
-from data_pipeline.options import HelpFormatter, Parser, default_workers, finite
+from data_pipeline.options import HelpFormatter, Parser, default_workers, finite, path_of
 from data_pipeline.records import InputError, MiningError, SettingsError
 from data_pipeline.run import run
 from data_pipeline.sources import Places
@@ -64,16 +64,22 @@ def make_parser() -> argparse.ArgumentParser:
         help="official: items in the layout of the official MS-Diffusion dataset class; images: a folder of pictures "
         "with captions and boxes",
     )
-    add("source", type=Path, metavar="ITEMS_OR_DIR", help="official: .json, .jsonl or .parquet; images: the folder")
-    add("--out", type=Path, required=True, metavar="DIR", help="where the dataset goes; a rerun finishes what is there")
-    add("--images", type=Path, metavar="DIR", help="official: the folder that the items' paths are below")
+    add("source", type=path_of, metavar="ITEMS_OR_DIR", help="official: .json, .jsonl or .parquet; images: the folder")
+    add(
+        "--out",
+        type=path_of,
+        required=True,
+        metavar="DIR",
+        help="where the dataset goes; a rerun finishes what is there",
+    )
+    add("--images", type=path_of, metavar="DIR", help="official: the folder that the items' paths are below")
     add(
         "--metadata",
-        type=Path,
+        type=path_of,
         metavar="FILE",
         help="images: jsonl or csv with file_name, text, boxes, phrases; default: metadata.jsonl or .csv in the folder",
     )
-    add("--annotations", type=Path, metavar="FILE", help="images: a COCO file with boxes and masks")
+    add("--annotations", type=path_of, metavar="FILE", help="images: a COCO file with boxes and masks")
     add("--boxes", choices=BOXES, default="pixels", help="what numbers the boxes are, xyxy in both cases")
     add(
         "--mask-threshold",

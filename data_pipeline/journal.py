@@ -109,14 +109,14 @@ class Journal:
         with contextlib.suppress(OSError):
             self.out.rmdir()  # if nothing else is in it
 
-    def start(
+    def check(
         self,
         settings: Mapping[str, Mapping[str, Any]],
         files: Mapping[str, str] | None = None,
         version: str = "",
-    ) -> None:
-        """Creates the folder, or compares what shapes the dataset with what it was started with; InputError that names
-        what differs.
+    ) -> dict[str, str] | None:
+        """Compares what shapes the dataset with what it was started with; InputError that names what differs, or why
+        the folder cannot be used. Writes nothing. Returns the hashes that are recorded, None if nothing is.
 
         files: hashes of the files that settings name. version: of the pipeline; it is compared first, because another
         one brings other settings.
@@ -139,21 +139,39 @@ class Journal:
                 )
             self.compare(flatten(settings), flatten(then["settings"]))
             self.compare_files(files or {}, then["files"])
-            return
+            return dict(then["files"])
         if self.out.exists() and not self.out.is_dir():
             raise InputError(f"--out needs a folder, but {self.out} is a file")
         if self.out.is_dir() and any(self.out.iterdir()) and not self.folder.is_dir():
             raise InputError(f"{self.out} is not empty and no earlier run of this program is in it: choose a new --out")
+        return None
+
+    def start(
+        self,
+        settings: Mapping[str, Mapping[str, Any]],
+        files: Mapping[str, str] | None = None,
+        version: str = "",
+    ) -> dict[str, str]:
+        """``check``, and records all of it, in a new folder if there is none. Returns the hashes of all files that have
+        shaped the dataset so far.
+        """
+        then = self.check(settings, files, version)
+        known = {**(then or {}), **(files or {})}
+        if self.is_complete() or known == then:
+            return known
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot make the folder {self.out}: {error.strerror or error}") from error
-        content = {"settings": settings, "files": dict(files or {}), "version": version}
+        content = {"settings": settings, "files": known, "version": version}
         write_atomically(self.folder / "settings.json", json.dumps(content, indent=1).encode())
+        return known
 
     def compare_files(self, now: Mapping[str, str], then: Mapping[str, str]) -> None:
-        """InputError that names every setting whose file has another content than before."""
-        changed = [name for name in sorted({*now, *then}) if now.get(name) != then.get(name)]
+        """InputError that names every setting whose file has another content than before. A model that is not needed
+        any more, or had not been, is no change.
+        """
+        changed = [name for name in sorted(now.keys() & then.keys()) if now[name] != then[name]]
         if changed:
             raise InputError(
                 f"the file of {', '.join(changed)} has changed since the dataset in {self.out} was begun: choose a new "

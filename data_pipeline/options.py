@@ -60,7 +60,7 @@ class StepOptions:
         default, declared = self.default(name), str(self._field(name).type)
         if isinstance(default, tuple | frozenset):
             return str
-        named = {"Path": Path, "int": int, "float": finite}
+        named = {"Path": path_of, "int": int, "float": finite}
         if default is None:
             return next(kind for word, kind in named.items() if word in declared)
         return finite if isinstance(default, float) else type(default)
@@ -254,6 +254,19 @@ SHARDS = StepOptions(
 STEPS = (READING, SHOTS, FRAMES, CAPTIONS, ENTITIES, BOXES, MASKS, MATCHING, FILTERS, SHARDS)
 
 
+def path_of(text: str) -> Path:
+    """A path at which there is something, or may be: not one that is too long, goes in a circle or is forbidden, which
+    would be an error wherever it is looked at first.
+    """
+    try:
+        os.stat(text)  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot look at {text[:200]!r}: {error.strerror}") from error
+    return Path(text)
+
+
 def finite(text: str) -> float:
     """A number that is neither infinite nor NaN: no comparison would ever notice those."""
     number = float(text)
@@ -298,22 +311,22 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
-    add("--videos", type=Path, required=True, metavar="DIR", help="folder of videos, subfolders included")
+    add("--videos", type=path_of, required=True, metavar="DIR", help="folder of videos, subfolders included")
     add(
         "--out",
-        type=Path,
+        type=path_of,
         metavar="DIR",
         help="where the dataset goes; a rerun finishes what is there. Default: DIR-pairs beside the videos",
     )
     add(
         "--captions",
-        type=Path,
+        type=path_of,
         metavar="FILE",
         help="csv, tsv, jsonl or parquet table with the columns video and caption; default: sidecars",
     )
     add(
         "--annotations",
-        type=Path,
+        type=path_of,
         metavar="FILE",
         help="file or folder with the boxes and masks of many videos; default: sidecars",
     )

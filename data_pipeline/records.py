@@ -41,7 +41,11 @@ class MissingModelError(InputError):
 
 
 class ModelNeededError(InputError):
-    """A network that nobody had thought to be needed (``model_needed`` of some steps) is needed by a clip."""
+    """A network that nobody had thought to be needed is needed by a clip. step: whose ``model_needed`` was wrong."""
+
+    def __init__(self, message: str, step: str = "") -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class OutputError(MiningError):

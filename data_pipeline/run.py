@@ -29,7 +29,7 @@ def make_worker(
         use_one_thread()
     for step in steps:
         check_device(step.model_device)
-        step.setup()
+        step.set_up()
 
     def work(file: VideoFile, place: Place | None) -> Finished:
         def at(number: int) -> None:

@@ -153,7 +153,7 @@ class ModelStep:
         self._error: MiningError | None = None
         try:
             check_device(self._step.model_device)
-            self._step.setup()
+            self._step.set_up()
         except MiningError as error:  # raised here, it would be lost among Ray's own
             self._error = error
         except Exception:

@@ -87,13 +87,16 @@ def find_videos(folder: Path, captions: Path | None = None, notes: list[str] | N
 def _list_paths(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Videos and folders that cannot be read, by name, and sentences on what was left out."""
     unreadable: list[str] = []
-    found, hidden, others = [], [], Counter()
+    found, hidden, others, links = [], [], Counter(), []
     for place, folders, files in os.walk(folder, onerror=lambda error: unreadable.append(str(error.filename))):
         inside = is_hidden(Path(place).relative_to(folder))
         for name in (*folders, *files):
             if Path(name).suffix.lower() in SUFFIXES:
                 (hidden if inside or is_hidden(Path(name)) else found).append(Path(place, name))
         if not inside:
+            links += [
+                path for name in folders if (path := Path(place, name)).is_symlink() and not is_hidden(Path(name))
+            ]
             others.update(suffix for name in files if (suffix := Path(name).suffix.lower()) in OTHERS)
     if str(folder) in unreadable:
         raise InputError(f"the folder of videos {folder} cannot be read: give permission, or choose another")
@@ -108,6 +111,9 @@ def _list_paths(folder: Path) -> tuple[dict[str, Path], list[str]]:
     if hidden:
         first = readable_name(min(hidden, key=os.fsencode).relative_to(folder).as_posix())
         notes.append(f"left out: {len(hidden)} videos that are hidden or in a trash, the first one {first!r}")
+    if links := [path for path in links if path.suffix.lower() not in SUFFIXES]:
+        first = readable_name(min(links, key=os.fsencode).relative_to(folder).as_posix())
+        notes.append(f"left out: {len(links)} links to folders, which are not followed, the first one {first!r}")
     if others:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
         notes.append(f"left out: files that may be videos or hold some, but are of no kind that is read: {counts}")
@@ -202,7 +208,9 @@ def read_sidecar_caption(video: Path, notes: list[str] | None = None) -> str | N
             notes.append(str(error))
         except (ValueError, RecursionError) as error:
             notes.append(f"caption file that is no json ({type(error).__name__})")
-        except OSError:  # no permission, or a name that is too long with this suffix
+        except PermissionError:
+            notes.append("caption file that cannot be read: no permission")
+        except OSError:  # a name that is too long with this suffix
             continue
         return None
     return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from data_pipeline.records import ClipError, Rejected
+from data_pipeline.records import ClipError, InputError, Rejected
 
 if TYPE_CHECKING:
     from data_pipeline.models.hub import HubModel
@@ -58,7 +59,7 @@ class Step(Generic[In, Out]):
         # "transformers:FOLDER" names a folder too.
         places = {name: Path(value.partition(":")[2] if ":" in value else value) for name, value in values.items()}
         downloads = {name: in_cache(model) for name, model in self.downloads().items()}
-        return {name: place for name, place in (places | downloads).items() if place and place.exists()}
+        return {name: place for name, place in (places | downloads).items() if place and os.path.exists(place)}  # noqa: PTH110
 
     def downloads(self) -> dict[str, HubModel]:
         """Models of the hub that ``setup`` loads, by the setting that names each: the runner downloads them before it
@@ -75,6 +76,22 @@ class Step(Generic[In, Out]):
 
     def setup(self) -> None:
         """Once per worker: heavy imports and weights. SettingsError or InputError if something is missing."""
+
+    def set_up(self) -> None:
+        """``setup``, whose InputError says what to do if it is about a file of a download."""
+        from data_pipeline.models.hub import in_cache
+
+        try:
+            self.setup()
+        except InputError as error:
+            for place in map(in_cache, self.downloads().values()):
+                if place and str(place) in str(error):
+                    # Of a snapshot, which is made of links, the whole repository.
+                    broken = place.resolve() if place.is_file() else place.parents[1]
+                    raise InputError(
+                        f"{error}\nif the download was cut off, delete {broken} and run the same command again"
+                    ) from error
+            raise
 
     def process(self, record: In) -> Out | Rejected:
         """The next record, or why the clip goes no further. ``ClipError`` may be raised instead of returning

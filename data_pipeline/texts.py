@@ -45,11 +45,14 @@ SEVERAL = "several captions, of which the first was taken"
 
 def open_text(path: Path, notes: list[str] | None = None, newline: str | None = "") -> TextIO:
     """A file opened as text: UTF-8 or UTF-16 with or without a mark, UTF-32 with one, or Windows-1252 where it is
-    certainly no UTF-8, which is said in ``notes``. InputError if it is none of these.
+    certainly no UTF-8, which is said in ``notes``. InputError if it is none of these, or cannot be read.
 
     newline: as in ``open``.
     """
-    file = path.open("rb")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
     try:
         encoding = _encoding(file, str(path), notes)
         file.seek(0)

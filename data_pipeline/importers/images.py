@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipeline.importers.items import OUTSIDE, Broken, ImportItem, ImportSubject, as_list
 from data_pipeline.records import ClipError, InputError
-from data_pipeline.sources import annotations_beside, on_disk, path_parts, read_sidecar_caption
+from data_pipeline.sources import annotations_beside, is_hidden, on_disk, path_parts, read_sidecar_caption
 from data_pipeline.texts import (
     SEVERAL,
     UNREADABLE,
@@ -38,20 +38,35 @@ JSON_COLUMNS = ("boxes", "phrases", "masks", "objects")
 Row = Mapping[str, Any]
 
 
-def list_pictures(folder: Path) -> list[str]:
-    """Paths of all pictures below a folder, in order; hidden ones are left out. InputError if there is none."""
+def list_pictures(folder: Path, notes: list[str] | None = None) -> list[str]:
+    """Paths of all pictures below a folder, in order. Hidden ones, those of a trash and those of datasets that this
+    program has written there are left out, and links to folders, which ``notes`` takes. InputError if there is none, or
+    if a folder cannot be read.
+    """
     if not folder.is_dir():
         raise InputError(f"no folder of pictures at {folder}")
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
+
+    found, links = [], []
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        if Path(place) != folder and ("build.json" in files or ".mining" in folders):
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not is_hidden(Path(name))]
+        links += [path.relative_to(folder).as_posix() for name in folders if (path := Path(place, name)).is_symlink()]
         found += [
             Path(place, name).relative_to(folder).as_posix()
             for name in files
             if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
         ]
+    told = f"{len(links)} links to folders are not followed, the first one {min(links)!r}" if links else ""
     if not found:
-        raise InputError(f"no pictures in {folder}: looked for *{', *'.join(SUFFIXES)}, in subfolders too")
+        looked = f"looked for *{', *'.join(SUFFIXES)}, in subfolders too"
+        raise InputError(f"no pictures in {folder}: {'; '.join(filter(None, [looked, told]))}")
+    if told and notes is not None:
+        notes.append(told)
     return sorted(found)
 
 
@@ -252,7 +267,7 @@ def read_images(
     metadata: the table, see ``find_metadata``. annotations: a COCO file. normalised: the boxes of the table are
     fractions. notes: takes what was assumed. InputError if what was given cannot be used as a whole.
     """
-    pictures = list_pictures(folder)
+    pictures = list_pictures(folder, notes)
     coco = CocoFile(annotations, pictures, notes) if annotations is not None else None
     assumed: list[str] = []
     rows = read_metadata(metadata, notes) if metadata else ((0, {"file_name": picture}) for picture in pictures)

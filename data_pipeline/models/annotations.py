@@ -162,11 +162,14 @@ class AnnotationSource:
         unused = []
         for key, entry in self._videos.items():
             found = [places.find(each) for each in (key, *entry.rivals) if each]
-            if key and not any(videos and way != 1 for videos, way in found):  # _keys_of takes no end of a path
+            # Without a name it is the one video's, see _keys_of, which takes no end of a path either.
+            if not any(videos and way != 1 for videos, way in found) and (key or len(names) > 1):
                 unused.append(key)
         if not unused:
             return []
-        what = f"the first one {unused[0]!r}, the folder has {names[0]!r}{places.near(unused[0])}"
+        nameless = "of pictures whose names name no video (several videos need names like 'clip/00012.jpg')"
+        first = repr(unused[0]) if unused[0] else nameless
+        what = f"the first one {first}, the folder has {names[0]!r}{places.near(unused[0])}"
         if len(unused) == len(self._videos) and not any(annotations_beside(file.path) for file in files):
             raise InputError(f"none of {len(unused)} entries of {self._corpus} names a video: {what}")
         return [f"{len(unused)} entries of {self._corpus} name no video, {what}"]

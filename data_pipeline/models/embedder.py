@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -217,7 +218,7 @@ def hub_name(name: str) -> str:
     family, _, size = name.partition(":")
     if size in SHORT_NAMES[family]:
         return SHORT_NAMES[family][size]
-    if "/" not in size and not Path(size).is_dir():
+    if "/" not in size and not os.path.isdir(size):  # noqa: PTH112
         known = ", ".join(f"{family}:{known}" for known in SHORT_NAMES[family])
         raise SettingsError(f"the embedder {name!r} is not known; there are {known}, and {family}:DIR_OR_HUB_ID")
     return size

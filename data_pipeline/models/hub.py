@@ -5,11 +5,21 @@ find them in the cache of huggingface_hub and don't ask the network.
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, Needed, choose_files, fits, is_hub_id, list_files
+from data_pipeline.models.model_files import (
+    TEXT_AND_IMAGE_MODEL,
+    Needed,
+    choose_files,
+    fits,
+    is_hub_id,
+    list_files,
+    missing_parts,
+)
 from data_pipeline.records import InputError, MissingModelError
 
 TRANSFORMERS_FILES = ("*.json", "*.txt", "*.safetensors")
@@ -76,10 +86,8 @@ def transformers_model(hub_id: str, needed: Needed = TEXT_AND_IMAGE_MODEL) -> Hu
 
 def in_cache(model: HubModel) -> Path | None:
     """The folder of a model that has been downloaded, or its file if it has but one; None if a file that it needs is
-    not there. InputError if it is no name of the hub.
+    not there. InputError if it is no name of the hub, or if the cache is forbidden.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -87,11 +95,15 @@ def in_cache(model: HubModel) -> Path | None:
     except HFValidationError as error:
         raise InputError(f"{model.hub_id!r} is no directory here, and cannot be on the hub: {error}") from error
     # Not snapshot_download: that misses a repository of which other files were left out.
-    repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model.hub_id, repo_type="model")
+    repository = _repository(model)
     try:
         folder = repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8").strip()
         files = choose_files(model.hub_id, "", model.needed, list_files(folder))
-    except (OSError, InputError):  # nothing there, or not all
+    except PermissionError as error:
+        raise InputError(f"the models in {repository} cannot be read: no permission ({error.filename})") from error
+    except (OSError, ValueError):  # nothing there, or not all, or a reference that is none
+        return None
+    if missing_parts(folder):
         return None
     return folder / files.popitem()[1] if len(files) == 1 and not model.besides else folder
 
@@ -108,14 +120,15 @@ def missing(models: Iterable[HubModel]) -> list[HubModel]:
 def fetch(models: Iterable[HubModel], say: Callable[[str], None] = lambda line: None, *, quiet: bool = False) -> None:
     """Downloads what is not on this machine yet. say: takes a line on each before it begins. quiet: without bars.
 
-    InputError if a repository has not what is needed; MissingModelError, which names all that is missing with its size
-    and command, if the hub does not give it.
+    InputError if a repository has not what is needed, or the disk no room for it; MissingModelError, which names all
+    that is missing with its size and command, if the hub does not give it.
     """
     import huggingface_hub
 
     lacking = missing(models)
     try:
         chosen = [(model, *_on_the_hub(model)) for model in lacking]  # all, before the first download
+        _check_room(chosen)
         for model, files, megabytes in chosen:
             say(f"downloading {model.told(megabytes)} to the cache of huggingface_hub")
             with _bars(shown=not quiet):
@@ -160,12 +173,54 @@ def find_files(name: str, option: str, needed: Needed) -> dict[str, Path]:
 def _on_the_hub(model: HubModel) -> tuple[list[str], float]:
     """The files to download and their megabytes. InputError if the repository lacks one."""
     import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    info = huggingface_hub.HfApi().model_info(model.hub_id, files_metadata=True)
+    try:
+        info = huggingface_hub.HfApi().model_info(model.hub_id, files_metadata=True)
+    except GatedRepoError as error:
+        raise InputError(
+            f"{model.told()} is given only to those who accept its terms, at {constants.ENDPOINT}/{model.hub_id}; "
+            "then log in with: hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"the hub has no model {model.hub_id}: look for a mistake in the name, or, if it is private, log in with: "
+            "hf auth login"
+        ) from error
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     needed = set(choose_files(model.hub_id, "the hub", model.needed, sorted(sizes)).values())
     files = sorted(file for file in sizes if file in needed or any(fits(file, pattern) for pattern in model.besides))
     return files, sum(sizes[file] for file in files) / 1e6
+
+
+def _check_room(chosen: Sequence[tuple[HubModel, Sequence[str], float]]) -> None:
+    """InputError if the disk of the cache has less room than the downloads need: the library only warns."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    here = next(place for place in (cache, *cache.absolute().parents) if os.path.exists(place))  # noqa: PTH110
+    free = shutil.disk_usage(here).free / 1e6
+    needed = sum(max(0.0, megabytes - _downloaded(model)) for model, _, megabytes in chosen)
+    if needed > free:
+        names = " and ".join(model.told(megabytes) for model, _, megabytes in chosen)
+        raise InputError(
+            f"{names} must be downloaded, and {cache} has room for {free:.0f} MB: free some, or name a folder on "
+            "another disk with HF_HOME"
+        )
+
+
+def _downloaded(model: HubModel) -> float:
+    """Megabytes of a model that an earlier download has left in the cache."""
+    blobs = _repository(model) / "blobs"
+    return sum(blob.stat().st_size for blob in blobs.glob("*")) / 1e6
+
+
+def _repository(model: HubModel) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model.hub_id, repo_type="model")
 
 
 def _how_to_get(models: Sequence[HubModel], error: Exception | None = None) -> str:
@@ -173,6 +228,9 @@ def _how_to_get(models: Sequence[HubModel], error: Exception | None = None) -> s
     names = " and ".join(model.told() for model in models)
     commands = "\n".join(f"  {model.command}" for model in models)
     state = "is" if len(models) == 1 else "are"
+    halves = [str(place) for model in models if os.path.exists(place := _repository(model))]  # noqa: PTH110
+    if halves:
+        why += f"; what is in {' and '.join(halves)} is not whole, and can be deleted if it is damaged"
     return (
         f"{names} {state} not on this machine{why}; where there is a network:\n{commands}\n"
         "(HF_HOME names the folder that they are kept in, which can be taken along)"

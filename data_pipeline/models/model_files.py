@@ -5,6 +5,8 @@ Standard library only, so that a step can refuse a missing file before anything 
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,7 +30,8 @@ TEXT_AND_IMAGE_MODEL: Needed = {
 def is_hub_id(name: str) -> bool:
     """True for "owner/repository" (or one bare name) that is no directory here: the hub is then asked for it."""
     looks_local = name.startswith((".", "/", "~", "\\")) or "\\" in name or name.count("/") > 1
-    return bool(name) and not looks_local and not Path(name).exists()
+    # Unlike Path.exists it says False for a name that is too long.
+    return bool(name) and not looks_local and not os.path.exists(name)  # noqa: PTH110
 
 
 def check_model_directory(name: str, option: str, needed: Needed) -> None:
@@ -39,7 +42,7 @@ def check_model_directory(name: str, option: str, needed: Needed) -> None:
     if is_hub_id(name):
         return
     folder = Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(name):  # noqa: PTH112
         raise InputError(
             f"{option}: no directory at {name}; give a model's directory, or its hub id (owner/repository)"
         )
@@ -48,6 +51,7 @@ def check_model_directory(name: str, option: str, needed: Needed) -> None:
         for meaning, names in needed.items()
         if not any(next(folder.glob(pattern), None) for pattern in names)
     ]
+    missing += [f"part {part}" for part in missing_parts(folder)]
     if missing:
         raise InputError(
             f"{option}: the directory {name} lacks its {', '.join(missing)}; save a model there with save_pretrained, "
@@ -69,6 +73,17 @@ def choose_files(name: str, option: str, needed: Needed, listing: Sequence[str])
             raise InputError(f"{option}: {name} has several files for its {meaning}: name one of {', '.join(fitting)}")
         chosen[meaning] = fitting[0]
     return chosen
+
+
+def missing_parts(folder: Path) -> list[str]:
+    """Files that the index of weights in several files names and that are not there."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        parts = sorted({str(part) for part in index["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or what the loader will say more about
+        return []
+    whole = (folder / "model.safetensors").is_file()  # which is taken then
+    return [] if whole else [part for part in parts if not (folder / part).is_file()]
 
 
 def fits(file: str, pattern: str) -> bool:

@@ -55,7 +55,8 @@ class FillingSegmenter:
             return read
         if self._network is None:
             raise ModelNeededError(
-                "there are annotated boxes without masks: --segmenter mobile-sam (or sam, on a GPU) finds these"
+                "there are annotated boxes without masks: --segmenter mobile-sam (or sam, on a GPU) finds these",
+                "segment_masks",
             )
         drawn = self._network.segment(parts[1])
         filled = []

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from data_pipeline.places import EMBEDDED_DETECTOR
 from data_pipeline.records import (
+    Annotations,
     ClipError,
     DetectedPair,
     Detection,
     InputError,
+    ModelNeededError,
     NamedPair,
     Rejected,
     SettingsError,
@@ -50,7 +52,7 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
     image_size: pixels of a frame's short side; None for what the model says (800 for groundingdino).
     device: "cpu", "cuda", "cuda:1". frames_per_batch: frames in one forward pass. With 2 they are those of one pair,
     and clips do not influence each other; more are quicker on a GPU and may change boxes in their last digits.
-    model_needed: for auto, whether there are clips without annotations.
+    model_needed: for auto, whether there are clips without annotations; if not, such a clip is a ModelNeededError.
     """
 
     path_settings: ClassVar[tuple[str, ...]] = ("model", "text_encoder")
@@ -203,6 +205,8 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
 
     def _detect(self, records: Sequence[NamedPair]) -> list[DetectedPair | Rejected]:
         annotated = [self._by_annotations(record) for record in records]
+        if self._network is None and not all(annotated):  # they were taken away after the run had looked for them
+            raise ModelNeededError("there are videos without annotations: run the same command again", self.name)
         found: list[DetectedPair | Rejected | None] = [None] * len(records)
         for detector, wanted in ((self._annotations, True), (self._network, False)):
             numbers = [number for number, known in enumerate(annotated) if known is wanted]
@@ -230,12 +234,22 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
         if self.detector == "auto":
             served["boxes"] = "annotations" if detector is self._annotations else self.model
         return [
-            self._pair(record, *found[2 * number : 2 * number + 2], served) for number, record in enumerate(records)
+            self._pair(
+                record,
+                *found[2 * number : 2 * number + 2],
+                served,
+                record.frames.video.annotations if detector is self._annotations else None,
+            )
+            for number, record in enumerate(records)
         ]
 
     @staticmethod
     def _pair(
-        record: NamedPair, reference: tuple[Detection, ...], target: tuple[Detection, ...], served: Mapping[str, str]
+        record: NamedPair,
+        reference: tuple[Detection, ...],
+        target: tuple[Detection, ...],
+        served: Mapping[str, str],
+        named: Annotations | None,
     ) -> DetectedPair | Rejected:
         if not reference or not target:
             evidence = {
@@ -244,6 +258,9 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
                 "target": len(target),
                 **served,
             }
+            if named is not None:  # whoever reads it sees whether it is the words that differ
+                indices = (record.frames.reference.index, record.frames.target.index)
+                evidence["annotated"] = sorted({one.name for index in indices for one in named.frames.get(index, ())})
             return Rejected("no entity detected in one of the frames", evidence)
         return DetectedPair(
             frames=record.frames, entities=record.entities, reference=reference, target=target, served=served

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,7 +67,7 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
             known = MODELS[self.architecture]
             # Set here, so that it is recorded with the settings.
             self.model = self.model or known[0]
-            if self.model not in known and not Path(self.model).is_file():
+            if self.model not in known and not os.path.isfile(self.model):  # noqa: PTH113
                 raise InputError(
                     f"--segmenter-model for {self.architecture} is {', '.join(known)} or a json file; there is no file "
                     f"{self.model}"

@@ -198,7 +198,7 @@ def make_match() -> Callable[..., Match]:
 
 class SmallHub:
     """A hub on this machine, asked by huggingface_hub itself. repositories: hub id -> file -> content. asked: paths of
-    the files that were downloaded.
+    the files that were downloaded. closed: repositories whose terms nobody has accepted.
     """
 
     COMMIT = "c" * 40
@@ -206,6 +206,7 @@ class SmallHub:
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.asked: list[str] = []
+        self.closed: set[str] = set()
         hub = self
 
         class Answers(BaseHTTPRequestHandler):
@@ -213,9 +214,10 @@ class SmallHub:
 
             def do_GET(self) -> None:
                 kind, content = hub.answer(self.path, download=self.command == "GET")
-                self.send_response(200 if content is not None else 404)
-                if content is None:
-                    self.send_header("X-Error-Code", "RepoNotFound")
+                closed = any(name in self.path for name in hub.closed)
+                self.send_response(403 if closed else 200 if content is not None else 404)
+                if closed or content is None:
+                    self.send_header("X-Error-Code", "GatedRepo" if closed else "RepoNotFound")
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(content or b"")))
                 self.send_header("X-Repo-Commit", hub.COMMIT)

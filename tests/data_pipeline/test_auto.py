@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipeline import build
 from data_pipeline.build import main
 from data_pipeline.models import mobile_sam, sam
 from data_pipeline.places import EMBEDDED_DETECTOR, SEGMENTER_SIZES, SEGMENTER_WEIGHTS
@@ -164,3 +166,98 @@ def test_one_refusal_tells_all_that_is_missing(hub, clips, tmp_path, capsys):
     assert f"Still to be downloaded then: Grounding DINO ({DINO}, 690 MB) and MobileSAM ({MOBILE}, 41 MB)" in said
     assert hub.asked == []
     assert not (tmp_path / "out").exists()
+
+
+VIT_B = ("--segmenter-model", "vit_b")
+
+
+def test_a_finished_dataset_asks_for_no_model(hub, clips, tmp_path, capsys):
+    """Its segmenter was only found to be needed in the middle; the cache is gone now."""
+    for name in ("clip_000000", "clip_000001"):
+        (clips / f"{name}.mp4").unlink()
+    assert mine(clips, tmp_path / "out", *VIT_B) == 0
+    shutil.rmtree(tmp_path / "hub_cache")
+    hub.asked.clear()
+    capsys.readouterr()
+    assert mine(clips, tmp_path / "out", *VIT_B) == 0
+    assert capsys.readouterr().err == ""
+    (clips / "clip_000003.annotations.json").unlink()
+    assert mine(clips, tmp_path / "out", *VIT_B) == 2
+    assert "the videos, captions or annotations have changed since (2 videos then, 2 now)" in capsys.readouterr().err
+    assert hub.asked == []
+
+
+def test_another_version_of_a_model_is_still_a_change(hub, clips, tmp_path, capsys):
+    assert mine(clips, tmp_path / "out", *VIT_B) == 0
+    [weights] = (tmp_path / "hub_cache").rglob("sam_vit_b_01ec64.pth")
+    weights.write_bytes(b"another one")
+    assert mine(clips, tmp_path / "out", *VIT_B) == 2
+    assert "error: the file of segment_masks.checkpoint has changed since" in capsys.readouterr().err
+
+
+def test_what_is_wrong_anyway_is_said_before_a_download(hub, clips, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    assert mine(clips, tmp_path / "full") == 2
+    assert "is not empty and no earlier run of this program is in it" in capsys.readouterr().err
+    assert mine(clips, tmp_path / "out", "--device", "cuda:99") == 2
+    assert "error: --device cuda:99: " in capsys.readouterr().err
+    assert mine(clips, tmp_path / "out", "--language-model", "xx_none") == 2
+    assert "error: no spaCy model found (tried xx_none)" in capsys.readouterr().err
+    assert hub.asked == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_stopped_may_meet_clips_that_need_a_network(hub, clips, tmp_path, monkeypatch):
+    aside = [(clips / f"clip_00000{number}.mp4").rename(tmp_path / f"clip_00000{number}.mp4") for number in (0, 1, 2)]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(build, "assemble", stop)
+        assert mine(clips, tmp_path / "out", *VIT_B) == 130
+    assert hub.asked == []
+    for path in aside:
+        path.rename(clips / path.name)
+    assert mine(clips, tmp_path / "out", *VIT_B) == 0
+    assert len(samples_of(tmp_path / "out")) == 4
+    files = json.loads((tmp_path / "out/build.json").read_text())["files"]
+    assert {"detect_boxes.model", "segment_masks.checkpoint"} <= files.keys()
+
+
+def test_annotations_that_are_taken_away_while_the_run_goes_on(hub, clips, tmp_path, monkeypatch):
+    for name in ("clip_000000", "clip_000001", "clip_000002"):
+        (clips / f"{name}.mp4").unlink()
+    real = build.run
+
+    def run(*arguments, **options):
+        (clips / "clip_000003.annotations.json").unlink(missing_ok=True)
+        real(*arguments, **options)
+
+    monkeypatch.setattr(build, "run", run)
+    assert mine(clips, tmp_path / "out", *VIT_B) == 0
+    [sample] = samples_of(tmp_path / "out").values()
+    assert (sample["source"]["boxes"], sample["source"]["masks"]) == (DINO, "sam vit_b")
+
+
+def test_a_download_that_was_cut_off_is_named_and_fetched_again(hub, clips, tmp_path, capsys):
+    assert mine(clips, tmp_path / "out", *VIT_B) == 0
+    for name in ("model.safetensors", "sam_vit_b_01ec64.pth"):
+        [path] = (tmp_path / "hub_cache").rglob(name)
+        path.write_bytes(path.read_bytes()[:1000])
+        capsys.readouterr()
+        assert mine(clips, tmp_path / f"again {name}", *VIT_B) == 2
+        [broken] = re.findall("if the download was cut off, delete (.*) and run the same", capsys.readouterr().err)
+        (shutil.rmtree if Path(broken).is_dir() else os.unlink)(broken)
+        assert mine(clips, tmp_path / f"again {name}", *VIT_B) == 0
+
+
+def test_a_caption_with_other_words_than_the_annotations_sees_theirs(small_hub, tmp_path):
+    write_clips(tmp_path / "clips", count=1, seed=0)
+    (tmp_path / "clips/clip_000000.txt").write_text("a zebra and a submarine")
+    assert mine(tmp_path / "clips", tmp_path / "out") == 1
+    [rejected] = map(json.loads, (tmp_path / "out/rejected.jsonl").read_text().splitlines())
+    objects = json.loads((tmp_path / "clips/clip_000000.annotations.json").read_text())["objects"]
+    assert rejected["evidence"]["phrases"] == ["zebra", "submarine"]
+    assert rejected["evidence"]["annotated"] == sorted({one["name"] for one in objects})

@@ -344,6 +344,19 @@ def test_numbers_that_compare_with_nothing_are_refused(option, number, capsys):
     assert f"needs an ordinary number, got {number}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--videos", "--out", "--captions", "--annotations", "--segmenter-checkpoint"])
+def test_paths_that_cannot_be_looked_at_are_refused(option, folder, tmp_path, capsys):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for path, why in (("x" * 300, "File name too long"), (loop, "Too many levels of symbolic links")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--videos", str(folder), option, str(path)])
+        assert stopped.value.code == 2
+        said = capsys.readouterr().err
+        assert f"error: argument {option}: cannot look at " in said
+        assert why in said
+
+
 def test_a_misspelled_option_is_answered_with_the_right_one_and_not_with_all(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--videos", "videos", "--box-treshold", "0.2"])

@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data_pipeline import sources
 from data_pipeline.records import InputError
 from data_pipeline.sources import SUFFIXES, beside, find_videos, make_keys, path_parts, read_captions
 
@@ -474,3 +475,31 @@ def test_what_was_assumed_of_a_caption_file_or_why_it_is_unusable(folder, ending
     file = find_videos(folder)[0]
     assert file.caption == caption
     assert [text[: len(note or "")] for text in file.notes] == ([] if note is None else [note])
+
+
+def test_links_to_folders_are_left_out_and_told(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/b.mp4").touch()
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / ".hidden").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="left out: 1 links to folders, which are not followed, the first one 'link'"):
+        find_videos(folder)
+    (folder / "a.mp4").symlink_to(tmp_path / "elsewhere/b.mp4")
+    (folder / "folder.mp4").symlink_to(tmp_path / "elsewhere")  # it has the name of a video, and is rejected as one
+    notes = []
+    assert [file.name for file in find_videos(folder, notes=notes)] == ["a.mp4", "folder.mp4"]
+    assert notes == ["left out: 1 links to folders, which are not followed, the first one 'link'"]
+
+
+def test_a_caption_that_is_forbidden_is_told(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.txt").write_text("a dog")
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(sources, "_read_small", forbidden)
+    [file] = find_videos(tmp_path)
+    assert (file.caption, file.notes) == (None, ("caption file that cannot be read: no permission",))

@@ -201,3 +201,8 @@ def test_a_clean_caption_can_be_written_anywhere(text):
     cleaned = clean_caption(text)
     assert cleaned.encode("utf-8").decode() == clean_caption(cleaned)
     assert "\n" not in cleaned
+
+
+def test_a_file_that_cannot_be_read_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="^cannot read .*: Is a directory$"):
+        read_text(tmp_path)

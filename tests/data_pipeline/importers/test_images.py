@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -25,6 +26,32 @@ def test_pictures_are_listed_in_order_and_hidden_ones_are_not(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
     assert list_pictures(tmp_path) == ["a.webp", "a/c.png", "b.JPG"]
+
+
+def test_what_is_not_listed_is_told(tmp_path, monkeypatch):
+    for name in ("in/a.png", "in/begun/.mining/b.png", "in/begun/c.png", "in/done/build.json", "in/done/report/d.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/e.png").touch()
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    notes = []
+    assert list_pictures(tmp_path / "in", notes) == ["a.png"]
+    assert notes == ["1 links to folders are not followed, the first one 'link'"]
+    (tmp_path / "in/a.png").unlink()
+    with pytest.raises(
+        InputError, match="in subfolders too; 1 links to folders are not followed, the first one 'link'"
+    ):
+        list_pictures(tmp_path / "in")
+
+    def forbidden(folder, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{folder}/locked"))
+        return ()
+
+    monkeypatch.setattr(os, "walk", forbidden)
+    with pytest.raises(InputError, match="the folder .*/in/locked cannot be read: Permission denied"):
+        list_pictures(tmp_path / "in")
 
 
 @given(st.lists(st.floats(1, 200), min_size=4, max_size=4))

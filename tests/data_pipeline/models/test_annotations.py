@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -301,14 +302,23 @@ def test_annotations_of_other_videos_are_a_note_beside_sidecars(tmp_path):
     ]
 
 
-def test_pictures_that_name_no_video_are_left_to_the_clip(tmp_path):
+def test_pictures_that_name_no_video_are_the_one_videos_and_told_where_there_are_several(tmp_path):
     images = [{"id": 1, "file_name": "frame_0001.png", "width": 10, "height": 8}]
     annotations = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4]}]
     path = tmp_path / "coco.json"
     path.write_text(
         json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "dog"}]})
     )
-    assert AnnotationSource(path).check_names(tmp_path, videos_in(tmp_path, "a.mp4", "b.mp4")) == []
+    assert AnnotationSource(path).check_names(tmp_path, videos_in(tmp_path, "a.mp4")) == []
+    what = "the first one of pictures whose names name no video (several videos need names like 'clip/00012.jpg'), the"
+    files = videos_in(tmp_path, "a.mp4", "clip.mp4")
+    with pytest.raises(
+        InputError, match=f"none of 1 entries of .* names a video: {re.escape(what)} folder has 'a.mp4'"
+    ):
+        AnnotationSource(path).check_names(tmp_path, files)
+    write(tmp_path, sidecar())
+    [note] = AnnotationSource(path).check_names(tmp_path, files)
+    assert note.startswith(f"1 entries of {path} name no video, {what}")
 
 
 def test_a_deleted_video_does_not_keep_another_from_being_alone(tmp_path):

@@ -1,3 +1,4 @@
+import json
 import os
 import shlex
 import socket
@@ -66,10 +67,13 @@ def test_what_the_hub_does_not_give(hub, monkeypatch):
     with pytest.raises(InputError, match=r"the hub: owner/dino has no weights \(\*.pth\)"):
         hub.repositories["owner/dino"] = {"a.py": b""}
         fetch([HubModel("owner/dino", {"weights": ("*.pth",)})])
-    with pytest.raises(
-        MissingModelError, match=r"^no/where is not on this machine, and cannot be had from the hub \(404"
-    ):
+    with pytest.raises(InputError, match="^the hub has no model no/where: look for a mistake in the name, or, if it"):
         fetch([transformers_model("no/where")])
+    hub.closed.add(GROUNDING_DINO.hub_id)
+    with pytest.raises(
+        InputError, match=r"\(IDEA-Research/grounding-dino-tiny, 690 MB\) is given only to those who acc"
+    ):
+        fetch([GROUNDING_DINO])
     with pytest.raises(InputError, match="'two words' is no directory here, and cannot be on the hub: Repo id must"):
         fetch([transformers_model("two words")])
 
@@ -115,6 +119,56 @@ def test_half_a_model_is_fetched_again(hub):
     assert in_cache(GROUNDING_DINO) is not None
 
 
+def test_what_is_left_of_a_broken_download_is_fetched_again(hub):
+    fetch([GROUNDING_DINO])
+    place = in_cache(GROUNDING_DINO)
+    weights = place / "model.safetensors"
+    weights.resolve().unlink()  # a link into nowhere is left
+    assert in_cache(GROUNDING_DINO) is None
+    fetch([GROUNDING_DINO])
+    assert weights.stat().st_size == 3_000_000
+    for damaged in (b"", b"\0" * 40):  # a machine that lost its power
+        (place.parents[1] / "refs/main").write_bytes(damaged)
+        assert in_cache(GROUNDING_DINO) is None
+        fetch([GROUNDING_DINO])
+        assert in_cache(GROUNDING_DINO) == place
+    (place.parents[1] / "refs/main").write_bytes(b"\xff\xfe")
+    with pytest.raises(MissingModelError) as caught:  # the library cannot read it either
+        fetch([GROUNDING_DINO])
+    assert f"; what is in {place.parents[1]} is not whole, and can be deleted if it is damaged; " in str(caught.value)
+
+
+def test_weights_in_parts_are_there_if_all_parts_are(hub, tmp_path):
+    parts = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    index = json.dumps({"weight_map": {"a": parts[0], "b": parts[1], "c": parts[0]}}).encode()
+    network = {name: name.encode() for name in (*NAMES, *parts)} | {"model.safetensors.index.json": index}
+    hub.repositories["owner/large"] = network
+    model = transformers_model("owner/large")
+    fetch([model])
+    (in_cache(model) / parts[1]).unlink()
+    assert in_cache(model) is None
+    fetch([model])
+    assert (in_cache(model) / parts[1]).read_bytes() == parts[1].encode()
+
+
+def test_a_disk_without_room_is_told_before_the_download(hub, monkeypatch):
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(2_500_000))
+    with pytest.raises(
+        InputError, match=r"tiny, 3 MB\) must be downloaded, and .*hub_cache has room for 2 MB: free some"
+    ):
+        fetch([GROUNDING_DINO])
+    assert hub.asked == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(3_500_000))
+    fetch([GROUNDING_DINO])
+    (in_cache(GROUNDING_DINO) / "config.json").unlink()  # most of it is there
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(500_000))
+    fetch([GROUNDING_DINO])
+
+
 def test_files_by_a_hub_id(hub):
     hub.repositories["owner/dino"] = {"a.py": b"1", "b.py": b"2", "w.pth": b"3"}
     found = find_files("owner/dino", "--model", {"configuration": ("b.py",), "weights": ("*.safetensors", "*.pth")})
@@ -140,3 +194,16 @@ def test_files_of_a_directory(tmp_path):
         InputError, match="--model: no directory at .*/nothing; give a model's directory, or its hub id"
     ):
         find_files(str(tmp_path / "nothing"), "--model", needed)
+
+
+def test_a_cache_that_is_forbidden_is_no_missing_model(hub, monkeypatch):
+    fetch([SEGMENTERS["vit_b"]])
+
+    def forbidden(self, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    with pytest.raises(
+        InputError, match="the models in .*models--ybelkada--segment-anything cannot be read: no permis"
+    ):
+        missing([SEGMENTERS["vit_b"]])

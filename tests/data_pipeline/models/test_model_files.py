@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.models.model_files import check_model_directory, is_hub_id
+from data_pipeline.models.model_files import TRANSFORMERS_MODEL, check_model_directory, is_hub_id, missing_parts
 from data_pipeline.records import InputError
 
 NEEDED = {"weights": ("*.safetensors", "*.pth"), "configuration": ("*.py",)}
@@ -25,3 +25,20 @@ def test_a_directory_is_checked_without_reading_it(tmp_path):
     (tmp_path / "a.py").touch()
     check_model_directory(str(tmp_path), "--model", NEEDED)
     check_model_directory("owner/dino", "--model", NEEDED)
+
+
+def test_a_name_that_is_too_long_for_a_file_is_no_directory():
+    assert is_hub_id("x" * 300)
+    with pytest.raises(InputError, match="--model: no directory at ./xxx"):
+        check_model_directory("./" + "x" * 300, "--model", {})
+
+
+def test_parts_of_the_weights_that_are_missing(tmp_path):
+    (tmp_path / "config.json").touch()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "one.safetensors", "b": "two"}}')
+    (tmp_path / "one.safetensors").touch()
+    assert missing_parts(tmp_path) == ["two"]
+    with pytest.raises(InputError, match="lacks its part two; save a model there"):
+        check_model_directory(str(tmp_path), "--model", TRANSFORMERS_MODEL)
+    (tmp_path / "model.safetensors.index.json").write_text("[")
+    assert missing_parts(tmp_path) == []
