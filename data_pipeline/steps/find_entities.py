@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from data_pipeline.languages import OTHER_LANGUAGE, SPACY_MODELS, words_of
 from data_pipeline.records import Entity, FramePair, NamedPair, Rejected, SettingsError
@@ -241,7 +241,6 @@ class FindEntities(Step[FramePair, NamedPair]):
     slower and more confused with every phrase; the first ones of the caption are kept.
     """
 
-    preload: ClassVar[tuple[str, ...]] = ("data_pipeline.models.language",)
     subjects: str = "all"
     stop_words: frozenset[str] = STOP_WORDS
     scenery: frozenset[str] = SCENERY
@@ -253,6 +252,11 @@ class FindEntities(Step[FramePair, NamedPair]):
             raise SettingsError(f"subjects must be one of {', '.join(SUBJECTS)}, got {self.subjects!r}")
         if self.max_subjects < 1:
             raise SettingsError(f"max_subjects must be at least 1, got {self.max_subjects}")
+
+    @property
+    def preload(self) -> tuple[str, ...]:
+        """See Step."""
+        return (f"data_pipeline.models.language{'' if self.language_models else '_loaded'}",)
 
     def setup(self) -> None:
         """Loads the language model."""

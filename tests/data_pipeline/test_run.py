@@ -94,6 +94,8 @@ def test_workers_share_the_libraries_of_the_models_that_were_chosen():
 
     names = preloaded("--detector", "embedded", "--segmenter", "embedded")
     assert {"transformers.models.grounding_dino.modeling_grounding_dino", "data_pipeline.models.sam"} < set(names)
+    assert "data_pipeline.models.language_loaded" in names
+    assert "data_pipeline.models.language" in preloaded("--language-model", "xx_none")
     # The server of the workers says nothing about a name that cannot be imported.
     assert all(importlib.util.find_spec(name) for name in names)
     unused = preloaded("--detector", "annotations", "--segmenter", "annotations")

@@ -1,0 +1,11 @@
+"""Imported in the server that workers are forked from: they are born with the usual language model, and share it."""
+
+from __future__ import annotations
+
+import contextlib
+
+from data_pipeline.models.language import MODELS, load_chunker
+from data_pipeline.records import InputError
+
+with contextlib.suppress(InputError):  # the worker will say so
+    load_chunker(MODELS)
