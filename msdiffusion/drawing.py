@@ -5,6 +5,7 @@ Shapes: P pictures of a batch, S subjects.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import secrets
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -31,6 +33,10 @@ _SET_BY_REQUEST = {
     *("self", "kwargs", "prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale"),
     *("num_images_per_prompt", "generator", "latents", "output_type", "return_dict"),
 }
+
+
+_DENOISING: WeakSet[Any] = WeakSet()
+"""UNets that are at work; whoever looks has taken their turn (``msdiffusion.turns``)."""
 
 
 class Model(EncodingModel, Protocol):
@@ -72,8 +78,17 @@ class _Picture:
 class BatchDrawing:
     """Requests cut into batches for the denoiser, and the drawing of them."""
 
-    def __init__(self, model: Model, requests: Sequence[GenerationRequest], batch_size: int, progress: bool) -> None:
+    def __init__(
+        self, model: Model, pipeline: Any, requests: Sequence[GenerationRequest], batch_size: int, progress: bool
+    ) -> None:
         """Check the requests against the model.
+
+        Args:
+            model: what draws.
+            pipeline: the model's ``with_own_scheduler``.
+            requests: checked.
+            batch_size: pictures drawn at once at most.
+            progress: whether to show a bar.
 
         Raises:
             RequestError: no requests, an option that the pipeline does not take, latents of a wrong shape, hooks for
@@ -81,7 +96,8 @@ class BatchDrawing:
         """
         if not requests:
             raise RequestError("no requests: there is nothing to draw")
-        self.model, self.requests, self.batch_size, self.progress = model, requests, batch_size, progress
+        self.model, self.pipeline, self.requests = model, pipeline, requests
+        self.batch_size, self.progress = batch_size, progress
         for request in requests:
             self._check(request)
         self.pictures = [
@@ -92,7 +108,7 @@ class BatchDrawing:
         ]
 
     def _check(self, request: GenerationRequest) -> None:
-        pipeline = self.model.pipeline
+        pipeline = self.pipeline
         known = set(inspect.signature(type(pipeline).__call__).parameters) - _SET_BY_REQUEST
         for name in request.pipeline_options:
             if name not in known:
@@ -183,7 +199,8 @@ class BatchDrawing:
     def draw(self, on_result: Callable[[int, GenerationResult], None] | None = None) -> list[GenerationResult]:
         """Draw everything; see MSDiffusion.generate_batch."""
         subjects = [request.subjects for request in self.requests]
-        encoded = SubjectBatch(self.model, subjects, [request.prompt for request in self.requests])
+        prompts = [request.prompt for request in self.requests]
+        encoded = SubjectBatch(self.model, self.pipeline.scheduler, subjects, prompts)
         parts: list[dict[int, tuple[Any, Tensor | None]]] = [{} for _ in self.requests]
         results: dict[int, GenerationResult] = {}
         done = 0
@@ -206,13 +223,18 @@ class BatchDrawing:
         scales = [self.model.scale_of(each.scale) for each in self.requests]
         condition = encoded.condition([picture.request for picture in batch], scales)
         condition.check_batch = False  # known here; and pictures of one seed have equal latents
-        pipeline = self.model.pipeline
+        pipeline = self.pipeline
+        if pipeline.unet in _DENOISING:  # the pipeline would go on with the settings of the inner run
+            raise RequestError(
+                "generate was called by a callback of a run of the same model: draw after the run, or from on_result"
+            )
         before = dict(getattr(pipeline, "_progress_bar_config", {}))
         pipeline.set_progress_bar_config(
             disable=not self.progress, desc=f"pictures {done + 1}-{done + len(batch)} of {len(self.pictures)}"
         )
         options = dict(request.pipeline_options)
         kwargs = {**(options.pop("cross_attention_kwargs", None) or {}), "subjects": condition}
+        _DENOISING.add(pipeline.unet)
         try:
             output = pipeline(
                 **self._texts(batch),
@@ -223,6 +245,7 @@ class BatchDrawing:
                 **options,
             )
         finally:
+            _DENOISING.discard(pipeline.unet)
             pipeline._cross_attention_kwargs = None  # the pipeline would keep the condition alive
             pipeline.set_progress_bar_config(**before)
         drawn = output.images
@@ -272,6 +295,23 @@ class BatchDrawing:
             joined = list(pictures) if output_type == "pil" else torch.stack(pictures)
         seeds = tuple(picture.seed for picture in self.pictures if picture.request == index)
         return GenerationResult(joined, seeds, None if maps[0] is None else torch.stack(maps))
+
+
+def with_own_scheduler(pipeline: Any) -> Any:
+    """The pipeline with a scheduler of its own, as the pipeline's is now; everything else is shared, not copied.
+
+    A run counts its steps in the scheduler, so a run of another pipeline on the same scheduler, or another scheduler in
+    its place, would change this one. What is set on either (``_interrupt``, ...) is set on both.
+    """
+    kind, scheduler = type(pipeline), copy.copy(pipeline.scheduler)
+
+    def replace(_: Any, other: Any) -> None:  # by a callback
+        nonlocal scheduler
+        scheduler = other
+
+    own = object.__new__(type(kind.__name__, (kind,), {"scheduler": property(lambda _: scheduler, replace)}))
+    own.__dict__ = pipeline.__dict__
+    return own
 
 
 def first_given(*values: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,20 +19,28 @@ from torch import Tensor
 from msdiffusion.adapter import MSAdapter
 from msdiffusion.backbone import Backbone, default_device
 from msdiffusion.condition import SubjectCondition
-from msdiffusion.drawing import BatchDrawing, GenerationResult, PictureHook, first_given
+from msdiffusion.drawing import BatchDrawing, GenerationResult, PictureHook, first_given, with_own_scheduler
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.loading import Sources, check_encoders, load_adapter
 from msdiffusion.model_card import CARD_NAME, is_generated, write_card
 from msdiffusion.request import FALLBACKS, GenerationRequest, OutputType, check_request
 from msdiffusion.subject_batch import SubjectBatch
 from msdiffusion.subjects import check_subjects, number_between, whole_number
+from msdiffusion.turns import Turns, turns_of
 
 Reference = Image.Image | str | Path
 BASE_FOLDER, ENCODER_FOLDER = "base", "image_encoder"
+_CHECKING = threading.RLock()
+"""Taken where arguments are checked: a picture that is read only now, and spaCy, serve one thread at a time."""
 
 
 class MSDiffusion:
-    """A frozen backbone with a trained adapter installed."""
+    """A frozen backbone with a trained adapter installed.
+
+    ``generate``, ``generate_batch`` and ``condition`` may be called from several threads: they take turns, first come,
+    first served, and give to the bit what calls in a row give. What else is done to a model (LoRA, another scheduler,
+    ``to``, ...) holds for the calls that begin later.
+    """
 
     def __init__(self, backbone: Backbone, adapter: MSAdapter, sources: Sources | None = None) -> None:
         """Take built parts; the adapter is frozen, moved beside the UNet and installed there.
@@ -97,10 +106,16 @@ class MSDiffusion:
         """The diffusers pipeline, for LoRA, other schedulers, offloading, ..."""
         return self.backbone.pipeline
 
+    @property
+    def _turns(self) -> Turns:
+        """Of all models on this UNet."""
+        return turns_of(self.backbone.unet)
+
     def to(self, device: str | torch.device) -> MSDiffusion:
         """Move all parts."""
-        self.backbone.to(device)
-        self.adapter.to(device)
+        with self._turns.take():
+            self.backbone.to(device)
+            self.adapter.to(device)
         return self
 
     def install(self) -> None:
@@ -108,7 +123,8 @@ class MSDiffusion:
 
         ``condition`` and ``generate`` do so of their own accord; only a condition made before the change needs this.
         """
-        self.adapter.install(self.backbone.unet)
+        with self._turns.take():
+            self.adapter.install(self.backbone.unet)
 
     def enable_model_cpu_offload(self, **options: Any) -> None:
         """Keep every model on the CPU but the one at work: the pipeline's method of this name, for all parts.
@@ -116,8 +132,9 @@ class MSDiffusion:
         Args:
             options: of the pipeline's method, such as ``device``.
         """
-        self.pipeline.enable_model_cpu_offload(**options)
-        self._rest_on_cpu()
+        with self._turns.take():
+            self.pipeline.enable_model_cpu_offload(**options)
+            self._rest_on_cpu()
 
     def enable_sequential_cpu_offload(self, **options: Any) -> None:
         """Keep all weights on the CPU but those of the layer at work: least memory, slow. See the pipeline's method.
@@ -125,8 +142,9 @@ class MSDiffusion:
         Args:
             options: of the pipeline's method, such as ``device``.
         """
-        self.pipeline.enable_sequential_cpu_offload(**options)
-        self._rest_on_cpu()
+        with self._turns.take():
+            self.pipeline.enable_sequential_cpu_offload(**options)
+            self._rest_on_cpu()
 
     def _rest_on_cpu(self) -> None:
         self._offloaded = True
@@ -189,22 +207,25 @@ class MSDiffusion:
         Raises:
             RequestError, LayoutError, PhraseError: an argument cannot be honoured.
         """
-        subjects = check_subjects(
-            images,
-            boxes,
-            phrases,
-            prompt=prompt,
-            masks=masks,
-            subject_scales=subject_scales,
-            subject_windows=subject_windows,
-            auto_layout=auto_layout,
-            auto_layout_threshold=auto_layout_threshold,
-            auto_layout_start=auto_layout_start,
-        )
+        with _CHECKING:
+            subjects = check_subjects(
+                images,
+                boxes,
+                phrases,
+                prompt=prompt,
+                masks=masks,
+                subject_scales=subject_scales,
+                subject_windows=subject_windows,
+                auto_layout=auto_layout,
+                auto_layout_threshold=auto_layout_threshold,
+                auto_layout_start=auto_layout_start,
+            )
         whole_number(num_images, "num_images", 1)
         chosen = self.scale_of(None if scale is None else number_between(scale, "scale", 0.0, math.inf))
-        layout = SubjectBatch(self, [subjects], [prompt])
-        return layout.condition([0] * num_images, [chosen], guidance=guidance)
+        scheduler = self.pipeline.scheduler
+        with self._turns.take():
+            layout = SubjectBatch(self, scheduler, [subjects], [prompt])
+            return layout.condition([0] * num_images, [chosen], guidance=guidance)
 
     def scale_of(self, scale: float | None) -> float:
         """The weight of all subjects: ``scale``, or the adapter's own for None."""
@@ -283,29 +304,30 @@ class MSDiffusion:
             RequestError, LayoutError, PhraseError: an argument cannot be honoured.
         """
         whole_number(batch_size, "batch_size", 1)
-        request = check_request(
-            images,
-            boxes,
-            prompt,
-            phrases,
-            masks=masks,
-            negative_prompt=negative_prompt,
-            num_images=num_images,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            scale=scale,
-            subject_scales=subject_scales,
-            subject_windows=subject_windows,
-            height=height,
-            width=width,
-            auto_layout=auto_layout,
-            auto_layout_threshold=auto_layout_threshold,
-            auto_layout_start=auto_layout_start,
-            seed=seed,
-            output_type=output_type,
-            latents=latents,
-            **pipeline_options,
-        )
+        with _CHECKING:
+            request = check_request(
+                images,
+                boxes,
+                prompt,
+                phrases,
+                masks=masks,
+                negative_prompt=negative_prompt,
+                num_images=num_images,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                scale=scale,
+                subject_scales=subject_scales,
+                subject_windows=subject_windows,
+                height=height,
+                width=width,
+                auto_layout=auto_layout,
+                auto_layout_threshold=auto_layout_threshold,
+                auto_layout_start=auto_layout_start,
+                seed=seed,
+                output_type=output_type,
+                latents=latents,
+                **pipeline_options,
+            )
         return self.generate_batch([request], progress=progress, batch_size=batch_size)[0].pictures
 
     @torch.no_grad()
@@ -334,11 +356,15 @@ class MSDiffusion:
         Raises:
             RequestError, LayoutError, PhraseError: a request cannot be honoured; before anything is drawn.
         """
-        checked = [
-            request if isinstance(request, GenerationRequest) else _checked(request, index)
-            for index, request in enumerate(requests)
-        ]
-        return BatchDrawing(self, checked, whole_number(batch_size, "batch_size", 1), progress).draw(on_result)
+        with _CHECKING:
+            checked = [
+                request if isinstance(request, GenerationRequest) else _checked(request, index)
+                for index, request in enumerate(requests)
+            ]
+        batch_size = whole_number(batch_size, "batch_size", 1)
+        pipeline = with_own_scheduler(self.pipeline)  # as it is when the call comes, not when its turn does
+        with self._turns.take():
+            return BatchDrawing(self, pipeline, checked, batch_size, progress).draw(on_result)
 
     def save_pretrained(self, directory: str | Path, *, include_backbone: bool = False) -> None:
         """Write the adapter, so that from_pretrained(directory) gives this model again, and a model card.

@@ -54,11 +54,14 @@ class SubjectBatch:
     """The subjects of several pictures, encoded once, and conditions for any choice of them."""
 
     @torch.no_grad()
-    def __init__(self, model: Model, layouts: Sequence[Subjects], prompts: Sequence[str | None]) -> None:
+    def __init__(
+        self, model: Model, scheduler: Any, layouts: Sequence[Subjects], prompts: Sequence[str | None]
+    ) -> None:
         """Encode references, phrases and boxes of all pictures together.
 
         Args:
             model: whose encoders, resampler and projections these are.
+            scheduler: of the runs that the conditions will be for; windows are measured in its timesteps.
             layouts: checked subjects per picture.
             prompts: per picture; needed where a layout has auto layout.
 
@@ -67,7 +70,7 @@ class SubjectBatch:
         """
         if not model.adapter.is_installed(model.backbone.unet):
             model.install()
-        self.model, self.layouts = model, layouts
+        self.model, self.scheduler, self.layouts = model, scheduler, layouts
         tokenizer, written = model.backbone.tokenizer, functools.partial(written_out, model.pipeline)
         self._spans = [
             [
@@ -141,7 +144,7 @@ class SubjectBatch:
             )
         windows = None
         if any(window != (0.0, 1.0) for layout in layouts for window in layout.windows):
-            check_windows(self.model.pipeline.scheduler)
+            check_windows(self.scheduler)
             windows = table("windows", torch.float32)
         adapter = self.model.adapter
         chosen = [float(scales[row]) for row in rows]
@@ -153,7 +156,7 @@ class SubjectBatch:
                 subject_scales=table("scales", torch.float32),
                 masks=_masks(layouts, device),
                 windows=windows,
-                train_timesteps=self.model.pipeline.scheduler.config.num_train_timesteps,
+                train_timesteps=self.scheduler.config.num_train_timesteps,
                 auto_layout=auto_layout,
                 num_images=len(pictures),
                 guidance=guidance,

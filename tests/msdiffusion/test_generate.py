@@ -1,15 +1,21 @@
+import functools
+import io
 import json
 import shutil
+import threading
+import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 
@@ -479,3 +485,146 @@ def test_half_precision(tiny_model_dir):
 def test_a_gpu_draws_the_same_picture(tiny_model_dir, model):
     on_gpu = MSDiffusion.from_pretrained(tiny_model_dir, device="cuda")
     torch.testing.assert_close(draw(on_gpu).cpu(), draw(model), rtol=0, atol=2e-2)
+
+
+# ---- threads: as a web server calls one model
+
+
+def test_threads_get_what_calls_in_a_row_get(model, in_threads):
+    """Four threads with other steps, sizes, subjects and seeds; both used to get wrong pictures, without a word."""
+    requests = [
+        {"steps": 3, "height": 64, "width": 64},
+        {"steps": 5, "height": 48, "width": 96, "seed": 1, "guidance_scale": 1.0},
+        {"steps": 4, "auto_layout": True, "auto_layout_start": 2, "num_images": 2, "batch_size": 1},
+        {
+            "steps": 2,
+            "height": 96,
+            "width": 64,
+            "prompt": "a dog",
+            "images": [DOG],
+            "boxes": [LEFT],
+            "phrases": ["dog"],
+        },
+    ]
+    for kind in (DDIMScheduler, EulerDiscreteScheduler):
+        own = model.pipeline.scheduler
+        try:
+            model.pipeline.scheduler = kind.from_config(own.config)
+            alone = [draw(model, **request) for request in requests]
+            calls = [functools.partial(draw, model, **request) for request in requests]
+            together = in_threads(*calls)
+        finally:
+            model.pipeline.scheduler = own
+        for ours, theirs in zip(together, alone, strict=True):
+            assert torch.equal(ours, theirs), kind.__name__
+
+
+def test_four_schedulers_on_one_set_of_networks_in_threads(model, in_threads):
+    """Several models may share a UNet: the turns are the UNet's."""
+    kinds = (DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler)
+    calls = []
+    for kind in kinds:
+        parts = {**model.pipeline.components, "scheduler": kind.from_config(model.pipeline.scheduler.config)}
+        pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+        backbone = Backbone(pipeline, model.backbone.image_encoder, model.backbone.image_processor)
+        calls.append(functools.partial(draw, MSDiffusion(backbone, model.adapter), steps=4))
+    alone = [call() for call in calls]
+    assert len({tuple(picture.flatten().tolist()) for picture in alone}) == len(kinds)
+    for ours, theirs in zip(in_threads(*calls), alone, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_call_keeps_the_scheduler_that_the_model_had_when_it_came(model):
+    own = model.pipeline.scheduler
+    expected, begun, replaced = draw(model, steps=3), threading.Event(), threading.Event()
+    waits = threading.Event()
+
+    def hold(pipeline, step, timestep, tensors):
+        begun.set()
+        assert replaced.wait(30)
+        return tensors
+
+    results = {}
+    first = threading.Thread(target=lambda: results.update(first=draw(model, callback_on_step_end=hold)))
+    second = threading.Thread(target=lambda: (waits.set(), results.update(second=draw(model))))
+    first.start()
+    assert begun.wait(30)
+    second.start()
+    assert waits.wait(30)
+    while len(model._turns._line) < 2:
+        time.sleep(0.001)
+    try:
+        model.pipeline.scheduler = EulerDiscreteScheduler.from_config(own.config)
+        replaced.set()
+        first.join(60)
+        second.join(60)
+        assert not torch.equal(draw(model), expected)
+    finally:
+        model.pipeline.scheduler = own
+    assert torch.equal(results["first"], expected)
+    assert torch.equal(results["second"], expected)
+
+
+def test_conditions_and_batches_in_threads(model, in_threads):
+    def condition():
+        made = model.condition(**{name: TWO[name] for name in ("images", "boxes", "phrases")})
+        return torch.cat([key.flatten() for key in made.keys.values()])
+
+    def batch():
+        requests = [{**TWO, "steps": steps, "seed": steps, "output_type": "pt"} for steps in (2, 3)]
+        return torch.cat([each.pictures for each in model.generate_batch(requests, progress=False)])
+
+    def read_late():  # a picture that is read from its file only when it is needed
+        return draw(model, images=[late, TEAPOT])
+
+    content = io.BytesIO()
+    DOG.resize((400, 300)).save(content, "JPEG")
+    late = Image.open(content)
+    calls = [condition, batch, lambda: draw(model, phrases=None, prompt="a dog and a teapot"), read_late, read_late]
+    together = in_threads(*calls)
+    for ours, call in zip(together, calls, strict=True):
+        assert torch.equal(ours, call())
+
+
+def test_a_call_that_fails_does_not_hold_up_the_others(model, in_threads):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    def broken():
+        with pytest.raises(ZeroDivisionError):
+            draw(model, callback_on_step_end=fail)
+        return draw(model)
+
+    assert torch.equal(*in_threads(broken, broken))
+
+
+def test_generate_inside_a_run_is_refused_and_after_it_is_not(model):
+    """The pipeline would go on without subjects, and with the other call's guidance."""
+
+    def inside(pipeline, step, timestep, tensors):
+        with pytest.raises(RequestError, match="called by a callback of a run of the same model: draw after the run"):
+            draw(model)
+        return tensors
+
+    expected, more = draw(model), []
+    assert torch.equal(draw(model, callback_on_step_end=inside), expected)
+    request = {**TWO, "steps": 3, "seed": 0, "output_type": "pt"}
+    model.generate_batch([request], progress=False, on_result=lambda *_: more.append(draw(model)))
+    assert torch.equal(more[0], expected)
+
+
+def test_the_models_scheduler_is_left_as_it_was_and_a_run_can_be_interrupted_from_outside(model):
+    own = model.pipeline.scheduler
+    before, steps = own.num_inference_steps, []
+    draw(model, steps=7)
+    assert model.pipeline.scheduler is own
+    assert own.num_inference_steps == before
+
+    def stop(pipeline, step, timestep, tensors):
+        steps.append(step)
+        model.pipeline._interrupt = True  # as a server's button does
+        assert isinstance(pipeline, StableDiffusionXLPipeline)
+        return tensors
+
+    draw(model, steps=6, callback_on_step_end=stop)
+    assert steps == [0]
