@@ -158,7 +158,14 @@ class Backbone:
             truncation=True,
             return_tensors="pt",
         )
-        return self.pipeline.text_encoder(tokens.input_ids.to(self.device)).pooler_output
+        ids = tokens.input_ids.to(self.device)
+        encoded = self.pipeline.text_encoder(ids)
+        if self.pipeline.text_encoder.config.eos_token_id != 2:
+            return encoded.pooler_output
+        # Configs from before transformers 4.31 name a wrong end of text; then transformers reads at the highest number,
+        # which is the last one of the words until textual inversion adds some.
+        ends = (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
+        return encoded.last_hidden_state[torch.arange(len(ends), device=ends.device), ends]
 
     def prepare_references(
         self, references: Sequence[Image.Image], background: Sequence[int], fit: str = "pad"

@@ -23,8 +23,9 @@ from torch import Tensor
 from msdiffusion.errors import RequestError
 from msdiffusion.phrases import beyond_limit
 from msdiffusion.request import FALLBACKS, GenerationRequest, check_auto_layout_start
+from msdiffusion.safety import FLAGGED
 from msdiffusion.subject_batch import Model as EncodingModel
-from msdiffusion.subject_batch import SubjectBatch, check_windows, written_out
+from msdiffusion.subject_batch import SubjectBatch, check_numbers, check_weights, check_windows, written_out
 
 PictureHook = Callable[[list[Image.Image]], list[Image.Image]]
 
@@ -122,6 +123,8 @@ class BatchDrawing:
             )
         for name, value in request.pipeline_options.items():
             embeddings = name.endswith("prompt_embeds") and value is not None
+            if embeddings and isinstance(value, Tensor) and not torch.isfinite(value).all():
+                raise RequestError(f"{name} holds values that are no numbers (NaN or infinite)")
             if embeddings and not (isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == 1):
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise RequestError(f"{name} must be of one prompt, with 1 as first size, got {shape}")
@@ -137,6 +140,8 @@ class BatchDrawing:
             if not isinstance(request.latents, Tensor) or tuple(request.latents.shape) != needed:
                 kind, shape = type(request.latents).__name__, tuple(request.latents.shape)
                 raise RequestError(f"latents must be a tensor of {needed} for these pictures, got {kind} of {shape}")
+            if not torch.isfinite(request.latents).all():
+                raise RequestError("latents hold values that are no numbers (NaN or infinite)")
         if any(window != (0.0, 1.0) for window in request.subjects.windows):
             check_windows(pipeline.scheduler)
         calls = self._settings(request)["num_inference_steps"] * getattr(pipeline.scheduler, "order", 1)
@@ -233,12 +238,18 @@ class BatchDrawing:
             disable=not self.progress, desc=f"pictures {done + 1}-{done + len(batch)} of {len(self.pictures)}"
         )
         options = dict(request.pipeline_options)
+        settings = self._settings(request)
+        # As numbers, so that NaN is seen: in a picture it is black. Pasting into another picture needs pictures.
+        if settings["output_type"] in ("pil", "np") and options.get("padding_mask_crop") is None:
+            settings["output_type"] = "pt"
+        if "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters:
+            options.setdefault("callback_on_step_end", self._check_first_step)
         kwargs = {**(options.pop("cross_attention_kwargs", None) or {}), "subjects": condition}
         _DENOISING.add(pipeline.unet)
         try:
             output = pipeline(
                 **self._texts(batch),
-                **self._settings(request),
+                **settings,
                 generator=[torch.Generator("cpu").manual_seed(picture.seed) for picture in batch],
                 latents=self._latents(batch),
                 cross_attention_kwargs=kwargs,
@@ -249,6 +260,13 @@ class BatchDrawing:
             pipeline._cross_attention_kwargs = None  # the pipeline would keep the condition alive
             pipeline.set_progress_bar_config(**before)
         drawn = output.images
+        if isinstance(drawn, Tensor):
+            self._check_numbers(drawn, "UNet" if request.output_type == "latent" else "VAE")
+            if request.output_type in ("pil", "np"):
+                drawn = pipeline.image_processor.pt_to_numpy(drawn)
+            if request.output_type == "pil":
+                drawn = pipeline.image_processor.numpy_to_pil(drawn)
+        self._tell_flags(getattr(output, "nsfw_content_detected", None), drawn)
         for hook in self.model.picture_hooks:
             drawn = hook(drawn)
             if len(drawn) != len(batch):
@@ -259,6 +277,37 @@ class BatchDrawing:
         height, width = self._size(request)
         maps = condition.layout_maps(height // factor, width // factor).cpu()
         return drawn, maps.expand(len(batch), -1, -1, -1)
+
+    def _check_first_step(self, _: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A callback of the pipeline: a broken network is told before the other steps are computed in vain."""
+        if step == 0:
+            self._check_numbers(tensors["latents"], "UNet")
+        return tensors
+
+    def _check_numbers(self, values: Tensor, part: str) -> None:
+        """Raise WeightsError where a run gave NaN: names the first network with broken weights, else ``part``."""
+        if torch.isfinite(values).all():
+            return
+        pipeline = self.pipeline
+        networks = {
+            "text encoder": pipeline.text_encoder,
+            "second text encoder": getattr(pipeline, "text_encoder_2", None),
+            "adapter": self.model.adapter,
+            "UNet": pipeline.unet,
+            "VAE": pipeline.vae,
+        }
+        for name, network in networks.items():
+            if network is not None:
+                check_weights(name, network)
+        check_numbers(values, part, networks[part])
+
+    def _tell_flags(self, flags: Sequence[bool] | None, drawn: Any) -> None:
+        """Where a pipeline in memory has a safety checker of its own, say what it turned black."""
+        for number, flagged in enumerate(flags or ()):
+            if flagged:
+                warnings.warn(f"the pipeline's own safety checker flagged picture {number}: it is black", stacklevel=7)
+                if isinstance(drawn[number], Image.Image):
+                    drawn[number].info[FLAGGED] = True
 
     def _texts(self, batch: Sequence[_Picture]) -> dict[str, Any]:
         """Prompts as the pipeline takes them: one for all pictures of a request, else one per picture."""

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from msdiffusion.auto_layout import AutoLayout
 from msdiffusion.condition import SubjectCondition
-from msdiffusion.errors import RequestError
+from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.phrases import token_span
 from msdiffusion.subjects import WHOLE, Subjects
 
@@ -100,8 +100,12 @@ class SubjectBatch:
             backbone.encode_references(part, config.reference_features) for part in pixels.split(ENCODED_AT_ONCE)
         ]
         image_tokens = torch.cat(encoded).unsqueeze(0).to(device, dtype)
+        check_numbers(image_tokens, "image encoder", backbone.image_encoder)
         phrase_embeddings = backbone.encode_phrases(phrases).unsqueeze(0).to(device, dtype)
-        return adapter.resampler(image_tokens, phrase_embeddings, boxes, free)
+        check_numbers(phrase_embeddings, "text encoder", backbone.pipeline.text_encoder)
+        tokens = adapter.resampler(image_tokens, phrase_embeddings, boxes, free)
+        check_numbers(tokens, "adapter", adapter)
+        return tokens
 
     @torch.no_grad()
     def condition(
@@ -160,6 +164,28 @@ class SubjectBatch:
                 auto_layout=auto_layout,
                 num_images=len(pictures),
                 guidance=guidance,
+            )
+
+
+def check_numbers(values: Tensor, part: str, network: nn.Module) -> None:
+    """Raise WeightsError where a network gave values that are no finite numbers; says whether its weights are to blame."""
+    if torch.isfinite(values).all():
+        return
+    check_weights(part, network)
+    raise WeightsError(
+        f"the {part} gives values that are no numbers (NaN or infinite) in {str(values.dtype).removeprefix('torch.')}, "
+        "though its weights are: load the model with another torch_dtype (torch.bfloat16, torch.float32), or ask for "
+        "smaller scales and guidance"
+    )
+
+
+def check_weights(part: str, network: nn.Module) -> None:
+    """Raise WeightsError where weights of a network are no finite numbers (those that offloading keeps away not seen)."""
+    for name, weight in network.state_dict().items():
+        if weight.device.type != "meta" and weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise WeightsError(
+                f"the {part} has weights that are no numbers (NaN or infinite), such as {name}: its file is damaged, or "
+                "was saved from a training that had failed; use another"
             )
 
 

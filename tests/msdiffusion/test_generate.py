@@ -1,6 +1,7 @@
 import functools
 import io
 import json
+import math
 import shutil
 import threading
 import time
@@ -628,3 +629,77 @@ def test_the_models_scheduler_is_left_as_it_was_and_a_run_can_be_interrupted_fro
 
     draw(model, steps=6, callback_on_step_end=stop)
     assert steps == [0]
+
+
+# ---- values that are no numbers: a black picture otherwise
+
+
+@pytest.fixture
+def fresh(tiny_model_dir):
+    return MSDiffusion.from_pretrained(tiny_model_dir, device="cpu")
+
+
+BROKEN = {
+    "image encoder": (lambda model: model.backbone.image_encoder, "embeddings.class_embedding"),
+    "text encoder": (lambda model: model.pipeline.text_encoder, "final_layer_norm.weight"),
+    "second text encoder": (lambda model: model.pipeline.text_encoder_2, "text_projection.weight"),
+    "adapter": (lambda model: model.adapter, "to_v.weight"),
+    "UNet": (lambda model: model.pipeline.unet, "conv_out.bias"),
+    "VAE": (lambda model: model.pipeline.vae, "decoder.conv_out.bias"),
+}
+
+
+@pytest.mark.parametrize("part", BROKEN)
+def test_weights_that_are_no_numbers_are_told_and_whose(part, fresh):
+    network, name = BROKEN[part]
+    weight = next(weight for key, weight in network(fresh).state_dict().items() if key.endswith(name))
+    weight.view(-1)[0] = math.nan
+    steps = []
+    with pytest.raises(
+        WeightsError, match=rf"^the {part} has weights that are no numbers .*{name}: its file is damaged"
+    ):
+        draw(fresh, output_type="pil", callback_on_step_end=None if part != "VAE" else count_steps(steps))
+    with pytest.raises(WeightsError, match=part):
+        draw(fresh, output_type="latent" if part == "UNet" else "np")
+
+
+def count_steps(steps):
+    def count(pipeline, step, timestep, tensors):
+        steps.append(step)
+        return tensors
+
+    return count
+
+
+def test_a_broken_unet_is_told_after_its_first_step(fresh):
+    fresh.pipeline.unet.conv_out.bias.data[0] = math.inf
+    calls = []
+    fresh.pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(WeightsError, match="the UNet has weights"):
+        draw(fresh, steps=5)
+    assert len(calls) == 1
+
+
+def test_an_overflow_names_the_part_and_the_way_out(fresh):
+    fresh.pipeline.unet.conv_out.weight.data.fill_(1e38)
+    with pytest.raises(
+        WeightsError, match="the UNet gives values that are no numbers .* in float32, though its weights"
+    ):
+        draw(fresh)
+
+
+def test_given_tensors_must_be_numbers(model):
+    noise = torch.full((1, 4, 32, 32), math.nan)
+    with pytest.raises(RequestError, match="latents hold values that are no numbers"):
+        draw(model, latents=noise)
+    with pytest.raises(RequestError, match="prompt_embeds holds values that are no numbers"):
+        draw(model, prompt_embeds=torch.full((1, 40, 48), math.inf))
+
+
+def test_a_pipelines_own_safety_checker_is_told(tiny_sd1_model_dir, monkeypatch):
+    model = MSDiffusion.from_pretrained(tiny_sd1_model_dir, device="cpu")
+    black = lambda image, device, dtype: (torch.full_like(image, -1.0), [False, True])  # noqa: E731
+    monkeypatch.setattr(model.pipeline, "run_safety_checker", black)
+    with pytest.warns(UserWarning, match="own safety checker flagged picture 1"):
+        pictures = draw(model, num_images=2, output_type="pil")
+    assert [picture.info.get("flagged") for picture in pictures] == [None, True]
