@@ -242,8 +242,9 @@ class BatchDrawing:
         # As numbers, so that NaN is seen: in a picture it is black. Pasting into another picture needs pictures.
         if settings["output_type"] in ("pil", "np") and options.get("padding_mask_crop") is None:
             settings["output_type"] = "pt"
-        if "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters:
-            options.setdefault("callback_on_step_end", self._check_first_step)
+        watched = "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters
+        if watched and options.get("callback_on_step_end") is None:
+            options["callback_on_step_end"] = self._check_first_step
         kwargs = {**(options.pop("cross_attention_kwargs", None) or {}), "subjects": condition}
         _DENOISING.add(pipeline.unet)
         try:
@@ -280,7 +281,7 @@ class BatchDrawing:
 
     def _check_first_step(self, _: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """A callback of the pipeline: a broken network is told before the other steps are computed in vain."""
-        if step == 0:
+        if step == 0 and "latents" in tensors:
             self._check_numbers(tensors["latents"], "UNet")
         return tensors
 

@@ -168,7 +168,7 @@ class SubjectBatch:
 
 
 def check_numbers(values: Tensor, part: str, network: nn.Module) -> None:
-    """Raise WeightsError where a network gave values that are no finite numbers; says whether its weights are to blame."""
+    """Raise WeightsError where a network gave values that are no numbers; says whether its weights are to blame."""
     if torch.isfinite(values).all():
         return
     check_weights(part, network)
@@ -180,12 +180,12 @@ def check_numbers(values: Tensor, part: str, network: nn.Module) -> None:
 
 
 def check_weights(part: str, network: nn.Module) -> None:
-    """Raise WeightsError where weights of a network are no finite numbers (those that offloading keeps away not seen)."""
+    """Raise WeightsError where weights of a network are no numbers; those that offloading keeps away are not seen."""
     for name, weight in network.state_dict().items():
         if weight.device.type != "meta" and weight.is_floating_point() and not torch.isfinite(weight).all():
             raise WeightsError(
-                f"the {part} has weights that are no numbers (NaN or infinite), such as {name}: its file is damaged, or "
-                "was saved from a training that had failed; use another"
+                f"the {part} has weights that are no numbers (NaN or infinite), such as {name}: its file is damaged, "
+                "or was saved by a training that had failed; use another"
             )
 
 

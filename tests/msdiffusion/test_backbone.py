@@ -59,6 +59,20 @@ def test_phrases_are_the_unprojected_pooled_output_of_the_first_encoder(backbone
     torch.testing.assert_close(embeddings[1], states[0, -1], rtol=1e-4, atol=1e-5)
 
 
+def test_words_after_a_token_of_textual_inversion_count(tiny_model_dir):
+    """The configs of Stable Diffusion 1.5 and SDXL name a wrong end of text, 2: read at the new token."""
+    ours = Backbone.from_pretrained(tiny_model_dir / "base", tiny_model_dir / "image_encoder", device="cpu")
+    encoder, plain = ours.pipeline.text_encoder, ours.encode_phrases(["dog", "red cat"])
+    ours.tokenizer.add_tokens("<toy>")
+    encoder.resize_token_embeddings(len(ours.tokenizer))
+    phrases = ["<toy> dog", "<toy> cat", "red <toy>"]
+    right = ours.encode_phrases(phrases)
+    encoder.config.eos_token_id = encoder.eos_token_id = 2
+    assert torch.equal(ours.encode_phrases(phrases), right)
+    assert not torch.equal(right[0], right[1])
+    assert torch.equal(ours.encode_phrases(["dog", "red cat"]), plain)
+
+
 def test_references_give_penultimate_states(backbone):
     pixels = backbone.prepare_references([Image.new("RGB", (30, 50)), Image.new("RGBA", (64, 64))], WHITE, "pad")
     assert pixels.shape == (2, 3, 64, 64)
