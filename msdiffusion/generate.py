@@ -27,6 +27,7 @@ from msdiffusion.request import FALLBACKS, GenerationRequest, OutputType, check_
 from msdiffusion.subject_batch import SubjectBatch
 from msdiffusion.subjects import check_subjects, number_between, whole_number
 from msdiffusion.turns import Turns, turns_of
+from msdiffusion.weight_files import share
 
 Reference = Image.Image | str | Path
 BASE_FOLDER, ENCODER_FOLDER = "base", "image_encoder"
@@ -56,7 +57,8 @@ class MSDiffusion:
         features = adapter.config.reference_features
         check_encoders(adapter.config, backbone.phrase_width, backbone.image_width_of(features), sources)
         adapter.install(backbone.unet)
-        self.backbone, self.sources = backbone, sources
+        self.backbone = backbone
+        self.sources = None if sources is None else sources.absolute()  # the working directory may change
         self.picture_hooks: list[PictureHook] = []
         """Called in order with the PIL pictures of a batch, right after decoding; each returns as many pictures."""
         self._offloaded = False
@@ -377,20 +379,41 @@ class MSDiffusion:
                 it the config points to where they were loaded from.
 
         Raises:
-            WeightsError: ``include_backbone`` is off, and the backbone was not loaded from anywhere.
+            WeightsError: ``include_backbone`` is off, and the backbone was not loaded from anywhere; or it is on, and
+                something was put into the networks that their files have no place for (a LoRA, an IP-Adapter).
         """
         directory = Path(directory)
         if include_backbone:
+            self._check_savable()
             self.pipeline.save_pretrained(directory / BASE_FOLDER)
             self.backbone.image_encoder.save_pretrained(directory / ENCODER_FOLDER)
             self.backbone.image_processor.save_pretrained(directory / ENCODER_FOLDER)
+            share(directory)
             sources = Sources(BASE_FOLDER, ENCODER_FOLDER)
         elif self.sources is None:
             raise WeightsError("this model's backbone was built in memory: save it with include_backbone=True")
         else:
-            sources = self.sources.absolute()
+            sources = self.sources
         self.adapter.save_pretrained(directory, **vars(sources))
         write_card(directory, self.adapter)
+
+    def _check_savable(self) -> None:
+        """Raise WeightsError where the files of a base would not give these networks again."""
+        pipeline = self.pipeline
+        for name in ("unet", "text_encoder", "text_encoder_2"):
+            weights = {} if getattr(pipeline, name, None) is None else getattr(pipeline, name).state_dict()
+            if any(".base_layer." in key for key in weights):
+                raise WeightsError(
+                    f"a LoRA is in the {name}, which the files of a base have no place for: take it out with "
+                    "model.pipeline.unload_lora_weights(), after model.pipeline.fuse_lora() where it shall be kept"
+                )
+            if any(weight.device.type == "meta" for weight in weights.values()):
+                raise WeightsError(f"offloading keeps weights of the {name} elsewhere: save a model without it")
+        if getattr(pipeline.unet, "encoder_hid_proj", None) is not None:
+            raise WeightsError(
+                "an IP-Adapter is in the UNet, which the files of a base have no place for: take it out with "
+                "model.pipeline.unload_ip_adapter()"
+            )
 
     def push_to_hub(
         self, repo_id: str, *, include_backbone: bool = False, private: bool = False, token: str | None = None

@@ -6,6 +6,7 @@ Nothing large is read before the parts are known to fit.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from msdiffusion.adapter import MSAdapter, cross_attentions
 from msdiffusion.adapter_config import CHECKPOINT_SUFFIX, CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig
 from msdiffusion.errors import RequestError, WeightsError, reason
 from msdiffusion.official import OFFICIAL_NAME
+from msdiffusion.open_clip_encoder import names_open_clip
 from msdiffusion.pretrained import absolute, encoder_widths, is_local, skeleton_unet
 from msdiffusion.single_file import names_single_file
 
@@ -97,6 +99,7 @@ def load_adapter(
         else:
             adapter, folder = MSAdapter.from_pretrained(place), place
         sources = model_sources(folder, adapter.config, base_model, image_encoder, base_config)
+        _check_there(sources, model)
         unet = skeleton_unet(sources.base_model, sources.base_config)
         check_base(adapter, unet, sources.base_model, _place(folder, adapter.config.base_model))
     widths = encoder_widths(sources.base_model, sources.image_encoder, adapter.config.reference_features)
@@ -246,6 +249,23 @@ def model_sources(
         named = _place(folder, config.base_model if config.base_config is None else config.base_config)
         base_config = None if names_single_file(named) else named
     return Sources(base, encoder, None if base_config is None else str(base_config))
+
+
+def _check_there(sources: Sources, model: str | Path) -> None:
+    """Raise where a model is named by a folder that is not there, as after copying an adapter: no hub can have that.
+
+    Raises:
+        WeightsError: names the argument that takes another place.
+    """
+    for option, place in vars(sources).items():
+        if place is None or is_local(place) or names_open_clip(place) or names_single_file(place):
+            continue
+        inner = r"(/\w[\w.-]*)*" if option == "image_encoder" else ""  # a folder inside a repository
+        if not re.fullmatch(rf"\w[\w.-]*/\w[\w.-]*{inner}", place):
+            raise WeightsError(
+                f"no {option.replace('_', ' ')} for the adapter {model}: there is no folder {place}, seen from here or "
+                f"from the adapter's folder (was it copied without it?): give {option}=, folder or hub name of it"
+            )
 
 
 def _place(folder: Path, name: str) -> str:

@@ -509,4 +509,7 @@ def _not_loaded(what: str, name: str | Path, error: Exception, part: str = "") -
     if isinstance(error, WeightsError):
         return error
     told = reason(error).partition(" If you want to instead")[0]  # load it with random weights
+    if not Path(name).exists() and "base_config=" not in what:  # the library speaks of the hub, even of a lost folder
+        option = "image_encoder=" if what == "image encoder" else "base_model="
+        told += f" (no such folder here, so a hub was asked; {option} takes another place)"
     return WeightsError(f"cannot load the {what} from {str(name)!r}: {part}{told}")

@@ -407,6 +407,11 @@ def test_another_architecture_is_named_with_both_shapes_before_weights_are_loade
 
 def test_saving_with_the_backbone_gives_the_same_model_anywhere(model, tmp_path):
     model.save_pretrained(tmp_path / "whole", include_backbone=True)
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "whole").rglob("*.safetensors")}
+    assert modes == {
+        (tmp_path / "plain").stat().st_mode
+    }  # as the umask says; safetensors would let the owner alone read
     moved = shutil.move(tmp_path / "whole", tmp_path / "moved")
     assert torch.equal(draw(MSDiffusion.from_pretrained(moved, device="cpu")), draw(model))
 
@@ -416,6 +421,35 @@ def test_saving_the_adapter_alone_points_to_the_backbone(model, tiny_model_dir, 
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "adapter.safetensors", "README.md"}
     assert json.loads((tmp_path / "config.json").read_text())["base_model"] == str((tiny_model_dir / "base").resolve())
     assert torch.equal(draw(MSDiffusion.from_pretrained(tmp_path, device="cpu")), draw(model))
+
+
+def test_saving_after_the_working_directory_has_changed(tiny_model_dir, tmp_path, monkeypatch):
+    """The base used to be named as it was given, which is a hub's name from elsewhere."""
+    monkeypatch.chdir(tiny_model_dir)
+    loaded = MSDiffusion.from_pretrained(".", base_model="base", image_encoder="image_encoder", device="cpu")
+    monkeypatch.chdir(tmp_path)
+    loaded.save_pretrained("saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["base_model"] == str((tiny_model_dir / "base").resolve())
+    assert config["image_encoder"] == str((tiny_model_dir / "image_encoder").resolve())
+    assert str(tiny_model_dir.parent) not in (tmp_path / "saved" / "README.md").read_text()
+
+
+def test_a_base_with_something_put_into_it_is_not_saved(model, tmp_path, monkeypatch):
+    folder = tmp_path / "whole"
+    weights = model.pipeline.unet.state_dict()
+    weights["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.base_layer.weight"] = torch.ones(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(model.pipeline.unet, "state_dict", lambda: weights)
+        with pytest.raises(WeightsError, match=r"a LoRA is in the unet, .* unload_lora_weights\(\), after .*fuse_lora"):
+            model.save_pretrained(folder, include_backbone=True)
+        patched.setattr(model.pipeline.unet, "state_dict", lambda: {"conv_in.weight": torch.ones(1, device="meta")})
+        with pytest.raises(WeightsError, match="offloading keeps weights of the unet elsewhere"):
+            model.save_pretrained(folder, include_backbone=True)
+    monkeypatch.setattr(model.pipeline.unet, "encoder_hid_proj", torch.nn.Linear(1, 1))
+    with pytest.raises(WeightsError, match=r"an IP-Adapter is in the UNet, .* unload_ip_adapter\(\)"):
+        model.save_pretrained(folder, include_backbone=True)
+    assert not folder.exists()
 
 
 def test_a_model_built_in_memory_must_be_saved_whole(model, tmp_path):

@@ -394,3 +394,37 @@ def test_of_a_run_the_best_adapter_is_taken_then_the_newest_then_a_checkpoint(ti
     # a folder that is an adapter is not searched for another one
     MSAdapter.from_pretrained(tiny_model_dir).save_pretrained(run)
     assert find_adapter(run) == run
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"base_model": "/another/machine/base"}, "base_model"),
+        ({"base_model": "../base"}, "base_model"),
+        ({"base_model": "base"}, "base_model"),
+        ({"image_encoder": "models/../image_encoder"}, "image_encoder"),
+        ({"image_encoder": "image_encoder"}, "image_encoder"),
+    ],
+)
+def test_an_adapter_copied_without_its_models_names_the_way_out(changes, option, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "copy"
+    adapter = MSAdapter.from_pretrained(tiny_model_dir)
+    places = {
+        name: str(tiny_model_dir / name.replace("base_model", "base")) for name in ("base_model", "image_encoder")
+    }
+    adapter.save_pretrained(folder, **{**places, **changes})
+    words = option.replace("_", " ")
+    with pytest.raises(WeightsError, match=rf"no {words} for the adapter .*copy: .*: give {option}=") as caught:
+        load_adapter(folder)
+    assert "connect" not in str(caught.value)
+    load_adapter(folder, **{option: places[option]})
+
+
+def test_a_hub_that_cannot_be_asked_is_told_with_the_way_out(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    MSAdapter.from_pretrained(tiny_model_dir).save_pretrained(tmp_path, base_model="owner/name")
+    with pytest.raises(
+        WeightsError, match=r"from 'owner/name': .* \(no such folder here, .* base_model= takes another"
+    ):
+        load_adapter(tmp_path)
