@@ -441,13 +441,13 @@ def test_a_base_with_something_put_into_it_is_not_saved(model, tmp_path, monkeyp
     weights["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.base_layer.weight"] = torch.ones(1)
     with monkeypatch.context() as patched:
         patched.setattr(model.pipeline.unet, "state_dict", lambda: weights)
-        with pytest.raises(WeightsError, match=r"a LoRA is in the unet, .* unload_lora_weights\(\), after .*fuse_lora"):
+        with pytest.raises(WeightsError, match=r"a LoRA is in the unet, .*unload_lora_weights\(\), after .*fuse_lora"):
             model.save_pretrained(folder, include_backbone=True)
         patched.setattr(model.pipeline.unet, "state_dict", lambda: {"conv_in.weight": torch.ones(1, device="meta")})
         with pytest.raises(WeightsError, match="offloading keeps weights of the unet elsewhere"):
             model.save_pretrained(folder, include_backbone=True)
     monkeypatch.setattr(model.pipeline.unet, "encoder_hid_proj", torch.nn.Linear(1, 1))
-    with pytest.raises(WeightsError, match=r"an IP-Adapter is in the UNet, .* unload_ip_adapter\(\)"):
+    with pytest.raises(WeightsError, match=r"an IP-Adapter is in the UNet, .*unload_ip_adapter\(\)"):
         model.save_pretrained(folder, include_backbone=True)
     assert not folder.exists()
 

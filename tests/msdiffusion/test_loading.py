@@ -423,8 +423,7 @@ def test_an_adapter_copied_without_its_models_names_the_way_out(changes, option,
 
 def test_a_hub_that_cannot_be_asked_is_told_with_the_way_out(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    MSAdapter.from_pretrained(tiny_model_dir).save_pretrained(tmp_path, base_model="owner/name")
-    with pytest.raises(
-        WeightsError, match=r"from 'owner/name': .* \(no such folder here, .* base_model= takes another"
-    ):
+    places = {"base_model": "owner/name", "image_encoder": str(tiny_model_dir / "image_encoder")}
+    MSAdapter.from_pretrained(tiny_model_dir).save_pretrained(tmp_path, **places)
+    with pytest.raises(WeightsError, match=r"from 'owner/name': .* \(no such folder here, .* base_model= takes"):
         load_adapter(tmp_path)
