@@ -10,22 +10,25 @@ import difflib
 import inspect
 import secrets
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
 
 import numpy as np
 import torch
+from diffusers.pipelines.pag.pag_utils import PAGMixin
 from PIL import Image
 from torch import Tensor
 
-from msdiffusion.errors import RequestError
+from msdiffusion.errors import RequestError, shown
 from msdiffusion.phrases import beyond_limit
 from msdiffusion.request import FALLBACKS, GenerationRequest, check_auto_layout_start
 from msdiffusion.safety import FLAGGED
 from msdiffusion.subject_batch import Model as EncodingModel
 from msdiffusion.subject_batch import SubjectBatch, check_numbers, check_weights, check_windows, written_out
+from msdiffusion.subjects import whole_number
 
 PictureHook = Callable[[list[Image.Image]], list[Image.Image]]
 
@@ -128,6 +131,7 @@ class BatchDrawing:
             if embeddings and not (isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == 1):
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise RequestError(f"{name} must be of one prompt, with 1 as first size, got {shape}")
+        self._check_options(request.pipeline_options)
         height, width = self._size(request)
         for hook in self.model.picture_hooks:
             if hasattr(hook, "check_size"):
@@ -156,13 +160,42 @@ class BatchDrawing:
                     stacklevel=6,
                 )
 
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse what the pipeline would fail at midway, or take for something else."""
+        pipeline = self.pipeline
+        if isinstance(pipeline, PAGMixin) and options.get("pag_scale", 3.0) > 0:  # its own default
+            raise RequestError("PAG gives the UNet batches of three parts, which subjects don't know: say pag_scale=0")
+        if options.get("clip_skip") is not None:
+            layers = pipeline.text_encoder.config.num_hidden_layers
+            most = layers if self.model.backbone.kind == "sd1" else layers - 1
+            whole_number(options["clip_skip"], "clip_skip", 0, most)
+        start = options.get("image")
+        for image in start if isinstance(start, (list, tuple)) else [start]:
+            if isinstance(image, (str, Path)):
+                raise RequestError(f"image must be a picture, got the path {shown(str(image))}: open it with PIL")
+            found = image.mode if isinstance(image, Image.Image) else None
+            if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.shape[-1] in (2, 4):
+                found = f"an array of {image.shape[-1]} channels"
+            if found is not None and found != "RGB":
+                raise RequestError(
+                    f"image is {found}, but the pipeline wants RGB (it takes four channels for latents): image.convert"
+                    '("RGB"), or paste a cut-out on a background'
+                )
+
     def _size(self, request: GenerationRequest) -> tuple[int, int]:
         """Height and width in pixels."""
         backbone, defaults = self.model.backbone, self.model.adapter.config.defaults
-        side = backbone.unet.config.sample_size * backbone.latent_factor
-        return first_given(request.height, defaults.get("height"), side), first_given(
-            request.width, defaults.get("width"), side
-        )
+        native = backbone.unet.config.sample_size
+        sides = native if isinstance(native, (list, tuple)) and len(native) == 2 else (native, native)
+        rows, columns = (side * backbone.latent_factor if isinstance(side, (int, float)) else None for side in sides)
+        height = next((value for value in (request.height, defaults.get("height"), rows) if value is not None), None)
+        width = next((value for value in (request.width, defaults.get("width"), columns) if value is not None), None)
+        if height is None or width is None:
+            raise RequestError(
+                f"the UNet's config does not say how large pictures are (sample_size {shown(native)}): give height= and "
+                "width="
+            )
+        return int(height), int(width)
 
     def _settings(self, request: GenerationRequest) -> dict[str, Any]:
         """What all pictures of a batch must have in common, by the pipeline's names."""
@@ -247,6 +280,12 @@ class BatchDrawing:
             options["callback_on_step_end"] = self._check_first_step
         kwargs = {**(options.pop("cross_attention_kwargs", None) or {}), "subjects": condition}
         _DENOISING.add(pipeline.unet)
+        encoder = getattr(pipeline.text_encoder, "_orig_mod", pipeline.text_encoder)
+        # diffusers looks for the last norm where transformers had it before 5.6. Not for longer than this call: by the
+        # same name LoRA loaders tell how layers are called.
+        stand_in = options.get("clip_skip") is not None and not hasattr(encoder, "text_model")
+        if stand_in:
+            encoder.__dict__["text_model"] = encoder
         try:
             output = pipeline(
                 **self._texts(batch),
@@ -258,6 +297,8 @@ class BatchDrawing:
             )
         finally:
             _DENOISING.discard(pipeline.unet)
+            if stand_in:
+                del encoder.__dict__["text_model"]
             pipeline._cross_attention_kwargs = None  # the pipeline would keep the condition alive
             pipeline.set_progress_bar_config(**before)
         drawn = output.images

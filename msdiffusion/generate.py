@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import tempfile
 import threading
@@ -17,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from msdiffusion.adapter import MSAdapter
-from msdiffusion.backbone import Backbone, default_device
+from msdiffusion.backbone import Backbone, usable_device, weights_dtype
 from msdiffusion.condition import SubjectCondition
 from msdiffusion.drawing import BatchDrawing, GenerationResult, PictureHook, first_given, with_own_scheduler
 from msdiffusion.errors import RequestError, WeightsError
@@ -72,8 +74,9 @@ class MSDiffusion:
         base_model: str | Path | None = None,
         image_encoder: str | Path | None = None,
         base_config: str | Path | None = None,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
+        **others: Any,
     ) -> MSDiffusion:
         """Load an adapter and the models it was trained on.
 
@@ -86,19 +89,24 @@ class MSDiffusion:
                 ``open_clip:MODEL/TAG``, ``open_clip:MODEL@FILE.safetensors``.
             base_config: where a base model in one file has its configs and tokenizers from: folder or hub name of a
                 pipeline. None: the base model that the adapter names.
-            torch_dtype: of all weights; None: float32. ``torch.float16`` suits SDXL on a GPU.
+            torch_dtype: of all weights, or its name; None: float32. ``torch.float16`` suits SDXL on a GPU.
             device: None: the first CUDA device if there is one, else the CPU.
+            others: nothing more is known; a hint says what a name of other libraries is called here.
 
         Raises:
+            RequestError: no such dtype, device or argument.
             WeightsError: something is missing, or parts of different models; before any large file is read where that
                 can be told from the configs.
         """
+        for name in others:
+            raise RequestError(f"from_pretrained takes no {name!r}: {_elsewhere(name)}")
+        torch_dtype, device = weights_dtype(torch_dtype), usable_device(device)
         found = load_adapter(model, base_model, image_encoder, base_config)
         backbone = Backbone.from_pretrained(
             found.sources.base_model,
             found.sources.image_encoder,
             torch_dtype,
-            default_device() if device is None else device,
+            device,
             base_config=found.sources.base_config,
         )
         return cls(backbone, found.adapter, found.sources)
@@ -115,6 +123,7 @@ class MSDiffusion:
 
     def to(self, device: str | torch.device) -> MSDiffusion:
         """Move all parts."""
+        device = usable_device(device)
         with self._turns.take():
             self.backbone.to(device)
             self.adapter.to(device)
@@ -438,6 +447,20 @@ class MSDiffusion:
                     (Path(folder) / CARD_NAME).unlink()
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         return str(url)
+
+
+def _elsewhere(name: str) -> str:
+    """Where something is said that other libraries' ``from_pretrained`` takes."""
+    places = {
+        "dtype": "it is called torch_dtype",
+        "variant": "in half precision the variant fp16 is taken by itself where there is one",
+        "scheduler": "set model.pipeline.scheduler after loading",
+        "device_map": "say device=, or call model.enable_model_cpu_offload() after loading",
+        "safety_checker": "add one to model.picture_hooks after loading (msdiffusion.safety)",
+    }
+    known = [key for key in inspect.signature(MSDiffusion.from_pretrained).parameters if key not in ("cls", "others")]
+    near = difflib.get_close_matches(name, known, n=1)
+    return places.get(name) or (f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}")
 
 
 def _checked(arguments: Mapping[str, Any], index: int) -> GenerationRequest:

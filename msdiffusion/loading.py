@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from msdiffusion.adapter import MSAdapter, cross_attentions
 from msdiffusion.adapter_config import CHECKPOINT_SUFFIX, CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig
-from msdiffusion.errors import RequestError, WeightsError, reason
+from msdiffusion.errors import RequestError, WeightsError, reason, shown
 from msdiffusion.official import OFFICIAL_NAME
 from msdiffusion.open_clip_encoder import names_open_clip
 from msdiffusion.pretrained import absolute, encoder_widths, is_local, skeleton_unet
@@ -173,8 +173,11 @@ def find_adapter(model: str | Path) -> Path:
     Raises:
         WeightsError: there is nothing of that name, or no adapter in it.
     """
+    if not isinstance(model, (str, Path)) or not str(model).strip():
+        raise WeightsError(f"an adapter is given by its folder, file or hub name, got {shown(model)}")
     path = Path(model)
     if path.is_file():
+        _check_file(path)
         return path
     if path.suffix in (".bin", CHECKPOINT_SUFFIX) and not path.is_dir():  # told before a hub or the base model is asked
         raise WeightsError(f"no such file: {model}")
@@ -187,7 +190,30 @@ def find_adapter(model: str | Path) -> Path:
             found = path / place
             if found.is_file() or (found / WEIGHTS_NAME).is_file():
                 return found
+        held = sorted(path.glob(f"*{CHECKPOINT_SUFFIX}"))
+        if held:
+            raise WeightsError(
+                f"{path} is no adapter's folder, but holds checkpoints: give one of them, such as {held[-1]}"
+            )
+        if (path / "model_index.json").is_file():
+            raise WeightsError(f"{path} is a base model, not an adapter: give it as base_model=, beside an adapter")
     return path
+
+
+def _check_file(path: Path) -> None:
+    """Raise where a file is none that an adapter can be read from, with a hint where it belongs.
+
+    Raises:
+        WeightsError: weights without their config, or something else.
+    """
+    if path.name in (WEIGHTS_NAME, CONFIG_NAME) and _is_ours(path.parent):
+        raise WeightsError(f"{path} is one file of an adapter: give its folder, {path.parent}")
+    if path.suffix.lower() in (".safetensors", ".json", ".yaml", ".yml", ".png"):
+        raise WeightsError(
+            f"{path} is no adapter: that is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, a checkpoint "
+            f"(*{CHECKPOINT_SUFFIX}), or the official {OFFICIAL_NAME}; a base model in one file goes to base_model=, a "
+            "LoRA to model.pipeline.load_lora_weights"
+        )
 
 
 def _download(name: str) -> Path:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from msdiffusion.attention import remove_pag
 from msdiffusion.auto_layout import AutoLayout
 from msdiffusion.condition import SubjectCondition
 from msdiffusion.errors import RequestError, WeightsError
@@ -68,6 +69,7 @@ class SubjectBatch:
         Raises:
             PhraseError: a phrase cannot be found among the prompt's tokens.
         """
+        remove_pag(model.backbone.unet)  # what a run that was broken off has left
         if not model.adapter.is_installed(model.backbone.unet):
             model.install()
         self.model, self.scheduler, self.layouts = model, scheduler, layouts

@@ -33,7 +33,7 @@ from torch._dynamo.utils import counters
 
 from msdiffusion import MSDiffusion
 from msdiffusion.backbone import Backbone
-from msdiffusion.errors import RequestError
+from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.own_memory import give_own_memory
 from msdiffusion.places import DEFAULT_MODEL
 
