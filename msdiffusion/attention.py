@@ -343,14 +343,10 @@ class TransparentAttnProcessor:
 
 def remove_pag(unet: Any) -> None:
     """Put ours in place of the processors that a run with PAG put into self-attention."""
-    left = unet.attn_processors
-    if any(isinstance(present, PAG_PROCESSORS) for present in left.values()):
-        unet.set_attn_processor(
-            {
-                name: TransparentAttnProcessor() if isinstance(each, PAG_PROCESSORS) else each
-                for name, each in left.items()
-            }
-        )
+    present = unet.attn_processors
+    left = [name for name, processor in present.items() if isinstance(processor, PAG_PROCESSORS)]
+    if left:
+        unet.set_attn_processor({**present, **{name: TransparentAttnProcessor() for name in left}})
 
 
 PAG_PROCESSORS = (PAGCFGIdentitySelfAttnProcessor2_0, PAGIdentitySelfAttnProcessor2_0)

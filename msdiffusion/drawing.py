@@ -192,8 +192,8 @@ class BatchDrawing:
         width = next((value for value in (request.width, defaults.get("width"), columns) if value is not None), None)
         if height is None or width is None:
             raise RequestError(
-                f"the UNet's config does not say how large pictures are (sample_size {shown(native)}): give height= and "
-                "width="
+                f"the UNet's config does not say how large pictures are (sample_size {shown(native)}): give height= "
+                "and width="
             )
         return int(height), int(width)
 

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from msdiffusion.adapter import MSAdapter, cross_attentions
 from msdiffusion.adapter_config import CHECKPOINT_SUFFIX, CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig
 from msdiffusion.errors import RequestError, WeightsError, reason, shown
-from msdiffusion.official import OFFICIAL_NAME
+from msdiffusion.official import OFFICIAL_NAME, read_record
 from msdiffusion.open_clip_encoder import names_open_clip
 from msdiffusion.pretrained import absolute, encoder_widths, is_local, skeleton_unet
 from msdiffusion.single_file import names_single_file
@@ -87,8 +87,9 @@ def load_adapter(
     place = find_adapter(model)
     if place.is_file() and place.suffix != CHECKPOINT_SUFFIX:
         sources = model_sources(place, None, base_model, image_encoder, base_config)
+        record = read_record(place)  # first: if it is something else, no hub need be asked for a base model
         unet = skeleton_unet(sources.base_model, sources.base_config)
-        adapter = MSAdapter.from_official(place, unet, **{**vars(sources), **config})
+        adapter = MSAdapter.from_official_record(record, unet, source=str(place), **{**vars(sources), **config})
     else:
         if config:
             raise RequestError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise WeightsError(f"no such file: {path}")
     try:
-        record = torch.load(path, map_location="cpu", weights_only=True)
+        # mapped: what it holds is told before gigabytes are read
+        record = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise WeightsError(f"{path} is not a file of tensors only, so it is not opened: {reason(error)}") from None
     if not isinstance(record, dict) or not {"image_proj", "ms_adapter"} <= record.keys():

@@ -7,6 +7,7 @@ open_clip's. Configs can be read apart from weights, to see what fits before any
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import pickle
 import sys
@@ -388,6 +389,8 @@ def _meta_unet(source: str | Path, what: str) -> UNet2DConditionModel:
 
 def _on_meta(kind: type[ModelMixin], source: str | Path, part: str, what: str) -> ModelMixin:
     """A network of a pipeline without its weights."""
+    if Path(source).is_dir() and not (Path(source) / part / "config.json").is_file():  # the one above would be taken
+        raise WeightsError(f"cannot load the {what} from {str(source)!r}: no {part}/config.json there")
     try:
         config = kind.load_config(str(source), subfolder=part)
         with torch.device("meta"):
@@ -461,8 +464,17 @@ def _check_encoder_folder(name: str) -> None:
             f"cannot load the image encoder from the file {name!r}: give its folder, or "
             "open_clip:MODEL@FILE.safetensors"
         )
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():  # transformers would give its defaults
+    config = Path(name) / "config.json"
+    if Path(name).is_dir() and not config.is_file():  # transformers would give its defaults
         raise WeightsError(f"cannot load the image encoder from {name!r}: no config.json there")
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else "clip"
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(f"cannot load the image encoder from {name!r}: its config.json: {reason(error)}") from None
+    if not str(kind).startswith("clip"):  # transformers would fill in the rest of a CLIP
+        raise WeightsError(
+            f"cannot load the image encoder from {name!r}: its config.json is of model_type {kind!r}, not of a CLIP"
+        )
 
 
 @contextmanager
