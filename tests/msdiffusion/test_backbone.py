@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -320,3 +321,15 @@ def test_the_device_is_where_offloaded_weights_compute(tiny_model_dir):
     latents = backbone.encode_pictures(torch.zeros(1, 3, 64, 64))
     assert latents.device.type == "cpu"
     assert len(backbone.decode_latents(latents)) == 1
+
+
+def test_a_tokenizer_without_a_limit_gets_the_encoders(tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
+    for name, limit in (("tokenizer", None), ("tokenizer_2", 77)):
+        path = tmp_path / "base" / name / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": limit}))
+    ours = Backbone.from_pretrained(tmp_path / "base", tiny_model_dir / "image_encoder", device="cpu")
+    assert (ours.tokenizer.model_max_length, ours.pipeline.tokenizer_2.model_max_length) == (40, 40)
+    plain = Backbone.from_pretrained(tiny_model_dir / "base", tiny_model_dir / "image_encoder", device="cpu")
+    assert torch.equal(ours.encode_prompts(["a dog"])[0], plain.encode_prompts(["a dog"])[0])
+    assert torch.equal(ours.encode_phrases(["dog"]), plain.encode_phrases(["dog"]))

@@ -15,6 +15,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPAGPipeline,
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
@@ -722,3 +723,132 @@ def test_a_pipelines_own_safety_checker_is_told(tiny_sd1_model_dir, monkeypatch)
     with pytest.warns(UserWarning, match="own safety checker flagged picture 1"):
         pictures = draw(model, num_images=2, output_type="pil")
     assert [picture.info.get("flagged") for picture in pictures] == [None, True]
+
+
+# ---- what people say
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"torch_dtype": "half16"}, r"torch_dtype must be torch.float32, .*, or the name of one, got 'half16'"),
+        ({"torch_dtype": torch.int8}, "torch_dtype must be .*, got torch.int8"),
+        ({"torch_dtype": "auto"}, "torch_dtype must be .*, got 'auto'"),
+        ({"dtype": torch.float16}, "from_pretrained takes no 'dtype': it is called torch_dtype"),
+        ({"variant": "fp16"}, "takes no 'variant': in half precision"),
+        ({"scheduler": None}, "set model.pipeline.scheduler after loading"),
+        ({"basemodel": "x"}, "did you mean base_model"),
+        ({"revision_of_something": 1}, "it takes model, base_model, "),
+        ({"device": "gpu"}, r"device 'gpu' cannot be used here \(cpu.*an NVIDIA GPU is called cuda"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+        ({"device": "meta"}, "device 'meta' cannot be used here"),
+        ({"device": 1.5}, "device 1.5 cannot be used here"),
+    ],
+)
+def test_dtypes_devices_and_names_are_checked_before_anything_is_loaded(options, message, tmp_path):
+    with pytest.raises(RequestError, match=message) as caught:
+        MSDiffusion.from_pretrained(tmp_path / "nowhere", **options)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_dtype_may_be_named(tiny_model_dir):
+    for name in ("float16", "torch.bfloat16"):
+        loaded = Backbone.from_pretrained(tiny_model_dir / "base", tiny_model_dir / "image_encoder", name, "cpu")
+        assert str(loaded.dtype) == str(loaded.vae.dtype) == f"torch.{name.removeprefix('torch.')}"
+
+
+def test_a_device_that_is_not_there_moves_nothing(model):
+    for wrong in ("gpu", "cuda:99"):
+        with pytest.raises(RequestError, match="cannot be used here"):
+            model.to(wrong)
+    assert model.backbone.device.type == model.adapter.device.type == "cpu"
+
+
+@pytest.fixture
+def config_of_unet(model):
+    """Function: sets a field of the UNet's config for the test."""
+    kept = dict(model.pipeline.unet.config)
+    yield lambda **changes: model.pipeline.unet.register_to_config(**changes)
+    model.pipeline.unet.register_to_config(**kept)
+
+
+def test_a_base_may_draw_oblong_pictures(model, config_of_unet):
+    config_of_unet(sample_size=[32, 48])
+    assert draw(model).shape == (1, 3, 64, 96)
+    assert draw(model, height=48).shape == (1, 3, 48, 96)
+    for unknown in (None, "large", [32]):
+        config_of_unet(sample_size=unknown)
+        with pytest.raises(RequestError, match="does not say how large pictures are .* give height= and width="):
+            draw(model)
+        assert draw(model, height=64, width=64).shape == (1, 3, 64, 64)
+
+
+def test_masks_may_be_tensors_wherever_they_are(model):
+    class Elsewhere:
+        """A tensor on a GPU: numpy can't read it before it is brought here."""
+
+        def __array__(self, *_, **__):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+        def cpu(self):
+            return torch.ones(8, 8, dtype=torch.bool)
+
+    expected = draw(model, masks=[np.ones((8, 8), bool), None])
+    assert torch.equal(draw(model, masks=[Elsewhere(), None]), expected)
+    with pytest.raises(LayoutError, match=r"masks\[0\] cannot be read .*: a mask is a bool array"):
+        draw(model, masks=[torch.ones(8, 8, dtype=torch.bool, device="meta"), None])
+
+
+def test_a_refused_run_with_pag_leaves_nothing_behind(model):
+    expected = draw(model)
+    pag = StableDiffusionXLPAGPipeline(**model.pipeline.components, add_watermarker=False, pag_applied_layers=["mid"])
+    pag.set_progress_bar_config(disable=True)
+    condition = model.condition(TWO["images"], TWO["boxes"], TWO["phrases"])
+    before = {name: type(each) for name, each in model.pipeline.unet.attn_processors.items()}
+    with pytest.raises(RequestError, match="batches of other parts, as of PAG"):
+        pag(PROMPT, num_inference_steps=2, pag_scale=3.0, cross_attention_kwargs={"subjects": condition})
+    assert {name: type(each) for name, each in model.pipeline.unet.attn_processors.items()} == before
+    assert torch.equal(draw(model), expected)
+
+    def stop(*_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):  # a run of its own that breaks off leaves its processors
+        pag(PROMPT, num_inference_steps=2, pag_scale=3.0, callback_on_step_end=stop)
+    assert torch.equal(draw(model), expected)
+    other = MSDiffusion(Backbone(pag, model.backbone.image_encoder, model.backbone.image_processor), model.adapter)
+    with pytest.raises(RequestError, match="PAG gives the UNet batches of three parts.*pag_scale=0"):
+        draw(other)
+    assert torch.equal(draw(other, pag_scale=0), expected)
+
+
+def test_layers_of_the_text_encoder_may_be_skipped(tiny_sd1_model_dir, model):
+    """With transformers 5, diffusers looks for the encoder's last norm where it no longer is."""
+    sd1 = MSDiffusion.from_pretrained(tiny_sd1_model_dir, device="cpu")
+    encoder, tokenizer = sd1.pipeline.text_encoder, sd1.pipeline.tokenizer
+    ids = tokenizer([PROMPT, ""], padding="max_length", max_length=40, return_tensors="pt").input_ids
+    inner = getattr(encoder, "text_model", encoder)
+    with torch.no_grad():
+        states = inner.final_layer_norm(encoder(ids, output_hidden_states=True).hidden_states[-2])
+    expected = draw(sd1, prompt_embeds=states[:1], negative_prompt_embeds=encoder(ids[1:])[0])
+    skipped = draw(sd1, clip_skip=1, negative_prompt_embeds=encoder(ids[1:])[0])
+    torch.testing.assert_close(skipped, expected, rtol=0, atol=1e-5)
+    assert not torch.equal(skipped, draw(sd1, negative_prompt_embeds=encoder(ids[1:])[0]))
+    assert "text_model" not in encoder.__dict__
+    for loaded, most in ((sd1, 2), (model, 1)):
+        draw(loaded, clip_skip=most, steps=1)
+        with pytest.raises(RequestError, match=f"clip_skip must be at most {most}, got 9"):
+            draw(loaded, clip_skip=9)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "L", "array", "list"])
+def test_a_start_picture_must_be_rgb(model, kind):
+    """Four channels would be taken for latents, without a word."""
+    pipeline = StableDiffusionXLImg2ImgPipeline(**model.pipeline.components, add_watermarker=False)
+    other = MSDiffusion(Backbone(pipeline, model.backbone.image_encoder, model.backbone.image_processor), model.adapter)
+    start = {"array": np.zeros((64, 64, 4), np.uint8), "list": [Image.new("RGBA", (64, 64))]}
+    image = start[kind] if kind in start else Image.new(kind, (64, 64))
+    with pytest.raises(RequestError, match=r"image is .*, but the pipeline wants RGB .*: image.convert\(\"RGB\"\)"):
+        draw(other, image=image, strength=0.9)
+    with pytest.raises(RequestError, match="image must be a picture, got the path 'start.png': open it with PIL"):
+        draw(other, image="start.png", strength=0.9)
