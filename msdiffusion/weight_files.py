@@ -18,15 +18,19 @@ def write_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: Map
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.tmp")
-    save_file(dict(weights), partial, metadata=None if metadata is None else dict(metadata))
-    partial.chmod(_new_file_mode(path.parent))
-    partial.replace(path)
+    try:
+        save_file(dict(weights), partial, metadata=None if metadata is None else dict(metadata))
+        share(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def share(folder: str | Path) -> None:
-    """Give all safetensors files under a folder the mode of new files: the library lets nobody but the owner read."""
-    mode = _new_file_mode(Path(folder))
-    for path in Path(folder).rglob("*.safetensors"):
+def share(place: str | Path) -> None:
+    """Give a file, or all safetensors under a folder, the mode of new files: the library's is for the owner alone."""
+    place = Path(place)
+    mode = _new_file_mode(place if place.is_dir() else place.parent)
+    for path in place.rglob("*.safetensors") if place.is_dir() else [place]:
         path.chmod(mode)
 
 

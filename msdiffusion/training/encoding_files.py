@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from msdiffusion.errors import DataError
 from msdiffusion.training.encoded import Part
 from msdiffusion.training.encoding_keys import SCHEMA
-from msdiffusion.weight_files import write_weights
+from msdiffusion.weight_files import share
 
 if TYPE_CHECKING:
     from msdiffusion.training.sources import Shard
@@ -115,7 +116,8 @@ class PartWriter:
             tensors[name] = torch.tensor(numbers, dtype=torch.int32)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            write_weights(tensors, temporary, {"schema": SCHEMA, "part": self.part, **stamp})
+            save_file(tensors, temporary, metadata={"schema": SCHEMA, "part": self.part, **stamp})
+            share(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
