@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from msdiffusion.adapter_config import CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig, read_checkpoint
@@ -33,6 +33,7 @@ from msdiffusion.errors import LayoutError, RequestError, WeightsError, reason
 from msdiffusion.official import from_record, read_record, to_record, write_record
 from msdiffusion.own_memory import give_own_memory
 from msdiffusion.resampler import GlobalProjector, GroundingResampler, ResamplerParams
+from msdiffusion.weight_files import write_weights
 
 
 class SubjectProjection(nn.Module):
@@ -271,10 +272,7 @@ class MSAdapter(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        # A run killed while it writes must not leave half a file in place of a whole one.
-        partial = directory / f"{WEIGHTS_NAME}.tmp"
-        save_file(weights, partial, metadata={"format": "pt", "schema": SCHEMA})
-        partial.replace(directory / WEIGHTS_NAME)
+        write_weights(weights, directory / WEIGHTS_NAME, {"format": "pt", "schema": SCHEMA})
         partial = directory / f"{CONFIG_NAME}.tmp"
         partial.write_text(replace(self.config, **config).to_json(), encoding="utf-8")
         partial.replace(directory / CONFIG_NAME)

@@ -17,7 +17,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    PAGCFGIdentitySelfAttnProcessor2_0,
+    PAGIdentitySelfAttnProcessor2_0,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -335,6 +341,15 @@ class TransparentAttnProcessor:
         return self.base(attn, hidden_states, encoder_hidden_states, attention_mask, **options)
 
 
+def remove_pag(unet: Any) -> None:
+    """Put ours in place of the processors that a run with PAG put into self-attention."""
+    present = unet.attn_processors
+    left = [name for name, processor in present.items() if isinstance(processor, PAG_PROCESSORS)]
+    if left:
+        unet.set_attn_processor({**present, **{name: TransparentAttnProcessor() for name in left}})
+
+
+PAG_PROCESSORS = (PAGCFGIdentitySelfAttnProcessor2_0, PAGIdentitySelfAttnProcessor2_0)
 OUR_PROCESSORS = (MultiSubjectAttnProcessor, MultiSubjectIPAdapterAttnProcessor)
 
 
@@ -380,7 +395,11 @@ class SubjectBinder:
         if shared:
             for layer in self.layers:
                 layer.processor.number = layer.processor.number.to(sample.device)
-        bound, cache = subjects.bind(sample, timestep, shared), subjects.text_cache.begin(text, unet)
+        try:
+            bound, cache = subjects.bind(sample, timestep, shared), subjects.text_cache.begin(text, unet)
+        except RequestError:
+            remove_pag(unet)  # its pipeline takes its processors away at the end of a run, which there won't be
+            raise
         if bound is not None and cache is not None and cache.is_new:  # once per run
             subjects.check_halves(sample)
         return args, {**kwargs, "cross_attention_kwargs": {**given, "subjects": bound, "text_cache": cache}}

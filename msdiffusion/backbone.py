@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
-from msdiffusion.errors import RequestError, WeightsError
+from msdiffusion.environment import DTYPES
+from msdiffusion.errors import RequestError, WeightsError, reason, shown
 from msdiffusion.open_clip_encoder import OpenClipVisionEncoder
 from msdiffusion.own_memory import give_own_memory
 from msdiffusion.pretrained import load_image_encoder, load_pipeline
@@ -51,6 +52,10 @@ class Backbone:
         """"sdxl", or "sd1": one text encoder, no size conditions."""
         self.pipeline, self.image_encoder, self.image_processor = pipeline, image_encoder, image_processor
         second = [pipeline.text_encoder_2] if self.kind == "sdxl" else []
+        for tokenizer, encoder in zip(("tokenizer", "tokenizer_2"), (pipeline.text_encoder, *second), strict=False):
+            # A tokenizer whose files tell no limit has one of 10 ** 30, and the encoder no place for more than its own.
+            own = getattr(pipeline, tokenizer)
+            own.model_max_length = min(own.model_max_length, encoder.config.max_position_embeddings)
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, *second, image_encoder):
             part.eval().requires_grad_(False)
             give_own_memory(part)
@@ -60,11 +65,11 @@ class Backbone:
         cls,
         base_model: str | Path,
         image_encoder: str | Path,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         *,
         base_config: str | Path | None = None,
-        vae_dtype: torch.dtype | None = None,
+        vae_dtype: torch.dtype | str | None = None,
     ) -> Backbone:
         """Load both from folders, files or the hub.
 
@@ -78,15 +83,21 @@ class Backbone:
 
         Raises:
             WeightsError: nothing there, or something else than that.
+            RequestError: no such dtype or device.
         """
-        dtype = torch.float32 if torch_dtype is None else torch_dtype
-        device = default_device() if device is None else device
+        dtype, device = weights_dtype(torch_dtype), usable_device(device)
+        vae_dtype = None if vae_dtype is None else weights_dtype(vae_dtype)
         pipeline = load_pipeline(base_model, dtype, base_config, vae_dtype).to(device)
         encoder, processor = load_image_encoder(image_encoder, dtype)
         return cls(pipeline, encoder.to(device), processor)  # moved first: what leaves the CPU is copied that way
 
     def to(self, device: str | torch.device) -> Backbone:
-        """Move all parts."""
+        """Move all parts.
+
+        Raises:
+            RequestError: there is no such device; before anything is moved.
+        """
+        device = usable_device(device)
         self.pipeline.to(device)
         self.image_encoder.to(device)
         return self
@@ -158,7 +169,14 @@ class Backbone:
             truncation=True,
             return_tensors="pt",
         )
-        return self.pipeline.text_encoder(tokens.input_ids.to(self.device)).pooler_output
+        ids = tokens.input_ids.to(self.device)
+        encoded = self.pipeline.text_encoder(ids)
+        if self.pipeline.text_encoder.config.eos_token_id != 2:
+            return encoded.pooler_output
+        # Configs from before transformers 4.31 name a wrong end of text; then transformers reads at the highest number,
+        # which is the last one of the words until textual inversion adds some.
+        ends = (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
+        return encoded.last_hidden_state[torch.arange(len(ends), device=ends.device), ends]
 
     def prepare_references(
         self, references: Sequence[Image.Image], background: Sequence[int], fit: str = "pad"
@@ -317,6 +335,42 @@ def _square(picture: Image.Image, background: Sequence[int], fit: str) -> Image.
         canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         return canvas
     raise RequestError(f'fit must be "pad" or "squash", got {fit!r}')
+
+
+def weights_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """The dtype of weights, also by its name ("float16", "torch.float16"); float32 for None.
+
+    Raises:
+        RequestError: none that weights can have here.
+    """
+    named = {name: getattr(torch, name) for name in DTYPES}
+    found = named.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype or torch.float32
+    if found not in (*named.values(), torch.float64):
+        raise RequestError(
+            f"torch_dtype must be torch.{', torch.'.join(DTYPES)}, or the name of one, got {shown(dtype)}"
+        )
+    return found
+
+
+def usable_device(device: str | int | torch.device | None) -> torch.device:
+    """The device, tried; the first CUDA device, if there is one, else the CPU for None.
+
+    Raises:
+        RequestError: there is no such device here, or it can't compute.
+    """
+    if device is None:
+        return default_device()
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        many = torch.cuda.device_count()
+        here = ", ".join(["cpu", *(f"cuda:{number}" for number in range(many))])
+        hint = "; an NVIDIA GPU is called cuda" if "gpu" in str(device).lower() else ""
+        raise RequestError(
+            f"device {shown(device)} cannot be used here ({here} can){hint}: {reason(error)[:200]}"
+        ) from None
+    return found
 
 
 def default_device() -> torch.device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import json
 import secrets
 import warnings
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16
 _NOT_IDENTITY = ("base_model", "image_encoder", "base_config", "defaults")
 """What an adapter's config says of places, which are told by their content, and of arguments, which records have."""
-_MODEL_FILES = (".safetensors", ".bin", ".json", ".txt")
+_MODEL_FILES = (
+    *(".safetensors", ".bin", "config.json", "index.json", "tokenizer.json", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 """Weights, configs and vocabularies."""
 
 
@@ -428,13 +432,29 @@ def _follows_text(arguments: Mapping[str, Any]) -> bool:
 
 
 def _fingerprinted(place: Path) -> str:
-    inside = [place] if place.is_file() else [file for file in place.rglob("*") if file.suffix in _MODEL_FILES]
+    inside = [place] if place.is_file() else [file for file in place.rglob("*") if file.name.endswith(_MODEL_FILES)]
     digest = hashlib.sha256()
     for file in sorted(path for path in inside if path.is_file()):
-        size = file.stat().st_size
+        own = _without_place(file)
+        size = file.stat().st_size if own is None else len(own)
         digest.update(f"{file.relative_to(place) if place.is_dir() else ''} {size}\n".encode())
-        with file.open("rb") as content:  # samples will do: reading ten gigabytes would take longer than drawing
+        # samples will do: reading ten gigabytes would take longer than drawing
+        with file.open("rb") if own is None else io.BytesIO(own) as content:
             for number in range(_SAMPLES):
                 content.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
                 digest.update(content.read(_SAMPLE_BYTES))
     return f"{place.resolve().name}#{digest.hexdigest()[:16]}"
+
+
+def _without_place(file: Path) -> bytes | None:
+    """A config without the place that it was once loaded from, which saving writes into it; None: as it stands."""
+    if file.suffix != ".json" or b'"_name_or_path"' not in (content := file.read_bytes()):
+        return None
+    try:
+        record = json.loads(content)
+    except ValueError:
+        return None
+    if not isinstance(record, dict):
+        return None
+    record.pop("_name_or_path", None)
+    return (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()  # as diffusers and transformers write it

@@ -5,24 +5,30 @@ Shapes: P pictures of a batch, S subjects.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import secrets
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import numpy as np
 import torch
+from diffusers.pipelines.pag.pag_utils import PAGMixin
 from PIL import Image
 from torch import Tensor
 
-from msdiffusion.errors import RequestError
+from msdiffusion.errors import RequestError, shown
 from msdiffusion.phrases import beyond_limit
 from msdiffusion.request import FALLBACKS, GenerationRequest, check_auto_layout_start
+from msdiffusion.safety import FLAGGED
 from msdiffusion.subject_batch import Model as EncodingModel
-from msdiffusion.subject_batch import SubjectBatch, check_windows, written_out
+from msdiffusion.subject_batch import SubjectBatch, check_numbers, check_weights, check_windows, written_out
+from msdiffusion.subjects import whole_number
 
 PictureHook = Callable[[list[Image.Image]], list[Image.Image]]
 
@@ -31,6 +37,10 @@ _SET_BY_REQUEST = {
     *("self", "kwargs", "prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale"),
     *("num_images_per_prompt", "generator", "latents", "output_type", "return_dict"),
 }
+
+
+_DENOISING: WeakSet[Any] = WeakSet()
+"""UNets that are at work; whoever looks has taken their turn (``msdiffusion.turns``)."""
 
 
 class Model(EncodingModel, Protocol):
@@ -72,8 +82,17 @@ class _Picture:
 class BatchDrawing:
     """Requests cut into batches for the denoiser, and the drawing of them."""
 
-    def __init__(self, model: Model, requests: Sequence[GenerationRequest], batch_size: int, progress: bool) -> None:
+    def __init__(
+        self, model: Model, pipeline: Any, requests: Sequence[GenerationRequest], batch_size: int, progress: bool
+    ) -> None:
         """Check the requests against the model.
+
+        Args:
+            model: what draws.
+            pipeline: the model's ``with_own_scheduler``.
+            requests: checked.
+            batch_size: pictures drawn at once at most.
+            progress: whether to show a bar.
 
         Raises:
             RequestError: no requests, an option that the pipeline does not take, latents of a wrong shape, hooks for
@@ -81,7 +100,8 @@ class BatchDrawing:
         """
         if not requests:
             raise RequestError("no requests: there is nothing to draw")
-        self.model, self.requests, self.batch_size, self.progress = model, requests, batch_size, progress
+        self.model, self.pipeline, self.requests = model, pipeline, requests
+        self.batch_size, self.progress = batch_size, progress
         for request in requests:
             self._check(request)
         self.pictures = [
@@ -92,7 +112,7 @@ class BatchDrawing:
         ]
 
     def _check(self, request: GenerationRequest) -> None:
-        pipeline = self.model.pipeline
+        pipeline = self.pipeline
         known = set(inspect.signature(type(pipeline).__call__).parameters) - _SET_BY_REQUEST
         for name in request.pipeline_options:
             if name not in known:
@@ -106,9 +126,12 @@ class BatchDrawing:
             )
         for name, value in request.pipeline_options.items():
             embeddings = name.endswith("prompt_embeds") and value is not None
+            if embeddings and isinstance(value, Tensor) and not torch.isfinite(value).all():
+                raise RequestError(f"{name} holds values that are no numbers (NaN or infinite)")
             if embeddings and not (isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == 1):
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise RequestError(f"{name} must be of one prompt, with 1 as first size, got {shape}")
+        self._check_options(request.pipeline_options)
         height, width = self._size(request)
         for hook in self.model.picture_hooks:
             if hasattr(hook, "check_size"):
@@ -121,6 +144,8 @@ class BatchDrawing:
             if not isinstance(request.latents, Tensor) or tuple(request.latents.shape) != needed:
                 kind, shape = type(request.latents).__name__, tuple(request.latents.shape)
                 raise RequestError(f"latents must be a tensor of {needed} for these pictures, got {kind} of {shape}")
+            if not torch.isfinite(request.latents).all():
+                raise RequestError("latents hold values that are no numbers (NaN or infinite)")
         if any(window != (0.0, 1.0) for window in request.subjects.windows):
             check_windows(pipeline.scheduler)
         calls = self._settings(request)["num_inference_steps"] * getattr(pipeline.scheduler, "order", 1)
@@ -135,13 +160,42 @@ class BatchDrawing:
                     stacklevel=6,
                 )
 
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse what the pipeline would fail at midway, or take for something else."""
+        pipeline = self.pipeline
+        if isinstance(pipeline, PAGMixin) and options.get("pag_scale", 3.0) > 0:  # its own default
+            raise RequestError("PAG gives the UNet batches of three parts, which subjects don't know: say pag_scale=0")
+        if options.get("clip_skip") is not None:
+            layers = pipeline.text_encoder.config.num_hidden_layers
+            most = layers if self.model.backbone.kind == "sd1" else layers - 1
+            whole_number(options["clip_skip"], "clip_skip", 0, most)
+        start = options.get("image")
+        for image in start if isinstance(start, (list, tuple)) else [start]:
+            if isinstance(image, (str, Path)):
+                raise RequestError(f"image must be a picture, got the path {shown(str(image))}: open it with PIL")
+            found = image.mode if isinstance(image, Image.Image) else None
+            if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.shape[-1] in (2, 4):
+                found = f"an array of {image.shape[-1]} channels"
+            if found is not None and found != "RGB":
+                raise RequestError(
+                    f"image is {found}, but the pipeline wants RGB (it takes four channels for latents): image.convert"
+                    '("RGB"), or paste a cut-out on a background'
+                )
+
     def _size(self, request: GenerationRequest) -> tuple[int, int]:
         """Height and width in pixels."""
         backbone, defaults = self.model.backbone, self.model.adapter.config.defaults
-        side = backbone.unet.config.sample_size * backbone.latent_factor
-        return first_given(request.height, defaults.get("height"), side), first_given(
-            request.width, defaults.get("width"), side
-        )
+        native = backbone.unet.config.sample_size
+        sides = native if isinstance(native, (list, tuple)) and len(native) == 2 else (native, native)
+        rows, columns = (side * backbone.latent_factor if isinstance(side, (int, float)) else None for side in sides)
+        height = next((value for value in (request.height, defaults.get("height"), rows) if value is not None), None)
+        width = next((value for value in (request.width, defaults.get("width"), columns) if value is not None), None)
+        if height is None or width is None:
+            raise RequestError(
+                f"the UNet's config does not say how large pictures are (sample_size {shown(native)}): give height= "
+                "and width="
+            )
+        return int(height), int(width)
 
     def _settings(self, request: GenerationRequest) -> dict[str, Any]:
         """What all pictures of a batch must have in common, by the pipeline's names."""
@@ -183,7 +237,8 @@ class BatchDrawing:
     def draw(self, on_result: Callable[[int, GenerationResult], None] | None = None) -> list[GenerationResult]:
         """Draw everything; see MSDiffusion.generate_batch."""
         subjects = [request.subjects for request in self.requests]
-        encoded = SubjectBatch(self.model, subjects, [request.prompt for request in self.requests])
+        prompts = [request.prompt for request in self.requests]
+        encoded = SubjectBatch(self.model, self.pipeline.scheduler, subjects, prompts)
         parts: list[dict[int, tuple[Any, Tensor | None]]] = [{} for _ in self.requests]
         results: dict[int, GenerationResult] = {}
         done = 0
@@ -206,26 +261,54 @@ class BatchDrawing:
         scales = [self.model.scale_of(each.scale) for each in self.requests]
         condition = encoded.condition([picture.request for picture in batch], scales)
         condition.check_batch = False  # known here; and pictures of one seed have equal latents
-        pipeline = self.model.pipeline
+        pipeline = self.pipeline
+        if pipeline.unet in _DENOISING:  # the pipeline would go on with the settings of the inner run
+            raise RequestError(
+                "generate was called by a callback of a run of the same model: draw after the run, or from on_result"
+            )
         before = dict(getattr(pipeline, "_progress_bar_config", {}))
         pipeline.set_progress_bar_config(
             disable=not self.progress, desc=f"pictures {done + 1}-{done + len(batch)} of {len(self.pictures)}"
         )
         options = dict(request.pipeline_options)
+        settings = self._settings(request)
+        # As numbers, so that NaN is seen: in a picture it is black. Pasting into another picture needs pictures.
+        if settings["output_type"] in ("pil", "np") and options.get("padding_mask_crop") is None:
+            settings["output_type"] = "pt"
+        watched = "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters
+        if watched and options.get("callback_on_step_end") is None:
+            options["callback_on_step_end"] = self._check_first_step
         kwargs = {**(options.pop("cross_attention_kwargs", None) or {}), "subjects": condition}
+        _DENOISING.add(pipeline.unet)
+        encoder = getattr(pipeline.text_encoder, "_orig_mod", pipeline.text_encoder)
+        # diffusers looks for the last norm where transformers had it before 5.6. Not for longer than this call: by the
+        # same name LoRA loaders tell how layers are called.
+        stand_in = options.get("clip_skip") is not None and not hasattr(encoder, "text_model")
+        if stand_in:
+            encoder.__dict__["text_model"] = encoder
         try:
             output = pipeline(
                 **self._texts(batch),
-                **self._settings(request),
+                **settings,
                 generator=[torch.Generator("cpu").manual_seed(picture.seed) for picture in batch],
                 latents=self._latents(batch),
                 cross_attention_kwargs=kwargs,
                 **options,
             )
         finally:
+            _DENOISING.discard(pipeline.unet)
+            if stand_in:
+                del encoder.__dict__["text_model"]
             pipeline._cross_attention_kwargs = None  # the pipeline would keep the condition alive
             pipeline.set_progress_bar_config(**before)
         drawn = output.images
+        if isinstance(drawn, Tensor):
+            self._check_numbers(drawn, "UNet" if request.output_type == "latent" else "VAE")
+            if request.output_type in ("pil", "np"):
+                drawn = pipeline.image_processor.pt_to_numpy(drawn)
+            if request.output_type == "pil":
+                drawn = pipeline.image_processor.numpy_to_pil(drawn)
+        self._tell_flags(getattr(output, "nsfw_content_detected", None), drawn)
         for hook in self.model.picture_hooks:
             drawn = hook(drawn)
             if len(drawn) != len(batch):
@@ -236,6 +319,37 @@ class BatchDrawing:
         height, width = self._size(request)
         maps = condition.layout_maps(height // factor, width // factor).cpu()
         return drawn, maps.expand(len(batch), -1, -1, -1)
+
+    def _check_first_step(self, _: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A callback of the pipeline: a broken network is told before the other steps are computed in vain."""
+        if step == 0 and "latents" in tensors:
+            self._check_numbers(tensors["latents"], "UNet")
+        return tensors
+
+    def _check_numbers(self, values: Tensor, part: str) -> None:
+        """Raise WeightsError where a run gave NaN: names the first network with broken weights, else ``part``."""
+        if torch.isfinite(values).all():
+            return
+        pipeline = self.pipeline
+        networks = {
+            "text encoder": pipeline.text_encoder,
+            "second text encoder": getattr(pipeline, "text_encoder_2", None),
+            "adapter": self.model.adapter,
+            "UNet": pipeline.unet,
+            "VAE": pipeline.vae,
+        }
+        for name, network in networks.items():
+            if network is not None:
+                check_weights(name, network)
+        check_numbers(values, part, networks[part])
+
+    def _tell_flags(self, flags: Sequence[bool] | None, drawn: Any) -> None:
+        """Where a pipeline in memory has a safety checker of its own, say what it turned black."""
+        for number, flagged in enumerate(flags or ()):
+            if flagged:
+                warnings.warn(f"the pipeline's own safety checker flagged picture {number}: it is black", stacklevel=7)
+                if isinstance(drawn[number], Image.Image):
+                    drawn[number].info[FLAGGED] = True
 
     def _texts(self, batch: Sequence[_Picture]) -> dict[str, Any]:
         """Prompts as the pipeline takes them: one for all pictures of a request, else one per picture."""
@@ -272,6 +386,23 @@ class BatchDrawing:
             joined = list(pictures) if output_type == "pil" else torch.stack(pictures)
         seeds = tuple(picture.seed for picture in self.pictures if picture.request == index)
         return GenerationResult(joined, seeds, None if maps[0] is None else torch.stack(maps))
+
+
+def with_own_scheduler(pipeline: Any) -> Any:
+    """The pipeline with a scheduler of its own, as the pipeline's is now; everything else is shared, not copied.
+
+    A run counts its steps in the scheduler, so a run of another pipeline on the same scheduler, or another scheduler in
+    its place, would change this one. What is set on either (``_interrupt``, ...) is set on both.
+    """
+    kind, scheduler = type(pipeline), copy.copy(pipeline.scheduler)
+
+    def replace(_: Any, other: Any) -> None:  # by a callback
+        nonlocal scheduler
+        scheduler = other
+
+    own = object.__new__(type(kind.__name__, (kind,), {"scheduler": property(lambda _: scheduler, replace)}))
+    own.__dict__ = pipeline.__dict__
+    return own
 
 
 def first_given(*values: Any) -> Any:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,22 +19,31 @@ from PIL import Image
 from torch import Tensor
 
 from msdiffusion.adapter import MSAdapter
-from msdiffusion.backbone import Backbone, default_device
+from msdiffusion.backbone import Backbone, usable_device, weights_dtype
 from msdiffusion.condition import SubjectCondition
-from msdiffusion.drawing import BatchDrawing, GenerationResult, PictureHook, first_given
+from msdiffusion.drawing import BatchDrawing, GenerationResult, PictureHook, first_given, with_own_scheduler
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.loading import Sources, check_encoders, load_adapter
 from msdiffusion.model_card import CARD_NAME, is_generated, write_card
 from msdiffusion.request import FALLBACKS, GenerationRequest, OutputType, check_request
 from msdiffusion.subject_batch import SubjectBatch
 from msdiffusion.subjects import check_subjects, number_between, whole_number
+from msdiffusion.turns import Turns, turns_of
+from msdiffusion.weight_files import share
 
 Reference = Image.Image | str | Path
 BASE_FOLDER, ENCODER_FOLDER = "base", "image_encoder"
+_CHECKING = threading.RLock()
+"""Taken where arguments are checked: a picture that is read only now, and spaCy, serve one thread at a time."""
 
 
 class MSDiffusion:
-    """A frozen backbone with a trained adapter installed."""
+    """A frozen backbone with a trained adapter installed.
+
+    ``generate``, ``generate_batch`` and ``condition`` may be called from several threads: they take turns, first come,
+    first served, and give to the bit what calls in a row give. What else is done to a model (LoRA, another scheduler,
+    ``to``, ...) holds for the calls that begin later.
+    """
 
     def __init__(self, backbone: Backbone, adapter: MSAdapter, sources: Sources | None = None) -> None:
         """Take built parts; the adapter is frozen, moved beside the UNet and installed there.
@@ -47,7 +59,8 @@ class MSDiffusion:
         features = adapter.config.reference_features
         check_encoders(adapter.config, backbone.phrase_width, backbone.image_width_of(features), sources)
         adapter.install(backbone.unet)
-        self.backbone, self.sources = backbone, sources
+        self.backbone = backbone
+        self.sources = None if sources is None else sources.absolute()  # the working directory may change
         self.picture_hooks: list[PictureHook] = []
         """Called in order with the PIL pictures of a batch, right after decoding; each returns as many pictures."""
         self._offloaded = False
@@ -61,8 +74,9 @@ class MSDiffusion:
         base_model: str | Path | None = None,
         image_encoder: str | Path | None = None,
         base_config: str | Path | None = None,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
+        **others: Any,
     ) -> MSDiffusion:
         """Load an adapter and the models it was trained on.
 
@@ -75,19 +89,24 @@ class MSDiffusion:
                 ``open_clip:MODEL/TAG``, ``open_clip:MODEL@FILE.safetensors``.
             base_config: where a base model in one file has its configs and tokenizers from: folder or hub name of a
                 pipeline. None: the base model that the adapter names.
-            torch_dtype: of all weights; None: float32. ``torch.float16`` suits SDXL on a GPU.
+            torch_dtype: of all weights, or its name; None: float32. ``torch.float16`` suits SDXL on a GPU.
             device: None: the first CUDA device if there is one, else the CPU.
+            others: nothing more is known; a hint says what a name of other libraries is called here.
 
         Raises:
+            RequestError: no such dtype, device or argument.
             WeightsError: something is missing, or parts of different models; before any large file is read where that
                 can be told from the configs.
         """
+        for name in others:
+            raise RequestError(f"from_pretrained takes no {name!r}: {_elsewhere(name)}")
+        torch_dtype, device = weights_dtype(torch_dtype), usable_device(device)
         found = load_adapter(model, base_model, image_encoder, base_config)
         backbone = Backbone.from_pretrained(
             found.sources.base_model,
             found.sources.image_encoder,
             torch_dtype,
-            default_device() if device is None else device,
+            device,
             base_config=found.sources.base_config,
         )
         return cls(backbone, found.adapter, found.sources)
@@ -97,10 +116,17 @@ class MSDiffusion:
         """The diffusers pipeline, for LoRA, other schedulers, offloading, ..."""
         return self.backbone.pipeline
 
+    @property
+    def _turns(self) -> Turns:
+        """Of all models on this UNet."""
+        return turns_of(self.backbone.unet)
+
     def to(self, device: str | torch.device) -> MSDiffusion:
         """Move all parts."""
-        self.backbone.to(device)
-        self.adapter.to(device)
+        device = usable_device(device)
+        with self._turns.take():
+            self.backbone.to(device)
+            self.adapter.to(device)
         return self
 
     def install(self) -> None:
@@ -108,7 +134,8 @@ class MSDiffusion:
 
         ``condition`` and ``generate`` do so of their own accord; only a condition made before the change needs this.
         """
-        self.adapter.install(self.backbone.unet)
+        with self._turns.take():
+            self.adapter.install(self.backbone.unet)
 
     def enable_model_cpu_offload(self, **options: Any) -> None:
         """Keep every model on the CPU but the one at work: the pipeline's method of this name, for all parts.
@@ -116,8 +143,9 @@ class MSDiffusion:
         Args:
             options: of the pipeline's method, such as ``device``.
         """
-        self.pipeline.enable_model_cpu_offload(**options)
-        self._rest_on_cpu()
+        with self._turns.take():
+            self.pipeline.enable_model_cpu_offload(**options)
+            self._rest_on_cpu()
 
     def enable_sequential_cpu_offload(self, **options: Any) -> None:
         """Keep all weights on the CPU but those of the layer at work: least memory, slow. See the pipeline's method.
@@ -125,8 +153,9 @@ class MSDiffusion:
         Args:
             options: of the pipeline's method, such as ``device``.
         """
-        self.pipeline.enable_sequential_cpu_offload(**options)
-        self._rest_on_cpu()
+        with self._turns.take():
+            self.pipeline.enable_sequential_cpu_offload(**options)
+            self._rest_on_cpu()
 
     def _rest_on_cpu(self) -> None:
         self._offloaded = True
@@ -189,22 +218,25 @@ class MSDiffusion:
         Raises:
             RequestError, LayoutError, PhraseError: an argument cannot be honoured.
         """
-        subjects = check_subjects(
-            images,
-            boxes,
-            phrases,
-            prompt=prompt,
-            masks=masks,
-            subject_scales=subject_scales,
-            subject_windows=subject_windows,
-            auto_layout=auto_layout,
-            auto_layout_threshold=auto_layout_threshold,
-            auto_layout_start=auto_layout_start,
-        )
+        with _CHECKING:
+            subjects = check_subjects(
+                images,
+                boxes,
+                phrases,
+                prompt=prompt,
+                masks=masks,
+                subject_scales=subject_scales,
+                subject_windows=subject_windows,
+                auto_layout=auto_layout,
+                auto_layout_threshold=auto_layout_threshold,
+                auto_layout_start=auto_layout_start,
+            )
         whole_number(num_images, "num_images", 1)
         chosen = self.scale_of(None if scale is None else number_between(scale, "scale", 0.0, math.inf))
-        layout = SubjectBatch(self, [subjects], [prompt])
-        return layout.condition([0] * num_images, [chosen], guidance=guidance)
+        scheduler = self.pipeline.scheduler
+        with self._turns.take():
+            layout = SubjectBatch(self, scheduler, [subjects], [prompt])
+            return layout.condition([0] * num_images, [chosen], guidance=guidance)
 
     def scale_of(self, scale: float | None) -> float:
         """The weight of all subjects: ``scale``, or the adapter's own for None."""
@@ -283,29 +315,30 @@ class MSDiffusion:
             RequestError, LayoutError, PhraseError: an argument cannot be honoured.
         """
         whole_number(batch_size, "batch_size", 1)
-        request = check_request(
-            images,
-            boxes,
-            prompt,
-            phrases,
-            masks=masks,
-            negative_prompt=negative_prompt,
-            num_images=num_images,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            scale=scale,
-            subject_scales=subject_scales,
-            subject_windows=subject_windows,
-            height=height,
-            width=width,
-            auto_layout=auto_layout,
-            auto_layout_threshold=auto_layout_threshold,
-            auto_layout_start=auto_layout_start,
-            seed=seed,
-            output_type=output_type,
-            latents=latents,
-            **pipeline_options,
-        )
+        with _CHECKING:
+            request = check_request(
+                images,
+                boxes,
+                prompt,
+                phrases,
+                masks=masks,
+                negative_prompt=negative_prompt,
+                num_images=num_images,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                scale=scale,
+                subject_scales=subject_scales,
+                subject_windows=subject_windows,
+                height=height,
+                width=width,
+                auto_layout=auto_layout,
+                auto_layout_threshold=auto_layout_threshold,
+                auto_layout_start=auto_layout_start,
+                seed=seed,
+                output_type=output_type,
+                latents=latents,
+                **pipeline_options,
+            )
         return self.generate_batch([request], progress=progress, batch_size=batch_size)[0].pictures
 
     @torch.no_grad()
@@ -334,11 +367,15 @@ class MSDiffusion:
         Raises:
             RequestError, LayoutError, PhraseError: a request cannot be honoured; before anything is drawn.
         """
-        checked = [
-            request if isinstance(request, GenerationRequest) else _checked(request, index)
-            for index, request in enumerate(requests)
-        ]
-        return BatchDrawing(self, checked, whole_number(batch_size, "batch_size", 1), progress).draw(on_result)
+        with _CHECKING:
+            checked = [
+                request if isinstance(request, GenerationRequest) else _checked(request, index)
+                for index, request in enumerate(requests)
+            ]
+        batch_size = whole_number(batch_size, "batch_size", 1)
+        pipeline = with_own_scheduler(self.pipeline)  # as it is when the call comes, not when its turn does
+        with self._turns.take():
+            return BatchDrawing(self, pipeline, checked, batch_size, progress).draw(on_result)
 
     def save_pretrained(self, directory: str | Path, *, include_backbone: bool = False) -> None:
         """Write the adapter, so that from_pretrained(directory) gives this model again, and a model card.
@@ -351,20 +388,41 @@ class MSDiffusion:
                 it the config points to where they were loaded from.
 
         Raises:
-            WeightsError: ``include_backbone`` is off, and the backbone was not loaded from anywhere.
+            WeightsError: ``include_backbone`` is off, and the backbone was not loaded from anywhere; or it is on, and
+                something was put into the networks that their files have no place for (a LoRA, an IP-Adapter).
         """
         directory = Path(directory)
         if include_backbone:
+            self._check_savable()
             self.pipeline.save_pretrained(directory / BASE_FOLDER)
             self.backbone.image_encoder.save_pretrained(directory / ENCODER_FOLDER)
             self.backbone.image_processor.save_pretrained(directory / ENCODER_FOLDER)
+            share(directory)
             sources = Sources(BASE_FOLDER, ENCODER_FOLDER)
         elif self.sources is None:
             raise WeightsError("this model's backbone was built in memory: save it with include_backbone=True")
         else:
-            sources = self.sources.absolute()
+            sources = self.sources
         self.adapter.save_pretrained(directory, **vars(sources))
         write_card(directory, self.adapter)
+
+    def _check_savable(self) -> None:
+        """Raise WeightsError where the files of a base would not give these networks again."""
+        pipeline = self.pipeline
+        for name in ("unet", "text_encoder", "text_encoder_2"):
+            weights = {} if getattr(pipeline, name, None) is None else getattr(pipeline, name).state_dict()
+            if any(".base_layer." in key for key in weights):
+                raise WeightsError(
+                    f"a LoRA is in the {name}, which the files of a base have no place for: take it out with "
+                    "model.pipeline.unload_lora_weights(), after model.pipeline.fuse_lora() where it shall be kept"
+                )
+            if any(weight.device.type == "meta" for weight in weights.values()):
+                raise WeightsError(f"offloading keeps weights of the {name} elsewhere: save a model without it")
+        if getattr(pipeline.unet, "encoder_hid_proj", None) is not None:
+            raise WeightsError(
+                "an IP-Adapter is in the UNet, which the files of a base have no place for: take it out with "
+                "model.pipeline.unload_ip_adapter()"
+            )
 
     def push_to_hub(
         self, repo_id: str, *, include_backbone: bool = False, private: bool = False, token: str | None = None
@@ -389,6 +447,20 @@ class MSDiffusion:
                     (Path(folder) / CARD_NAME).unlink()
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         return str(url)
+
+
+def _elsewhere(name: str) -> str:
+    """Where something is said that other libraries' ``from_pretrained`` takes."""
+    places = {
+        "dtype": "it is called torch_dtype",
+        "variant": "in half precision the variant fp16 is taken by itself where there is one",
+        "scheduler": "set model.pipeline.scheduler after loading",
+        "device_map": "say device=, or call model.enable_model_cpu_offload() after loading",
+        "safety_checker": "add one to model.picture_hooks after loading (msdiffusion.safety)",
+    }
+    known = [key for key in inspect.signature(MSDiffusion.from_pretrained).parameters if key not in ("cls", "others")]
+    near = difflib.get_close_matches(name, known, n=1)
+    return places.get(name) or (f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}")
 
 
 def _checked(arguments: Mapping[str, Any], index: int) -> GenerationRequest:

@@ -6,6 +6,7 @@ Nothing large is read before the parts are known to fit.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from msdiffusion.adapter import MSAdapter, cross_attentions
 from msdiffusion.adapter_config import CHECKPOINT_SUFFIX, CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig
-from msdiffusion.errors import RequestError, WeightsError, reason
-from msdiffusion.official import OFFICIAL_NAME
+from msdiffusion.errors import RequestError, WeightsError, reason, shown
+from msdiffusion.official import OFFICIAL_NAME, read_record
+from msdiffusion.open_clip_encoder import names_open_clip
 from msdiffusion.pretrained import absolute, encoder_widths, is_local, skeleton_unet
 from msdiffusion.single_file import names_single_file
 
@@ -85,8 +87,9 @@ def load_adapter(
     place = find_adapter(model)
     if place.is_file() and place.suffix != CHECKPOINT_SUFFIX:
         sources = model_sources(place, None, base_model, image_encoder, base_config)
+        record = read_record(place)  # first: if it is something else, no hub need be asked for a base model
         unet = skeleton_unet(sources.base_model, sources.base_config)
-        adapter = MSAdapter.from_official(place, unet, **{**vars(sources), **config})
+        adapter = MSAdapter.from_official_record(record, unet, source=str(place), **{**vars(sources), **config})
     else:
         if config:
             raise RequestError(
@@ -97,6 +100,7 @@ def load_adapter(
         else:
             adapter, folder = MSAdapter.from_pretrained(place), place
         sources = model_sources(folder, adapter.config, base_model, image_encoder, base_config)
+        _check_there(sources, model)
         unet = skeleton_unet(sources.base_model, sources.base_config)
         check_base(adapter, unet, sources.base_model, _place(folder, adapter.config.base_model))
     widths = encoder_widths(sources.base_model, sources.image_encoder, adapter.config.reference_features)
@@ -170,8 +174,11 @@ def find_adapter(model: str | Path) -> Path:
     Raises:
         WeightsError: there is nothing of that name, or no adapter in it.
     """
+    if not isinstance(model, (str, Path)) or not str(model).strip():
+        raise WeightsError(f"an adapter is given by its folder, file or hub name, got {shown(model)}")
     path = Path(model)
     if path.is_file():
+        _check_file(path)
         return path
     if path.suffix in (".bin", CHECKPOINT_SUFFIX) and not path.is_dir():  # told before a hub or the base model is asked
         raise WeightsError(f"no such file: {model}")
@@ -184,7 +191,30 @@ def find_adapter(model: str | Path) -> Path:
             found = path / place
             if found.is_file() or (found / WEIGHTS_NAME).is_file():
                 return found
+        held = sorted(path.glob(f"*{CHECKPOINT_SUFFIX}"))
+        if held:
+            raise WeightsError(
+                f"{path} is no adapter's folder, but holds checkpoints: give one of them, such as {held[-1]}"
+            )
+        if (path / "model_index.json").is_file():
+            raise WeightsError(f"{path} is a base model, not an adapter: give it as base_model=, beside an adapter")
     return path
+
+
+def _check_file(path: Path) -> None:
+    """Raise where a file is none that an adapter can be read from, with a hint where it belongs.
+
+    Raises:
+        WeightsError: weights without their config, or something else.
+    """
+    if path.name in (WEIGHTS_NAME, CONFIG_NAME) and _is_ours(path.parent):
+        raise WeightsError(f"{path} is one file of an adapter: give its folder, {path.parent}")
+    if path.suffix.lower() in (".safetensors", ".json", ".yaml", ".yml", ".png"):
+        raise WeightsError(
+            f"{path} is no adapter: that is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, a checkpoint "
+            f"(*{CHECKPOINT_SUFFIX}), or the official {OFFICIAL_NAME}; a base model in one file goes to base_model=, a "
+            "LoRA to model.pipeline.load_lora_weights"
+        )
 
 
 def _download(name: str) -> Path:
@@ -246,6 +276,23 @@ def model_sources(
         named = _place(folder, config.base_model if config.base_config is None else config.base_config)
         base_config = None if names_single_file(named) else named
     return Sources(base, encoder, None if base_config is None else str(base_config))
+
+
+def _check_there(sources: Sources, model: str | Path) -> None:
+    """Raise where a model is named by a folder that is not there, as after copying an adapter: no hub can have that.
+
+    Raises:
+        WeightsError: names the argument that takes another place.
+    """
+    for option, place in vars(sources).items():
+        if place is None or is_local(place) or names_open_clip(place) or names_single_file(place):
+            continue
+        inner = r"(/\w[\w.-]*)*" if option == "image_encoder" else ""  # a folder inside a repository
+        if not re.fullmatch(rf"\w[\w.-]*/\w[\w.-]*{inner}", place):
+            raise WeightsError(
+                f"no {option.replace('_', ' ')} for the adapter {model}: there is no folder {place}, seen from here or "
+                f"from the adapter's folder (was it copied without it?): give {option}=, folder or hub name of it"
+            )
 
 
 def _place(folder: Path, name: str) -> str:

@@ -47,8 +47,8 @@ def model_card(
     ]
     rows = [
         ("weights", f"{parameters:,} ({str(adapter.dtype).removeprefix('torch.')})"),
-        ("base model", f"`{config.base_model}`"),
-        ("image encoder", f"`{config.image_encoder}`, {sizes.image_width} wide"),
+        ("base model", f"`{_shown(config.base_model)}`"),
+        ("image encoder", f"`{_shown(config.image_encoder)}`, {sizes.image_width} wide"),
         ("cross-attention", f"{len(adapter.layers)} layers, text {sizes.output_width} wide"),
         ("tokens per subject", str(sizes.tokens)),
         ("trained at", f"{config.training_resolution} px"),
@@ -129,6 +129,12 @@ def is_generated(text: str) -> bool:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _shown(name: str) -> str:
+    """A model without its place on this machine, which is nobody else's business: a card travels."""
+    model, at, file = name.rpartition("@")
+    return f"{model}{at}{Path(file).name}" if Path(file).is_absolute() else name
 
 
 def _is_hub_name(name: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdiffusion.errors import WeightsError, reason
+from msdiffusion.errors import WeightsError, reason, shown
 from msdiffusion.resampler import ResamplerParams
 from msdiffusion.subjects import whole_number
 
@@ -77,15 +78,25 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise WeightsError(f"no such file: {path}")
     try:
-        record = torch.load(path, map_location="cpu", weights_only=True)
+        # mapped: what it holds is told before gigabytes are read
+        record = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise WeightsError(f"{path} is not a file of tensors only, so it is not opened: {reason(error)}") from None
     if not isinstance(record, dict) or not {"image_proj", "ms_adapter"} <= record.keys():
+        if isinstance(record, dict) and "state_dict" in record:
+            raise WeightsError(
+                f"{path} is no official ms_adapter.bin but a checkpoint of a training: give the run's folder, or the "
+                "checkpoint under a name that ends in .ckpt"
+            )
         found = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise WeightsError(f"{path} is no official ms_adapter.bin: needs image_proj and ms_adapter, found {found}")
+        raise WeightsError(
+            f"{path} is no official ms_adapter.bin: needs image_proj and ms_adapter, found {shown(found, 200)}"
+        )
     more = sorted(map(str, record.keys() - {"image_proj", "ms_adapter", "dummy_image_tokens"}))
     if more:
-        warnings.warn(f"{path} also holds {more}, which an adapter has no place for: left out", stacklevel=2)
+        warnings.warn(
+            f"{path} also holds {shown(more, 200)}, which an adapter has no place for: left out", stacklevel=2
+        )
     return record
 
 

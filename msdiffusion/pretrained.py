@@ -6,9 +6,12 @@ open_clip's. Configs can be read apart from weights, to see what fits before any
 
 from __future__ import annotations
 
+import inspect
+import json
 import logging
 import pickle
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,24 +19,34 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    EDMEulerScheduler,
     ModelMixin,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import deprecation_utils
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
+from torch import nn
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    PreTrainedModel,
+)
 
 from msdiffusion.errors import WeightsError, reason
 from msdiffusion.open_clip_encoder import OpenClipName, OpenClipVisionEncoder, names_open_clip, vision_config
 
 # diffusers loads a component of a pipeline only from a module that is already imported: the embedded base has this one
 from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
-from msdiffusion.single_file import SingleFile, check_unet_shapes, names_single_file, read_single_file
+from msdiffusion.single_file import SingleFile, check_unet_shapes, check_vae_shapes, names_single_file, read_single_file
 
 PIPELINES: Mapping[str, type[DiffusionPipeline]] = {"sdxl": StableDiffusionXLPipeline, "sd1": StableDiffusionPipeline}
 """Kind of base model to the pipeline that it is loaded as."""
@@ -42,6 +55,8 @@ _LOADING_ERRORS = (
     OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError, HFValidationError, SafetensorError,
     pickle.UnpicklingError,
 )  # fmt: skip
+_HARMLESS = ("position_ids",)
+"""Last names of tensors that a file may lack: constants, which some versions of transformers write."""
 # diffusers renamed its keyword after 0.39, and warns of the old name.
 _DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
 
@@ -210,10 +225,47 @@ def load_image_encoder(
     name, options = _split_hub_folder(image_encoder)
     _check_encoder_folder(name)
     try:
-        encoder = CLIPVisionModelWithProjection.from_pretrained(name, dtype=dtype, **options)
+        encoder = load_complete(
+            CLIPVisionModelWithProjection, name, f"image encoder {image_encoder}", dtype=dtype, **options
+        )
     except _LOADING_ERRORS as error:
         raise _not_loaded("image encoder", image_encoder, error) from error
     return encoder, _image_processor(name, options, encoder.config)
+
+
+def load_complete(kind: type[nn.Module], place: str | Path, what: str, **options: Any) -> nn.Module:
+    """A network of diffusers or transformers, if its files hold all of it: what they lack would be random otherwise.
+
+    Args:
+        kind: the class, whose ``from_pretrained`` reads it.
+        place: folder or hub name.
+        what: the network, for the message.
+        options: of ``from_pretrained``.
+
+    Raises:
+        WeightsError: tensors are missing, or have other shapes than the config asks for; names some of each.
+    """
+    network, report = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    missing = [name for name in report["missing_keys"] if name.rpartition(".")[2] not in _HARMLESS]
+    _check_missing(what, missing, sorted(report["unexpected_keys"]))
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise WeightsError(
+            f"the {what} does not fit its config: {name} has shape {tuple(found)}, the config asks for "
+            f"{tuple(expected)}: weights and config belong to different models"
+        )
+    return network
+
+
+def _check_missing(what: str, missing: Iterable[str], unexpected: Sequence[str] = ()) -> None:
+    missing = sorted(missing)
+    if not missing:
+        return
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    instead = f"; there are others, such as {unexpected[0]}, which have no place in it" if unexpected else ""
+    raise WeightsError(
+        f"the {what} is incomplete: its files lack {', '.join(missing[:3])}{more}{instead}. What is missing would be "
+        "random: get the files anew, or the ones of that kind of model"
+    )
 
 
 def is_local(source: str | Path) -> bool:
@@ -237,6 +289,9 @@ def _load_single_file(
     file: SingleFile, dtype: torch.dtype, base_config: str | Path | None, vae_dtype: torch.dtype | None
 ) -> DiffusionPipeline:
     source = _config_source(file, base_config)
+    check_unet_shapes(file, _meta_unet(source, _configs_of(file)), source)
+    if _index_of(source).get("vae") == ["diffusers", AutoencoderKL.__name__]:
+        check_vae_shapes(file, _on_meta(AutoencoderKL, source, "vae", _configs_of(file)), source)
     try:
         with _old_news_withheld():
             pipeline = PIPELINES[file.kind].from_single_file(
@@ -245,9 +300,31 @@ def _load_single_file(
             if vae_dtype not in (None, dtype):
                 options = {"config": source, "subfolder": "vae", _DTYPE: vae_dtype}
                 pipeline.register_modules(vae=type(pipeline.vae).from_single_file(str(file.path), **options))
-            return pipeline
-    except _LOADING_ERRORS as error:
+            pipeline.register_modules(scheduler=_scheduler_of(file, pipeline.scheduler, source))
+            return _with_weights(pipeline, file.path)
+    except (*_LOADING_ERRORS, SingleFileComponentError) as error:
         raise _not_loaded(f"{_configs_of(file)}, or its weights,", source, error) from error
+
+
+def _scheduler_of(file: SingleFile, scheduler: Any, source: str) -> Any:
+    """The scheduler of the configs, changed as the file says that it was trained."""
+    kind, settings = type(scheduler), dict(file.sampling)
+    if not settings:
+        return scheduler
+    if "sigma_data" in settings:
+        if kind.__name__.startswith("EDM"):
+            return scheduler
+        if "sigma_max" not in settings:
+            raise WeightsError(
+                f"{file.path} was trained with EDM's noise (edm_mean, edm_std), but the scheduler of {source} is a "
+                f"{kind.__name__}: give base_config= of its own, such as playgroundai/playground-v2.5-1024px-aesthetic"
+            )
+        return EDMEulerScheduler(**settings)
+    if "rescale_betas_zero_snr" in settings:  # then the first step has to be the one without any signal
+        settings["timestep_spacing"] = "trailing"
+    if not settings.keys() <= inspect.signature(kind).parameters.keys():  # PNDM, that of Stable Diffusion 1.5
+        kind, settings = DDIMScheduler, {"clip_sample": False, **settings}
+    return kind.from_config(scheduler.config, **settings)
 
 
 def _config_source(file: SingleFile, base_config: str | Path | None) -> str:
@@ -278,6 +355,15 @@ def _with_vocabulary(pipeline: DiffusionPipeline, source: str) -> DiffusionPipel
         tokenizer = getattr(pipeline, name, None)
         if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise WeightsError(f"the {name} of {source} has no vocabulary: its files are missing")
+    return _with_weights(pipeline, source)
+
+
+def _with_weights(pipeline: DiffusionPipeline, source: str | Path) -> DiffusionPipeline:
+    """The pipeline, unless weights were not there: diffusers leaves those on the meta device."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            missing = [key for key, weight in part.state_dict().items() if weight.device.type == "meta"]
+            _check_missing(f"{name} of {source}", missing)
     return pipeline
 
 
@@ -285,46 +371,91 @@ def _configs_of(file: SingleFile) -> str:
     return f"configs and tokenizers for {file.path} (base_config= takes any folder or hub name of such a pipeline)"
 
 
+def _index_of(source: str) -> Mapping[str, Any]:
+    index = DiffusionPipeline.load_config(source)
+    if not isinstance(index, Mapping):
+        raise WeightsError(f"the model_index.json of {source!r} is no list of a pipeline's parts")
+    return index
+
+
 def _kind_of(source: str) -> str:
-    name = DiffusionPipeline.load_config(source).get("_class_name", "")
+    name = _index_of(source).get("_class_name", "")
     return kind_of_class(name[-1] if isinstance(name, list) else name, source)  # a list: somebody's file, and the class
 
 
 def _meta_unet(source: str | Path, what: str) -> UNet2DConditionModel:
+    return _on_meta(UNet2DConditionModel, source, "unet", what)
+
+
+def _on_meta(kind: type[ModelMixin], source: str | Path, part: str, what: str) -> ModelMixin:
+    """A network of a pipeline without its weights."""
+    if Path(source).is_dir() and not (Path(source) / part / "config.json").is_file():  # the one above would be taken
+        raise WeightsError(f"cannot load the {what} from {str(source)!r}: no {part}/config.json there")
     try:
-        config = UNet2DConditionModel.load_config(str(source), subfolder="unet")
+        config = kind.load_config(str(source), subfolder=part)
         with torch.device("meta"):
-            return UNet2DConditionModel.from_config(config)
+            return kind.from_config(config)
     except _LOADING_ERRORS as error:
         raise _not_loaded(what, source, error) from error
 
 
 def _options(kind: str) -> dict[str, Any]:
     # The watermark would be the only part of a picture that the models didn't draw; SDXL alone knows the option.
-    return {"add_watermarker": False} if kind == "sdxl" else {"requires_safety_checker": False}
+    # A checker of the base model would turn pictures black; whoever wants one has ``picture_hooks``.
+    return {"add_watermarker": False} if kind == "sdxl" else {"requires_safety_checker": False, "safety_checker": None}
 
 
 def _with_variant(
     pipeline: type[DiffusionPipeline], name: str, dtype: torch.dtype, options: Mapping[str, Any]
 ) -> DiffusionPipeline:
     """The pipeline from its half-precision files, half the download, where it has them and they are asked for."""
-    options = {_DTYPE: dtype, **options}
     half = dtype in (torch.float16, torch.bfloat16)
     if half and (not Path(name).is_dir() or any(Path(name).rglob("*.fp16.safetensors"))):
         try:
-            return pipeline.from_pretrained(name, variant="fp16", **options)
+            networks = _networks(name, dtype, variant="fp16")
+            return pipeline.from_pretrained(name, variant="fp16", **{_DTYPE: dtype, **options, **networks})
         except (OSError, ValueError, HfHubHTTPError):  # no such variant, or not of every part
             logging.getLogger(__name__).info("%s has no complete variant fp16", name)
-    return pipeline.from_pretrained(name, **options)
+    return pipeline.from_pretrained(name, **{_DTYPE: dtype, **options, **_networks(name, dtype)})
+
+
+def _networks(name: str, dtype: torch.dtype, **options: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline, each seen to be complete: the pipeline's own loading doesn't tell.
+
+    Those of other libraries, and what the pipeline does without, are left to the pipeline.
+    """
+    networks = {}
+    for part, entry in _index_of(name).items():
+        if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in ("diffusers", "transformers"):
+            continue
+        kind = getattr(sys.modules[entry[0]], str(entry[1]), None)
+        if isinstance(kind, type) and issubclass(kind, (ModelMixin, PreTrainedModel)):
+            try:
+                networks[part] = _network(kind, name, part, dtype, **options)
+            except _LOADING_ERRORS as error:
+                if "variant" in options:
+                    raise
+                raise _not_loaded("base model", name, error, f"its {part}: ") from error
+    return networks
+
+
+def _network(kind: type[nn.Module], name: str, part: str, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """A network of a pipeline by itself."""
+    options[_DTYPE if issubclass(kind, ModelMixin) else "dtype"] = dtype
+    folder = Path(name) / part
+    if not Path(name).is_dir():
+        return load_complete(kind, name, f"{part} of {name}", subfolder=part, **options)
+    if not folder.is_dir():
+        raise WeightsError(f"the base model {name} is incomplete: its {part} is missing, there is no folder {folder}")
+    return load_complete(kind, str(folder), f"{part} of {name}", **options)
 
 
 def _vae(kind: type[ModelMixin], name: str, dtype: torch.dtype) -> ModelMixin:
     """A pipeline's autoencoder by itself, from its files of full precision where there are any."""
-    options = {_DTYPE: dtype, "subfolder": "vae"}
     try:
-        return kind.from_pretrained(name, **options)
+        return _network(kind, name, "vae", dtype)
     except (OSError, ValueError, HfHubHTTPError):
-        return kind.from_pretrained(name, variant="fp16", **options)
+        return _network(kind, name, "vae", dtype, variant="fp16")
 
 
 def _check_encoder_folder(name: str) -> None:
@@ -333,8 +464,17 @@ def _check_encoder_folder(name: str) -> None:
             f"cannot load the image encoder from the file {name!r}: give its folder, or "
             "open_clip:MODEL@FILE.safetensors"
         )
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():  # transformers would give its defaults
+    config = Path(name) / "config.json"
+    if Path(name).is_dir() and not config.is_file():  # transformers would give its defaults
         raise WeightsError(f"cannot load the image encoder from {name!r}: no config.json there")
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else "clip"
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(f"cannot load the image encoder from {name!r}: its config.json: {reason(error)}") from None
+    if not str(kind).startswith("clip"):  # transformers would fill in the rest of a CLIP
+        raise WeightsError(
+            f"cannot load the image encoder from {name!r}: its config.json is of model_type {kind!r}, not of a CLIP"
+        )
 
 
 @contextmanager
@@ -377,7 +517,11 @@ def _split_hub_folder(name: str | Path) -> tuple[str, dict[str, str]]:
     return "/".join(parts[:2]), {"subfolder": "/".join(parts[2:])}
 
 
-def _not_loaded(what: str, name: str | Path, error: Exception) -> WeightsError:
+def _not_loaded(what: str, name: str | Path, error: Exception, part: str = "") -> WeightsError:
     if isinstance(error, WeightsError):
         return error
-    return WeightsError(f"cannot load the {what} from {str(name)!r}: {reason(error)}")
+    told = reason(error).partition(" If you want to instead")[0]  # load it with random weights
+    if not Path(name).exists() and "base_config=" not in what:  # the library speaks of the hub, even of a lost folder
+        option = "image_encoder=" if what == "image encoder" else "base_model="
+        told += f" (no such folder here, so a hub was asked; {option} takes another place)"
+    return WeightsError(f"cannot load the {what} from {str(name)!r}: {part}{told}")

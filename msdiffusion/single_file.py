@@ -6,7 +6,7 @@ Only safetensors are taken: the older formats (.ckpt) are pickles, which run cod
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from msdiffusion.errors import WeightsError
 
 UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
 # Where the first text encoder keeps its position embedding, whose last size is the width; by kind of model.
 _TEXT_ENCODERS = {
     "sdxl": ("conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",),
@@ -24,6 +25,9 @@ _TEXT_ENCODERS = {
         "cond_stage_model.model.positional_embedding",  # Stable Diffusion 2
     ),
 }
+_MORE = {"sdxl": (("conditioner.embedders.1.", "second text encoder"),), "sd1": ()}
+# Tensors that fine-tunes carry to say how they were trained, as ComfyUI reads them; the last two are Playground's.
+_MARKS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
 _WEIGHT_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -38,6 +42,9 @@ class SingleFile:
     """Width of the first text encoder."""
     shapes: Mapping[str, tuple[int, ...]]
     """Of every tensor, by its name in the file."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """What the file says about the noise that it was trained with, as settings of a scheduler of diffusers: nothing,
+    ``prediction_type``, ``rescale_betas_zero_snr``, or those of EDM, which have ``sigma_data``."""
 
     @property
     def cross_attentions(self) -> tuple[int, int]:
@@ -73,6 +80,7 @@ def read_single_file(path: str | Path) -> SingleFile:
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            sampling = _sampling({name: file.get_tensor(name) for name in _MARKS if name in shapes}, file.metadata())
     except SafetensorError as error:
         raise WeightsError(f"the base model {path} is not a safetensors file: {error}") from None
     matrices = (
@@ -84,12 +92,35 @@ def read_single_file(path: str | Path) -> SingleFile:
     for kind, names in _TEXT_ENCODERS.items():
         for name in names:
             if name in shapes and any(key.startswith(UNET_PREFIX) for key in shapes):
-                return SingleFile(path, kind, shapes[name][-1], shapes)
+                for prefix, what in ((VAE_PREFIX, "autoencoder"), *_MORE[kind]):
+                    if not any(key.startswith(prefix) for key in shapes):
+                        raise WeightsError(
+                            f"the base model {path} is incomplete: it holds no {what} ({prefix}*): use the full "
+                            "version of the checkpoint"
+                        )
+                return SingleFile(path, kind, shapes[name][-1], shapes, sampling)
     raise WeightsError(
         f"the base model {path} is no Stable Diffusion checkpoint in the original layout with its text encoders: needs "
         f"{UNET_PREFIX}* and {_TEXT_ENCODERS['sdxl'][0]} (SDXL) or {_TEXT_ENCODERS['sd1'][0]} (1.x); it has "
         f"{sorted(shapes)[:2]}, ..."
     )
+
+
+def _sampling(marks: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """See SingleFile.sampling; ``metadata`` may say it by the names of ModelSpec."""
+    if "edm_mean" in marks and "edm_std" in marks:
+        return {"sigma_data": 0.5}
+    edges = {}
+    for name, mark in marks.items():
+        if name.startswith("edm_vpred."):
+            if mark.numel() != 1:
+                raise WeightsError(f"{name} of the base model must be one number, got shape {tuple(mark.shape)}")
+            edges[name.rpartition(".")[2]] = float(mark)
+    if "sigma_max" in edges:  # without a least noise: that of CosXL, the release that began with it
+        return {"prediction_type": "v_prediction", "sigma_data": 1.0, "sigma_min": 0.002, **edges}
+    if "v_pred" in marks or (metadata or {}).get("modelspec.prediction_type") == "v":
+        return {"prediction_type": "v_prediction", **({"rescale_betas_zero_snr": True} if "ztsnr" in marks else {})}
+    return {}
 
 
 def check_unet_shapes(file: SingleFile, unet: torch.nn.Module, config_source: str) -> None:
@@ -105,19 +136,32 @@ def check_unet_shapes(file: SingleFile, unet: torch.nn.Module, config_source: st
     """
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
+    _check_shapes(file, UNET_PREFIX, convert_ldm_unet_checkpoint, unet, config_source, "UNet")
+
+
+def check_vae_shapes(file: SingleFile, vae: torch.nn.Module, config_source: str) -> None:
+    """The same of the autoencoder; see check_unet_shapes."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    _check_shapes(file, VAE_PREFIX, convert_ldm_vae_checkpoint, vae, config_source, "autoencoder")
+
+
+def _check_shapes(
+    file: SingleFile, prefix: str, convert: Any, network: torch.nn.Module, config_source: str, what: str
+) -> None:
     held: dict[str, Any] = {
-        name: torch.empty(shape, device="meta") for name, shape in file.shapes.items() if name.startswith(UNET_PREFIX)
+        name: torch.empty(shape, device="meta") for name, shape in file.shapes.items() if name.startswith(prefix)
     }
     advice = "base_config= names the pipeline that the checkpoint was made from"
     try:
-        theirs = {name: tuple(t.shape) for name, t in convert_ldm_unet_checkpoint(held, dict(unet.config)).items()}
+        theirs = {name: tuple(t.shape) for name, t in convert(held, dict(network.config)).items()}
     except KeyError as error:
         raise WeightsError(
             f"{file.path} has no {error.args[0]}, which the config of {config_source} asks for: {advice}"
         ) from None
-    for name, weight in unet.state_dict().items():
+    for name, weight in network.state_dict().items():
         if theirs.get(name) != tuple(weight.shape):
             raise WeightsError(
-                f"the UNet of {file.path} is not the one that {config_source} describes: {name} has shape "
+                f"the {what} of {file.path} is not the one that {config_source} describes: {name} has shape "
                 f"{theirs.get(name, 'nothing')}, the config asks for {tuple(weight.shape)}: {advice}"
             )

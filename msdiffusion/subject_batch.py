@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from msdiffusion.attention import remove_pag
 from msdiffusion.auto_layout import AutoLayout
 from msdiffusion.condition import SubjectCondition
-from msdiffusion.errors import RequestError
+from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.phrases import token_span
 from msdiffusion.subjects import WHOLE, Subjects
 
@@ -54,20 +55,24 @@ class SubjectBatch:
     """The subjects of several pictures, encoded once, and conditions for any choice of them."""
 
     @torch.no_grad()
-    def __init__(self, model: Model, layouts: Sequence[Subjects], prompts: Sequence[str | None]) -> None:
+    def __init__(
+        self, model: Model, scheduler: Any, layouts: Sequence[Subjects], prompts: Sequence[str | None]
+    ) -> None:
         """Encode references, phrases and boxes of all pictures together.
 
         Args:
             model: whose encoders, resampler and projections these are.
+            scheduler: of the runs that the conditions will be for; windows are measured in its timesteps.
             layouts: checked subjects per picture.
             prompts: per picture; needed where a layout has auto layout.
 
         Raises:
             PhraseError: a phrase cannot be found among the prompt's tokens.
         """
+        remove_pag(model.backbone.unet)  # what a run that was broken off has left
         if not model.adapter.is_installed(model.backbone.unet):
             model.install()
-        self.model, self.layouts = model, layouts
+        self.model, self.scheduler, self.layouts = model, scheduler, layouts
         tokenizer, written = model.backbone.tokenizer, functools.partial(written_out, model.pipeline)
         self._spans = [
             [
@@ -97,8 +102,12 @@ class SubjectBatch:
             backbone.encode_references(part, config.reference_features) for part in pixels.split(ENCODED_AT_ONCE)
         ]
         image_tokens = torch.cat(encoded).unsqueeze(0).to(device, dtype)
+        check_numbers(image_tokens, "image encoder", backbone.image_encoder)
         phrase_embeddings = backbone.encode_phrases(phrases).unsqueeze(0).to(device, dtype)
-        return adapter.resampler(image_tokens, phrase_embeddings, boxes, free)
+        check_numbers(phrase_embeddings, "text encoder", backbone.pipeline.text_encoder)
+        tokens = adapter.resampler(image_tokens, phrase_embeddings, boxes, free)
+        check_numbers(tokens, "adapter", adapter)
+        return tokens
 
     @torch.no_grad()
     def condition(
@@ -141,7 +150,7 @@ class SubjectBatch:
             )
         windows = None
         if any(window != (0.0, 1.0) for layout in layouts for window in layout.windows):
-            check_windows(self.model.pipeline.scheduler)
+            check_windows(self.scheduler)
             windows = table("windows", torch.float32)
         adapter = self.model.adapter
         chosen = [float(scales[row]) for row in rows]
@@ -153,10 +162,32 @@ class SubjectBatch:
                 subject_scales=table("scales", torch.float32),
                 masks=_masks(layouts, device),
                 windows=windows,
-                train_timesteps=self.model.pipeline.scheduler.config.num_train_timesteps,
+                train_timesteps=self.scheduler.config.num_train_timesteps,
                 auto_layout=auto_layout,
                 num_images=len(pictures),
                 guidance=guidance,
+            )
+
+
+def check_numbers(values: Tensor, part: str, network: nn.Module) -> None:
+    """Raise WeightsError where a network gave values that are no numbers; says whether its weights are to blame."""
+    if torch.isfinite(values).all():
+        return
+    check_weights(part, network)
+    raise WeightsError(
+        f"the {part} gives values that are no numbers (NaN or infinite) in {str(values.dtype).removeprefix('torch.')}, "
+        "though its weights are: load the model with another torch_dtype (torch.bfloat16, torch.float32), or ask for "
+        "smaller scales and guidance"
+    )
+
+
+def check_weights(part: str, network: nn.Module) -> None:
+    """Raise WeightsError where weights of a network are no numbers; those that offloading keeps away are not seen."""
+    for name, weight in network.state_dict().items():
+        if weight.device.type != "meta" and weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise WeightsError(
+                f"the {part} has weights that are no numbers (NaN or infinite), such as {name}: its file is damaged, "
+                "or was saved by a training that had failed; use another"
             )
 
 

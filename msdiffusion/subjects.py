@@ -221,7 +221,10 @@ def _check_mask(mask: Any, name: str) -> np.ndarray:
             raise LayoutError(f"{name} has other colours than black and white: {need}")
         array = values[..., 0] == 255
     else:
-        array = np.asarray(mask)
+        try:
+            array = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask)  # a tensor may be on a GPU
+        except (RuntimeError, TypeError) as error:
+            raise LayoutError(f"{name} cannot be read ({shown(str(error), 200)}): {need}") from None
         if array.ndim != 2 or array.dtype != bool:
             raise LayoutError(f"{name} is {array.dtype} of shape {array.shape}: {need}")
     if not array.any():

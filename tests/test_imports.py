@@ -23,6 +23,8 @@ RANKS = {
     "places": 0,
     "environment": 0,
     "own_memory": 0,
+    "weight_files": 0,
+    "turns": 0,
     "layout": 1,
     "phrases": 1,
     "layout_drawing": 1,

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from msdiffusion.errors import DataError, WeightsError
+from msdiffusion.weight_files import write_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -204,7 +205,7 @@ class Judge(nn.Module):
         config = {"model_type": "msdiffusion.judge", **dataclasses.asdict(self.params)}
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / WEIGHTS_NAME)
+        write_weights(weights, folder / WEIGHTS_NAME)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Judge:

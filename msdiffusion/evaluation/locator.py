@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import nms
 
 from msdiffusion.errors import DataError, WeightsError
 from msdiffusion.evaluation.judge import CONFIG_NAME, WEIGHTS_NAME, _Stage, as_pixels
+from msdiffusion.weight_files import write_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -184,7 +185,7 @@ def save_instrument(network: nn.Module, model_type: str, directory: str | Path) 
     config = {"model_type": model_type, **dataclasses.asdict(network.params)}
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_NAME)
+    write_weights(weights, folder / WEIGHTS_NAME)
 
 
 def load_instrument(network_type: type, params_type: type, model_type: str, directory: str | Path) -> nn.Module:

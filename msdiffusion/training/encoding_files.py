@@ -31,6 +31,7 @@ from torch import Tensor
 from msdiffusion.errors import DataError
 from msdiffusion.training.encoded import Part
 from msdiffusion.training.encoding_keys import SCHEMA
+from msdiffusion.weight_files import share
 
 if TYPE_CHECKING:
     from msdiffusion.training.sources import Shard
@@ -116,6 +117,7 @@ class PartWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(tensors, temporary, metadata={"schema": SCHEMA, "part": self.part, **stamp})
+            share(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

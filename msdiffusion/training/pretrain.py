@@ -23,6 +23,7 @@ from msdiffusion.training.budget import BudgetedTraining
 from msdiffusion.training.embedded import build_base, build_image_encoder, build_tokenizer
 from msdiffusion.training.local_sgd import process_rank
 from msdiffusion.training.optimizers import Muon
+from msdiffusion.weight_files import share
 
 CAPTION_SHARES = {"full": 0.5, "color": 0.2, "plain": 0.3}
 """How often a training caption names the whole identity, the main colour only, or the category only."""
@@ -306,6 +307,7 @@ class TextToImagePretraining(BudgetedTraining):
         """Writes the diffusers pipeline and a grid of samples for fixed prompts and seeds."""
         output = Path(self.hparams.output)
         self.pipeline.save_pretrained(output)
+        share(output)
         draw_samples(self.pipeline, output.parent / f"{output.name}_samples" / f"step_{self.global_step:06d}.png")
 
 

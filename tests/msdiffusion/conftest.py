@@ -4,9 +4,40 @@ import json
 import re
 import shutil
 import struct
+import threading
 from pathlib import Path
 
 import pytest
+
+
+def run_in_threads(*calls):
+    """What each call gives, each in a thread of its own, all begun at once; errors are raised here."""
+    results, barrier = [None] * len(calls), threading.Barrier(len(calls))
+
+    def run(index):
+        barrier.wait()
+        try:
+            results[index] = calls[index]()
+        except BaseException as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+@pytest.fixture(scope="session")
+def in_threads():
+    """Function, see run_in_threads."""
+    return run_in_threads
+
 
 RESNET = (
     ("norm1", "in_layers.0"),

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -57,6 +58,20 @@ def test_phrases_are_the_unprojected_pooled_output_of_the_first_encoder(backbone
     tokens = torch.tensor([backbone.tokenizer("red cat")["input_ids"]])  # without padding: the end token's last state
     states = backbone.pipeline.text_encoder(tokens).last_hidden_state
     torch.testing.assert_close(embeddings[1], states[0, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_words_after_a_token_of_textual_inversion_count(tiny_model_dir):
+    """The configs of Stable Diffusion 1.5 and SDXL name a wrong end of text, 2: read at the new token."""
+    ours = Backbone.from_pretrained(tiny_model_dir / "base", tiny_model_dir / "image_encoder", device="cpu")
+    encoder, plain = ours.pipeline.text_encoder, ours.encode_phrases(["dog", "red cat"])
+    ours.tokenizer.add_tokens("<toy>")
+    encoder.resize_token_embeddings(len(ours.tokenizer))
+    phrases = ["<toy> dog", "<toy> cat", "red <toy>"]
+    right = ours.encode_phrases(phrases)
+    encoder.config.eos_token_id = encoder.eos_token_id = 2
+    assert torch.equal(ours.encode_phrases(phrases), right)
+    assert not torch.equal(right[0], right[1])
+    assert torch.equal(ours.encode_phrases(["dog", "red cat"]), plain)
 
 
 def test_references_give_penultimate_states(backbone):
@@ -306,3 +321,15 @@ def test_the_device_is_where_offloaded_weights_compute(tiny_model_dir):
     latents = backbone.encode_pictures(torch.zeros(1, 3, 64, 64))
     assert latents.device.type == "cpu"
     assert len(backbone.decode_latents(latents)) == 1
+
+
+def test_a_tokenizer_without_a_limit_gets_the_encoders(tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
+    for name, limit in (("tokenizer", None), ("tokenizer_2", 77)):
+        path = tmp_path / "base" / name / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": limit}))
+    ours = Backbone.from_pretrained(tmp_path / "base", tiny_model_dir / "image_encoder", device="cpu")
+    assert (ours.tokenizer.model_max_length, ours.pipeline.tokenizer_2.model_max_length) == (40, 40)
+    plain = Backbone.from_pretrained(tiny_model_dir / "base", tiny_model_dir / "image_encoder", device="cpu")
+    assert torch.equal(ours.encode_prompts(["a dog"])[0], plain.encode_prompts(["a dog"])[0])
+    assert torch.equal(ours.encode_phrases(["dog"]), plain.encode_phrases(["dog"]))

@@ -376,3 +376,21 @@ def test_a_real_kill(folder, tiny_model_dir):
     assert len(contents(folder / "whole")) == 12
     finished = {name: content for name, content in contents(folder / "killed").items() if name[0] != "."}
     assert finished == contents(folder / "whole")
+
+
+def test_a_base_is_known_by_what_it_computes(tiny_model_dir, tmp_path):
+    """Not by the notes beside it, nor by the place that a library wrote into its configs."""
+    base = shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
+    before = batch.frozen_name(str(base))
+    (base / "NOTES.txt").write_text("mine")
+    (base / "unet" / "notes.json").write_text("{}")
+    config = json.loads((base / "unet" / "config.json").read_text())
+    places = {"old/place", "/other"}
+    found = set()
+    for place in places:
+        text = json.dumps({**config, "_name_or_path": place}, indent=2, sort_keys=True) + "\n"
+        (base / "unet" / "config.json").write_text(text)
+        found.add(batch.frozen_name(str(base)))
+    assert found == {before}
+    (base / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 8}))
+    assert batch.frozen_name(str(base)) != before

@@ -33,7 +33,7 @@ from torch._dynamo.utils import counters
 
 from msdiffusion import MSDiffusion
 from msdiffusion.backbone import Backbone
-from msdiffusion.errors import RequestError
+from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.own_memory import give_own_memory
 from msdiffusion.places import DEFAULT_MODEL
 
@@ -211,6 +211,8 @@ def test_lora(model, bare, unchanged, tmp_path):
         pipeline.set_adapters("one", 0.3)
     reset = compose(model, bare, unchanged)
     torch.testing.assert_close(reset, weaker, rtol=0, atol=1e-5)
+    with pytest.raises(WeightsError, match="a LoRA is in the unet"):  # which a base's files can't hold
+        model.save_pretrained(tmp_path / "whole", include_backbone=True)
     for pipeline in (model.pipeline, bare):
         pipeline.unload_lora_weights()
     assert torch.equal(ours(model), unchanged[1])

@@ -1,15 +1,23 @@
+import functools
+import io
 import json
+import math
 import shutil
+import threading
+import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPAGPipeline,
     StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 
@@ -400,6 +408,11 @@ def test_another_architecture_is_named_with_both_shapes_before_weights_are_loade
 
 def test_saving_with_the_backbone_gives_the_same_model_anywhere(model, tmp_path):
     model.save_pretrained(tmp_path / "whole", include_backbone=True)
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "whole").rglob("*.safetensors")}
+    assert modes == {
+        (tmp_path / "plain").stat().st_mode
+    }  # as the umask says; safetensors would let the owner alone read
     moved = shutil.move(tmp_path / "whole", tmp_path / "moved")
     assert torch.equal(draw(MSDiffusion.from_pretrained(moved, device="cpu")), draw(model))
 
@@ -409,6 +422,35 @@ def test_saving_the_adapter_alone_points_to_the_backbone(model, tiny_model_dir, 
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "adapter.safetensors", "README.md"}
     assert json.loads((tmp_path / "config.json").read_text())["base_model"] == str((tiny_model_dir / "base").resolve())
     assert torch.equal(draw(MSDiffusion.from_pretrained(tmp_path, device="cpu")), draw(model))
+
+
+def test_saving_after_the_working_directory_has_changed(tiny_model_dir, tmp_path, monkeypatch):
+    """The base used to be named as it was given, which is a hub's name from elsewhere."""
+    monkeypatch.chdir(tiny_model_dir)
+    loaded = MSDiffusion.from_pretrained(".", base_model="base", image_encoder="image_encoder", device="cpu")
+    monkeypatch.chdir(tmp_path)
+    loaded.save_pretrained("saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["base_model"] == str((tiny_model_dir / "base").resolve())
+    assert config["image_encoder"] == str((tiny_model_dir / "image_encoder").resolve())
+    assert str(tiny_model_dir.parent) not in (tmp_path / "saved" / "README.md").read_text()
+
+
+def test_a_base_with_something_put_into_it_is_not_saved(model, tmp_path, monkeypatch):
+    folder = tmp_path / "whole"
+    weights = model.pipeline.unet.state_dict()
+    weights["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.base_layer.weight"] = torch.ones(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(model.pipeline.unet, "state_dict", lambda: weights)
+        with pytest.raises(WeightsError, match=r"a LoRA is in the unet, .*unload_lora_weights\(\), after .*fuse_lora"):
+            model.save_pretrained(folder, include_backbone=True)
+        patched.setattr(model.pipeline.unet, "state_dict", lambda: {"conv_in.weight": torch.ones(1, device="meta")})
+        with pytest.raises(WeightsError, match="offloading keeps weights of the unet elsewhere"):
+            model.save_pretrained(folder, include_backbone=True)
+    monkeypatch.setattr(model.pipeline.unet, "encoder_hid_proj", torch.nn.Linear(1, 1))
+    with pytest.raises(WeightsError, match=r"an IP-Adapter is in the UNet, .*unload_ip_adapter\(\)"):
+        model.save_pretrained(folder, include_backbone=True)
+    assert not folder.exists()
 
 
 def test_a_model_built_in_memory_must_be_saved_whole(model, tmp_path):
@@ -479,3 +521,334 @@ def test_half_precision(tiny_model_dir):
 def test_a_gpu_draws_the_same_picture(tiny_model_dir, model):
     on_gpu = MSDiffusion.from_pretrained(tiny_model_dir, device="cuda")
     torch.testing.assert_close(draw(on_gpu).cpu(), draw(model), rtol=0, atol=2e-2)
+
+
+# ---- threads: as a web server calls one model
+
+
+def test_threads_get_what_calls_in_a_row_get(model, in_threads):
+    """Four threads with other steps, sizes, subjects and seeds; both used to get wrong pictures, without a word."""
+    requests = [
+        {"steps": 3, "height": 64, "width": 64},
+        {"steps": 5, "height": 48, "width": 96, "seed": 1, "guidance_scale": 1.0},
+        {"steps": 4, "auto_layout": True, "auto_layout_start": 2, "num_images": 2, "batch_size": 1},
+        {
+            "steps": 2,
+            "height": 96,
+            "width": 64,
+            "prompt": "a dog",
+            "images": [DOG],
+            "boxes": [LEFT],
+            "phrases": ["dog"],
+        },
+    ]
+    for kind in (DDIMScheduler, EulerDiscreteScheduler):
+        own = model.pipeline.scheduler
+        try:
+            model.pipeline.scheduler = kind.from_config(own.config)
+            alone = [draw(model, **request) for request in requests]
+            calls = [functools.partial(draw, model, **request) for request in requests]
+            together = in_threads(*calls)
+        finally:
+            model.pipeline.scheduler = own
+        for ours, theirs in zip(together, alone, strict=True):
+            assert torch.equal(ours, theirs), kind.__name__
+
+
+def test_four_schedulers_on_one_set_of_networks_in_threads(model, in_threads):
+    """Several models may share a UNet: the turns are the UNet's."""
+    kinds = (DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler)
+    calls = []
+    for kind in kinds:
+        parts = {**model.pipeline.components, "scheduler": kind.from_config(model.pipeline.scheduler.config)}
+        pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+        backbone = Backbone(pipeline, model.backbone.image_encoder, model.backbone.image_processor)
+        calls.append(functools.partial(draw, MSDiffusion(backbone, model.adapter), steps=4))
+    alone = [call() for call in calls]
+    assert len({tuple(picture.flatten().tolist()) for picture in alone}) == len(kinds)
+    for ours, theirs in zip(in_threads(*calls), alone, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_call_keeps_the_scheduler_that_the_model_had_when_it_came(model):
+    own = model.pipeline.scheduler
+    expected, begun, replaced = draw(model, steps=3), threading.Event(), threading.Event()
+    waits = threading.Event()
+
+    def hold(pipeline, step, timestep, tensors):
+        begun.set()
+        assert replaced.wait(30)
+        return tensors
+
+    results = {}
+    first = threading.Thread(target=lambda: results.update(first=draw(model, callback_on_step_end=hold)))
+    second = threading.Thread(target=lambda: (waits.set(), results.update(second=draw(model))))
+    first.start()
+    assert begun.wait(30)
+    second.start()
+    assert waits.wait(30)
+    while len(model._turns._line) < 2:
+        time.sleep(0.001)
+    try:
+        model.pipeline.scheduler = EulerDiscreteScheduler.from_config(own.config)
+        replaced.set()
+        first.join(60)
+        second.join(60)
+        assert not torch.equal(draw(model), expected)
+    finally:
+        model.pipeline.scheduler = own
+    assert torch.equal(results["first"], expected)
+    assert torch.equal(results["second"], expected)
+
+
+def test_conditions_and_batches_in_threads(model, in_threads):
+    def condition():
+        made = model.condition(**{name: TWO[name] for name in ("images", "boxes", "phrases")})
+        return torch.cat([key.flatten() for key in made.keys.values()])
+
+    def batch():
+        requests = [{**TWO, "steps": steps, "seed": steps, "output_type": "pt"} for steps in (2, 3)]
+        return torch.cat([each.pictures for each in model.generate_batch(requests, progress=False)])
+
+    def read_late():  # a picture that is read from its file only when it is needed
+        return draw(model, images=[late, TEAPOT])
+
+    content = io.BytesIO()
+    DOG.resize((400, 300)).save(content, "JPEG")
+    late = Image.open(content)
+    calls = [condition, batch, lambda: draw(model, phrases=None, prompt="a dog and a teapot"), read_late, read_late]
+    together = in_threads(*calls)
+    for ours, call in zip(together, calls, strict=True):
+        assert torch.equal(ours, call())
+
+
+def test_a_call_that_fails_does_not_hold_up_the_others(model, in_threads):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    def broken():
+        with pytest.raises(ZeroDivisionError):
+            draw(model, callback_on_step_end=fail)
+        return draw(model)
+
+    assert torch.equal(*in_threads(broken, broken))
+
+
+def test_generate_inside_a_run_is_refused_and_after_it_is_not(model):
+    """The pipeline would go on without subjects, and with the other call's guidance."""
+
+    def inside(pipeline, step, timestep, tensors):
+        with pytest.raises(RequestError, match="called by a callback of a run of the same model: draw after the run"):
+            draw(model)
+        return tensors
+
+    expected, more = draw(model), []
+    assert torch.equal(draw(model, callback_on_step_end=inside), expected)
+    request = {**TWO, "steps": 3, "seed": 0, "output_type": "pt"}
+    model.generate_batch([request], progress=False, on_result=lambda *_: more.append(draw(model)))
+    assert torch.equal(more[0], expected)
+
+
+def test_the_models_scheduler_is_left_as_it_was_and_a_run_can_be_interrupted_from_outside(model):
+    own = model.pipeline.scheduler
+    before, steps = own.num_inference_steps, []
+    draw(model, steps=7)
+    assert model.pipeline.scheduler is own
+    assert own.num_inference_steps == before
+
+    def stop(pipeline, step, timestep, tensors):
+        steps.append(step)
+        model.pipeline._interrupt = True  # as a server's button does
+        assert isinstance(pipeline, StableDiffusionXLPipeline)
+        return tensors
+
+    draw(model, steps=6, callback_on_step_end=stop)
+    assert steps == [0]
+
+
+# ---- values that are no numbers: a black picture otherwise
+
+
+BROKEN = {
+    "image encoder": (lambda model: model.backbone.image_encoder, "embeddings.class_embedding"),
+    "text encoder": (lambda model: model.pipeline.text_encoder, "final_layer_norm.weight"),
+    "second text encoder": (lambda model: model.pipeline.text_encoder_2, "text_projection.weight"),
+    "adapter": (lambda model: model.adapter, "to_v.weight"),
+    "UNet": (lambda model: model.pipeline.unet, "conv_out.bias"),
+    "VAE": (lambda model: model.pipeline.vae, "decoder.conv_out.bias"),
+}
+
+
+@pytest.mark.parametrize("part", BROKEN)
+def test_weights_that_are_no_numbers_are_told_and_whose(part, model):
+    network, name = BROKEN[part]
+    weight = next(weight for key, weight in network(model).state_dict().items() if key.endswith(name))
+    kept = weight.clone()
+    weight.view(-1)[0] = math.nan
+    calls = []
+    counting = model.pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        with pytest.raises(WeightsError, match=rf"^the {part} has weights that are no numbers .*{name}: its file is"):
+            draw(model, output_type="pil")
+        assert len(calls) == {"image encoder": 0, "text encoder": 0, "VAE": 3}.get(part, 1)  # told at the first step
+        if part != "VAE":
+            with pytest.raises(WeightsError, match=f"^the {part} "):
+                draw(model, output_type="latent", steps=1, callback_on_step_end=lambda *arguments: arguments[3])
+    finally:
+        weight.copy_(kept)
+        counting.remove()
+
+
+def test_an_overflow_names_the_part_and_the_way_out(model):
+    overflow = model.pipeline.unet.register_forward_hook(lambda _, __, output: (output[0] * math.inf,))
+    try:
+        with pytest.raises(WeightsError, match="the UNet gives values that are no numbers .* in float32, though its"):
+            draw(model)
+    finally:
+        overflow.remove()
+
+
+def test_given_tensors_must_be_numbers(model):
+    noise = torch.full((1, 4, 32, 32), math.nan)
+    with pytest.raises(RequestError, match="latents hold values that are no numbers"):
+        draw(model, latents=noise)
+    with pytest.raises(RequestError, match="prompt_embeds holds values that are no numbers"):
+        draw(model, prompt_embeds=torch.full((1, 40, 48), math.inf))
+
+
+def test_a_pipelines_own_safety_checker_is_told(tiny_sd1_model_dir, monkeypatch):
+    model = MSDiffusion.from_pretrained(tiny_sd1_model_dir, device="cpu")
+    black = lambda image, device, dtype: (torch.full_like(image, -1.0), [False, True])  # noqa: E731
+    monkeypatch.setattr(model.pipeline, "run_safety_checker", black)
+    with pytest.warns(UserWarning, match="own safety checker flagged picture 1"):
+        pictures = draw(model, num_images=2, output_type="pil")
+    assert [picture.info.get("flagged") for picture in pictures] == [None, True]
+
+
+# ---- what people say
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"torch_dtype": "half16"}, r"torch_dtype must be torch.float32, .*, or the name of one, got 'half16'"),
+        ({"torch_dtype": torch.int8}, "torch_dtype must be .*, got torch.int8"),
+        ({"torch_dtype": "auto"}, "torch_dtype must be .*, got 'auto'"),
+        ({"dtype": torch.float16}, "from_pretrained takes no 'dtype': it is called torch_dtype"),
+        ({"variant": "fp16"}, "takes no 'variant': in half precision"),
+        ({"scheduler": None}, "set model.pipeline.scheduler after loading"),
+        ({"basemodel": "x"}, "did you mean base_model"),
+        ({"revision_of_something": 1}, "it takes model, base_model, "),
+        ({"device": "gpu"}, r"device 'gpu' cannot be used here \(cpu.*an NVIDIA GPU is called cuda"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+        ({"device": "meta"}, "device 'meta' cannot be used here"),
+        ({"device": 1.5}, "device 1.5 cannot be used here"),
+    ],
+)
+def test_dtypes_devices_and_names_are_checked_before_anything_is_loaded(options, message, tmp_path):
+    with pytest.raises(RequestError, match=message) as caught:
+        MSDiffusion.from_pretrained(tmp_path / "nowhere", **options)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_dtype_may_be_named(tiny_model_dir):
+    for name in ("float16", "torch.bfloat16"):
+        loaded = Backbone.from_pretrained(tiny_model_dir / "base", tiny_model_dir / "image_encoder", name, "cpu")
+        assert str(loaded.dtype) == str(loaded.vae.dtype) == f"torch.{name.removeprefix('torch.')}"
+
+
+def test_a_device_that_is_not_there_moves_nothing(model):
+    for wrong in ("gpu", "cuda:99"):
+        with pytest.raises(RequestError, match="cannot be used here"):
+            model.to(wrong)
+    assert model.backbone.device.type == model.adapter.device.type == "cpu"
+
+
+@pytest.fixture
+def config_of_unet(model):
+    """Function: sets a field of the UNet's config for the test."""
+    kept = dict(model.pipeline.unet.config)
+    yield lambda **changes: model.pipeline.unet.register_to_config(**changes)
+    model.pipeline.unet.register_to_config(**kept)
+
+
+def test_a_base_may_draw_oblong_pictures(model, config_of_unet):
+    config_of_unet(sample_size=[32, 48])
+    assert draw(model).shape == (1, 3, 64, 96)
+    assert draw(model, height=48).shape == (1, 3, 48, 96)
+    for unknown in (None, "large", [32]):
+        config_of_unet(sample_size=unknown)
+        with pytest.raises(RequestError, match="does not say how large pictures are .* give height= and width="):
+            draw(model)
+        assert draw(model, height=64, width=64).shape == (1, 3, 64, 64)
+
+
+def test_masks_may_be_tensors_wherever_they_are(model):
+    class Elsewhere:
+        """A tensor on a GPU: numpy can't read it before it is brought here."""
+
+        def __array__(self, *_, **__):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+        def cpu(self):
+            return torch.ones(8, 8, dtype=torch.bool)
+
+    expected = draw(model, masks=[np.ones((8, 8), bool), None])
+    assert torch.equal(draw(model, masks=[Elsewhere(), None]), expected)
+    with pytest.raises(LayoutError, match=r"masks\[0\] cannot be read .*: a mask is a bool array"):
+        draw(model, masks=[torch.ones(8, 8, dtype=torch.bool, device="meta"), None])
+
+
+def test_a_refused_run_with_pag_leaves_nothing_behind(model):
+    expected = draw(model)
+    pag = StableDiffusionXLPAGPipeline(**model.pipeline.components, add_watermarker=False, pag_applied_layers=["mid"])
+    pag.set_progress_bar_config(disable=True)
+    condition = model.condition(TWO["images"], TWO["boxes"], TWO["phrases"])
+    before = {name: type(each) for name, each in model.pipeline.unet.attn_processors.items()}
+    with pytest.raises(RequestError, match="batches of other parts, as of PAG"):
+        pag(PROMPT, num_inference_steps=2, pag_scale=3.0, cross_attention_kwargs={"subjects": condition})
+    assert {name: type(each) for name, each in model.pipeline.unet.attn_processors.items()} == before
+    assert torch.equal(draw(model), expected)
+
+    def stop(*_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):  # a run of its own that breaks off leaves its processors
+        pag(PROMPT, num_inference_steps=2, pag_scale=3.0, callback_on_step_end=stop)
+    assert torch.equal(draw(model), expected)
+    other = MSDiffusion(Backbone(pag, model.backbone.image_encoder, model.backbone.image_processor), model.adapter)
+    with pytest.raises(RequestError, match="PAG gives the UNet batches of three parts.*pag_scale=0"):
+        draw(other)
+    assert torch.equal(draw(other, pag_scale=0), expected)
+
+
+def test_layers_of_the_text_encoder_may_be_skipped(tiny_sd1_model_dir, model):
+    """With transformers 5, diffusers looks for the encoder's last norm where it no longer is."""
+    sd1 = MSDiffusion.from_pretrained(tiny_sd1_model_dir, device="cpu")
+    encoder, tokenizer = sd1.pipeline.text_encoder, sd1.pipeline.tokenizer
+    ids = tokenizer([PROMPT, ""], padding="max_length", max_length=40, return_tensors="pt").input_ids
+    inner = getattr(encoder, "text_model", encoder)
+    with torch.no_grad():
+        states = inner.final_layer_norm(encoder(ids, output_hidden_states=True).hidden_states[-2])
+    expected = draw(sd1, prompt_embeds=states[:1], negative_prompt_embeds=encoder(ids[1:])[0])
+    skipped = draw(sd1, clip_skip=1, negative_prompt_embeds=encoder(ids[1:])[0])
+    torch.testing.assert_close(skipped, expected, rtol=0, atol=1e-5)
+    assert not torch.equal(skipped, draw(sd1, negative_prompt_embeds=encoder(ids[1:])[0]))
+    assert "text_model" not in encoder.__dict__
+    for loaded, most in ((sd1, 2), (model, 1)):
+        draw(loaded, clip_skip=most, steps=1)
+        with pytest.raises(RequestError, match=f"clip_skip must be at most {most}, got 9"):
+            draw(loaded, clip_skip=9)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "L", "array", "list"])
+def test_a_start_picture_must_be_rgb(model, kind):
+    """Four channels would be taken for latents, without a word."""
+    pipeline = StableDiffusionXLImg2ImgPipeline(**model.pipeline.components, add_watermarker=False)
+    other = MSDiffusion(Backbone(pipeline, model.backbone.image_encoder, model.backbone.image_processor), model.adapter)
+    start = {"array": np.zeros((64, 64, 4), np.uint8), "list": [Image.new("RGBA", (64, 64))]}
+    image = start[kind] if kind in start else Image.new(kind, (64, 64))
+    with pytest.raises(RequestError, match=r"image is .*, but the pipeline wants RGB .*: image.convert\(\"RGB\"\)"):
+        draw(other, image=image, strength=0.9)
+    with pytest.raises(RequestError, match="image must be a picture, got the path 'start.png': open it with PIL"):
+        draw(other, image="start.png", strength=0.9)

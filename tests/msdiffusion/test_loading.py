@@ -394,3 +394,67 @@ def test_of_a_run_the_best_adapter_is_taken_then_the_newest_then_a_checkpoint(ti
     # a folder that is an adapter is not searched for another one
     MSAdapter.from_pretrained(tiny_model_dir).save_pretrained(run)
     assert find_adapter(run) == run
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"base_model": "/another/machine/base"}, "base_model"),
+        ({"base_model": "../base"}, "base_model"),
+        ({"base_model": "base"}, "base_model"),
+        ({"image_encoder": "models/../image_encoder"}, "image_encoder"),
+        ({"image_encoder": "image_encoder"}, "image_encoder"),
+    ],
+)
+def test_an_adapter_copied_without_its_models_names_the_way_out(changes, option, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "copy"
+    adapter = MSAdapter.from_pretrained(tiny_model_dir)
+    places = {
+        name: str(tiny_model_dir / name.replace("base_model", "base")) for name in ("base_model", "image_encoder")
+    }
+    adapter.save_pretrained(folder, **{**places, **changes})
+    words = option.replace("_", " ")
+    with pytest.raises(WeightsError, match=rf"no {words} for the adapter .*copy: .*: give {option}=") as caught:
+        load_adapter(folder)
+    assert "connect" not in str(caught.value)
+    load_adapter(folder, **{option: places[option]})
+
+
+def test_a_hub_that_cannot_be_asked_is_told_with_the_way_out(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    places = {"base_model": "owner/name", "image_encoder": str(tiny_model_dir / "image_encoder")}
+    MSAdapter.from_pretrained(tiny_model_dir).save_pretrained(tmp_path, **places)
+    with pytest.raises(WeightsError, match=r"from 'owner/name': .* \(no such folder here, .* base_model= takes"):
+        load_adapter(tmp_path)
+
+
+def test_what_is_no_adapter_is_told_where_it_belongs(tiny_model_dir, tmp_path):
+    many = {f"a_long_name_of_a_layer.{number}.weight": torch.zeros(1) for number in range(3000)}
+    torch.save({"state_dict": many, "epoch": 3}, tmp_path / "training.bin")
+    torch.save(many, tmp_path / "many.bin")
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"state_dict": many}, tmp_path / "checkpoints" / "step-10.ckpt")
+    for given, message in (
+        (tiny_model_dir / "adapter.safetensors", r"is one file of an adapter: give its folder, \S*tiny_model\d*$"),
+        (tiny_model_dir / "config.json", "is one file of an adapter: give its folder"),
+        (tiny_model_dir / "base" / "unet" / "diffusion_pytorch_model.safetensors", "goes to base_model=, a LoRA to"),
+        (tiny_model_dir / "base", "is a base model, not an adapter: give it as base_model="),
+        (tmp_path / "training.bin", "but a checkpoint of a training: give the run's folder, or .* ends in .ckpt"),
+        (tmp_path / "many.bin", "is no official ms_adapter.bin: needs image_proj and ms_adapter, found"),
+        (tmp_path / "checkpoints", "holds checkpoints: give one of them, such as .*step-10.ckpt"),
+        (tmp_path / "checkpoints" / "step-10.ckpt", "is no checkpoint of an adapter, for it has no adapter_config"),
+        ("", "an adapter is given by its folder, file or hub name, got ''"),
+        (None, "an adapter is given by its folder, file or hub name, got None"),
+    ):
+        with pytest.raises(WeightsError, match=message) as caught:
+            load_adapter(given)
+        assert len(str(caught.value)) < 500, given
+
+
+def test_a_folder_given_in_place_of_another_is_told(tiny_model_dir):
+    """Each has a config.json; the libraries would fill in the rest of a CLIP, or of a UNet, from their own defaults."""
+    with pytest.raises(WeightsError, match=r"cannot load the UNet of the base model .*: no unet/config.json there"):
+        load_adapter(tiny_model_dir, base_model=tiny_model_dir)
+    with pytest.raises(WeightsError, match=r"cannot load the image encoder .* of model_type None, not of a CLIP"):
+        load_adapter(tiny_model_dir, image_encoder=tiny_model_dir)

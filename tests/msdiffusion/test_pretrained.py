@@ -7,12 +7,29 @@ import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
+from diffusers import (
+    DDIMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from msdiffusion.errors import WeightsError
 from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
 from msdiffusion.pretrained import (
+    _scheduler_of,
     _split_hub_folder,
     absolute,
     calls_per_step,
@@ -24,6 +41,7 @@ from msdiffusion.pretrained import (
     native_side,
     skeleton_unet,
 )
+from msdiffusion.single_file import read_single_file
 
 
 def test_what_configs_alone_tell(tiny_model_dir, single_file, tmp_path):
@@ -341,3 +359,226 @@ def test_places_of_this_machine(tmp_path, monkeypatch):
     assert absolute("base") == str(tmp_path / "base")
     assert absolute("open_clip:ViT-L-14@w.safetensors") == f"open_clip:ViT-L-14@{tmp_path / 'w.safetensors'}"
     assert absolute("owner/name") == "owner/name"
+
+
+# ---- files that lack something: whatever is not in them would be random
+
+
+def edited(place, folder, change):
+    """The folder's only safetensors file under ``place``, its tensors changed by a function."""
+    shutil.copytree(folder, place, dirs_exist_ok=True)
+
+    def edit(part):
+        path = next((place / part).glob("*.safetensors"))
+        save_file(change(load_file(path)), path, metadata={"format": "pt"})
+        return place
+
+    return edit
+
+
+def without(text):
+    return lambda weights: {name: weight for name, weight in weights.items() if text not in name}
+
+
+def doubled(name):
+    return lambda weights: {
+        key: torch.cat([value] * 2) if key.endswith(name) else value for key, value in weights.items()
+    }
+
+
+PARTS = {
+    "image_encoder": ("layers.1.mlp", "fc1.bias"),
+    "base/text_encoder": ("layers.1.mlp", "fc1.bias"),
+    "base/text_encoder_2": ("text_projection", "text_projection.weight"),
+    "base/unet": ("mid_block.resnets.1", "mid_block.resnets.1.norm1.bias"),
+    "base/vae": ("decoder.mid", "decoder.conv_out.bias"),
+}
+
+
+def load_part(folder, part):
+    return load_image_encoder(folder / part) if part == "image_encoder" else load_pipeline(folder / "base")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_missing_and_misshapen_tensors_are_named(part, tiny_model_dir, tmp_path):
+    lacking, misshapen = PARTS[part]
+    edited(tmp_path / "a", tiny_model_dir, without(lacking))(part)
+    with pytest.raises(
+        WeightsError, match=rf"{part.rpartition('/')[2].replace('_', '.')}.* is incomplete: its files lack \S*{lacking}"
+    ) as caught:
+        load_part(tmp_path / "a", part)
+    assert len(str(caught.value)) < 700
+    edited(tmp_path / "b", tiny_model_dir, doubled(misshapen))(part)
+    with pytest.raises(WeightsError, match=rf"{misshapen} has shape \(\S+.*, the config asks for \("):
+        load_part(tmp_path / "b", part)
+
+
+def test_an_encoder_whose_tensors_carry_a_prefix_is_refused(tiny_model_dir, tmp_path):
+    """It used to be loaded with random weights."""
+    edited(tmp_path, tiny_model_dir, lambda weights: {f"clip.{name}": each for name, each in weights.items()})(
+        "image_encoder"
+    )
+    with pytest.raises(WeightsError, match="and 53 more; there are others, such as clip.vision_model.embeddings"):
+        load_image_encoder(tmp_path / "image_encoder")
+
+
+def test_names_of_older_transformers_are_complete(tiny_model_dir, tmp_path):
+    def old(weights):
+        named = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in weights.items()}
+        return {**named, "text_model.embeddings.position_ids": torch.arange(40)[None]}
+
+    edited(tmp_path, tiny_model_dir, old)("base/text_encoder")
+    loaded, original = load_pipeline(tmp_path / "base"), load_pipeline(tiny_model_dir / "base")
+    for name, weight in original.text_encoder.state_dict().items():
+        assert torch.equal(loaded.text_encoder.state_dict()[name], weight)
+
+
+def test_half_precision_lacks_nothing_either(tiny_model_dir, tmp_path):
+    load_pipeline(tiny_model_dir / "base").save_pretrained(tmp_path / "both" / "base")
+    load_pipeline(tiny_model_dir / "base", torch.float16).save_pretrained(tmp_path / "both" / "base", variant="fp16")
+    path = tmp_path / "both" / "base" / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    save_file(without("mid_block")(load_file(path)), path)
+    with pytest.raises(WeightsError, match="unet of .* is incomplete: its files lack mid_block"):
+        load_pipeline(tmp_path / "both" / "base", torch.float16)
+    load_pipeline(tmp_path / "both" / "base")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda base: shutil.rmtree(base / "vae"), "is incomplete: its vae is missing, there is no folder"),
+        (lambda base: (base / "model_index.json").write_text("[]"), "is no list of a pipeline's parts"),
+        (lambda base: next((base / "unet").glob("*.safetensors")).unlink(), "cannot load the base .*: its unet: "),
+        (lambda base: next((base / "text_encoder").glob("*.safetensors")).write_bytes(b"0" * 99), ": its text_encoder"),
+        (lambda base: (base / "vae" / "config.json").write_text("["), "cannot load the base model .*: its vae: "),
+    ],
+)
+def test_what_is_missing_from_a_base_is_named(change, message, tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
+    change(tmp_path / "base")
+    with pytest.raises(WeightsError, match=message):
+        load_pipeline(tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("model.diffusion_model.middle_block.2"), "UNet of .*: mid_block.resnets.1.* has shape nothing"),
+        (
+            without("first_stage_model.decoder.mid"),
+            "autoencoder of .*fine_tune.*: decoder.mid_block.* has shape nothing",
+        ),
+        (without("first_stage_model"), r"fine_tune.* is incomplete: it holds no autoencoder \(first_stage_model"),
+        (without("0.transformer.text_model.encoder.layers.1.mlp"), "text_encoder of .*fine_tune.* lack .*layers.1.mlp"),
+        (without("embedders.1.model.text_projection"), "text_encoder_2 of .*fine_tune.* lack text_projection"),
+        (without("embedders.1.model."), r"it holds no second text encoder \(conditioner.embedders.1"),
+        (
+            doubled("decoder.conv_out.bias"),
+            r"autoencoder of .*: decoder.conv_out.bias has shape \(6,\), the config asks",
+        ),
+        (doubled("0.transformer.text_model.final_layer_norm.bias"), "final_layer_norm.bias expected shape"),
+    ],
+)
+def test_one_file_that_lacks_something_is_refused_and_says_what(change, message, single_file, tiny_model_dir, tmp_path):
+    file = tmp_path / "fine_tune.safetensors"
+    save_file(change(load_file(single_file)), file)
+    with pytest.raises(WeightsError, match=message) as caught:
+        load_pipeline(file, base_config=tiny_model_dir / "base")
+    assert "ignore_mismatched" not in str(caught.value)
+
+
+# ---- what a file says about its noise
+
+
+def marked(file, place, metadata=None, **marks):
+    save_file({**load_file(file), **{name.replace("__", "."): mark for name, mark in marks.items()}}, place, metadata)
+    return place
+
+
+NOTHING = torch.zeros(0)
+
+
+@pytest.fixture
+def epsilon_base(tiny_model_dir, tmp_path):
+    """The tiny base with SDXL's own scheduler."""
+    shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    scheduler.save_pretrained(tmp_path / "base" / "scheduler")
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+    return tmp_path / "base"
+
+
+def test_the_scheduler_follows_what_a_file_says(single_file, epsilon_base, tiny_model_dir, tmp_path):
+    plain = load_pipeline(single_file, base_config=epsilon_base).scheduler
+
+    def scheduler(metadata=None, **marks):
+        file = marked(single_file, tmp_path / "marked.safetensors", metadata, **marks)
+        return _scheduler_of(read_single_file(file), plain, "base")
+
+    assert scheduler() is plain
+    assert (plain.config.prediction_type, plain.config.rescale_betas_zero_snr) == ("epsilon", False)
+    by_v = scheduler(v_pred=NOTHING)
+    assert type(by_v) is EulerDiscreteScheduler
+    assert (by_v.config.prediction_type, by_v.config.rescale_betas_zero_snr) == ("v_prediction", False)
+    assert by_v.config.timestep_spacing == "leading"
+    zero = scheduler(v_pred=NOTHING, ztsnr=NOTHING)
+    assert (zero.config.prediction_type, zero.config.rescale_betas_zero_snr) == ("v_prediction", True)
+    zero.set_timesteps(10)
+    assert zero.timesteps[0] == 999  # where there is no signal
+    assert zero.config.beta_schedule == "scaled_linear"
+    assert scheduler({"modelspec.prediction_type": "v"}).config.prediction_type == "v_prediction"
+    assert scheduler({"modelspec.prediction_type": "epsilon"}).config == plain.config
+    assert scheduler(ztsnr=NOTHING).config == plain.config  # noise cannot be told from nothing but noise
+    edm = scheduler(edm_vpred__sigma_max=torch.tensor(120.0), edm_vpred__sigma_min=torch.tensor(0.0625))
+    assert type(edm) is EDMEulerScheduler
+    assert {**edm.config, "sigma_max": 120.0, "sigma_min": 0.0625, "prediction_type": "v_prediction"} == {**edm.config}
+    assert edm.config.sigma_data == 1.0
+    with pytest.raises(
+        WeightsError, match=r"trained with EDM's noise .* is a EulerDiscreteScheduler: give base_config="
+    ):
+        scheduler(edm_mean=torch.zeros(4), edm_std=torch.ones(4))
+    with pytest.raises(
+        WeightsError, match=r"edm_vpred.sigma_max of the base model must be one number, got shape \(2,\)"
+    ):
+        scheduler(edm_vpred__sigma_max=torch.ones(2))
+    file = marked(single_file, tmp_path / "marked.safetensors", v_pred=NOTHING, ztsnr=NOTHING)
+    assert load_pipeline(file, base_config=epsilon_base).scheduler.config == zero.config
+
+
+def test_a_scheduler_that_cannot_follow_gives_way_to_one_that_can(sd1_single_file, tiny_sd1_model_dir, tmp_path):
+    shutil.copytree(tiny_sd1_model_dir / "base", tmp_path / "base")
+    pndm = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True)
+    pndm.save_pretrained(tmp_path / "base" / "scheduler")
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+    file = marked(sd1_single_file, tmp_path / "marked.safetensors", v_pred=NOTHING, ztsnr=NOTHING)
+    scheduler = load_pipeline(file, base_config=tmp_path / "base").scheduler
+    assert type(scheduler) is DDIMScheduler
+    assert (scheduler.config.prediction_type, scheduler.config.rescale_betas_zero_snr) == ("v_prediction", True)
+    assert (scheduler.config.beta_end, scheduler.config.clip_sample) == (0.012, False)
+    assert scheduler.alphas_cumprod[-1] == 0
+
+
+def test_a_safety_checker_of_the_base_stays_off(tiny_sd1_model_dir, sd1_single_file, tmp_path):
+    shutil.copytree(tiny_sd1_model_dir / "base", tmp_path / "base")
+    config = CLIPConfig(
+        vision_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8,
+                       "image_size": 8, "patch_size": 8, "projection_dim": 8},
+        text_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8},
+        projection_dim=8,
+    )  # fmt: skip
+    StableDiffusionSafetyChecker(config).save_pretrained(tmp_path / "base" / "safety_checker")
+    CLIPImageProcessor().save_pretrained(tmp_path / "base" / "feature_extractor")
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    index.pop("requires_safety_checker", None)
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+    assert StableDiffusionPipeline.from_pretrained(tmp_path / "base").safety_checker is not None
+    assert load_pipeline(tmp_path / "base").safety_checker is None
+    assert load_pipeline(sd1_single_file, base_config=tmp_path / "base").safety_checker is None
