@@ -14,18 +14,19 @@ Paths are relative to the file. A boundary: what comes in is not trusted, what g
 from __future__ import annotations
 
 import difflib
-import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from msdiffusion.errors import MSDiffusionError, RequestError, shown
+from msdiffusion.pictures import open_content
 from msdiffusion.request import GenerationRequest, check_request
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 ARGUMENTS = (
     "images", "boxes", "prompt", "phrases", "masks", "negative_prompt", "num_images", "steps", "guidance_scale",
@@ -55,14 +56,7 @@ class Embedded:
         Raises:
             RequestError: it is none.
         """
-        try:
-            picture = Image.open(io.BytesIO(self.content))
-            picture.load()
-        except Exception as error:  # pillow's decoders raise many things at bytes made to break them
-            raise RequestError(
-                f"the embedded reference {self.path!r} is no picture that can be read: {error}"
-            ) from None
-        return picture
+        return open_content(self.content, f"the embedded reference {shown(self.path)}")
 
 
 @dataclass(frozen=True)
@@ -160,8 +154,6 @@ def open_request(arguments: Mapping[str, Any]) -> GenerationRequest:
     opened.setdefault("boxes", None)
     try:
         return check_request(**opened)
-    except Image.DecompressionBombError as error:
-        raise RequestError(f"a reference has more pixels than are opened: {error}") from None
     except RecursionError:
         raise RequestError("an argument is nested too deeply") from None
 

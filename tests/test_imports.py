@@ -25,6 +25,7 @@ RANKS = {
     "own_memory": 0,
     "layout": 1,
     "phrases": 1,
+    "pictures": 1,
     "layout_drawing": 1,
     "pixel_autoencoder": 1,
     "single_file": 1,

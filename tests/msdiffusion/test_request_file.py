@@ -217,13 +217,13 @@ def test_embedded_references(folder):
     content = (folder / "dog.png").read_bytes()
     entry = check_entry({"images": [Embedded(content, "dog.png")], "prompt": "a dog"}, folder, "here", "name")
     assert with_embedded_opened(entry.arguments)["images"][0].size == (8, 8)
-    with pytest.raises(RequestError, match="embedded reference 'x' is no picture"):
+    with pytest.raises(RequestError, match="embedded reference 'x' is not a picture that can be read"):
         check_entry({"images": [Embedded(content[:40], "x")], "prompt": "a dog"}, folder, "here", "name")
 
 
 def test_a_picture_of_too_many_pixels(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
-    with pytest.raises(RequestError, match="more pixels than are opened"):
+    with pytest.raises(RequestError, match="dog.png' has more than 32 pixels, the most that are read"):
         read_request_file(written(folder, one()))
 
 
