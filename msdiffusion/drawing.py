@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import secrets
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -23,9 +24,12 @@ from msdiffusion.phrases import beyond_limit
 from msdiffusion.request import FALLBACKS, GenerationRequest, check_auto_layout_start
 from msdiffusion.subject_batch import Model as EncodingModel
 from msdiffusion.subject_batch import SubjectBatch, check_windows, written_out
+from msdiffusion.subjects import Subjects
 
 PictureHook = Callable[[list[Image.Image]], list[Image.Image]]
 
+PHRASES = "phrases"
+"""Key in ``picture.info`` of what each subject of the picture was called."""
 # Arguments of the diffusers pipeline that a request sets by its own names.
 _SET_BY_REQUEST = {
     *("self", "kwargs", "prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale"),
@@ -55,6 +59,8 @@ class GenerationResult:
     """As the request's ``output_type`` says."""
     seeds: tuple[int, ...]
     """Of each picture, also where the request left the choice open."""
+    phrases: tuple[str, ...]
+    """What each subject is called, also where that was read from the prompt. Of PIL pictures ``info["phrases"]`` too."""
     layout_maps: Tensor | None
     """(pictures, subjects, rows, columns) float32 in [0, 1] on the CPU: where the text's attention saw each phrase.
     None without auto layout."""
@@ -84,6 +90,12 @@ class BatchDrawing:
         self.model, self.requests, self.batch_size, self.progress = model, requests, batch_size, progress
         for request in requests:
             self._check(request)
+        warn_beyond_training(
+            model,
+            [request.subjects for request in requests],
+            [request.prompt for request in requests],
+            [self._size(request) for request in requests],
+        )
         self.pictures = [
             _Picture(index, number, seed + number)
             for index, request in enumerate(requests)
@@ -271,7 +283,58 @@ class BatchDrawing:
         else:
             joined = list(pictures) if output_type == "pil" else torch.stack(pictures)
         seeds = tuple(picture.seed for picture in self.pictures if picture.request == index)
-        return GenerationResult(joined, seeds, None if maps[0] is None else torch.stack(maps))
+        phrases = self.requests[index].subjects.names
+        if output_type == "pil":
+            for picture in joined:
+                picture.info[PHRASES] = phrases
+        return GenerationResult(joined, seeds, phrases, None if maps[0] is None else torch.stack(maps))
+
+
+def warn_beyond_training(
+    model: EncodingModel,
+    subjects: Sequence[Subjects],
+    prompts: Sequence[str | None],
+    sizes: Sequence[tuple[int, int]] = (),
+) -> None:
+    """Warn once of each kind of request that the adapter's config says it was never trained for.
+
+    Args:
+        model: whose adapter that is; a config that tells nothing warns of nothing.
+        subjects: per picture.
+        prompts: per picture.
+        sizes: per picture height and width in pixels, where they are known.
+    """
+    config = model.adapter.config
+    side, most = config.largest_side, config.most_subjects
+    for height, width in sizes:
+        if side is not None and not side**2 / 4 <= height * width <= side**2 * 2:
+            what = "the same things many times" if height * width > side**2 else "things that cannot be made out"
+            _warn(
+                f"these weights were trained on pictures of {side} x {side} pixels; at {width} x {height} (width x "
+                f"height) they draw {what}: draw near {side} x {side}"
+            )
+            break
+    count = max(len(layout.names) for layout in subjects)
+    if most is not None and count > most:
+        _warn(
+            f"these weights were trained on pictures of {most} subjects at most; of {count} some are drawn as "
+            "something else, or not at all"
+        )
+    if config.closed_vocabulary:
+        tokenizer = model.backbone.tokenizer
+        texts = (text for layout, prompt in zip(subjects, prompts, strict=True) for text in (*layout.names, prompt))
+        words = dict.fromkeys(word for text in texts for word in re.findall(r"[^\W\d_]+", (text or "").lower()))
+        unknown = [word for word in words if len(tokenizer(word, add_special_tokens=False)["input_ids"]) > 1]
+        if unknown:
+            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            _warn(
+                f"these weights know few words, and these are none of them: {', '.join(map(repr, unknown[:5]))}{more}; "
+                "something else is drawn in their place"
+            )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=6)
 
 
 def first_given(*values: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from msdiffusion.adapter import MSAdapter
 from msdiffusion.backbone import Backbone, default_device
 from msdiffusion.condition import SubjectCondition
-from msdiffusion.drawing import BatchDrawing, GenerationResult, PictureHook, first_given
+from msdiffusion.drawing import BatchDrawing, GenerationResult, PictureHook, first_given, warn_beyond_training
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.loading import Sources, check_encoders, load_adapter
 from msdiffusion.model_card import CARD_NAME, is_generated, write_card
@@ -203,8 +203,11 @@ class MSDiffusion:
         )
         whole_number(num_images, "num_images", 1)
         chosen = self.scale_of(None if scale is None else number_between(scale, "scale", 0.0, math.inf))
+        warn_beyond_training(self, [subjects], [prompt])
         layout = SubjectBatch(self, [subjects], [prompt])
-        return layout.condition([0] * num_images, [chosen], guidance=guidance)
+        condition = layout.condition([0] * num_images, [chosen], guidance=guidance)
+        condition.phrases = subjects.names
+        return condition
 
     def scale_of(self, scale: float | None) -> float:
         """The weight of all subjects: ``scale``, or the adapter's own for None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 import warnings
@@ -51,6 +52,11 @@ class Subjects:
     auto_layout_threshold: float
     numbers: tuple[int, ...]
     """Which subject each entry is a view of, from 0."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One phrase per subject."""
+        return tuple(self.phrases[self.numbers.index(number)] for number in range(max(self.numbers) + 1))
 
 
 def check_subjects(
@@ -253,7 +259,9 @@ def _check_phrases(phrases: tuple[Any, ...] | None, prompt: str | None, count: i
     if phrases is None:
         if prompt is None:
             raise RequestError("give one phrase per subject, or the prompt to read them from")
-        return tuple(find_phrases(prompt, count))
+        found = tuple(find_phrases(prompt, count))
+        logging.getLogger(__name__).info("phrases taken from the prompt: %s", ", ".join(map(repr, found)))
+        return found
     for index, phrase in enumerate(phrases):
         if not isinstance(phrase, str) or not phrase.strip():
             raise PhraseError(f"phrases[{index}] is {shown(phrase)}: name each subject, for example 'dog'")
