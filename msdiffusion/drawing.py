@@ -5,7 +5,6 @@ Shapes: P pictures of a batch, S subjects.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import secrets
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from msdiffusion.errors import RequestError
 from msdiffusion.phrases import beyond_limit
-from msdiffusion.request import FALLBACKS, GenerationRequest, check_auto_layout_start
+from msdiffusion.request import FALLBACKS, GenerationRequest, check_auto_layout_start, unknown_argument
 from msdiffusion.subject_batch import Model as EncodingModel
 from msdiffusion.subject_batch import SubjectBatch, check_windows, written_out
 from msdiffusion.subjects import Subjects
@@ -60,7 +59,7 @@ class GenerationResult:
     seeds: tuple[int, ...]
     """Of each picture, also where the request left the choice open."""
     phrases: tuple[str, ...]
-    """What each subject is called, also where that was read from the prompt. Of PIL pictures ``info["phrases"]`` too."""
+    """What each subject is called, also where that was read from the prompt. PIL pictures have it in ``info`` too."""
     layout_maps: Tensor | None
     """(pictures, subjects, rows, columns) float32 in [0, 1] on the CPU: where the text's attention saw each phrase.
     None without auto layout."""
@@ -109,9 +108,9 @@ class BatchDrawing:
         for name in request.pipeline_options:
             if name not in known:
                 ours = set(inspect.signature(type(self.model).generate).parameters) - {"self", "pipeline_options"}
-                near = difflib.get_close_matches(name, sorted(known | ours), n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise RequestError(f"generate takes no {name!r}, and neither does {type(pipeline).__name__}{hint}")
+                hint = unknown_argument(name, known | ours)
+                other = "" if name in _SET_BY_REQUEST else f", and neither does {type(pipeline).__name__}"
+                raise RequestError(f"generate takes no {name!r}{other}{hint and '; '}{hint}")
         if self.model.picture_hooks and request.output_type != "pil":
             raise RequestError(
                 f'picture_hooks take PIL pictures, but output_type is {request.output_type!r}: use "pil", or no hooks'

@@ -22,7 +22,7 @@ from msdiffusion.drawing import BatchDrawing, GenerationResult, PictureHook, fir
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.loading import Sources, check_encoders, load_adapter
 from msdiffusion.model_card import CARD_NAME, is_generated, write_card
-from msdiffusion.request import FALLBACKS, GenerationRequest, OutputType, check_request
+from msdiffusion.request import FALLBACKS, MISSING, OTHER_NAMES, GenerationRequest, OutputType, check_request
 from msdiffusion.subject_batch import SubjectBatch
 from msdiffusion.subjects import check_subjects, number_between, whole_number
 
@@ -215,9 +215,9 @@ class MSDiffusion:
 
     def generate(
         self,
-        images: Sequence[Reference | Sequence[Reference]],
-        boxes: Sequence[Sequence[float] | None] | None,
-        prompt: str,
+        images: Sequence[Reference | Sequence[Reference]] = MISSING,
+        boxes: Sequence[Sequence[float] | None] | None = MISSING,
+        prompt: str = MISSING,
         phrases: Sequence[str] | None = None,
         *,
         masks: Sequence[Any] | None = None,
@@ -242,7 +242,8 @@ class MSDiffusion:
     ) -> list[Image.Image] | np.ndarray | Tensor:
         """Draw pictures with each subject in its box.
 
-        Where None is allowed, the adapter's own default is used. Arguments are checked before anything is computed.
+        ``images``, ``boxes`` and ``prompt`` must be given. Where None is allowed, the adapter's own default is used.
+        Arguments are checked before anything is computed.
 
         Args:
             images: one item per subject: a PIL picture, RGB or RGBA (cut-out), the path of one, or a list of such,
@@ -286,6 +287,7 @@ class MSDiffusion:
             RequestError, LayoutError, PhraseError: an argument cannot be honoured.
         """
         whole_number(batch_size, "batch_size", 1)
+        _check_given({"images": images, "boxes": boxes, "prompt": prompt}, pipeline_options)
         request = check_request(
             images,
             boxes,
@@ -392,6 +394,15 @@ class MSDiffusion:
                     (Path(folder) / CARD_NAME).unlink()
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         return str(url)
+
+
+def _check_given(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise RequestError for an argument that is left out, with the name under which it was perhaps given."""
+    for name in (name for name, value in arguments.items() if value is MISSING):
+        other = next((option for option in options if OTHER_NAMES.get(option) == name), None)
+        none = "; boxes=None leaves every subject's place to the text" if name == "boxes" else ""
+        given = f", and it takes no {other!r}: here it is {name}=" if other else none
+        raise RequestError(f"generate needs {name}{given}")
 
 
 def _checked(arguments: Mapping[str, Any], index: int) -> GenerationRequest:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -66,14 +65,12 @@ _PICTURES = frozenset(
 
 
 # Small words of the languages that people write prompts in, none of them English; and the commonest English ones.
-_FOREIGN = frozenset(
-    (
-        "ein eine einen einem einer und auf mit neben im ist un une et avec sur dans sont una uno y con sobre il gli e "
-        "um uma com na em een en het met op naast ett och på med og jest oraz ve bir och és egy ja"
-    ).split()
+_FOREIGN = re.compile(
+    r"\b(?:ein|eine|einen|einem|einer|und|auf|mit|neben|im|ist|un|une|et|avec|sur|dans|sont|una|uno|y|con|sobre|il|gli|e"
+    r"|um|uma|com|na|em|een|en|het|met|op|naast|ett|och|på|med|og|jest|oraz|ve|bir|és|egy|ja)\b"
 )
-_ENGLISH = frozenset(
-    "a an the and of on in with at by near beside under behind over from to into is are wearing holding his her".split()
+_ENGLISH = re.compile(
+    r"\b(?:a|an|the|and|of|on|in|with|at|by|near|beside|under|behind|over|from|to|into|is|are|wearing|holding|his|her)\b"
 )
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
@@ -152,14 +149,12 @@ def _chunks(prompt: str) -> list[tuple[str, bool]]:
 def _check_language(prompt: str) -> None:
     """PhraseError for a prompt that is surely not English, which the language model reads all the same."""
     letters = [letter for letter in prompt if letter.isalpha()]
-    words = Counter(re.findall(r"\w+", prompt.lower()))
-    found = [word for word in words if word in _FOREIGN]
-    foreign, english = (sum(words[word] for word in small) for small in (_FOREIGN, _ENGLISH))
+    foreign, english = (small.findall(prompt.lower()) for small in (_FOREIGN, _ENGLISH))
     latin = sum(letter <= "\u024f" for letter in letters)
     if letters and 2 * latin <= len(letters):
         why = "most of its letters are not Latin"
-    elif foreign > english:
-        why = f"its small words are {', '.join(map(repr, found[:3]))}"
+    elif len(foreign) > len(english):
+        why = f"its small words are {', '.join(map(repr, list(dict.fromkeys(foreign))[:3]))}"
     else:
         return
     raise PhraseError(

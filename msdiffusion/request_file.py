@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from msdiffusion.errors import MSDiffusionError, RequestError, shown
 from msdiffusion.pictures import open_content
-from msdiffusion.request import GenerationRequest, check_request
+from msdiffusion.request import OTHER_NAMES, GenerationRequest, check_request
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -243,6 +243,17 @@ def _parse_yaml(text: str, path: Path) -> Any:
                 raise RequestError(f"{path}, line {line}: aliases (*) are not read; put what repeats under defaults")
             return super().compose_node(parent, index)
 
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            # YAML 1.1 reads 0123 as an octal number, and 12:30:45 to the base of 60: nobody means that.
+            number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+            if number and re.fullmatch(r"[-+]?0[0-7_]+|[^:]*:.*", str(node.value)):
+                line = node.start_mark.line + 1
+                raise RequestError(
+                    f"{path}, line {line}: {shown(node.value)} is another number in YAML: write it without zeros in "
+                    "front or colons, or in quotes if it is text"
+                )
+            return super().construct_object(node, deep)
+
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen = set()
             for key, _ in node.value:
@@ -268,7 +279,8 @@ def _parse_yaml(text: str, path: Path) -> Any:
 def _check_keys(given: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = [OTHER_NAMES.get(str(key))] if OTHER_NAMES.get(str(key)) in known else []
+            near = near or difflib.get_close_matches(str(key), known, n=1)
             hint = f"; is {near[0]} meant?" if near else f"; known: {', '.join(known)}"
             raise RequestError(f"{where + ': ' if where else ''}unknown key {shown(key)}{hint}")
 

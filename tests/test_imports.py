@@ -57,6 +57,7 @@ RANKS = {
     "bench": 11,
     "demo": 11,
     "cli": 12,
+    "__main__": 13,
 }
 # What a room must not know although its rank would allow it.
 STRANGERS = {("training", "generate")}

@@ -318,6 +318,47 @@ def test_what_the_weights_were_trained_for_warns_of_nothing(trained_for_little, 
     assert not recwarn.list
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_inference_steps": 3}, "generate takes no 'num_inference_steps'; here it is steps=$"),
+        (
+            {"generator": torch.Generator()},
+            r"takes no 'generator'; here it is seed=, a whole number; .*initial_seed\(\)",
+        ),
+        ({"image": DOG}, "takes no 'image', and neither does StableDiffusionXLPipeline; here it is images="),
+        ({"num_images_per_prompt": 2}, "here it is num_images="),
+        ({"cfg_scale": 3}, "here it is guidance_scale="),
+        ({"bboxes": []}, "here it is boxes="),
+        ({"stepz": 3}, "did you mean steps?"),
+        ({"prompt": ["a dog", "a teapot"]}, "prompt is one text, got .*generate_batch"),
+        ({"images": "https://example.org/dog.png"}, "images must be a list"),
+        ({"images": ["https://example.org/dog.png", TEAPOT]}, r"images\[0\] is the address"),
+    ],
+)
+def test_names_of_other_libraries_get_the_right_hint(model, changes, told):
+    with pytest.raises(RequestError, match=told):
+        draw(model, **changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            {"image": DOG, "boxes": [LEFT], "prompt": PROMPT},
+            "needs images, and it takes no 'image': here it is images=",
+        ),
+        ({"images": [DOG], "bbox": LEFT, "prompt": PROMPT}, "needs boxes, and it takes no 'bbox': here it is boxes="),
+        ({"images": [DOG], "prompt": PROMPT}, "needs boxes; boxes=None leaves every subject's place to the text"),
+        ({"images": [DOG], "boxes": [LEFT], "prompts": [PROMPT]}, "needs prompt, and it takes no 'prompts'"),
+        ({}, "generate needs images$"),
+    ],
+)
+def test_what_is_left_out_is_told(model, arguments, told):
+    with pytest.raises(RequestError, match=told):
+        model.generate(**arguments)
+
+
 def test_windows_need_timesteps_that_say_how_far_a_run_is(model):
     own = model.pipeline.scheduler
     options = {"subject_windows": [None, (0, 0.5)]}

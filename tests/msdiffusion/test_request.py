@@ -81,6 +81,8 @@ ONES = np.ones((3, 4), dtype=bool)
         ({"phrases": ["dog", "cat"], "auto_layout": True}, PhraseError, "'cat' is needed in the prompt"),
         ({"phrases": ["dog", "dog"], "auto_layout": True}, PhraseError, "needed 2 times"),
         ({"negative_prompt": 3}, RequestError, "negative_prompt"),
+        ({"prompt": ["a dog", "a cat"]}, RequestError, r"prompt is one text, got \['a dog', 'a cat'\].*generate_batch"),
+        ({"prompt": (PROMPT,)}, RequestError, "prompt is one text"),
         # sizes
         ({"height": 100}, RequestError, "height is 100.*multiple of 8.*for example 96|for example 104"),
         ({"width": 1001}, RequestError, "width is 1001.*multiple of 8: for example 1000"),

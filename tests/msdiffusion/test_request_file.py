@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -211,6 +212,31 @@ def test_files_that_cannot_be_read(folder):
 def test_errors_keep_their_kind(folder):
     with pytest.raises(LayoutError):
         check_entry({"images": ["dog.png"], "boxes": [[0, 0, 2, 2]], "prompt": "a dog"}, folder, "here", "name")
+
+
+@pytest.mark.parametrize("text", ["0123", "-012", "12:30:45", "1:30.5", "0_1", "+07"])
+@pytest.mark.parametrize("key", ["seed", "name", "boxes"])
+def test_numbers_that_yaml_changes_are_refused(folder, text, key):
+    lines = ["pictures:", "  - prompt: a dog", "    images: [dog.png]", f"    {key}: {text}"]
+    (folder / "odd.yaml").write_text("\n".join(lines))
+    with pytest.raises(RequestError, match=f"line 4: '{re.escape(text)}' is another number in YAML: write it without"):
+        read_request_file(folder / "odd.yaml")
+
+
+@pytest.mark.parametrize(("text", "seed"), [("0", 0), ("10", 10), ("0x1F", 31), ("1_000", 1000)])
+def test_other_numbers_of_yaml_are_what_they_seem(folder, text, seed):
+    lines = ["pictures:", "  - prompt: a dog", "    images: [dog.png]", "    phrases: [dog]", f"    seed: {text}"]
+    (folder / "odd.yaml").write_text("\n".join(lines))
+    assert read_request_file(folder / "odd.yaml")[0].arguments["seed"] == seed
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [("num_inference_steps", "steps"), ("image", "images"), ("generator", "seed"), ("cfg_scale", "guidance_scale")],
+)
+def test_names_of_other_libraries_are_told_ours(folder, key, ours):
+    with pytest.raises(RequestError, match=f"unknown key '{key}'; is {ours} meant"):
+        read_request_file(written(folder, one(**{key: 3})))
 
 
 def test_embedded_references(folder):
