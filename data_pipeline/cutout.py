@@ -40,8 +40,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         prog="msdiffusion cutout",
-        description="Cuts one thing out of each photograph: DIR/PHOTO.png with transparency, a reference for msdiffusion "
-        "generate. Nothing is overwritten.",
+        description="Cuts one thing out of each photograph: DIR/PHOTO.png with transparency, a reference for "
+        "msdiffusion generate. Nothing is overwritten.",
     )
     add = parser.add_argument
     add("photos", nargs="+", type=Path, metavar="PHOTO", help="JPEG, PNG, WebP, BMP or TIFF, opaque, 8 bits")

@@ -84,11 +84,17 @@ def open_content(content: bytes, name: str) -> Image.Image:
     return _decoded(io.BytesIO(content), name, name)
 
 
-def _existing(image: str | Path, name: str) -> Path:
-    if isinstance(image, str) and "://" in image[:12]:
+def refuse_address(text: str, name: str) -> None:
+    """Raise RequestError for https://... and the like, which Path would spoil, and which names no file."""
+    if "://" in text[:12]:
         raise RequestError(
-            f"{name} is the address {shown(image, 200)}; nothing is downloaded: save the picture, and give its file"
+            f"{name} is the address {shown(text, 200)}; nothing is downloaded: save the picture, and give its file"
         )
+
+
+def _existing(image: str | Path, name: str) -> Path:
+    if isinstance(image, str):
+        refuse_address(image, name)
     path = Path(image)
     try:
         if path.is_dir():

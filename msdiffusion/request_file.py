@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msdiffusion.errors import MSDiffusionError, RequestError, shown
-from msdiffusion.pictures import open_content
+from msdiffusion.pictures import open_content, refuse_address
 from msdiffusion.request import OTHER_NAMES, GenerationRequest, check_request
 
 if TYPE_CHECKING:
@@ -336,6 +336,8 @@ def _reference(value: Any, folder: Path, name: str) -> Path | Embedded:
         return value
     if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
         raise RequestError(f"{name} must be the path of a picture, got {shown(value)}")
+    if isinstance(value, str):
+        refuse_address(value, name)
     return folder / value
 
 

@@ -16,7 +16,7 @@ from data_pipeline.world import sample_scene
 @pytest.fixture
 def photo(tmp_path):
     """A photo with one thing, where it is (fractions), and its mask."""
-    scene = sample_scene(np.random.default_rng(3), size=128, count=1)
+    scene = sample_scene(np.random.default_rng(3), num_subjects=1, size=128)
     Image.fromarray(scene.image).save(tmp_path / "photo.png")
     return tmp_path / "photo.png", tuple(float(value) for value in scene.boxes[0]), scene.masks[0]
 
