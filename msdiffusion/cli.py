@@ -108,7 +108,8 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _check_convert(options: argparse.Namespace) -> None:
     for name in ("model", "base_model", "base_config", "image_encoder"):
-        check_place(getattr(options, name), name if name == "model" else "--" + name.replace("_", "-"))
+        flag = name if name == "model" else "--" + name.replace("_", "-")
+        check_place(getattr(options, name), flag, inside=name == "image_encoder")
     if options.to == "official" and (options.out.suffix != ".bin" or options.out.is_dir()):
         raise RequestError(f"--to official writes one file: --out must end in .bin, got {options.out}")
     if options.to == "official" and options.license is not None:

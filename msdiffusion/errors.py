@@ -39,18 +39,20 @@ def shown(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def check_place(model: object, name: str) -> None:
+def check_place(model: object, name: str, *, inside: bool = False) -> None:
     """Say at once, before a library is loaded or a hub asked, that a model's file or folder is not there.
 
     Args:
         model: file, folder, hub name or None, as it was given.
         name: of the flag.
+        inside: a hub name may go on with a folder inside its repository.
 
     Raises:
         WeightsError: it can only be a place on this machine, and nothing is there.
     """
     text = "" if model is None else str(model)
-    local = text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text or text.endswith(_MODEL_FILES)
+    local = text.startswith(("/", ".", "~")) or "\\" in text or text.endswith(_MODEL_FILES)
+    local = local or (text.count("/") > 1 and not inside)
     if local and not text.startswith("open_clip:") and not pathlib.Path(text).exists():
         raise WeightsError(f"no such file or folder: {shown(text, 300)} ({name})")
 

@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
     _check_sources(options)
     _check_out(options, many)
     for name in ("model", "base_model", "base_config", "image_encoder", "safety_checker"):
-        check_place(getattr(options, name), "--" + name.replace("_", "-"))
+        check_place(getattr(options, name), "--" + name.replace("_", "-"), inside=name == "image_encoder")
     entries, record = _entries(options)
     watermark = _watermark(options, record)
     _note(options, "loading the libraries that draw")

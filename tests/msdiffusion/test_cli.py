@@ -1,3 +1,4 @@
+import shlex
 import subprocess
 import sys
 
@@ -5,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from msdiffusion.cli import main
+from data_pipeline.cutout import make_parser
+from msdiffusion.cli import build_parser, main
+from msdiffusion.places import REPOSITORY
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["convert", "--help"], ["--version"]])
@@ -101,6 +104,19 @@ main(sys.argv[1:])
         )
         assert done.returncode == 7
         assert told in done.stderr
+
+
+def test_the_page_on_photographs_is_short_and_its_commands_are_ours():
+    text = (REPOSITORY / "docs" / "photographs.md").read_text()
+    assert len(text.split()) <= 1200
+    lines = text.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("msdiffusion ")]
+    assert len(commands) >= 6
+    for command in commands:
+        if command[0] == "cutout":
+            make_parser().parse_args(command[1:])
+        else:
+            build_parser().parse_args(command)
 
 
 def test_no_command_is_an_error(capsys):
