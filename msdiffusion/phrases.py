@@ -64,11 +64,13 @@ _PICTURES = frozenset(
 )
 
 
-# Small words of the languages that people write prompts in, none of them English; and the commonest English ones.
+# Small words of the languages that people write prompts in, none of them English; those that are names or words of
+# English as well, of which it takes two; and the commonest English ones.
 _FOREIGN = re.compile(
-    r"\b(?:ein|eine|einen|einem|einer|und|auf|mit|neben|im|ist|un|une|et|avec|sur|dans|sont|una|uno|y|con|sobre|il|gli|e"
-    r"|um|uma|com|na|em|een|en|het|met|op|naast|ett|och|på|med|og|jest|oraz|ve|bir|és|egy|ja)\b"
+    r"\b(?:ein|eine|einen|einem|einer|und|auf|neben|ist|une|et|avec|dans|sont|una|sobre|gli|uma|een|het|naast|ett|och|på"
+    r"|og|jest|oraz|bir|és|egy)\b"
 )
+_AMBIGUOUS = re.compile(r"\b(?:mit|im|un|sur|uno|y|con|il|e|um|com|na|em|en|met|op|med|ve|ja)\b")
 _ENGLISH = re.compile(
     r"\b(?:a|an|the|and|of|on|in|with|at|by|near|beside|under|behind|over|from|to|into|is|are|wearing|holding|his|her)\b"
 )
@@ -149,11 +151,13 @@ def _chunks(prompt: str) -> list[tuple[str, bool]]:
 def _check_language(prompt: str) -> None:
     """PhraseError for a prompt that is surely not English, which the language model reads all the same."""
     letters = [letter for letter in prompt if letter.isalpha()]
-    foreign, english = (small.findall(prompt.lower()) for small in (_FOREIGN, _ENGLISH))
+    text = prompt.lower()
+    foreign = [match[0] for match in sorted((*_FOREIGN.finditer(text), *_AMBIGUOUS.finditer(text)), key=re.Match.start)]
+    sure = bool(_FOREIGN.search(text)) or len(foreign) > 1
     latin = sum(letter <= "\u024f" for letter in letters)
     if letters and 2 * latin <= len(letters):
         why = "most of its letters are not Latin"
-    elif len(foreign) > len(english):
+    elif sure and len(foreign) > len(_ENGLISH.findall(text)):
         why = f"its small words are {', '.join(map(repr, list(dict.fromkeys(foreign))[:3]))}"
     else:
         return

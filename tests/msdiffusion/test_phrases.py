@@ -77,6 +77,8 @@ def test_weights_in_a_prompt_are_no_part_of_names(prompt, found):
         ("a smiley :) and a dog", ["smiley", "dog"]),
         ("a café and a piñata", ["café", "piñata"]),
         ("a dog on La Rambla y Sol", ["dog"]),
+        ("comic con dog", ["comic con dog"]),
+        ("MIT robot", ["MIT robot"]),
     ],
 )
 def test_brackets_that_are_no_weights(prompt, found, recwarn):
