@@ -294,6 +294,8 @@ def warn_beyond_training(
     subjects: Sequence[Subjects],
     prompts: Sequence[str | None],
     sizes: Sequence[tuple[int, int]] = (),
+    *,
+    stacklevel: int = 6,
 ) -> None:
     """Warn once of each kind of request that the adapter's config says it was never trained for.
 
@@ -302,22 +304,25 @@ def warn_beyond_training(
         subjects: per picture.
         prompts: per picture.
         sizes: per picture height and width in pixels, where they are known.
+        stacklevel: of the warning, that names the user's line; by default that of a call of generate.
     """
     config = model.adapter.config
     side, most = config.largest_side, config.most_subjects
     for height, width in sizes:
         if side is not None and not side**2 / 4 <= height * width <= side**2 * 2:
             what = "the same things many times" if height * width > side**2 else "things that cannot be made out"
-            _warn(
+            warnings.warn(
                 f"these weights were trained on pictures of {side} x {side} pixels; at {width} x {height} (width x "
-                f"height) they draw {what}: draw near {side} x {side}"
+                f"height) they draw {what}: draw near {side} x {side}",
+                stacklevel=stacklevel,
             )
             break
     count = max(len(layout.names) for layout in subjects)
     if most is not None and count > most:
-        _warn(
+        warnings.warn(
             f"these weights were trained on pictures of {most} subjects at most; of {count} some are drawn as "
-            "something else, or not at all"
+            "something else, or not at all",
+            stacklevel=stacklevel,
         )
     if config.closed_vocabulary:
         tokenizer = model.backbone.tokenizer
@@ -326,14 +331,11 @@ def warn_beyond_training(
         unknown = [word for word in words if len(tokenizer(word, add_special_tokens=False)["input_ids"]) > 1]
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-            _warn(
+            warnings.warn(
                 f"these weights know few words, and these are none of them: {', '.join(map(repr, unknown[:5]))}{more}; "
-                "something else is drawn in their place"
+                "something else is drawn in their place",
+                stacklevel=stacklevel,
             )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=6)
 
 
 def first_given(*values: Any) -> Any:

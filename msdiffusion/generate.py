@@ -203,7 +203,7 @@ class MSDiffusion:
         )
         whole_number(num_images, "num_images", 1)
         chosen = self.scale_of(None if scale is None else number_between(scale, "scale", 0.0, math.inf))
-        warn_beyond_training(self, [subjects], [prompt])
+        warn_beyond_training(self, [subjects], [prompt], stacklevel=3)
         layout = SubjectBatch(self, [subjects], [prompt])
         condition = layout.condition([0] * num_images, [chosen], guidance=guidance)
         condition.phrases = subjects.names

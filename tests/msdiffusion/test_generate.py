@@ -302,6 +302,7 @@ def test_what_the_weights_were_not_trained_for_is_told_once(trained_for_little, 
         trained_for_little.generate(**request)
     assert len(warned) == 1
     assert re.search(told, str(warned[0].message))
+    assert warned[0].filename == __file__
     if "height" not in changes:
         with pytest.warns(UserWarning, match=told):
             trained_for_little.condition(
