@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,7 +213,9 @@ def _draw(
         for case in cases
     ]
     with torch.autocast(model.adapter.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        results = model.generate_batch(requests, progress=False, batch_size=len(requests))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="these weights ")  # what they can't do is measured on purpose
+            results = model.generate_batch(requests, progress=False, batch_size=len(requests))
     return [result.pictures[0] for result in results]
 
 
