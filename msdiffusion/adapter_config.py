@@ -36,6 +36,12 @@ class AdapterConfig:
     """The same of the pipeline that configs and tokenizers come from, where ``base_model`` is one file of weights."""
     training_resolution: int = 512
     """Side of the training pictures in pixels."""
+    largest_side: int | None = None
+    """Pixels: side of the largest square pictures that base and adapter were trained on. None: not told."""
+    most_subjects: int | None = None
+    """Subjects of the fullest pictures that it was trained on. None: not told."""
+    closed_vocabulary: bool | None = None
+    """Whether the base knows no other words than those that are one token each. None: not told."""
     reference_background: tuple[int, int, int] = (0, 0, 0)
     """RGB, 0-255, behind a cut-out reference."""
     reference_fit: str = "squash"
@@ -59,6 +65,14 @@ class AdapterConfig:
             raise WeightsError(f'projector must be "resampler" or "global", got {self.projector!r}')
         if self.regions not in ("boxes", "everywhere"):
             raise WeightsError(f'regions must be "boxes" or "everywhere", got {self.regions!r}')
+        for name in ("largest_side", "most_subjects"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise WeightsError(f"{name} in an adapter's config must be a whole number above 0, got {shown(value)}")
+        if self.closed_vocabulary not in (None, True, False):
+            raise WeightsError(
+                f"closed_vocabulary in an adapter's config must be true or false, got {shown(self.closed_vocabulary)}"
+            )
         for name in ("base_model", "image_encoder", "base_config"):
             value = getattr(self, name)
             if not isinstance(value, str) and (name != "base_config" or value is not None):

@@ -26,6 +26,8 @@ from msdiffusion.pretrained import load_image_encoder, load_pipeline
 
 SQUASH_SIDE = 512
 """Pixels of the square that the official scripts squash a reference to before CLIP's own resizing."""
+LONG_SIDE, SHORT_SIDE = 8192, 2048
+"""Pixels: a reference with a side above the first is reduced to about the second before it is padded to a square."""
 
 
 class Backbone:
@@ -330,6 +332,8 @@ def _square(picture: Image.Image, background: Sequence[int], fit: str) -> Image.
     if fit == "squash":
         return picture.resize((SQUASH_SIDE, SQUASH_SIDE), Image.Resampling.BICUBIC)
     if fit == "pad":
+        if max(picture.size) > LONG_SIDE:  # the square of a panorama takes gigabytes
+            picture = picture.reduce(max(picture.size) // SHORT_SIDE)
         side = max(picture.size)
         canvas = Image.new("RGB", (side, side), tuple(background))
         canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))

@@ -33,8 +33,11 @@ if TYPE_CHECKING:
     from msdiffusion.subjects import Subjects
 
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16
-_NOT_IDENTITY = ("base_model", "image_encoder", "base_config", "defaults")
-"""What an adapter's config says of places, which are told by their content, and of arguments, which records have."""
+_NOT_IDENTITY = (
+    "base_model", "image_encoder", "base_config", "defaults", "largest_side", "most_subjects", "closed_vocabulary"
+)  # fmt: skip
+"""What an adapter's config says of places, which are told by their content, of arguments, which records have, and of
+what it was trained for, which changes no picture."""
 _MODEL_FILES = (
     *(".safetensors", ".bin", "config.json", "index.json", "tokenizer.json", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from msdiffusion import __version__, demo, evaluate, generate_command
 from msdiffusion.bench import command as bench
 from msdiffusion.environment import prepare_environment
-from msdiffusion.errors import MSDiffusionError, RequestError
+from msdiffusion.errors import MSDiffusionError, RequestError, check_place
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -19,9 +20,16 @@ if TYPE_CHECKING:
     from msdiffusion.adapter_config import AdapterConfig
 
 
+CUTOUT = "data_pipeline.cutout"
+"""A process of its own: this package may not know the networks of data_pipeline."""
+DESCRIPTION = "Draw pictures of your own things, each in its box; train, score and convert what draws them."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for bad input)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["cutout"]:
+        return subprocess.call([sys.executable, "-m", CUTOUT, *arguments[1:]])
     options = build_parser().parse_args(_bind_negative(arguments))
     prepare_environment()
     try:
@@ -34,11 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="msdiffusion", description=__doc__.split(". ")[0])
+    parser = argparse.ArgumentParser(prog="msdiffusion", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"msdiffusion {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_command(commands, "generate", generate_command, "draw pictures of your subjects, each in its box")
     _add_convert(commands)
+    commands.add_parser("cutout", help="cut things out of photographs, to draw them: PNGs with transparency, by SAM")
     for name, module, summary in (
         ("evaluate", evaluate, "draw held-out subjects with the adapter on and off, and score both"),
         ("bench", bench, "compare methods on the procedural world, and explore where this one fails"),
@@ -50,11 +59,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_command(commands: argparse._SubParsersAction, name: str, module: ModuleType, summary: str) -> None:
     """Add a command that has a module of its own, which declares its flags and sets ``run``."""
-    module.add_arguments(commands.add_parser(name, help=summary, description=module.__doc__.split("\n\n")[0]))
+    module.add_arguments(commands.add_parser(name, help=summary, description=_sentence(summary)))
+
+
+def _sentence(summary: str) -> str:
+    return f"{summary[0].upper()}{summary[1:]}."
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
-    add = commands.add_parser("convert", help="turn the official ms_adapter.bin into an adapter folder, or back")
+    summary = "turn the official ms_adapter.bin into an adapter folder, or back"
+    add = commands.add_parser("convert", help=summary, description=_sentence(summary))
     add.add_argument("model", help="ms_adapter.bin, or an adapter's folder, or a hub repository with one of them")
     add.add_argument("--to", choices=("folder", "official"), default="folder", help="default: folder")
     add.add_argument("--out", required=True, type=Path, metavar="PLACE", help="folder, or file such as ms_adapter.bin")
@@ -67,16 +81,13 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    _check_convert(options)
+    print("loading the libraries that read weights", file=sys.stderr, flush=True)
+
     from msdiffusion.loading import find_adapter, load_adapter
     from msdiffusion.model_card import write_card
     from msdiffusion.resampler import ResamplerParams
 
-    if options.to == "official" and (options.out.suffix != ".bin" or options.out.is_dir()):
-        raise RequestError(f"--to official writes one file: --out must end in .bin, got {options.out}")
-    if options.to == "official" and options.license is not None:
-        raise RequestError("--license is for the model card, which --to official does not write")
-    if options.to == "folder" and options.out.is_file():
-        raise RequestError(f"--out must be a folder, but {options.out} is a file (--to official writes files)")
     sizes = {} if options.head_width is None else {"head_width": options.head_width}
     found = load_adapter(options.model, options.base_model, options.image_encoder, options.base_config, **sizes)
     if options.to == "official":
@@ -93,6 +104,18 @@ def _convert(options: argparse.Namespace) -> None:
                 file=sys.stderr,
             )
     print(options.out)
+
+
+def _check_convert(options: argparse.Namespace) -> None:
+    for name in ("model", "base_model", "base_config", "image_encoder"):
+        flag = name if name == "model" else "--" + name.replace("_", "-")
+        check_place(getattr(options, name), flag, inside=name == "image_encoder")
+    if options.to == "official" and (options.out.suffix != ".bin" or options.out.is_dir()):
+        raise RequestError(f"--to official writes one file: --out must end in .bin, got {options.out}")
+    if options.to == "official" and options.license is not None:
+        raise RequestError("--license is for the model card, which --to official does not write")
+    if options.to == "folder" and options.out.is_file():
+        raise RequestError(f"--out must be a folder, but {options.out} is a file (--to official writes files)")
 
 
 def _tell_what_is_lost(config: AdapterConfig) -> None:

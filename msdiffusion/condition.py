@@ -106,6 +106,8 @@ class SubjectCondition:
             there = there | self._has_mask()
         self.present = there if present is None else there & present
         self.inert = inert
+        self.phrases: tuple[str, ...] = ()
+        """What each subject is called, where ``MSDiffusion.condition`` made this."""
         self.check_batch = True
         """Whether ``check_halves`` looks; whoever knows the batch may say no."""
         self.train_timesteps, self.guidance, self.auto_layout = train_timesteps, guidance, auto_layout

@@ -6,8 +6,8 @@ Shapes: P pictures of a batch, S subjects.
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
+import re
 import secrets
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -24,14 +24,16 @@ from torch import Tensor
 
 from msdiffusion.errors import RequestError, shown
 from msdiffusion.phrases import beyond_limit
-from msdiffusion.request import FALLBACKS, GenerationRequest, check_auto_layout_start
+from msdiffusion.request import FALLBACKS, GenerationRequest, check_auto_layout_start, unknown_argument
 from msdiffusion.safety import FLAGGED
 from msdiffusion.subject_batch import Model as EncodingModel
 from msdiffusion.subject_batch import SubjectBatch, check_numbers, check_weights, check_windows, written_out
-from msdiffusion.subjects import whole_number
+from msdiffusion.subjects import Subjects, whole_number
 
 PictureHook = Callable[[list[Image.Image]], list[Image.Image]]
 
+PHRASES = "phrases"
+"""Key in ``picture.info`` of what each subject of the picture was called."""
 # Arguments of the diffusers pipeline that a request sets by its own names.
 _SET_BY_REQUEST = {
     *("self", "kwargs", "prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale"),
@@ -65,6 +67,8 @@ class GenerationResult:
     """As the request's ``output_type`` says."""
     seeds: tuple[int, ...]
     """Of each picture, also where the request left the choice open."""
+    phrases: tuple[str, ...]
+    """What each subject is called, also where that was read from the prompt. PIL pictures have it in ``info`` too."""
     layout_maps: Tensor | None
     """(pictures, subjects, rows, columns) float32 in [0, 1] on the CPU: where the text's attention saw each phrase.
     None without auto layout."""
@@ -104,6 +108,12 @@ class BatchDrawing:
         self.batch_size, self.progress = batch_size, progress
         for request in requests:
             self._check(request)
+        warn_beyond_training(
+            model,
+            [request.subjects for request in requests],
+            [request.prompt for request in requests],
+            [self._size(request) for request in requests],
+        )
         self.pictures = [
             _Picture(index, number, seed + number)
             for index, request in enumerate(requests)
@@ -117,9 +127,9 @@ class BatchDrawing:
         for name in request.pipeline_options:
             if name not in known:
                 ours = set(inspect.signature(type(self.model).generate).parameters) - {"self", "pipeline_options"}
-                near = difflib.get_close_matches(name, sorted(known | ours), n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise RequestError(f"generate takes no {name!r}, and neither does {type(pipeline).__name__}{hint}")
+                hint = unknown_argument(name, known | ours)
+                other = "" if name in _SET_BY_REQUEST else f", and neither does {type(pipeline).__name__}"
+                raise RequestError(f"generate takes no {name!r}{other}{hint and '; '}{hint}")
         if self.model.picture_hooks and request.output_type != "pil":
             raise RequestError(
                 f'picture_hooks take PIL pictures, but output_type is {request.output_type!r}: use "pil", or no hooks'
@@ -385,7 +395,60 @@ class BatchDrawing:
         else:
             joined = list(pictures) if output_type == "pil" else torch.stack(pictures)
         seeds = tuple(picture.seed for picture in self.pictures if picture.request == index)
-        return GenerationResult(joined, seeds, None if maps[0] is None else torch.stack(maps))
+        phrases = self.requests[index].subjects.names
+        if output_type == "pil":
+            for picture in joined:
+                picture.info[PHRASES] = phrases
+        return GenerationResult(joined, seeds, phrases, None if maps[0] is None else torch.stack(maps))
+
+
+def warn_beyond_training(
+    model: EncodingModel,
+    subjects: Sequence[Subjects],
+    prompts: Sequence[str | None],
+    sizes: Sequence[tuple[int, int]] = (),
+    *,
+    stacklevel: int = 6,
+) -> None:
+    """Warn once of each kind of request that the adapter's config says it was never trained for.
+
+    Args:
+        model: whose adapter that is; a config that tells nothing warns of nothing.
+        subjects: per picture.
+        prompts: per picture.
+        sizes: per picture height and width in pixels, where they are known.
+        stacklevel: of the warning, that names the user's line; by default that of a call of generate.
+    """
+    config = model.adapter.config
+    side, most = config.largest_side, config.most_subjects
+    for height, width in sizes:
+        if side is not None and not side**2 / 4 <= height * width <= side**2 * 2:
+            what = "the same things many times" if height * width > side**2 else "things that cannot be made out"
+            warnings.warn(
+                f"these weights were trained on pictures of {side} x {side} pixels; at {width} x {height} (width x "
+                f"height) they draw {what}: draw near {side} x {side}",
+                stacklevel=stacklevel,
+            )
+            break
+    count = max(len(layout.names) for layout in subjects)
+    if most is not None and count > most:
+        warnings.warn(
+            f"these weights were trained on pictures of {most} subjects at most; of {count} some are drawn as "
+            "something else, or not at all",
+            stacklevel=stacklevel,
+        )
+    if config.closed_vocabulary:
+        tokenizer = model.backbone.tokenizer
+        texts = (text for layout, prompt in zip(subjects, prompts, strict=True) for text in (*layout.names, prompt))
+        words = dict.fromkeys(word for text in texts for word in re.findall(r"[^\W\d_]+", (text or "").lower()))
+        unknown = [word for word in words if len(tokenizer(word, add_special_tokens=False)["input_ids"]) > 1]
+        if unknown:
+            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            warnings.warn(
+                f"these weights know few words, and these are none of them: {', '.join(map(repr, unknown[:5]))}{more}; "
+                "something else is drawn in their place",
+                stacklevel=stacklevel,
+            )
 
 
 def with_own_scheduler(pipeline: Any) -> Any:

@@ -11,8 +11,11 @@
 Catch ``MSDiffusionError`` to catch them all; those that blame a value are also a ``ValueError``.
 """
 
+import pathlib
 import pickle
 import re
+
+_MODEL_FILES = (".bin", ".ckpt", ".safetensors", ".pt", ".pth")
 
 
 def reason(error: BaseException) -> str:
@@ -34,6 +37,24 @@ def shown(value: object, limit: int = 80) -> str:
     except ValueError:  # Python writes whole numbers of thousands of digits only when told to
         text = f"{type(value).__name__} of more digits than can be written"
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def check_place(model: object, name: str, *, inside: bool = False) -> None:
+    """Say at once, before a library is loaded or a hub asked, that a model's file or folder is not there.
+
+    Args:
+        model: file, folder, hub name or None, as it was given.
+        name: of the flag.
+        inside: a hub name may go on with a folder inside its repository.
+
+    Raises:
+        WeightsError: it can only be a place on this machine, and nothing is there.
+    """
+    text = "" if model is None else str(model)
+    local = text.startswith(("/", ".", "~")) or "\\" in text or text.endswith(_MODEL_FILES)
+    local = local or (text.count("/") > 1 and not inside)
+    if local and not text.startswith("open_clip:") and not pathlib.Path(text).exists():
+        raise WeightsError(f"no such file or folder: {shown(text, 300)} ({name})")
 
 
 class MSDiffusionError(Exception):

@@ -10,11 +10,12 @@ import hashlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msdiffusion.errors import RequestError
+from msdiffusion.errors import RequestError, check_place
 from msdiffusion.places import DEFAULT_MODEL, shown
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ def run(options: argparse.Namespace) -> None:
             raise RequestError(f"{name} must be at least 1, got {value}")
     if options.scale is not None and options.scale <= 0:
         raise RequestError(f"--scale must be above 0, got {options.scale}: 0 is the adapter off, which is drawn anyway")
+    for name, place in (("--model", options.model), ("--judge", options.judge)):
+        check_place(place, name)
+    print("loading the model and the judge", file=sys.stderr, flush=True)
     from msdiffusion.backbone import quiet_loading
     from msdiffusion.evaluation.judge import Judge
     from msdiffusion.evaluation.world import draw_cases, evaluate_world
@@ -209,7 +213,9 @@ def _draw(
         for case in cases
     ]
     with torch.autocast(model.adapter.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        results = model.generate_batch(requests, progress=False, batch_size=len(requests))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="these weights ")  # what they can't do is measured on purpose
+            results = model.generate_batch(requests, progress=False, batch_size=len(requests))
     return [result.pictures[0] for result in results]
 
 

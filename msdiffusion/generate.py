@@ -21,11 +21,18 @@ from torch import Tensor
 from msdiffusion.adapter import MSAdapter
 from msdiffusion.backbone import Backbone, usable_device, weights_dtype
 from msdiffusion.condition import SubjectCondition
-from msdiffusion.drawing import BatchDrawing, GenerationResult, PictureHook, first_given, with_own_scheduler
+from msdiffusion.drawing import (
+    BatchDrawing,
+    GenerationResult,
+    PictureHook,
+    first_given,
+    warn_beyond_training,
+    with_own_scheduler,
+)
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.loading import Sources, check_encoders, load_adapter
 from msdiffusion.model_card import CARD_NAME, is_generated, write_card
-from msdiffusion.request import FALLBACKS, GenerationRequest, OutputType, check_request
+from msdiffusion.request import FALLBACKS, MISSING, OTHER_NAMES, GenerationRequest, OutputType, check_request
 from msdiffusion.subject_batch import SubjectBatch
 from msdiffusion.subjects import check_subjects, number_between, whole_number
 from msdiffusion.turns import Turns, turns_of
@@ -233,10 +240,13 @@ class MSDiffusion:
             )
         whole_number(num_images, "num_images", 1)
         chosen = self.scale_of(None if scale is None else number_between(scale, "scale", 0.0, math.inf))
+        warn_beyond_training(self, [subjects], [prompt], stacklevel=3)
         scheduler = self.pipeline.scheduler
         with self._turns.take():
             layout = SubjectBatch(self, scheduler, [subjects], [prompt])
-            return layout.condition([0] * num_images, [chosen], guidance=guidance)
+            condition = layout.condition([0] * num_images, [chosen], guidance=guidance)
+        condition.phrases = subjects.names
+        return condition
 
     def scale_of(self, scale: float | None) -> float:
         """The weight of all subjects: ``scale``, or the adapter's own for None."""
@@ -244,9 +254,9 @@ class MSDiffusion:
 
     def generate(
         self,
-        images: Sequence[Reference | Sequence[Reference]],
-        boxes: Sequence[Sequence[float] | None] | None,
-        prompt: str,
+        images: Sequence[Reference | Sequence[Reference]] = MISSING,
+        boxes: Sequence[Sequence[float] | None] | None = MISSING,
+        prompt: str = MISSING,
         phrases: Sequence[str] | None = None,
         *,
         masks: Sequence[Any] | None = None,
@@ -271,7 +281,8 @@ class MSDiffusion:
     ) -> list[Image.Image] | np.ndarray | Tensor:
         """Draw pictures with each subject in its box.
 
-        Where None is allowed, the adapter's own default is used. Arguments are checked before anything is computed.
+        ``images``, ``boxes`` and ``prompt`` must be given. Where None is allowed, the adapter's own default is used.
+        Arguments are checked before anything is computed.
 
         Args:
             images: one item per subject: a PIL picture, RGB or RGBA (cut-out), the path of one, or a list of such,
@@ -315,6 +326,7 @@ class MSDiffusion:
             RequestError, LayoutError, PhraseError: an argument cannot be honoured.
         """
         whole_number(batch_size, "batch_size", 1)
+        _check_given({"images": images, "boxes": boxes, "prompt": prompt}, pipeline_options)
         with _CHECKING:
             request = check_request(
                 images,
@@ -461,6 +473,15 @@ def _elsewhere(name: str) -> str:
     known = [key for key in inspect.signature(MSDiffusion.from_pretrained).parameters if key not in ("cls", "others")]
     near = difflib.get_close_matches(name, known, n=1)
     return places.get(name) or (f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}")
+
+
+def _check_given(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise RequestError for an argument that is left out, with the name under which it was perhaps given."""
+    for name in (name for name, value in arguments.items() if value is MISSING):
+        other = next((option for option in options if OTHER_NAMES.get(option) == name), None)
+        none = "; boxes=None leaves every subject's place to the text" if name == "boxes" else ""
+        given = f", and it takes no {other!r}: here it is {name}=" if other else none
+        raise RequestError(f"generate needs {name}{given}")
 
 
 def _checked(arguments: Mapping[str, Any], index: int) -> GenerationRequest:

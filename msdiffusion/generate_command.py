@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msdiffusion.environment import DTYPES
-from msdiffusion.errors import LayoutError, RequestError, shown
+from msdiffusion.errors import LayoutError, RequestError, check_place, shown
 from msdiffusion.places import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -102,10 +102,14 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         MSDiffusionError: something cannot be honoured; before any weights are loaded where that can be told.
     """
-    entries, record = _entries(options)
     many = options.request is not None
+    _check_sources(options)
     _check_out(options, many)
+    for name in ("model", "base_model", "base_config", "image_encoder", "safety_checker"):
+        check_place(getattr(options, name), "--" + name.replace("_", "-"), inside=name == "image_encoder")
+    entries, record = _entries(options)
     watermark = _watermark(options, record)
+    _note(options, "loading the libraries that draw")
 
     from msdiffusion import batch
 
@@ -178,8 +182,8 @@ def _draw(
         print(f"flagged by the safety checker, so black: {', '.join(map(str, flagged))}", file=sys.stderr)
 
 
-def _entries(options: argparse.Namespace) -> tuple[list[Entry], dict[str, Any] | None]:
-    """The requests, and for --from-png the record that the one comes from. Loads no torch."""
+def _check_sources(options: argparse.Namespace) -> None:
+    """Raise RequestError unless it is said once what is drawn."""
     given = ["--" + name.replace("_", "-") for name in PICTURE_FLAGS if getattr(options, name) is not None]
     sources = [name for name in ("--request", "--from-png") if getattr(options, name[2:].replace("-", "_")) is not None]
     if len(sources) > 1 or (sources and given):
@@ -187,6 +191,14 @@ def _entries(options: argparse.Namespace) -> tuple[list[Entry], dict[str, Any] |
         raise RequestError(f"{sources[0]} says all of what is drawn: leave out {also}")
     if options.batch_size is not None and options.batch_size < 1:
         raise RequestError(f"--batch-size must be at least 1, got {options.batch_size}")
+    if not sources and options.prompt is None:
+        raise RequestError("--prompt is missing (or give --request or --from-png)")
+    if not sources and options.image is None:
+        raise RequestError("no images: give --image once per subject")
+
+
+def _entries(options: argparse.Namespace) -> tuple[list[Entry], dict[str, Any] | None]:
+    """The requests, and for --from-png the record that the one comes from. Loads no torch."""
     if options.request is not None:
         from msdiffusion.request_file import read_request_file
 
@@ -202,10 +214,8 @@ def _entries(options: argparse.Namespace) -> tuple[list[Entry], dict[str, Any] |
 def _entry_of_flags(options: argparse.Namespace) -> Entry:
     from msdiffusion.request_file import check_entry
 
-    if options.prompt is None:
-        raise RequestError("--prompt is missing (or give --request or --from-png)")
-    if options.image is None:
-        raise RequestError("no images: give --image once per subject")
+    if options.phrase is None:
+        _note(options, "reading the phrases of the prompt")
     flags = {name: getattr(options, name) for name in PICTURE_FLAGS}
     images = [views if len(views) > 1 else views[0] for views in flags.pop("image")]
     boxes, masks, phrases = flags.pop("box"), flags.pop("mask"), flags.pop("phrase")
@@ -251,7 +261,7 @@ def _check_out(options: argparse.Namespace, many: bool) -> None:
 def _note(options: argparse.Namespace, text: str) -> None:
     """Tell what is good to know and nothing to worry about."""
     if not options.quiet:
-        print(text, file=sys.stderr)
+        print(text, file=sys.stderr, flush=True)
 
 
 def _watermark(options: argparse.Namespace, record: dict[str, Any] | None) -> Watermark | None:

@@ -6,10 +6,11 @@ Nothing here returns a marker for "not found": what cannot be found is an error 
 from __future__ import annotations
 
 import re
+import warnings
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from msdiffusion.errors import PhraseError
+from msdiffusion.errors import PhraseError, shown
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -63,13 +64,40 @@ _PICTURES = frozenset(
 )
 
 
+# Small words of the languages that people write prompts in, none of them English; those that are names or words of
+# English as well, of which it takes two; and the commonest English ones.
+_FOREIGN = re.compile(
+    r"\b(?:ein|eine|einen|einem|einer|und|auf|neben|ist|une|et|avec|dans|sont|una|sobre|gli|uma|een|het|naast|ett|och|på"
+    r"|og|jest|oraz|bir|és|egy)\b"
+)
+_AMBIGUOUS = re.compile(r"\b(?:mit|im|un|sur|uno|y|con|il|e|um|com|na|em|en|met|op|med|ve|ja)\b")
+_ENGLISH = re.compile(
+    r"\b(?:a|an|the|and|of|on|in|with|at|by|near|beside|under|behind|over|from|to|into|is|are|wearing|holding|his|her)\b"
+)
+
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+_WEIGHT = re.compile(
+    rf"[(\[{{]([^()\[\]{{}}|]*?)\s*:\s*{_NUMBER}\s*[)\]}}]"  # (a dog:1.3)
+    rf"|\(([^()\[\]{{}}|]*)\)(?:{_NUMBER}|\++|-+)(?![\w.])"  # (a dog)1.3, (a dog)++
+    r"|(?<=\w\w)(?:\++|--+)(?![\w+-])|(?<=[^\W\d_]):\d*\.\d+(?![\w.])"  # dog++, dog:1.3
+)
+"""How programs that draw pictures write weights of words."""
+_EMPHASIS = re.compile(r"\[([^\[\]{}()|:]*)\]|\{([^\[\]{}()|:]*)\}|\(\s*\(([^()]*)\)\s*\)")
+"""Brackets that are weights too, without a number: [a dog], {a dog}, ((a dog))."""
+_REFUSED = re.compile(r"<\w+:[^<>]*>|[\[{][^\[\]{}]*(?:\||:[^\[\]{}]*:)[^\[\]{}]*[\]}]|__\w+__")
+"""<lora:name:0.8>, [dog:cat:0.5], [dog|cat], {dog|cat}, __animal__: programs, not names."""
+_BRACKETS = frozenset("()[]{}\\")
+
+
 def noun_phrases(prompt: str) -> list[str]:
     """Noun phrases of the prompt in order, spelled as there, without articles: "a red dog" gives "red dog".
 
-    "A photo of ...", which names the picture and nothing in it, is passed over.
+    "A photo of ...", which names the picture and nothing in it, is passed over; so are weights: "(a dog:1.3)" and
+    "[a dog]" give "dog".
 
     Raises:
-        PhraseError: no English spaCy model is installed.
+        PhraseError: no English spaCy model is installed, the prompt is in another language, or holds what is no text
+            (<lora:...>, [dog|cat]).
     """
     return [text for text, _ in _noun_phrases(prompt)]
 
@@ -97,6 +125,15 @@ def find_phrases(prompt: str, count: int) -> list[str]:
 
 def _noun_phrases(prompt: str) -> list[tuple[str, bool]]:
     """Noun phrases, each with whether a preposition governs it (other than the "of" of "a photo of")."""
+    _check_language(prompt)
+    plain = _without_weights(prompt)
+    phrases = _chunks(plain)
+    if any(_BRACKETS & set(text) for text, _ in phrases):  # "a (red) dog"
+        phrases = _chunks(" ".join("".join(" " if letter in _BRACKETS else letter for letter in plain).split()))
+    return phrases
+
+
+def _chunks(prompt: str) -> list[tuple[str, bool]]:
     phrases: list[tuple[str, bool]] = []
     pictures: set[int] = set()
     for chunk in _language()(prompt).noun_chunks:
@@ -109,6 +146,52 @@ def _noun_phrases(prompt: str) -> list[tuple[str, bool]]:
         shown = root.head.lower_ == "of" and root.head.head.i in pictures
         phrases.append((words.text, root.dep_ == "pobj" and not shown))
     return phrases
+
+
+def _check_language(prompt: str) -> None:
+    """PhraseError for a prompt that is surely not English, which the language model reads all the same."""
+    letters = [letter for letter in prompt if letter.isalpha()]
+    text = prompt.lower()
+    foreign = [match[0] for match in sorted((*_FOREIGN.finditer(text), *_AMBIGUOUS.finditer(text)), key=re.Match.start)]
+    sure = bool(_FOREIGN.search(text)) or len(foreign) > 1
+    latin = sum(letter <= "\u024f" for letter in letters)
+    if letters and 2 * latin <= len(letters):
+        why = "most of its letters are not Latin"
+    elif sure and len(foreign) > len(_ENGLISH.findall(text)):
+        why = f"its small words are {', '.join(map(repr, list(dict.fromkeys(foreign))[:3]))}"
+    else:
+        return
+    raise PhraseError(
+        f"the prompt {shown(prompt, 200)} is not English ({why}), and phrases are read from English only. Give one "
+        "phrase per image with phrases=[...] (--phrase in the shell)"
+    )
+
+
+def _without_weights(prompt: str) -> str:
+    """The prompt without the weights that other programs read, whose words stay."""
+    text = prompt.replace("\\(", "(").replace("\\)", ")")
+    text = re.sub(r"\s+\|\s+|\s*\bBREAK\b\s*", ", ", text)
+    refused = _REFUSED.search(text)
+    if refused is not None:
+        lora = " (a LoRA is loaded by model.pipeline.load_lora_weights)" if "<lora" in refused[0].lower() else ""
+        raise PhraseError(
+            f"the prompt has {shown(refused[0])}, which names no thing, and which the pipeline reads as plain "
+            f"characters{lora}. Write what is to be seen, or give one phrase per image with phrases=[...] (--phrase in "
+            "the shell)"
+        )
+    weights: list[str] = []
+    for pattern in (_WEIGHT, _EMPHASIS):
+        while match := pattern.search(text):
+            weights.append(match[0])
+            inside = next((group for group in match.groups() if group is not None), "")
+            text = text[: match.start()] + inside + text[match.end() :]
+    if weights:
+        warnings.warn(
+            f"the text encoder reads weights in the prompt, such as {shown(weights[0])}, as plain characters; "
+            "subject_scales=[...] (--subject-scales in the shell) weigh the subjects",
+            stacklevel=8,
+        )
+    return text
 
 
 def _content(chunk: Span) -> Span | None:

@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from msdiffusion.errors import RequestError, shown
 from msdiffusion.subjects import MAX_STEPS, Subjects, check_subjects, check_text, number_between, whole_number
+
+MISSING: Any = object()
+"""Stands for an argument that must be given, so that its lack is told after a wrong name of it."""
+OTHER_NAMES: Mapping[str, str] = {
+    "image": "images",
+    "reference": "images",
+    "references": "images",
+    "reference_images": "images",
+    "ref_images": "images",
+    "subject_images": "images",
+    "box": "boxes",
+    "bbox": "boxes",
+    "bboxes": "boxes",
+    "bounding_boxes": "boxes",
+    "layout": "boxes",
+    "mask": "masks",
+    "mask_image": "masks",
+    "mask_images": "masks",
+    "phrase": "phrases",
+    "names": "phrases",
+    "text": "prompt",
+    "prompts": "prompt",
+    "negative": "negative_prompt",
+    "neg_prompt": "negative_prompt",
+    "num_inference_steps": "steps",
+    "num_steps": "steps",
+    "sampling_steps": "steps",
+    "num_images_per_prompt": "num_images",
+    "num_samples": "num_images",
+    "n": "num_images",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "guidance": "guidance_scale",
+    "ip_adapter_scale": "scale",
+    "weight": "scale",
+    "weights": "subject_scales",
+    "scales": "subject_scales",
+    "generator": "seed",
+    "random_seed": "seed",
+    "manual_seed": "seed",
+}
+"""What other libraries call arguments of generate."""
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -75,6 +118,11 @@ def check_request(
         LayoutError: a box or a mask cannot be one.
         PhraseError: phrases cannot be found.
     """
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        raise RequestError(
+            f"prompt is one text, got {shown(prompt)}: for several prompts call generate_batch([...]) with a mapping "
+            "of arguments for each"
+        )
     if not isinstance(prompt, str) or not prompt.strip():
         raise RequestError(f"the prompt is empty ({shown(prompt)}): say what the picture shows, naming each subject")
     num_images = whole_number(num_images, "num_images", 1)
@@ -122,6 +170,22 @@ def check_request(
         pipeline_options=pipeline_options,
         **settings,
     )
+
+
+def unknown_argument(name: str, known: Iterable[str]) -> str:
+    """What to say of an argument of generate that there is not: the name that it has here, or one spelled like it.
+
+    Args:
+        name: as given.
+        known: names that there are.
+    """
+    ours = OTHER_NAMES.get(name)
+    if ours == "seed" and name == "generator":
+        return "here it is seed=, a whole number; generator.initial_seed() is that of a torch.Generator"
+    if ours is not None:
+        return f"here it is {ours}="
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,18 +14,19 @@ Paths are relative to the file. A boundary: what comes in is not trusted, what g
 from __future__ import annotations
 
 import difflib
-import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from msdiffusion.errors import MSDiffusionError, RequestError, shown
-from msdiffusion.request import GenerationRequest, check_request
+from msdiffusion.pictures import open_content, refuse_address
+from msdiffusion.request import OTHER_NAMES, GenerationRequest, check_request
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 ARGUMENTS = (
     "images", "boxes", "prompt", "phrases", "masks", "negative_prompt", "num_images", "steps", "guidance_scale",
@@ -55,14 +56,7 @@ class Embedded:
         Raises:
             RequestError: it is none.
         """
-        try:
-            picture = Image.open(io.BytesIO(self.content))
-            picture.load()
-        except Exception as error:  # pillow's decoders raise many things at bytes made to break them
-            raise RequestError(
-                f"the embedded reference {self.path!r} is no picture that can be read: {error}"
-            ) from None
-        return picture
+        return open_content(self.content, f"the embedded reference {shown(self.path)}")
 
 
 @dataclass(frozen=True)
@@ -160,8 +154,6 @@ def open_request(arguments: Mapping[str, Any]) -> GenerationRequest:
     opened.setdefault("boxes", None)
     try:
         return check_request(**opened)
-    except Image.DecompressionBombError as error:
-        raise RequestError(f"a reference has more pixels than are opened: {error}") from None
     except RecursionError:
         raise RequestError("an argument is nested too deeply") from None
 
@@ -251,6 +243,17 @@ def _parse_yaml(text: str, path: Path) -> Any:
                 raise RequestError(f"{path}, line {line}: aliases (*) are not read; put what repeats under defaults")
             return super().compose_node(parent, index)
 
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            # YAML 1.1 reads 0123 as an octal number, and 12:30:45 to the base of 60: nobody means that.
+            number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+            if number and re.fullmatch(r"[-+]?0[0-7_]+|[^:]*:.*", str(node.value)):
+                line = node.start_mark.line + 1
+                raise RequestError(
+                    f"{path}, line {line}: {shown(node.value)} is another number in YAML: write it without zeros in "
+                    "front or colons, or in quotes if it is text"
+                )
+            return super().construct_object(node, deep)
+
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen = set()
             for key, _ in node.value:
@@ -276,7 +279,8 @@ def _parse_yaml(text: str, path: Path) -> Any:
 def _check_keys(given: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = [OTHER_NAMES.get(str(key))] if OTHER_NAMES.get(str(key)) in known else []
+            near = near or difflib.get_close_matches(str(key), known, n=1)
             hint = f"; is {near[0]} meant?" if near else f"; known: {', '.join(known)}"
             raise RequestError(f"{where + ': ' if where else ''}unknown key {shown(key)}{hint}")
 
@@ -332,6 +336,8 @@ def _reference(value: Any, folder: Path, name: str) -> Path | Embedded:
         return value
     if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
         raise RequestError(f"{name} must be the path of a picture, got {shown(value)}")
+    if isinstance(value, str):
+        refuse_address(value, name)
     return folder / value
 
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from msdiffusion.errors import RequestError, WeightsError, reason
 from msdiffusion.own_memory import give_own_memory
+from msdiffusion.pictures import open_upright
 
 if TYPE_CHECKING:
     import torch
@@ -150,9 +151,7 @@ def read_watermark(picture: Image.Image | str | Path) -> str | None:
     Raises:
         RequestError: not a picture, or too small to carry a watermark.
     """
-    from msdiffusion.subjects import open_reference
-
-    picture = open_reference(picture, "picture")
+    picture = open_upright(picture, "picture")
     _check_size(*picture.size)
     values = _largest(_chroma(_blocks(np.array(picture.convert("RGB")))))
     votes = np.where(values % STEP > STEP / 2, 1, -1)

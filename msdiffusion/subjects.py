@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 import warnings
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from msdiffusion.errors import LayoutError, PhraseError, RequestError, shown
 from msdiffusion.layout import Box, as_number, check_box, is_truth
 from msdiffusion.phrases import find_in_prompt, find_phrases
+from msdiffusion.pictures import open_reference, open_upright
 
 AUTO_LAYOUT_START, FREE_LAYOUT_START = 5, 2
 """First step, counted from 1, that follows the text's attention: for subjects with a box (official), and without."""
@@ -50,6 +52,11 @@ class Subjects:
     auto_layout_threshold: float
     numbers: tuple[int, ...]
     """Which subject each entry is a view of, from 0."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One phrase per subject."""
+        return tuple(self.phrases[self.numbers.index(number)] for number in range(max(self.numbers) + 1))
 
 
 def check_subjects(
@@ -140,34 +147,6 @@ def check_subjects(
     )
 
 
-def open_reference(image: Image.Image | str | Path, name: str = "image") -> Image.Image:
-    """The picture as RGB, or as RGBA where it has transparency, turned as its EXIF orientation says.
-
-    Raises:
-        RequestError: no such file, or not a picture.
-    """
-    if isinstance(image, (str, Path)):
-        path = Path(image)
-        try:
-            if not path.is_file():
-                raise RequestError(f"{name}: no such file: {path}")
-            with Image.open(path) as file:
-                file.load()
-                image = ImageOps.exif_transpose(file)
-        except RequestError:
-            raise
-        except (UnidentifiedImageError, OSError, ValueError) as error:  # also of names that no file can have
-            raise RequestError(
-                f"{name}: {shown(str(path), 300)} is not a picture that can be read: {shown(str(error), 300)}"
-            ) from None
-    if not isinstance(image, Image.Image):
-        raise RequestError(f"{name} must be a PIL image or the path of one, got {type(image).__name__}")
-    if 0 in image.size:
-        raise RequestError(f"{name} has no pixels: its size is {image.size}")
-    image = ImageOps.exif_transpose(image)  # cameras store what they see and note how they were held
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
-
-
 def _sequence(values: Any, name: str, axes: int | None = None) -> tuple[Any, ...]:
     """The values as a tuple; an array or a tensor counts if it has so many axes."""
     if axes is not None and getattr(values, "ndim", None) == axes:
@@ -213,10 +192,10 @@ def _check_masks(masks: Any, count: int) -> tuple[np.ndarray | None, ...]:
 def _check_mask(mask: Any, name: str) -> np.ndarray:
     need = "a mask is a bool array (rows, columns), or a picture that is black and white"
     if isinstance(mask, (str, Path, Image.Image)):
-        picture = open_reference(mask, name)
-        if picture.mode != "RGB":
+        picture = open_upright(mask, name)
+        if picture.has_transparency_data:
             raise LayoutError(f"{name} has transparency, so it is not clear what is inside: {need}")
-        values = np.asarray(picture)
+        values = np.asarray(picture.convert("RGB"))
         if not ((values == 0) | (values == 255)).all() or (values != values[..., :1]).any():
             raise LayoutError(f"{name} has other colours than black and white: {need}")
         array = values[..., 0] == 255
@@ -283,7 +262,9 @@ def _check_phrases(phrases: tuple[Any, ...] | None, prompt: str | None, count: i
     if phrases is None:
         if prompt is None:
             raise RequestError("give one phrase per subject, or the prompt to read them from")
-        return tuple(find_phrases(prompt, count))
+        found = tuple(find_phrases(prompt, count))
+        logging.getLogger(__name__).info("phrases taken from the prompt: %s", ", ".join(map(repr, found)))
+        return found
     for index, phrase in enumerate(phrases):
         if not isinstance(phrase, str) or not phrase.strip():
             raise PhraseError(f"phrases[{index}] is {shown(phrase)}: name each subject, for example 'dog'")

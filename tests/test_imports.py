@@ -27,6 +27,7 @@ RANKS = {
     "turns": 0,
     "layout": 1,
     "phrases": 1,
+    "pictures": 1,
     "layout_drawing": 1,
     "pixel_autoencoder": 1,
     "single_file": 1,
@@ -58,6 +59,7 @@ RANKS = {
     "bench": 11,
     "demo": 11,
     "cli": 12,
+    "__main__": 13,
 }
 # What a room must not know although its rank would allow it.
 STRANGERS = {("training", "generate")}

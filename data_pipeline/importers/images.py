@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,7 @@ from data_pipeline.texts import (
     clean_caption,
     decode_text,
     is_several,
+    open_text,
     plain_columns,
     read_csv,
     read_json_lines,
@@ -32,6 +34,19 @@ from data_pipeline.texts import (
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 METADATA = ("metadata.jsonl", "metadata.csv")
+OBJECT_COLUMNS = (
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("x_min", "y_min", "x_max", "y_max"),
+    ("x1", "y1", "x2", "y2"),
+    ("left", "top", "right", "bottom"),
+    ("left", "top", "width", "height"),
+    ("x", "y", "w", "h"),
+    ("x", "y", "width", "height"),
+    ("bbox_x", "bbox_y", "bbox_width", "bbox_height"),
+    ("bbox",),
+    ("box",),
+)
+"""Columns, in small letters, of tables that have a row per object: Open Images, TensorFlow's, VIA, ..."""
 ANNOTATIONS_SCHEMA = "data_pipeline.annotations/1"
 CAPTION_COLUMNS = ("text", "caption")
 JSON_COLUMNS = ("boxes", "phrases", "masks", "objects")
@@ -98,6 +113,7 @@ def read_metadata(path: Path, notes: list[str] | None = None) -> Iterator[tuple[
     without the column file_name. notes: takes what was assumed.
     """
     if path.suffix.lower() != ".jsonl":
+        _refuse_objects(path)
         for number, row in read_csv(path, ("file_name",), notes):
             yield number, _json_cells(row)
         return
@@ -109,6 +125,19 @@ def read_metadata(path: Path, notes: list[str] | None = None) -> Iterator[tuple[
             row = dict(zip(plain_columns(row, f"{path}, line {number}"), row.values(), strict=True))
         known = isinstance(row, dict) and isinstance(row.get("file_name"), str)
         yield number, row if known else ClipError(UNREADABLE, error=f"line {number} is no object with a text file_name")
+
+
+def _refuse_objects(path: Path) -> None:
+    """InputError for a table with a row per object, whose pictures would come without boxes, or many times."""
+    with open_text(path) as file:
+        columns = {name.strip(" \"'").lower() for name in re.split(r"[,;\t]", file.readline().strip())}
+    found = next((names for names in OBJECT_COLUMNS if set(names) <= columns), None)
+    if found is not None and not {"boxes", "objects"} & columns:
+        raise InputError(
+            f"{path} has a row per object (columns {', '.join(found)}), but a table here has a row per picture, all of "
+            "its boxes in the column boxes as json: [[x1, y1, x2, y2], ...]. Objects in rows are best turned into a "
+            "COCO file (images, annotations, categories), which --annotations FILE reads"
+        )
 
 
 def _json_cells(row: Mapping[str, Any]) -> Row | ClipError:

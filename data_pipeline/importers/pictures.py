@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 
 from data_pipeline.records import AnnotatedObject, Box, ClipError
 from data_pipeline.sources import is_file
@@ -25,6 +25,16 @@ MOST_SIDE = 65_500
 """Pixels: the longest side of a JPEG."""
 ORIENTATION = 0x0112
 """The EXIF tag that says how a picture is to be turned."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What its values ask for."""
 EXIF = ("refuse", "apply", "ignore")
 BAD_PICTURE = "unreadable picture"
 BAD_MASK = "unreadable mask"
@@ -68,17 +78,28 @@ def open_picture(path: Path, name: str, max_pixels: int, exif: str) -> Picture:
             picture = Image.open(io.BytesIO(content), formats=FORMATS)
             _check_header(picture, name, max_pixels)
             picture.load()
-            turned = picture.getexif().get(ORIENTATION, 1) not in (0, 1)
-            if turned and exif == "refuse":
+            turn = _turn_of(picture)
+            if turn is not None and exif == "refuse":
                 raise ClipError(
                     "picture with a rotation in its EXIF data", picture=name, choose="--exif apply or ignore"
                 )
-            if turned and exif == "apply":
-                picture = ImageOps.exif_transpose(picture)
+            if turn is not None and exif == "apply":
+                picture = picture.transpose(turn)
             pixels = np.asarray(_to_srgb(picture, name))
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except ClipError:
+        raise
+    except Exception as error:  # decoders raise many things at broken files
         raise ClipError(BAD_PICTURE, picture=name, error=f"{type(error).__name__}: {error}") from error
     return Picture(name, pixels, hashlib.sha256(content).hexdigest())
+
+
+def _turn_of(picture: Image.Image) -> Image.Transpose | None:
+    """What turns a picture upright; None for nothing, also where its EXIF data are damaged."""
+    try:
+        orientation = picture.getexif().get(ORIENTATION)
+    except Exception:  # of damaged data there are many kinds; the pixels are well
+        return None
+    return TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
 def _check_header(picture: Image.Image, name: str, max_pixels: int) -> None:

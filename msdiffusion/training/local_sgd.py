@@ -134,7 +134,13 @@ def _guards(trainer: pl.Trainer) -> list[FailureGuard]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Starts the processes, waits, and ends all of them when one fails. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m msdiffusion.training.local_sgd", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m msdiffusion.training.local_sgd",
+        description=(
+            "Trains on a CPU in several processes of one thread each, which average their weights every "
+            "few steps. What follows are the arguments of lightning: fit -c CONFIG ..."
+        ),
+    )
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (default: 2)")
     options, rest = parser.parse_known_args(arguments)
     if options.processes < 1:

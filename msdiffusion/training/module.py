@@ -45,6 +45,9 @@ from msdiffusion.training.validation_errors import TimestepErrors
 if TYPE_CHECKING:
     from msdiffusion.training.dataset import PairsBatch
 
+CLOSED_VOCABULARY = 2000
+"""Tokens: a tokenizer with fewer was made for a small world, in which every word is one token; CLIP's has 49,408."""
+
 
 class MSDiffusionModule(pl.LightningModule):
     """The adapter learns to predict the noise of target pictures, given references, phrases, boxes and prompt.
@@ -417,7 +420,14 @@ class MSDiffusionModule(pl.LightningModule):
         }
         datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
-            config["training_resolution"] = datamodule.resolution
+            backbone = self.backbone
+            native = int(torch.tensor(backbone.unet.config.sample_size).max()) * backbone.latent_factor
+            config |= {
+                "training_resolution": datamodule.resolution,
+                "largest_side": max(datamodule.resolution, native),
+                "most_subjects": datamodule.max_subjects,
+                "closed_vocabulary": len(backbone.tokenizer) < CLOSED_VOCABULARY,
+            }
         return config
 
     def save_pretrained(self, directory: str | Path) -> None:

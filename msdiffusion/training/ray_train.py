@@ -56,7 +56,14 @@ def worker_arguments(arguments: Sequence[str], resume: bool) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Starts the workers and waits for them. Returns the exit status."""
     prepare_environment()  # which the workers of this machine take over
-    parser = argparse.ArgumentParser(prog="python -m msdiffusion.training.ray_train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m msdiffusion.training.ray_train",
+        description=(
+            "Trains on a Ray cluster: the lightning command in every worker of Ray Train. Every node "
+            "needs this package, the models and the run's folder (trainer.default_root_dir) under the "
+            "same paths."
+        ),
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes, one per GPU (default: 1)")
     parser.add_argument("--gpus", action="store_true", help="give each worker a GPU")
     parser.add_argument("--cpus", type=int, default=1, help="CPUs of each worker (default: 1)")

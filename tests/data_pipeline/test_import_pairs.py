@@ -780,6 +780,15 @@ def test_faults_of_a_coco_entry(folder, photos, tmp_path, changes, reason):
 # ------------------------------------------------------------------------------------------------- wrong command lines
 
 
+ROW_PER_OBJECT = (
+    "file_name,text,label,xmin,ymin,xmax,ymax\na.png,a dog,dog,1,2,3,4\na.png,a dog,ball,1,2,3,4\n",
+    "filename,width,height,class,xmin,ymin,xmax,ymax\na.png,8,8,dog,1,2,3,4\n",
+    "ImageID;XMin;XMax;YMin;YMax\na;0.1;0.2;0.3;0.4\n",
+    'file_name,bbox,category\na.png,"[1, 2, 3, 4]",dog\n',
+    '"file_name"\t"x"\t"y"\t"w"\t"h"\na.png\t1\t2\t3\t4\n',
+)
+
+
 def test_wrong_command_lines(tmp_path, pictures, capsys):
     items, out = tmp_path / "items.jsonl", tmp_path / "out"
     items.write_text(json.dumps(item(0)))
@@ -808,6 +817,8 @@ def test_wrong_command_lines(tmp_path, pictures, capsys):
     save(both / "a.png")
     (both / "metadata.jsonl").write_text("")
     (both / "metadata.csv").write_text("")
+    for number, text in enumerate(ROW_PER_OBJECT):
+        (tmp_path / f"objects{number}.csv").write_text(text)
     (tmp_path / "no_name.csv").write_text("name,text\na,b\n")
     (tmp_path / "coco_else.json").write_text(coco_file(tmp_path / "c.json", names=("z.png",)).read_text())
     (tmp_path / "coco_twice.json").write_text(coco_file(tmp_path / "c.json", names=("a.png", "a.png")).read_text())
@@ -860,6 +871,10 @@ def test_wrong_command_lines(tmp_path, pictures, capsys):
         (photos("bare", "--metadata", str(tmp_path / "none.csv")), "--metadata: no file at"),
         (photos("bare", "--metadata", str(tmp_path / "items.txt")), "--metadata is a .jsonl or .csv, got items.txt"),
         (photos("bare", "--metadata", str(tmp_path / "no_name.csv")), "needs the column file_name; found name, text"),
+        *(
+            (photos("bare", "--metadata", str(tmp_path / f"objects{number}.csv")), "has a row per object (columns ")
+            for number in range(len(ROW_PER_OBJECT))
+        ),
         (photos("bare", *coco("none.json")), "--annotations: no file at"),
         (photos("bare", *coco("items.jsonl")), "as COCO"),
         (photos("bare", *coco("coco_else.json")), "names none of the pictures: it has 'z.png', the folder 'a.png'"),

@@ -15,6 +15,7 @@ from diffusers import (
 from diffusers.models import ControlNetModel
 from PIL import Image
 
+from msdiffusion import backbone as backbone_module
 from msdiffusion.backbone import Backbone, default_device, flatten, quiet_loading
 from msdiffusion.errors import RequestError, WeightsError
 
@@ -117,6 +118,19 @@ def test_pad_keeps_the_aspect_and_squash_does_not(backbone):
     assert 14 <= dark_columns("pad") <= 18
     with pytest.raises(RequestError, match="fit must be"):
         backbone.prepare_references([tall], WHITE, "stretch")
+
+
+@pytest.mark.parametrize("size", [(1200, 200), (150, 1300)])
+def test_a_long_reference_is_reduced_before_it_becomes_a_square(backbone, size, monkeypatch):
+    picture = Image.effect_noise(size, 60).convert("RGB").resize((60, 60)).resize(size)
+    whole = backbone.prepare_references([picture], WHITE)
+    monkeypatch.setattr(backbone_module, "LONG_SIDE", 1000)
+    monkeypatch.setattr(backbone_module, "SHORT_SIDE", 300)
+    assert abs(backbone.prepare_references([picture], WHITE) - whole).mean() < 0.01  # of a range of 4
+    assert backbone_module._square(picture, WHITE, "pad").size == (300 if size[0] == 1200 else 325,) * 2
+    monkeypatch.undo()
+    assert backbone_module._square(Image.new("RGB", (16000, 3500)), WHITE, "pad").size == (2286, 2286)
+    assert backbone_module._square(Image.new("RGB", (8192, 10)), WHITE, "pad").size == (8192, 8192)
 
 
 def test_pictures_and_latents(backbone):

@@ -1,10 +1,14 @@
+import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
+from PIL import Image
 
-from msdiffusion.cli import main
+from data_pipeline.cutout import make_parser
+from msdiffusion.cli import build_parser, main
+from msdiffusion.places import REPOSITORY
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["convert", "--help"], ["--version"]])
@@ -17,6 +21,102 @@ def test_help_loads_nothing_heavy(arguments):
     )
     out = subprocess.check_output([sys.executable, "-c", code, *arguments], text=True)
     assert out.strip().endswith("[]")
+
+
+COMMANDS = (
+    *([], ["generate"], ["convert"], ["evaluate"], ["demo"], ["bench"], ["bench", "world"]),
+    ["bench", "explore"],
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_is_for_users(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert not any(word in text for word in ("`", "Args:", "Raises:", "imported", "None.", "Path"))
+
+
+def test_cutout_is_a_process_of_its_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr("subprocess.call", lambda call: calls.append(call) or 2)
+    assert main(["cutout", "a.jpg", "--out", "x", "--box", "0,0,1,1"]) == 2
+    assert calls == [[sys.executable, "-m", "data_pipeline.cutout", "a.jpg", "--out", "x", "--box", "0,0,1,1"]]
+
+
+def test_the_package_runs_as_a_module():
+    call = [sys.executable, "-m", "msdiffusion", "--version"]
+    assert subprocess.check_output(call, text=True).startswith("msdiffusion ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("convert nowhere.bin --out x", "no such file or folder: 'nowhere.bin' (model)"),
+        ("convert runs/a/b --out x", "no such file or folder: 'runs/a/b' (model)"),
+        ("convert {model} --base-model ./nowhere --out x", "no such file or folder: './nowhere' (--base-model)"),
+        ("convert {model} --to official --out x", "--out must end in .bin"),
+        ("evaluate --model /nowhere --out x", "no such file or folder: '/nowhere' (--model)"),
+        ("evaluate --judge ~/judge --out x", "no such file or folder: '~/judge' (--judge)"),
+        ("generate --prompt dog --image {image} --out x.gif", "--out must end in one of .png"),
+        ("generate --prompt dog --image {image} --out x.png --model a.ckpt", "no such file or folder: 'a.ckpt'"),
+        ("generate --prompt dog --image {image} --out x.png --image-encoder ./a", "'./a' (--image-encoder)"),
+        ("generate --prompt dog --image https://a.org/b.png --phrase dog --out x.png", "is the address 'https://a.org"),
+        ("generate --prompt dog --image {image} --phrase dog --out x.png --steps 0", "steps must be a whole number"),
+    ],
+)
+def test_wrong_calls_are_told_before_anything_heavy_is_loaded(arguments, told, tiny_model_dir, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    code = (
+        "import sys; from msdiffusion.cli import main; status = main(sys.argv[1:])\n"
+        "print(status, sorted({'torch', 'diffusers', 'transformers', 'spacy'} & sys.modules.keys()))"
+    )
+    words = [word.format(model=tiny_model_dir, image=tmp_path / "a.png") for word in arguments.split()]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == "2 []\n"
+
+
+def test_something_is_said_before_heavy_libraries_are_loaded(tmp_path, tiny_model_dir):
+    """Whatever is slow begins with a line about it."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    code = """
+import builtins, sys
+from msdiffusion.cli import main
+real = builtins.__import__
+def guarded(name, *rest, **more):
+    if name.split(".")[0] in ("torch", "spacy", "diffusers", "transformers"):
+        raise SystemExit(7)
+    return real(name, *rest, **more)
+builtins.__import__ = guarded
+main(sys.argv[1:])
+"""
+    for command, told in (
+        (f"generate --prompt dog --image {tmp_path / 'a.png'} --out {tmp_path / 'b.png'}", "reading the phrases"),
+        (f"generate --prompt dog --phrase dog --image {tmp_path / 'a.png'} --out {tmp_path / 'b.png'}", "loading"),
+        (f"convert {tiny_model_dir} --out {tmp_path / 'c'}", "loading"),
+        (f"evaluate --model {tiny_model_dir} --out {tmp_path / 'c'}", "loading"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command.split()], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 7
+        assert told in done.stderr
+
+
+def test_the_page_on_photographs_is_short_and_its_commands_are_ours():
+    text = (REPOSITORY / "docs" / "photographs.md").read_text()
+    assert len(text.split()) <= 1200
+    lines = text.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("msdiffusion ")]
+    assert len(commands) >= 6
+    for command in commands:
+        if command[0] == "cutout":
+            make_parser().parse_args(command[1:])
+        else:
+            build_parser().parse_args(command)
 
 
 def test_no_command_is_an_error(capsys):

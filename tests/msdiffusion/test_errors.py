@@ -41,3 +41,32 @@ def test_importing_the_package_loads_no_heavy_library():
         "import sys, msdiffusion; print(sorted({'torch', 'diffusers', 'transformers', 'spacy'} & sys.modules.keys()))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        None,
+        "owner/repository",
+        "checkpoints",
+        ".",
+        "/",
+        "open_clip:ViT-H-14@x.safetensors",
+        "gpt2",
+        str(errors.__file__),
+    ],
+)
+def test_what_may_be_a_hub_name_or_is_there_passes(place):
+    errors.check_place(place, "--model")
+
+
+@pytest.mark.parametrize("place", ["./a", "/a/b", "~/a", "a/b/c", "a.bin", "x/a.ckpt", "C:\\a\\b", "a.safetensors"])
+def test_a_place_that_is_not_there_is_told(place):
+    with pytest.raises(errors.WeightsError, match=r"no such file or folder: .* \(--model\)"):
+        errors.check_place(place, "--model")
+
+
+def test_a_folder_inside_a_repository_passes_where_that_is_possible():
+    errors.check_place("h94/IP-Adapter/sdxl_models/image_encoder", "--image-encoder", inside=True)
+    with pytest.raises(errors.WeightsError):
+        errors.check_place("./IP-Adapter/sdxl_models", "--image-encoder", inside=True)

@@ -2,10 +2,12 @@ import functools
 import io
 import json
 import math
+import re
 import shutil
 import threading
 import time
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -269,6 +271,101 @@ def test_a_request_of_a_batch_may_leave_its_boxes_out(model):
     result = model.generate_batch([free], progress=False)[0]
     assert torch.equal(result.pictures, model.generate(**free, boxes=None, progress=False))
     assert result.seeds == (0,)
+
+
+def test_what_the_subjects_were_called_is_told(model, caplog):
+    read = {"images": [[DOG, DOG], TEAPOT], "boxes": [LEFT, RIGHT], "prompt": PROMPT}
+    with caplog.at_level("INFO", "msdiffusion"):
+        result = model.generate_batch([{**read, "steps": 1}], progress=False)[0]
+    assert result.phrases == ("dog", "teapot")
+    assert result.pictures[0].info["phrases"] == ("dog", "teapot")
+    assert caplog.messages == ["phrases taken from the prompt: 'dog', 'teapot'"]
+    assert model.condition(read["images"], read["boxes"], prompt=PROMPT).phrases == ("dog", "teapot")
+
+
+@pytest.fixture
+def trained_for_little(model, monkeypatch):
+    config = replace(model.adapter.config, largest_side=64, most_subjects=2, closed_vocabulary=True)
+    monkeypatch.setattr(model.adapter, "config", config)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"height": 128, "width": 128}, "64 x 64 pixels; at 128 x 128 .width x height. they draw the same things many"),
+        ({"height": 96, "width": 96}, "at 96 x 96"),
+        ({"height": 24, "width": 40}, "at 40 x 24 .width x height. they draw things that cannot be made out"),
+        (
+            {"images": [DOG] * 3, "boxes": [LEFT] * 3, "phrases": ["dog"] * 3},
+            "pictures of 2 subjects at most; of 3 some are drawn as something else",
+        ),
+        ({"prompt": "a dog on the Eiffel tower"}, "know few words, .*: 'eiffel', 'tower'; something else"),
+        ({"phrases": ["dog", "Zebra"]}, "none of them: 'zebra'"),
+    ],
+)
+def test_what_the_weights_were_not_trained_for_is_told_once(trained_for_little, changes, told):
+    request = {**TWO, **QUICK, "steps": 1, **changes}
+    with pytest.warns(UserWarning) as warned:
+        trained_for_little.generate(**request)
+    assert len(warned) == 1
+    assert re.search(told, str(warned[0].message))
+    assert warned[0].filename == __file__
+    if "height" not in changes:
+        with pytest.warns(UserWarning, match=told):
+            trained_for_little.condition(
+                request["images"], request["boxes"], request["phrases"], prompt=request["prompt"]
+            )
+
+
+def test_what_the_weights_were_trained_for_warns_of_nothing(trained_for_little, model, recwarn):
+    for changes in ({}, {"height": 64, "width": 128}, {"images": [[DOG] * 3, TEAPOT]}, {"height": 32, "width": 32}):
+        draw(trained_for_little, steps=1, **changes)
+    monkey = replace(model.adapter.config, largest_side=None, most_subjects=None, closed_vocabulary=None)
+    model.adapter.config = monkey  # an old config tells nothing
+    draw(model, steps=1, prompt="a zebra and a dog and a teapot", height=128, width=128)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_inference_steps": 3}, "generate takes no 'num_inference_steps'; here it is steps=$"),
+        (
+            {"generator": torch.Generator()},
+            r"takes no 'generator'; here it is seed=, a whole number; .*initial_seed\(\)",
+        ),
+        ({"image": DOG}, "takes no 'image', and neither does StableDiffusionXLPipeline; here it is images="),
+        ({"num_images_per_prompt": 2}, "here it is num_images="),
+        ({"cfg_scale": 3}, "here it is guidance_scale="),
+        ({"bboxes": []}, "here it is boxes="),
+        ({"stepz": 3}, "did you mean steps?"),
+        ({"prompt": ["a dog", "a teapot"]}, "prompt is one text, got .*generate_batch"),
+        ({"images": "https://example.org/dog.png"}, "images must be a list"),
+        ({"images": ["https://example.org/dog.png", TEAPOT]}, r"images\[0\] is the address"),
+    ],
+)
+def test_names_of_other_libraries_get_the_right_hint(model, changes, told):
+    with pytest.raises(RequestError, match=told):
+        draw(model, **changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            {"image": DOG, "boxes": [LEFT], "prompt": PROMPT},
+            "needs images, and it takes no 'image': here it is images=",
+        ),
+        ({"images": [DOG], "bbox": LEFT, "prompt": PROMPT}, "needs boxes, and it takes no 'bbox': here it is boxes="),
+        ({"images": [DOG], "prompt": PROMPT}, "needs boxes; boxes=None leaves every subject's place to the text"),
+        ({"images": [DOG], "boxes": [LEFT], "prompts": [PROMPT]}, "needs prompt, and it takes no 'prompts'"),
+        ({}, "generate needs images$"),
+    ],
+)
+def test_what_is_left_out_is_told(model, arguments, told):
+    with pytest.raises(RequestError, match=told):
+        model.generate(**arguments)
 
 
 def test_windows_need_timesteps_that_say_how_far_a_run_is(model):

@@ -592,4 +592,4 @@ def test_a_local_safety_checker_is_told_by_its_content(draw, two, tmp_path, monk
 def test_a_safety_checker_that_is_not_there(draw, two, capsys, monkeypatch):
     monkeypatch.setattr(msdiffusion.generate.MSDiffusion, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert draw(*two, "--safety-checker", "nowhere/at/all", "--out", "x.png") == 2
-    assert "no safety checker can be read from nowhere/at/all" in capsys.readouterr().err
+    assert "no such file or folder: 'nowhere/at/all' (--safety-checker)" in capsys.readouterr().err

@@ -44,6 +44,85 @@ def test_phrases_are_found_when_they_match_the_count(prompt, found):
     assert find_phrases(prompt, len(found)) == found
 
 
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("(a dog:1.3) and (a teapot:0.8) on the beach", ["dog", "teapot"]),
+        ("((a dog:1.2)) and (a teapot: .8) on the beach", ["dog", "teapot"]),
+        ("(a (red:1.2) dog:0.9) and a teapot", ["red dog", "teapot"]),
+        ("a (red:1.2) dog and a [teapot:0.8]", ["red dog", "teapot"]),
+        ("((a dog)) and [a teapot] on the beach", ["dog", "teapot"]),
+        ("[[a dog]] and {{a teapot}}", ["dog", "teapot"]),
+        ("(a dog)1.3 and (a teapot)++ in (deep snow)0.8", ["dog", "teapot"]),
+        ("a dog++ and a teapot-- on the beach", ["dog", "teapot"]),
+        ("a dog:1.3 and a teapot:0.8", ["dog", "teapot"]),
+    ],
+)
+def test_weights_in_a_prompt_are_no_part_of_names(prompt, found):
+    with pytest.warns(UserWarning, match="reads weights in the prompt, such as .*subject_scales"):
+        assert find_phrases(prompt, len(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("(a dog) and (a teapot) on the beach", ["dog", "teapot"]),
+        ("a (red) dog and a teapot", ["red dog", "teapot"]),
+        (r"a \(red\) dog and a teapot", ["red dog", "teapot"]),
+        ("a dog BREAK a teapot", ["dog", "teapot"]),
+        ("a dog | a teapot", ["dog", "teapot"]),
+        ("a dog (a corgi) on the beach", ["dog", "corgi"]),
+        ("a photo of <cat-toy> on the beach", ["cat-toy"]),
+        ("a dog at 10:30 and a teapot", ["dog", "teapot"]),
+        ("a smiley :) and a dog", ["smiley", "dog"]),
+        ("a café and a piñata", ["café", "piñata"]),
+        ("a dog on La Rambla y Sol", ["dog"]),
+        ("comic con dog", ["comic con dog"]),
+        ("MIT robot", ["MIT robot"]),
+    ],
+)
+def test_brackets_that_are_no_weights(prompt, found, recwarn):
+    assert find_phrases(prompt, len(found)) == found
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ("a dog, <lora:foo:0.8>, a teapot", "'<lora:foo:0.8>', which names no thing.*load_lora_weights.*--phrase"),
+        ("a [dog:cat:0.5] and a teapot", r"'\[dog:cat:0.5\]', which names no thing.*--phrase"),
+        ("a [dog|cat] on the beach", r"'\[dog\|cat\]'"),
+        ("{a dog|a cat} on the beach", r"'\{a dog\|a cat\}'"),
+        ("__animal__ and a teapot", "'__animal__'"),
+    ],
+)
+def test_programs_in_a_prompt_are_refused(prompt, told):
+    with pytest.raises(PhraseError, match=told):
+        find_phrases(prompt, 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ("ein Hund und eine Teekanne am Strand", "not English .its small words are 'ein', 'und', 'eine'.*--phrase"),
+        ("Ein Hund", "'ein'"),
+        ("un chien et une théière sur la plage", "'un', 'et', 'une'"),
+        ("un perro y una tetera", "'un', 'y', 'una'"),
+        ("un cane e una teiera", "'un', 'e', 'una'"),
+        ("um cachorro e um bule", "'um', 'e'"),
+        ("een hond en een theepot", "'een', 'en'"),
+        ("en hund och en tekanna", "'en', 'och'"),
+        ("собака и чайник на пляже", "most of its letters are not Latin"),
+        ("犬と急須", "most of its letters are not Latin"),
+        ("كلب على الشاطئ", "most of its letters are not Latin"),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_prompts_of_other_languages_are_refused(prompt, told, count):
+    with pytest.raises(PhraseError, match=told):
+        find_phrases(prompt, count)
+
+
 def test_the_error_lists_what_was_found():
     with pytest.raises(PhraseError, match="'dog', 'teapot', 'beach'.*--phrase"):
         find_phrases("a dog and a teapot on the beach", 4)

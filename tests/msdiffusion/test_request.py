@@ -8,10 +8,10 @@ from PIL import Image
 
 from msdiffusion.errors import LayoutError, PhraseError, RequestError
 from msdiffusion.request import check_auto_layout_start, check_request
-from msdiffusion.subjects import WHOLE, check_subjects, open_reference
+from msdiffusion.subjects import WHOLE, check_subjects
 
 PROMPT = "a dog and a teapot on the beach"
-DOG, TEAPOT = Image.new("RGB", (8, 6), "red"), Image.new("RGBA", (6, 8))
+DOG, TEAPOT = Image.new("RGB", (8, 6), "red"), Image.new("RGBA", (6, 8), "blue")
 LEFT, RIGHT = (0, 0.25, 0.5, 0.75), (0.5, 0.25, 1, 0.75)
 GOOD = {"images": [DOG, TEAPOT], "boxes": [LEFT, RIGHT], "prompt": PROMPT, "phrases": ["dog", "teapot"]}
 
@@ -81,6 +81,8 @@ ONES = np.ones((3, 4), dtype=bool)
         ({"phrases": ["dog", "cat"], "auto_layout": True}, PhraseError, "'cat' is needed in the prompt"),
         ({"phrases": ["dog", "dog"], "auto_layout": True}, PhraseError, "needed 2 times"),
         ({"negative_prompt": 3}, RequestError, "negative_prompt"),
+        ({"prompt": ["a dog", "a cat"]}, RequestError, r"prompt is one text, got \['a dog', 'a cat'\].*generate_batch"),
+        ({"prompt": (PROMPT,)}, RequestError, "prompt is one text"),
         # sizes
         ({"height": 100}, RequestError, "height is 100.*multiple of 8.*for example 96|for example 104"),
         ({"width": 1001}, RequestError, "width is 1001.*multiple of 8: for example 1000"),
@@ -158,43 +160,6 @@ def test_numbers_of_any_library_are_numbers():
     assert all(np.array_equal(mask, ONES) for mask in subjects.masks)
     both = check_request(**{**arguments, "subject_windows": np.array([[0, 0.5], [0.5, 1]])})
     assert both.subjects.windows == ((0, 0.5), (0.5, 1))
-
-
-def test_a_file_that_is_no_picture(tmp_path):
-    for name, content in (("text.png", b"hello"), ("empty.png", b"")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(RequestError, match="not a picture"):
-            open_reference(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("mode", "expected"),
-    [("RGB", "RGB"), ("RGBA", "RGBA"), ("L", "RGB"), ("LA", "RGBA"), ("1", "RGB"), ("CMYK", "RGB")],
-)
-def test_references_of_any_mode(tmp_path, mode, expected):
-    assert open_reference(Image.new(mode, (4, 4))).mode == expected
-
-
-def test_a_photo_taken_upright_stands_upright(tmp_path):
-    sideways = Image.new("RGB", (8, 4), "white")
-    sideways.paste("black", (0, 0, 2, 4))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned a quarter clockwise
-    for name in ("photo.png", "photo.webp", "photo.tiff"):
-        sideways.save(tmp_path / name, exif=exif, lossless=True)
-        for picture in (tmp_path / name, Image.open(tmp_path / name)):
-            opened = open_reference(picture)
-            assert opened.size == (4, 8)
-            assert opened.getpixel((1, 0)) == (0, 0, 0)
-            assert opened.getpixel((1, 7)) == (255, 255, 255)
-
-
-def test_references_from_files_keep_their_transparency(tmp_path):
-    Image.new("RGBA", (4, 4), (1, 2, 3, 4)).save(tmp_path / "cut_out.png")
-    opened = open_reference(tmp_path / "cut_out.png")
-    assert opened.mode == "RGBA"
-    assert opened.getpixel((0, 0)) == (1, 2, 3, 4)
-    assert open_reference(str(tmp_path / "cut_out.png")).mode == "RGBA"
 
 
 def test_repeated_phrases_mean_later_occurrences_unless_the_box_is_the_same():

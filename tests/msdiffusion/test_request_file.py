@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -213,17 +214,42 @@ def test_errors_keep_their_kind(folder):
         check_entry({"images": ["dog.png"], "boxes": [[0, 0, 2, 2]], "prompt": "a dog"}, folder, "here", "name")
 
 
+@pytest.mark.parametrize("text", ["0123", "-012", "12:30:45", "1:30.5", "0_1", "+07"])
+@pytest.mark.parametrize("key", ["seed", "name", "boxes"])
+def test_numbers_that_yaml_changes_are_refused(folder, text, key):
+    lines = ["pictures:", "  - prompt: a dog", "    images: [dog.png]", f"    {key}: {text}"]
+    (folder / "odd.yaml").write_text("\n".join(lines))
+    with pytest.raises(RequestError, match=f"line 4: '{re.escape(text)}' is another number in YAML: write it without"):
+        read_request_file(folder / "odd.yaml")
+
+
+@pytest.mark.parametrize(("text", "seed"), [("0", 0), ("10", 10), ("0x1F", 31), ("1_000", 1000)])
+def test_other_numbers_of_yaml_are_what_they_seem(folder, text, seed):
+    lines = ["pictures:", "  - prompt: a dog", "    images: [dog.png]", "    phrases: [dog]", f"    seed: {text}"]
+    (folder / "odd.yaml").write_text("\n".join(lines))
+    assert read_request_file(folder / "odd.yaml")[0].arguments["seed"] == seed
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [("num_inference_steps", "steps"), ("image", "images"), ("generator", "seed"), ("cfg_scale", "guidance_scale")],
+)
+def test_names_of_other_libraries_are_told_ours(folder, key, ours):
+    with pytest.raises(RequestError, match=f"unknown key '{key}'; is {ours} meant"):
+        read_request_file(written(folder, one(**{key: 3})))
+
+
 def test_embedded_references(folder):
     content = (folder / "dog.png").read_bytes()
     entry = check_entry({"images": [Embedded(content, "dog.png")], "prompt": "a dog"}, folder, "here", "name")
     assert with_embedded_opened(entry.arguments)["images"][0].size == (8, 8)
-    with pytest.raises(RequestError, match="embedded reference 'x' is no picture"):
+    with pytest.raises(RequestError, match="embedded reference 'x' is not a picture that can be read"):
         check_entry({"images": [Embedded(content[:40], "x")], "prompt": "a dog"}, folder, "here", "name")
 
 
 def test_a_picture_of_too_many_pixels(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
-    with pytest.raises(RequestError, match="more pixels than are opened"):
+    with pytest.raises(RequestError, match="dog.png' has more than 32 pixels, the most that are read"):
         read_request_file(written(folder, one()))
 
 

@@ -137,6 +137,7 @@ def test_training_saves_what_loads_again(make_module, pairs_dir, tmp_path, tiny_
     assert (tmp_path / "adapter" / config["base_model"]).resolve() == (tiny_model_dir / "base").resolve()
     assert (tmp_path / "adapter" / config["image_encoder"]).resolve() == (tiny_model_dir / "image_encoder").resolve()
     assert config["training_resolution"] == 32
+    assert (config["largest_side"], config["most_subjects"], config["closed_vocabulary"]) == (64, 2, True)
     assert config["reference_background"] == [255, 255, 255]
     assert config["reference_fit"] == "pad"
     assert config["defaults"] == {"scale": 0.9, "steps": 3, "guidance_scale": 2.0}

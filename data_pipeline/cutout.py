@@ -1,0 +1,212 @@
+"""Cut-outs of things in photographs, by SAM: ``msdiffusion cutout PHOTO... --out DIR`` runs this."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.places import SEGMENTER_SIZES, SEGMENTER_WEIGHTS
+from data_pipeline.records import (
+    Box,
+    ClipError,
+    Detection,
+    Entity,
+    Frame,
+    InputError,
+    MiningError,
+    SettingsError,
+    box_in_pixels,
+)
+
+if TYPE_CHECKING:
+    from data_pipeline.models.segmenter import Segmenter
+
+MIDDLE: Box = (0.1, 0.1, 0.9, 0.9)
+MODELS = {"mobile-sam": "vit_t", "sam": "vit_b"}
+MAX_PIXELS = 100_000_000
+SPILL = 0.05
+"""Part of the box's sides by which a mask may reach over it: boxes are drawn by hand."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        prog="msdiffusion cutout",
+        description="Cuts one thing out of each photograph: DIR/PHOTO.png with transparency, a reference for "
+        "msdiffusion generate. Nothing is overwritten.",
+    )
+    add = parser.add_argument
+    add("photos", nargs="+", type=Path, metavar="PHOTO", help="JPEG, PNG, WebP, BMP or TIFF, opaque, 8 bits")
+    add("--out", type=Path, required=True, metavar="DIR", help="made if it is missing")
+    add(
+        "--box",
+        action="append",
+        metavar="X1,Y1,X2,Y2",
+        help="where the thing is, in fractions of the photo; once for all photos, or once per photo in their order "
+        f"(default: the middle, {','.join(map(str, MIDDLE))})",
+    )
+    add(
+        "--segmenter",
+        choices=(*MODELS, "embedded"),
+        default="mobile-sam",
+        help="mobile-sam (41 MB, downloaded at the first run; default), sam (375 MB, finer edges), or embedded (comes "
+        "with the repository, for pictures of the procedural world only)",
+    )
+    add("--segmenter-checkpoint", type=Path, metavar="FILE", help="its weights, where they lie on this machine already")
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    return parser
+
+
+def cut_out(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The thing alone, cropped to its mask.
+
+    pixels: uint8 (height, width, 3). mask: bool (height, width), not empty. Returns uint8 (rows, columns, 4): straight
+    alpha, 255 on the mask; all channels 0 beside it.
+    """
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    inside = mask[part][..., None]
+    return np.concatenate([pixels[part] * inside, np.where(inside, np.uint8(255), np.uint8(0))], axis=-1)
+
+
+def boxes_of(texts: Sequence[str] | None, count: int) -> list[Box]:
+    """A box per photo, in fractions; SettingsError for what is none, or for another number of them."""
+    if texts is None:
+        return [MIDDLE] * count
+    if len(texts) not in (1, count):
+        raise SettingsError(
+            f"--box once for all photos, or once for each of the {count}; it was given {len(texts)} times"
+        )
+    boxes = [_box(text) for text in texts]
+    return boxes * count if len(boxes) == 1 else boxes
+
+
+def _box(text: str) -> Box:
+    try:
+        x1, y1, x2, y2 = (float(part) for part in text.split(","))
+    except ValueError:
+        raise SettingsError(f"--box is {text!r}, but must be four numbers: x1,y1,x2,y2 in fractions") from None
+    if not all(map(math.isfinite, (x1, y1, x2, y2))) or not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
+        pixels = "; these are pixels: divide them by width and height" if max(x1, y1, x2, y2) > 2 else ""
+        raise SettingsError(f"--box {text}: needed are fractions with 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1{pixels}")
+    return x1, y1, x2, y2
+
+
+def places_of(photos: Sequence[Path], out: Path) -> list[Path]:
+    """Where each cut-out is written; InputError for a photo that is not there, and for a place that is taken."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out must be a folder, but {out} is a file")
+    taken: dict[str, Path] = {}
+    for photo in photos:
+        if not photo.is_file():
+            kind = "a folder: give the photos in it" if photo.is_dir() else "no such photo"
+            raise InputError(f"{photo}: {kind}")
+        place = out / f"{photo.stem}.png"
+        if place.exists():
+            raise InputError(f"{place} is there already, and nothing is overwritten: give another --out")
+        if other := taken.get(place.name.casefold()):
+            raise InputError(f"{other} and {photo} would both become {place}: cut them out into two folders")
+        taken[place.name.casefold()] = photo
+    return [out / f"{photo.stem}.png" for photo in photos]
+
+
+def load_segmenter(name: str, checkpoint: Path | None, device: str) -> Segmenter:
+    """The network; its released weights are downloaded where there is no checkpoint. InputError or MissingModelError
+    if they are not to be had.
+    """
+    if checkpoint is not None and not checkpoint.is_file():
+        raise InputError(f"--segmenter-checkpoint: no file at {checkpoint}")
+    if name == "embedded":
+        model, checkpoint = str(SEGMENTER_SIZES), checkpoint or SEGMENTER_WEIGHTS
+    else:
+        model = MODELS[name]
+    from data_pipeline.models import hub
+    from data_pipeline.models.sam import SamSegmenter, load_sam
+
+    if checkpoint is None:
+        released = hub.SEGMENTERS[model]
+        hub.fetch([released], _tell)
+        checkpoint = hub.place_of(released)
+    if name == "mobile-sam":
+        from data_pipeline.models.mobile_sam import load_mobile_sam
+
+        return SamSegmenter(load_mobile_sam(model, checkpoint, device), 1)
+    return SamSegmenter(load_sam(model, checkpoint, device), 1)
+
+
+def find_mask(segmenter: Segmenter, pixels: np.ndarray, box: Box) -> tuple[np.ndarray, float]:
+    """Mask of the thing in a box, bool (height, width), and how good the network thinks that it is, in [0, 1].
+
+    What lies further outside the box than a hand may err is left out. ClipError if nothing is left.
+    """
+    entity = Entity(phrase="thing", head="thing", mention="thing", position=0)
+    thing = Detection(entity=entity, box=box, score=1.0)
+    [[found]] = segmenter.segment([(Frame(index=0, time=0.0, image=pixels), (thing,))])
+    width, height = box[2] - box[0], box[3] - box[1]
+    wide = (
+        max(0.0, box[0] - SPILL * width),
+        max(0.0, box[1] - SPILL * height),
+        min(1.0, box[2] + SPILL * width),
+        min(1.0, box[3] + SPILL * height),
+    )
+    x1, y1, x2, y2 = box_in_pixels(wide, pixels.shape[1], pixels.shape[0])
+    mask = np.zeros(pixels.shape[:2], bool)
+    mask[y1:y2, x1:x2] = found.mask[y1:y2, x1:x2]
+    if not mask.any():
+        raise ClipError("nothing found in the box", box=[round(value, 3) for value in box], choose="--box")
+    return mask, float(found.mask_score)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Does what the command line says. MiningError for wrong input, before a network is loaded where that can be
+    told; photos that were cut out before stay.
+    """
+    from data_pipeline.importers.pictures import open_picture
+
+    boxes = boxes_of(arguments.box, len(arguments.photos))
+    places = places_of(arguments.photos, arguments.out)
+    for photo in arguments.photos:  # all, before the first is cut out
+        open_picture(photo, str(photo), MAX_PIXELS, "apply")
+    _tell(f"loading {arguments.segmenter}")
+    segmenter = load_segmenter(arguments.segmenter, arguments.segmenter_checkpoint, arguments.device)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for photo, place, box in zip(arguments.photos, places, boxes, strict=True):
+        pixels = open_picture(photo, str(photo), MAX_PIXELS, "apply").pixels
+        try:
+            mask, score = find_mask(segmenter, pixels, box)
+        except ClipError as error:
+            raise ClipError(error.reason, picture=str(photo), **error.evidence) from error
+        Image.fromarray(cut_out(pixels, mask)).save(place)
+        _tell(f"{photo}: {mask.mean():.0%} of the photo, the network's own score {score:.2f}")
+        print(place, flush=True)  # noqa: T201
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit codes: 0 done, 2 wrong input."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        run(arguments)
+    except ClipError as error:
+        told = ", ".join(f"{name} {value}" for name, value in error.evidence.items())
+        _tell(f"msdiffusion cutout: error: {error.reason}: {told}")
+        return 2
+    except MiningError as error:
+        _tell(f"msdiffusion cutout: error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

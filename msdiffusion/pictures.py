@@ -1,0 +1,246 @@
+"""Pictures that people bring, from a file or of PIL: read as 8 bits, upright, and as sRGB, or refused in our words."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+from msdiffusion.errors import RequestError, shown
+
+ORIENTATION = 0x0112
+"""EXIF tag that says how a camera was held."""
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation to what turns the picture upright."""
+SRGB_TOLERANCE = 2
+"""Steps of 255 by which a profile may change colours and still be sRGB under another name."""
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+
+
+def open_reference(image: Any, name: str = "image") -> Image.Image:
+    """A reference as sRGB: mode RGB, or RGBA (straight alpha) where it has transparency.
+
+    Args:
+        image: a picture of PIL, or the path of one; see ``open_upright``. An embedded colour profile is applied; one
+            that cannot be used is warned of, and the colours are taken for sRGB.
+        name: what messages call it.
+
+    Raises:
+        RequestError: as open_upright; or it is wholly transparent.
+    """
+    picture = open_upright(image, name)
+    colours, alpha = _to_srgb(picture, name), None
+    if picture.has_transparency_data:
+        alpha = picture.convert("RGBA").getchannel("A")
+        if alpha.getextrema()[1] == 0:
+            raise RequestError(
+                f"{name} is wholly transparent, so nothing of the subject can be seen: give a picture whose alpha "
+                "channel is 255 on the subject and 0 round it"
+            )
+        colours.putalpha(alpha)
+    return colours
+
+
+def open_upright(image: Any, name: str = "image") -> Image.Image:
+    """A picture of 8 bits in its own mode and colour space, turned as its EXIF orientation says.
+
+    Grey pictures of 16 bits are scaled from 0-65535, those of floats from [0, 1]; where either holds values that only
+    0-255 explains, these are kept. Damaged EXIF data turn nothing.
+
+    Args:
+        image: a picture of PIL, or the path of one.
+        name: what messages call it.
+
+    Raises:
+        RequestError: no such file, not a picture, damaged, of too many pixels, or of values without a known range.
+    """
+    if isinstance(image, (str, Path)):
+        return _decoded(_existing(image, name), name, f"{name}: {shown(str(image), 300)}")
+    if not isinstance(image, Image.Image):
+        hint = ": PIL.Image.fromarray(array) makes one of an array (rows, columns, 3) uint8"
+        raise RequestError(
+            f"{name} must be a PIL image or the path of one, got {type(image).__name__}"
+            f"{hint if hasattr(image, 'shape') else ''}"
+        )
+    if 0 in image.size:
+        raise RequestError(f"{name} has no pixels: its size is {image.size}")
+    return _decoded(image, name, name)
+
+
+def open_content(content: bytes, name: str) -> Image.Image:
+    """``open_upright`` of the bytes of a file; ``name`` is what messages call it."""
+    return _decoded(io.BytesIO(content), name, name)
+
+
+def refuse_address(text: str, name: str) -> None:
+    """Raise RequestError for https://... and the like, which Path would spoil, and which names no file."""
+    if "://" in text[:12]:
+        raise RequestError(
+            f"{name} is the address {shown(text, 200)}; nothing is downloaded: save the picture, and give its file"
+        )
+
+
+def _existing(image: str | Path, name: str) -> Path:
+    if isinstance(image, str):
+        refuse_address(image, name)
+    path = Path(image)
+    try:
+        if path.is_dir():
+            raise RequestError(f"{name}: {path} is a folder: give the file of one picture")
+        if not path.is_file():
+            raise RequestError(f"{name}: no such file: {path}")
+    except (OSError, ValueError) as error:  # a name that no file can have; RequestError is a ValueError too
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"{name}: {shown(str(path), 300)} is not a picture that can be read: {error}") from None
+    return path
+
+
+def _decoded(source: Path | io.BytesIO | Image.Image, name: str, called: str) -> Image.Image:
+    """``called``: name and path, for messages about the file itself."""
+    try:
+        if isinstance(source, Image.Image):
+            return _upright(source, name)
+        with Image.open(source) as file:
+            return _upright(file, name)
+    except RequestError:
+        raise
+    except Image.DecompressionBombError:
+        most = f"{2 * Image.MAX_IMAGE_PIXELS:,}"
+        raise RequestError(
+            f"{called} has more than {most} pixels, the most that are read: make it smaller first; the network sees "
+            "some hundred pixels a side, so 2048 are plenty"
+        ) from None
+    except MemoryError:
+        raise RequestError(f"{called} has more pixels than the memory holds: make it smaller first") from None
+    except UnidentifiedImageError:
+        why = _what_else(source) or "it is in no format that is known here; JPEG, PNG and WebP are"
+        raise RequestError(f"{called} is not a picture that can be read: {why}") from None
+    except Exception as error:  # decoders raise many things at broken files
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(f"{called} is not a picture that can be read: {why[:300]}") from None
+
+
+def _what_else(source: Any) -> str:
+    """What a file is instead of a picture, or ""."""
+    try:
+        start = source.getvalue()[:512] if isinstance(source, io.BytesIO) else _first_bytes(source)
+    except (OSError, AttributeError):
+        return ""
+    if not start:
+        return "the file is empty"
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS:
+        return "it is HEIC, as telephones write it: export it as JPEG or PNG"
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html")):
+        return "it is a web page: save the picture itself, not the page that shows it"
+    if text.startswith(b"<svg") or (text.startswith(b"<?xml") and b"<svg" in text):
+        return "it is a drawing in SVG: export it as PNG"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, not the picture: git lfs pull fetches that"
+    return ""
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(512)
+
+
+def _in_8_bits(picture: Image.Image, name: str) -> Image.Image:
+    """Pictures of more bits, which are one grey channel, as mode L or LA; PIL would cut off what is above 255."""
+    if picture.mode != "F" and not picture.mode.startswith("I"):
+        return picture
+    values = np.asarray(picture)
+    low, high = values.min(), values.max()
+    top = 1 if picture.mode == "F" and high <= 1 else 255 if high <= 255 else 65535
+    if not (low >= 0 and high <= top) or (picture.mode == "F" and top == 65535):  # NaN is in no range
+        need = "0 to 1" if picture.mode == "F" else "0 to 65535"
+        raise RequestError(
+            f"{name} is a grey picture with values from {low:g} to {high:g}, so what is black and white in it is not "
+            f"known: scale it to {need}, or save it with 8 bits"
+        )
+    # of 0-255 PIL itself cuts off the fractions
+    grey = values.astype(np.uint8) if top == 255 else np.round(values * (255 / top)).astype(np.uint8)
+    result = Image.fromarray(grey)
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        result.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    result.info = {key: value for key, value in picture.info.items() if key != "transparency"}
+    return result
+
+
+def _upright(picture: Image.Image, name: str) -> Image.Image:
+    """In 8 bits, and turned as cameras note it in EXIF or XMP data, of which nothing is kept."""
+    picture.load()  # before its EXIF data are asked: TIFF files are turned on loading
+    try:
+        orientation = picture.getexif().get(ORIENTATION)
+    except Exception:  # at data that a program has damaged pillow raises many things; the pixels are well
+        orientation = None
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    plain = _in_8_bits(picture, name)
+    result = plain.copy() if method is None else plain.transpose(method)
+    result.info = {key: value for key, value in plain.info.items() if key in ("icc_profile", "transparency")}
+    return result
+
+
+def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
+    """The colours as sRGB in mode RGB, without alpha."""
+    content = picture.info.get("icc_profile")
+    if not content:
+        return _as_rgb(picture, name)
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        space = profile.profile.xcolor_space.strip()
+        mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "Lab": "LAB"}.get(space)
+        plain = picture if picture.mode == mode else _without_alpha(picture, name)
+        if plain.mode != mode:
+            raise ImageCms.PyCMSError(f"it is of {space}, the picture of {picture.mode}")
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+        if mode == "RGB" and _changes_nothing(transform):
+            return plain.convert("RGB")
+        result = ImageCms.applyTransform(plain, transform)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+        warnings.warn(
+            f"{name}: its colour profile cannot be used ({shown(str(error), 120)}), so its colours are taken for sRGB",
+            stacklevel=6,
+        )
+        return _as_rgb(picture, name)
+    result.info.clear()
+    return result
+
+
+def _without_alpha(picture: Image.Image, name: str) -> Image.Image:
+    """In the mode that a profile speaks of: L for grey pictures, RGB for others."""
+    return picture.convert("L") if picture.mode in ("1", "LA", "La") else _as_rgb(picture, name)
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a transform from RGB to sRGB is none: asked of 17 x 17 x 17 colours."""
+    steps = np.linspace(0, 255, 17).round().astype(np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(17, -1, 3)
+    found = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), transform)).astype(int)
+    return bool(abs(found - colours).max() <= SRGB_TOLERANCE)
+
+
+def _as_rgb(picture: Image.Image, name: str) -> Image.Image:
+    """Mode RGB by PIL; of transparent pixels their colour."""
+    try:
+        result = picture.convert("RGBA" if picture.has_transparency_data else "RGB").convert("RGB")
+    except ValueError as error:  # LAB without a profile
+        raise RequestError(
+            f"{name} is of the mode {picture.mode}, which cannot be shown as RGB: save it as RGB"
+        ) from error
+    result.info.clear()
+    return result
