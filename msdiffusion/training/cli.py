@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from msdiffusion.training.local_sgd import process_rank
     from msdiffusion.training.pictures import PredictionPictures
     from msdiffusion.training.run_cli import RunCLI
+    from msdiffusion.training.run_folder import EarlierRun
 
     guard = FailureGuard()
     try:
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # One process of a group keeps the record; the others have no logger and would write where they stand.
             save_config_callback=SaveConfigCallback if process_rank() == 0 else None,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [guard, PredictionPictures()]},
+            trainer_defaults={"callbacks": [guard, PredictionPictures(), EarlierRun()]},
             args=list(arguments) if arguments is not None else None,
         )
     except RunStoppedError as stopped:

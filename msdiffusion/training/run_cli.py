@@ -12,8 +12,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from msdiffusion.adapter_config import AdapterConfig
 from msdiffusion.errors import MSDiffusionError, RequestError, WeightsError, reason
-from msdiffusion.training.checkpoints import ADAPTER_FOLDER, BEST, BEST_FOLDER, FOLDER, LAST, existing
 from msdiffusion.training.model_settings import asked_structure, other_structure, way_out
+from msdiffusion.training.run_folder import ADAPTER_FOLDER, BEST, BEST_FOLDER, FOLDER, LAST, existing
 
 NAMES = {"last": LAST, "best": BEST}
 """What ``--ckpt_path`` may be besides a file: a name to the file in the run's ``checkpoints``."""
@@ -44,7 +44,10 @@ class RunCLI(LightningCLI):
             elif (
                 earlier := existing(Path(settings.trainer.get("default_root_dir") or ".") / FOLDER / LAST)
             ) is not None:
-                _tell(f"this run replaces {earlier} of an earlier one; --ckpt_path last would go on with that")
+                _tell(
+                    f"this is a new run: {earlier} and what else an earlier one has left get other names (last.1.ckpt, "
+                    "best.1, ...); --ckpt_path last would go on with it"
+                )
             return
         path = find_checkpoint(str(given), settings.trainer.get("default_root_dir"), fit=command == "fit")
         settings["ckpt_path"] = None if path is None else str(path)

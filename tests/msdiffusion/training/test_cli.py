@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from pytorch_lightning.loggers import CSVLogger
 
 from msdiffusion.errors import RequestError
+from msdiffusion.loading import find_adapter
 from msdiffusion.training import cli
 from msdiffusion.training.curves import read_curves
 
@@ -141,7 +143,22 @@ def test_a_new_run_in_the_folder_of_another_says_so(config, tmp_path, capsys, mo
     (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
     lightning("fit", path)
-    assert "note: this run replaces" in capsys.readouterr().err
+    assert "note: this is a new run: " in capsys.readouterr().err
+
+
+def test_a_run_in_the_folder_of_another_is_not_taken_for_it(trained, tmp_path, capsys):
+    """It ends before its first validation: then the other's best weights were said, given and drawn as its own."""
+    root = tmp_path / "run"
+    shutil.copytree(trained.parent, root)
+    here = ("--trainer.default_root_dir", str(root))
+    lightning("fit", trained, *here, "--trainer.max_steps", "1", "--model.init_args.learning_rate", "0.5")
+    assert f"note: the adapter is in {root / 'adapter'}: MSDiffusion" in capsys.readouterr().err
+    assert find_adapter(root) == root / "adapter"
+    weights = [(folder / "adapter.safetensors").read_bytes() for folder in (root / "best.1", trained.parent / "best")]
+    assert weights[0] == weights[1]
+    assert [path.name for path in sorted((root / "pictures.1").iterdir())] == ["step_000002.png"]
+    said = fails(2, capsys, "predict", trained, *here, "--ckpt_path", "best")
+    assert "best.ckpt, which does not exist; there are" in said
 
 
 @pytest.mark.parametrize(
