@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning_utilities.core.imports import RequirementCache
 from pytorch_lightning.loggers import CSVLogger
 
 from msdiffusion.errors import RequestError
 from msdiffusion.loading import find_adapter
 from msdiffusion.training import cli
 from msdiffusion.training.curves import read_curves
+from msdiffusion.training.module import MSDiffusionModule
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -119,13 +121,22 @@ def test_without_a_checkpoint_it_is_said_that_nothing_was_learned(trained, capsy
     assert "note: validate without --ckpt_path" in capsys.readouterr().err
 
 
-def test_a_resumed_run_follows_the_command_line(config, tmp_path, capsys):
+def test_a_resumed_run_follows_the_command_line(config, tmp_path, capsys, monkeypatch):
     """The old run's settings, which the checkpoint holds, used to win."""
-    path = config(tmp_path / "run")
+    path, taken = config(tmp_path / "run"), []
     lightning("fit", path, "--model.init_args.decay", "linear")
     capsys.readouterr()
+    original = MSDiffusionModule.training_step
+
+    def step(self, *arguments):
+        taken.append(self.optimizers().param_groups[0]["lr"])
+        return original(self, *arguments)
+
+    monkeypatch.setattr(MSDiffusionModule, "training_step", step)
     more = ["--trainer.max_steps", "4", "--model.init_args.learning_rate", "0.002", "--model.init_args.decay", "none"]
-    lightning("fit", path, "--ckpt_path", str(tmp_path / "run" / "checkpoints" / "last.ckpt"), *more)
+    with pytest.warns(UserWarning, match=r"is not that of the checkpoint .*step 3 takes 0\.002, not 0"):
+        lightning("fit", path, "--ckpt_path", str(tmp_path / "run" / "checkpoints" / "last.ckpt"), *more)
+    assert taken == pytest.approx([0.002, 0.002])
     said = capsys.readouterr().err
     assert "learning_rate was 0.01, now 0.002" in said
     assert "decay was linear, now none" in said
@@ -232,6 +243,55 @@ def test_what_a_constructor_refuses_is_told_in_its_own_words(trained, capsys, mo
     assert line.startswith(f"error: {reasons[place]}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--trainer.accelerator", "gpu"], "this run is for a GPU (trainer.accelerator), and torch finds none here: "),
+        (["--trainer.logger", "WandbLogger"], "pytorch_lightning.loggers.WandbLogger needs wandb, which is not "),
+        (["--trainer.max_steps", "many"], "trainer.max_steps must be a whole number, got many"),
+        (["--model.init_args.decay", "slow"],
+         "model.init_args.decay must be 'none', 'linear', 'linear_half', 'cosine', got slow"),
+        (["--trainer.devices", "0"], "`Trainer(devices='0')` value is not a valid input using cpu accelerator."),
+        (["--trainer.val_check_interval", "1.5"], "`val_check_interval` should be an integer"),
+    ],
+)  # fmt: skip
+def test_what_others_say_of_wrong_settings_is_one_sentence(trained, capsys, monkeypatch, arguments, told):
+    """It was 33 lines of traceback without a GPU, 85 without wandb, 60 of usage for a wrong value."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", RequirementCache("wandb>=9999"))
+    monkeypatch.setattr("pytorch_lightning.Trainer.fit", lambda *given, **named: None)
+    said = [line for line in fails(2, capsys, "fit", trained, *arguments).splitlines() if "Seed set" not in line]
+    [line] = [line for line in said if not line.startswith("note:")]
+    assert line.startswith(f"error: {told}")
+
+
+def test_a_wrong_name_is_told_before_anything_heavy_is_imported(trained, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "msdiffusion.training.run_cli", None)
+    said = fails(2, capsys, "fit", trained, "--trainer.max_stepss", "3")
+    assert said == "error: unknown setting --trainer.max_stepss: did you mean --trainer.max_steps?\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "interval", "told"),
+    [
+        ([], 2, ""),
+        (["--trainer.accumulate_grad_batches", "2"], 4, ""),
+        (["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "0.5",
+          "--trainer.check_val_every_n_epoch", "1"], 0.5, ""),
+        (["--trainer.num_nodes", "2"], 2, "waits until it is started on 1 more machine; on this one alone: --trainer."),
+        (["--trainer.num_nodes", "3"], 2, "waits until it is started on 2 more machines; "),
+    ],
+)  # fmt: skip
+def test_what_the_trainer_is_given(config, tmp_path, capsys, monkeypatch, arguments, interval, told):
+    """Steps between two validations, whatever is accumulated; and nobody waits for other machines without a word."""
+    seen = []
+    monkeypatch.setattr("pytorch_lightning.Trainer.fit", lambda trainer, *given, **named: seen.append(trainer))
+    lightning("fit", config(tmp_path / "run"), *arguments)
+    said = capsys.readouterr().err
+    assert seen[0].val_check_interval == interval
+    assert (told in said) if told else ("num_nodes" not in said)
+
+
 def test_a_traceback_can_be_had(config, tmp_path, monkeypatch):
     monkeypatch.setenv("MSD_TRACEBACK", "1")
     with pytest.raises(RequestError, match="--ckpt_path last needs"):
@@ -240,8 +300,6 @@ def test_a_traceback_can_be_had(config, tmp_path, monkeypatch):
 
 def during_step(monkeypatch, act):
     """``act()`` in the second step of a run."""
-    from msdiffusion.training.module import MSDiffusionModule
-
     original = MSDiffusionModule.training_step
 
     def step(self, batch, index):
