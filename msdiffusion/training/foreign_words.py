@@ -38,7 +38,7 @@ def in_one_sentence(message: str) -> str:
     if problem and len(keys) > 1:
         where = f"{where}.init_args.{keys[1]}"
     got = re.search(r"(?:Got value|Given value): (.+)", message)
-    expected = [words for words in re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, re.MULTILINE)]
+    expected = re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, re.MULTILINE)
     if problem and not problem[2].startswith("Parser key"):
         return _short(f"{where}: {problem[1]}: {problem[2]}" if where else f"{problem[1]}: {problem[2]}")
     if expected and where:

@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_arguments(rest)  # once, and not in every process
     except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         return 2
     with tempfile.TemporaryDirectory() as folder:
         shared = {WORLD: str(options.processes), STORE: f"{folder}/store", "OMP_NUM_THREADS": "1"}

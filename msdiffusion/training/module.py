@@ -283,6 +283,12 @@ class MSDiffusionModule(pl.LightningModule):
         if self.averaged is not None:
             self.averaged.update(self.adapter)
 
+    def teardown(self, stage: str) -> None:
+        """Say once how many captions were too long."""
+        told = None if self.backbone is None else self.encodings.long_captions.told()
+        if told is not None:
+            rank_zero_warn(told)
+
     def training_step(self, batch: PairsBatch, batch_index: int) -> Tensor:
         """The loss of a batch, with the drops, noise and timesteps that its samples bring along."""
         hparams, draws = self.hparams, batch.draws

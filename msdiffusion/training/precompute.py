@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from msdiffusion.training.datamodule import PairsDataModule
     from msdiffusion.training.encoded import Part
     from msdiffusion.training.module import MSDiffusionModule
-    from msdiffusion.training.run_cli import RunParser
 
 
 def load_run(config: str, arguments: Sequence[str], device: str) -> tuple[PairsDataModule, MSDiffusionModule]:
@@ -48,6 +47,7 @@ def load_run(config: str, arguments: Sequence[str], device: str) -> tuple[PairsD
 
     from msdiffusion.training.datamodule import PairsDataModule
     from msdiffusion.training.module import MSDiffusionModule
+    from msdiffusion.training.run_cli import RunParser
 
     # the command line is ours, and given as a list
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")

@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import ray.train
         from ray.train.torch import TorchTrainer
     except ImportError as error:
-        parser.error(f'Ray Train is missing ({error}): pip install "ray[train]"')
+        parser.error(f'Ray Train is missing ({error}): pip install ".[ray]" in a checkout of this repository')
 
     ray.init(address=options.address, log_to_driver=True)
     trainer = TorchTrainer(
