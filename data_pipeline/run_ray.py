@@ -187,7 +187,8 @@ def check_ray(options: RayOptions) -> None:
 
     if find_spec("ray") is None:
         raise InputError(
-            f"--ray {options.address} needs Ray, which is not installed: pip install '.[ray]' in a checkout of this repository"
+            f"--ray {options.address} needs Ray, which is not installed: pip install '.[ray]' in a checkout of this "
+            "repository"
         )
 
 

@@ -47,8 +47,8 @@ class LongCaptions:
         count, rest = len(self._longer), next(iter(self._longer.values()))
         counted = "1 caption is" if count == 1 else f"{count:,} captions are"
         return (
-            f"{counted} longer than the {self.tokenizer.model_max_length} tokens that the text encoder reads: what lies "
-            f"beyond was ignored, as {shown(rest)}"
+            f"{counted} longer than the {self.tokenizer.model_max_length} tokens that the text encoder reads: what "
+            f"lies beyond was ignored, as {shown(rest)}"
         )
 
 
