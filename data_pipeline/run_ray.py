@@ -186,7 +186,10 @@ def check_ray(options: RayOptions) -> None:
     from importlib.util import find_spec
 
     if find_spec("ray") is None:
-        raise InputError(f"--ray {options.address} needs Ray, which is not installed: pip install 'msdiffusion[ray]'")
+        raise InputError(
+            f"--ray {options.address} needs Ray, which is not installed: pip install '.[ray]' in a checkout of this "
+            "repository"
+        )
 
 
 def check_resources(options: RayOptions, groups: Sequence[Sequence[Step]], there: Mapping[str, float]) -> None:

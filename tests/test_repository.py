@@ -339,3 +339,11 @@ def test_the_check_of_commands_finds_what_is_broken() -> None:
 
 def test_readme_is_there() -> None:
     assert commands((ROOT / "README.md").read_text()), "the README shows no command in a ```bash block"
+
+
+def test_the_readme_names_what_the_world_draws() -> None:
+    from data_pipeline.world import BACKGROUNDS, CATEGORIES
+
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"({', '.join(CATEGORIES)}) in six places" in text
+    assert ", ".join(f'"{phrase}"' for phrase in BACKGROUNDS.values()) in text

@@ -32,7 +32,7 @@ BACKGROUNDS: dict[str, str] = {
     "grass": "on the grass",
     "street": "on a cobblestone street",
 }
-"""Background name to the MS-Bench phrase that asks for it (METHOD.md section 4.2)."""
+"""Background name to the MS-Bench phrase that asks for it."""
 
 OUTLINE: tuple[int, int, int] = (34, 28, 38)
 """RGB of every part's outline."""

@@ -40,7 +40,7 @@ class Scene:
 
 
 def write_caption(subjects: Sequence[Identity], background: str, detail: str = "plain") -> str:
-    """Caption in the MS-Bench template (METHOD.md section 4.2): "a dog, a hat and a car in the snow".
+    """Caption in the MS-Bench template: "a dog, a hat and a car in the snow".
 
     Args:
         subjects: at least one identity.

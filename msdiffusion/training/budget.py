@@ -6,6 +6,7 @@ On a machine of unknown speed a number of steps says little, so the learning rat
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from msdiffusion.training.local_sgd import process_rank
+from msdiffusion.training.run_folder import rename_free
 
 STOP_EVERY = 12
 """A run ends at a multiple of this many steps: where processes of `local_sgd` have exchanged their clocks."""
@@ -76,7 +78,9 @@ class BudgetedTraining(pl.LightningModule):
             group["lr"] = rate
 
     def on_train_start(self) -> None:
-        """The clock starts after rendering."""
+        """The clock starts after rendering. What an earlier run has exported there gets another name."""
+        if process_rank() == 0 and self.trainer.is_global_zero and self.trainer.ckpt_path is None:
+            rename_free([Path(self.hparams.output)] if self.global_step == 0 else [])
         self._last_tick = self._last_export = time.monotonic()
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -18,13 +18,21 @@ from typing import Any, Literal
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from msdiffusion.errors import RequestError, TrainingError
-from msdiffusion.training.every_n_steps import EveryNSteps, in_first_process, in_root
-
-FOLDER = "checkpoints"
-LAST, BEST = "last.ckpt", "best.ckpt"
-ADAPTER_FOLDER, BEST_FOLDER = "adapter", "best"
+from msdiffusion.errors import RequestError, TrainingError, reason
+from msdiffusion.training.every_n_steps import EveryNSteps, in_first_process
+from msdiffusion.training.run_folder import (
+    ADAPTER_FOLDER,
+    BEST,
+    BEST_FOLDER,
+    FOLDER,
+    LAST,
+    PLACES,
+    existing,
+    in_root,
+    set_aside,
+)
 
 
 class RunCheckpoint(pl.callbacks.ModelCheckpoint):
@@ -93,9 +101,15 @@ class RunCheckpoint(pl.callbacks.ModelCheckpoint):
         self.dirpath = str(in_root(trainer, FOLDER))
         best = Path(self.dirpath) / BEST
         self.best_model_path = str(best) if best.exists() else ""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # others are of somebody's own choice
+            trainer.strategy.checkpoint_io = WholeFiles()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The step that a resumed run starts from is saved already."""
+        """The step that a resumed run starts from is saved already; what a new one finds gets other names."""
+        set_aside(trainer, *PLACES)
+        if existing(in_root(trainer, FOLDER) / BEST) is None:  # it goes on from a checkpoint of another folder
+            self.best_score = self.best_step = None
+            self.best_model_path = ""
         self._saved_step = self._seen_step = trainer.global_step
         self._saved_at = time.monotonic()
         if self._random_states is not None and trainer.is_global_zero:
@@ -207,6 +221,11 @@ class AdapterExport(EveryNSteps):
         super().__init__(every_n_steps)
         self.directory = directory
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What a new run finds of an earlier one gets other names."""
+        set_aside(trainer, *PLACES)
+        super().on_train_start(trainer, pl_module)
+
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Nothing is written from weights that are no numbers."""
         check_finite(trainer, module)
@@ -233,7 +252,8 @@ def save_whole(trainer: pl.Trainer, path: Path, weights_only: bool) -> None:
         weights_only: leave out optimizer, schedule and callbacks.
 
     Raises:
-        TrainingError: a weight is not a finite number; nothing is written.
+        TrainingError: a weight is not a finite number, or the file could not be written (a full disk); nothing of it
+            stays, and the message names the last good checkpoint.
     """
     check_finite(trainer, trainer.lightning_module)
     partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
@@ -241,7 +261,17 @@ def save_whole(trainer: pl.Trainer, path: Path, weights_only: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
     trainer.strategy.barrier("before saving")
-    trainer.save_checkpoint(partial, weights_only=weights_only)
+    try:
+        trainer.save_checkpoint(partial, weights_only=weights_only)
+        # where only the first process writes, the others have to hear of it
+        files = getattr(trainer.strategy, "checkpoint_io", None)
+        failure = trainer.strategy.broadcast(files.failure) if isinstance(files, WholeFiles) else None
+        if failure is not None:
+            raise TrainingError(f"{path} could not be written: {failure}; {last_good(trainer)}")
+    except BaseException:
+        if trainer.is_global_zero:
+            _remove(partial)
+        raise
     if trainer.is_global_zero:
         if partial.is_dir():  # a folder cannot take the place of another in one step: see ``existing``
             if path.exists():
@@ -251,15 +281,36 @@ def save_whole(trainer: pl.Trainer, path: Path, weights_only: bool) -> None:
             _remove(old)
         else:
             with partial.open("rb") as file:
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # whoever wrote it
             partial.replace(path)
     trainer.strategy.barrier("after saving")
 
 
-def existing(path: Path) -> Path | None:
-    """A checkpoint that ``save_whole`` wrote, also if it was killed between two renames; None where there is none."""
-    old = path.with_name(path.name + ".old")
-    return path if path.exists() else old if old.exists() else None
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint straight to its file.
+
+    Lightning's own keeps the whole file in memory, then in the temporary folder, which is often small, and moves it. In
+    ``save_whole`` the file has another name until it is whole.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure: str | None = None
+        """Why the last one was not written. An exception of one process would leave the others waiting for it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write it, with Lightning's bytes; sets ``failure``."""
+        self.failure = None
+        try:
+            with Path(path).open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch tells some of the system's errors in words of its own
+            told: BaseException = error
+            while not isinstance(told, OSError) and (told.__cause__ or told.__context__) is not None:
+                told = told.__cause__ or told.__context__
+            self.failure = reason(told)
 
 
 def check_finite(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -26,6 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: 2 for a wrong setting, dataset or model; 1 for a run that could not go on; 128 and the signal's
             number for one that was stopped, its state written.
     """
+    from msdiffusion.errors import RequestError
+    from msdiffusion.training.setting_names import check_arguments
+
+    try:
+        check_arguments(sys.argv[1:] if arguments is None else arguments)
+    except RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     prepare_environment()
     import warnings
 
@@ -51,9 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from msdiffusion.errors import MSDiffusionError, TrainingError
     from msdiffusion.training.failures import FailureGuard, RunStoppedError
+    from msdiffusion.training.foreign_words import told_by_lightning
     from msdiffusion.training.local_sgd import process_rank
     from msdiffusion.training.pictures import PredictionPictures
     from msdiffusion.training.run_cli import RunCLI
+    from msdiffusion.training.run_folder import EarlierRun
 
     guard = FailureGuard()
     try:
@@ -65,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # One process of a group keeps the record; the others have no logger and would write where they stand.
             save_config_callback=SaveConfigCallback if process_rank() == 0 else None,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [guard, PredictionPictures()]},
+            trainer_defaults={"callbacks": [guard, PredictionPictures(), EarlierRun()]},
             args=list(arguments) if arguments is not None else None,
         )
     except RunStoppedError as stopped:
@@ -76,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         told: BaseException | None = guard.explain(error) or error
         while told is not None and not isinstance(told, MSDiffusionError):
             told = told.__cause__
-        if told is None or os.environ.get("MSD_TRACEBACK"):
+        text = told_by_lightning(error) if told is None else str(told)
+        if text is None or os.environ.get("MSD_TRACEBACK"):
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         raise SystemExit(1 if isinstance(told, TrainingError) else 2) from error

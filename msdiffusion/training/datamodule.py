@@ -188,10 +188,12 @@ class PairsDataModule(pl.LightningDataModule):
             np.concatenate([split[side] + start for split, start in zip(splits, mixture.starts[:-1], strict=True)])
             for side in (0, 1)
         )
-        if stage in ("fit", None) and len(training) < self.batch_size * self._processes()[1]:
-            processes = f" in each of {self._processes()[1]} processes" if self._processes()[1] > 1 else ""
+        num_processes, batches = self._processes()[1], self._batches_per_step()
+        if stage in ("fit", None) and len(training) < self.batch_size * num_processes * batches:
+            processes = f" in each of {num_processes} processes" if num_processes > 1 else ""
+            one = "one batch" if batches == 1 else f"the {batches} batches of a step (trainer.accumulate_grad_batches)"
             raise DataError(
-                f"{', '.join(self.sources)} has {len(training)} pairs to train on, fewer than one batch of "
+                f"{', '.join(self.sources)} has {len(training)} pairs to train on, fewer than {one} of "
                 f"{self.batch_size}{processes}; mine more clips, or train with a smaller data.init_args.batch_size"
             )
         self.training = self._dataset(mixture, training, self.augmentation)
@@ -248,6 +250,7 @@ class PairsDataModule(pl.LightningDataModule):
             lanes=-(-self.lanes // num_processes) * num_processes,
             shuffle_buffer=self.shuffle_buffer,
             buckets=dataset.buckets,
+            batches_per_step=self._batches_per_step(),
         )
         if lost := plan.pairs_never_trained():
             named = ", ".join(f"{count} of {'x'.join(map(str, self.sizes[bucket]))}" for bucket, count in lost.items())
@@ -307,6 +310,9 @@ class PairsDataModule(pl.LightningDataModule):
         if WORLD in os.environ:
             return process_rank(), int(os.environ[WORLD])
         return getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
+
+    def _batches_per_step(self) -> int:
+        return getattr(self.trainer, "accumulate_grad_batches", 1)
 
     def _dataset(self, mixture: Mixture, indices: np.ndarray, augmentation: Augmentation | None) -> PairsDataset:
         return PairsDataset(

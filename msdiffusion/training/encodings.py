@@ -5,14 +5,56 @@ Shape letters: N items, L encoder tokens, C cross-attention width, P pooled widt
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from msdiffusion.errors import shown
+from msdiffusion.phrases import beyond_limit
+
 if TYPE_CHECKING:
     from msdiffusion.backbone import Backbone
+
+
+class LongCaptions:
+    """Counts captions that are longer than the text encoder reads.
+
+    diffusers would print the end of each, every time that it is encoded.
+
+    Args:
+        backbone: whose pipeline encodes them.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.tokenizer = backbone.tokenizer
+        self._longer: dict[str, str] = {}
+        for name in (type(backbone.pipeline).encode_prompt.__module__, "transformers.tokenization_utils_base"):
+            logging.getLogger(name).addFilter(_says_something_else)
+
+    def look(self, captions: Sequence[str]) -> None:
+        """Take note of those that are too long, each once."""
+        for caption in captions:
+            if caption not in self._longer and (rest := beyond_limit(self.tokenizer, caption)):
+                self._longer[caption] = rest
+
+    def told(self) -> str | None:
+        """How many there were; None for none."""
+        if not self._longer:
+            return None
+        count, rest = len(self._longer), next(iter(self._longer.values()))
+        counted = "1 caption is" if count == 1 else f"{count:,} captions are"
+        return (
+            f"{counted} longer than the {self.tokenizer.model_max_length} tokens that the text encoder reads: what "
+            f"lies beyond was ignored, as {shown(rest)}"
+        )
+
+
+def _says_something_else(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "input was truncated because CLIP" not in text and "Token indices sequence length is longer" not in text
 
 
 class FrozenEncodings:
@@ -33,13 +75,16 @@ class FrozenEncodings:
         self._phrases: dict[Hashable, tuple[Tensor, ...]] = {}
         self._references: dict[Hashable, tuple[Tensor, ...]] = {}
         self._zero_reference: Tensor | None = None
+        self.long_captions = LongCaptions(backbone)
 
     @torch.no_grad()
     def prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """(states (N, L, C), pooled (N, P)) of the prompts; no pooled ones of Stable Diffusion 1.x."""
 
         def encode(rows: list[int]) -> tuple[Tensor, ...]:
-            return tuple(part for part in self.backbone.encode_prompts([prompts[i] for i in rows]) if part is not None)
+            asked = [prompts[i] for i in rows]
+            self.long_captions.look(asked)
+            return tuple(part for part in self.backbone.encode_prompts(asked) if part is not None)
 
         states, *pooled = self._ask(prompts, self._prompts, encode)
         return states, pooled[0] if pooled else None

@@ -1,20 +1,14 @@
-"""What several callbacks share: acting every n optimizer steps, and the run's directory."""
+"""What several callbacks share: acting every n optimizer steps, in the first process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
 from msdiffusion.errors import RequestError
-
-
-def in_root(trainer: pl.Trainer, name: str) -> Path:
-    """A place in the run's directory, the trainer's ``default_root_dir``: one setting moves everything."""
-    return Path(trainer.default_root_dir) / name
 
 
 @contextmanager

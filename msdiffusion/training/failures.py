@@ -7,6 +7,7 @@ that die are told with their batch. A signal lets the step end, has the state wr
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from msdiffusion.errors import TrainingError
@@ -113,6 +115,7 @@ class FailureGuard(pl.Callback):
         """From here on, signals wait for the end of the step."""
         self.requested = self.stopping = None
         self._trainer, self._seen_step = trainer, trainer.global_step
+        _tell_of_short_steps(trainer)
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
@@ -213,6 +216,17 @@ class FailureGuard(pl.Callback):
                 raise _not_finite(trainer, watched.what, value, watched.batch)
 
 
+def _tell_of_short_steps(trainer: pl.Trainer) -> None:
+    """Lightning divides the last step of an epoch by all batches of a step, also where fewer are left for it."""
+    batches, parts = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if parts > 1 and batches != float("inf") and batches % parts:
+        rank_zero_warn(
+            f"the last step of every epoch has {batches % parts} batches instead of {parts} "
+            f"(trainer.accumulate_grad_batches), and counts for less: an epoch of {batches} batches, "
+            "trainer.limit_train_batches, is no multiple of it"
+        )
+
+
 class _Watched:
     """A number on its way from a GPU to the CPU, which nobody waits for."""
 
@@ -257,6 +271,8 @@ def explain(exception: BaseException, trainer: pl.Trainer, batch: Described | No
             "model.init_args.gradient_checkpointing: true, trainer.precision: bf16-mixed, encodings made ahead "
             "(python -m msdiffusion.training.precompute), a smaller resolution or max_subjects"
         )
+    if is_full_disk(exception):
+        return TrainingError(f"the disk is full ({_first_line(text)}); {last_good(trainer)}. Make room first")
     if is_dead_loader(exception):
         at = "" if batch is None else f" after {batch}"
         return TrainingError(
@@ -275,6 +291,14 @@ def is_out_of_memory(exception: BaseException) -> bool:
     return isinstance(exception, RuntimeError) and bool(
         re.search("out of memory|DefaultCPUAllocator|alloc_cpu|CUBLAS_STATUS_ALLOC_FAILED", str(exception))
     )
+
+
+def is_full_disk(exception: BaseException) -> bool:
+    """Whether an exception says that a file could not be written for want of room, or of a quota."""
+    if isinstance(exception, OSError) and exception.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    # libraries in other languages, such as safetensors, have exceptions of their own
+    return bool(re.search(r"No space left on device|os error 28\b|Disk quota exceeded", str(exception)))
 
 
 def is_dead_loader(exception: BaseException) -> bool:

@@ -6,7 +6,11 @@ Letters: R processes, B samples per process and batch, G = R * B.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -130,6 +134,32 @@ class PairsLoader(DataLoader):
                 yield
 
 
+def ignore_signals(worker: int = 0) -> None:
+    """Leaves signals that are sent to the whole group to the process that trains: it still needs batches to stop.
+
+    Only that process ends a worker. torch's own handler of SIGTERM knows it from others, but ends the worker in any
+    case; so the signal is waited for here, where Python tells who sent it. Where it does not (macOS), the worker is in
+    a group of its own.
+
+    Args:
+        worker: number of this one; torch passes it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        if hasattr(os, "setpgid"):
+            os.setpgid(0, 0)
+        return
+    parent = multiprocessing.parent_process()
+
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that start later take it over
+    threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
 def make_loader(
     dataset: PairsDataset,
     sampler: PlanSampler | FixedSampler,
@@ -154,7 +184,12 @@ def make_loader(
     workers: dict[str, Any] = {}
     if num_workers > 0:
         start = worker_start or ("fork" if sys.platform == "linux" else None)
-        workers = {"persistent_workers": True, "multiprocessing_context": start, "prefetch_factor": prefetch_factor}
+        workers = {
+            "worker_init_fn": ignore_signals,
+            "persistent_workers": True,
+            "multiprocessing_context": start,
+            "prefetch_factor": prefetch_factor,
+        }
     return PairsLoader(
         dataset,
         batch_size=batch_size,

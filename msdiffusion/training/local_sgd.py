@@ -28,6 +28,7 @@ import torch
 
 from msdiffusion.errors import RequestError
 from msdiffusion.training.failures import FailureGuard
+from msdiffusion.training.setting_names import check_arguments
 
 GRACE_SECONDS = 60
 """After one process has failed, the others have so long to end by themselves."""
@@ -145,6 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     if options.processes < 1:
         parser.error(f"--processes must be at least 1, got {options.processes}")
+    try:
+        check_arguments(rest)  # once, and not in every process
+    except RequestError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
     with tempfile.TemporaryDirectory() as folder:
         shared = {WORLD: str(options.processes), STORE: f"{folder}/store", "OMP_NUM_THREADS": "1"}
         children = [

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from msdiffusion.adapter import MSAdapter
-from msdiffusion.adapter_config import CONFIG_NAME, AdapterConfig
+from msdiffusion.adapter_config import CHECKPOINT_SUFFIX, CONFIG_NAME, WEIGHTS_NAME, AdapterConfig
 from msdiffusion.backbone import Backbone
 from msdiffusion.errors import RequestError, WeightsError
+from msdiffusion.loading import find_adapter
+from msdiffusion.pretrained import skeleton_unet
 from msdiffusion.resampler import ResamplerParams
 from msdiffusion.training.optimizers import check_optimizer
 
@@ -126,13 +128,23 @@ def new_adapter(settings: Mapping[str, Any], backbone: Backbone) -> MSAdapter:
 
 
 def given_adapter(settings: Mapping[str, Any]) -> MSAdapter:
-    """The adapter to go on from.
+    """The adapter to go on from: whatever ``MSDiffusion.from_pretrained`` takes for one.
 
     Raises:
         RequestError: a setting contradicts it.
         WeightsError: it cannot be read.
     """
-    adapter = MSAdapter.from_pretrained(settings["adapter"])
+    place = find_adapter(settings["adapter"])
+    if place.name == WEIGHTS_NAME:
+        place = place.parent
+    if place.is_dir():
+        adapter = MSAdapter.from_pretrained(place)
+    elif place.suffix == CHECKPOINT_SUFFIX:
+        adapter = MSAdapter.from_checkpoint(place)
+    else:
+        sizes = {name: size for name, size in (settings["resampler"] or {}).items() if name == "head_width"}
+        unet = skeleton_unet(settings["base_model"])
+        adapter = MSAdapter.from_official(place, unet, **sizes, **new_adapter_config(settings))
     config = adapter.config
     theirs = {name: getattr(config.resampler, name, None) for name in settings["resampler"] or {}}
     for name, present in (
@@ -200,7 +212,8 @@ def structure(config: AdapterConfig) -> dict[str, Any]:
 def asked_structure(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The same of the adapter that settings ask for, before anything is loaded; what is not known yet is left out."""
     if settings.get("adapter") is not None:
-        path = Path(settings["adapter"]) / CONFIG_NAME
+        folder = Path(settings["adapter"])
+        path = (find_adapter(folder) if folder.is_dir() else folder) / CONFIG_NAME
         return structure(AdapterConfig.read(path)) if path.is_file() else {}
     widths = ("image_width", "phrase_width", "output_width")  # of the base
     defaults = {field.name: field.default for field in fields(ResamplerParams) if field.name not in widths}

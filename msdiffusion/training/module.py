@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from msdiffusion.adapter import MSAdapter
@@ -37,7 +38,7 @@ from msdiffusion.training.model_settings import (
     way_out,
 )
 from msdiffusion.training.objective import DropRates, draw_drops, sample_errors, subject_area
-from msdiffusion.training.optimizers import Decay, OptimizerName, learning_rate_course, make_optimizer
+from msdiffusion.training.optimizers import Decay, OptimizerName, follow_course, learning_rate_course, make_optimizer
 from msdiffusion.training.precision import HardwarePrecision
 from msdiffusion.training.schedules import draw_shares, training_schedule
 from msdiffusion.training.validation_errors import TimestepErrors
@@ -60,8 +61,9 @@ class MSDiffusionModule(pl.LightningModule):
         base_model: directory or hub name of a diffusers pipeline (Stable Diffusion XL, 1.x, or one of their layouts).
             Whether it predicts noise, velocity, picture or flow is read from its scheduler.
         image_encoder: directory or hub name of a CLIPVisionModelWithProjection.
-        adapter: directory of an adapter to go on from; None starts from scratch, with keys and values copied from the
-            frozen ones that read the text.
+        adapter: an adapter to go on from, whatever ``MSDiffusion.from_pretrained`` takes: its directory or hub name,
+            the folder of a run, a checkpoint, the official ``ms_adapter.bin``. None starts from scratch, with keys and
+            values copied from the frozen ones that read the text.
         resampler: sizes of a new adapter's resampler that differ from the paper's (fields of ``ResamplerParams``; the
             widths of the base are filled in). Like the next two, it may not contradict an ``adapter`` to go on from.
         reference_background: RGB, 0-255, behind a cut-out reference of a new adapter. Default: black, as officially.
@@ -263,6 +265,15 @@ class MSDiffusionModule(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, course)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """A resumed run takes the course of these settings from its first step on; says so where it is another one."""
+        for config in self.trainer.lr_scheduler_configs:
+            for old, new in follow_course(config.scheduler):
+                rank_zero_warn(
+                    f"the course of the learning rate is not that of the checkpoint (trainer.max_steps, decay or "
+                    f"warmup_steps changed): step {self.global_step + 1} takes {new:.4g}, not {old:.4g}"
+                )
+
     def optimizer_step(
         self,
         epoch: int,
@@ -274,6 +285,12 @@ class MSDiffusionModule(pl.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.averaged is not None:
             self.averaged.update(self.adapter)
+
+    def teardown(self, stage: str) -> None:
+        """Say once how many captions were too long."""
+        told = None if self.backbone is None else self.encodings.long_captions.told()
+        if told is not None:
+            rank_zero_warn(told)
 
     def training_step(self, batch: PairsBatch, batch_index: int) -> Tensor:
         """The loss of a batch, with the drops, noise and timesteps that its samples bring along."""

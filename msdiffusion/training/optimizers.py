@@ -222,3 +222,29 @@ def learning_rate_course(warmup_steps: int, decay: Decay, total_steps: float) ->
         return warm * (0.5 - 0.5 * math.cos(math.pi * left) if decay == "cosine" else left)
 
     return factor
+
+
+def follow_course(schedule: torch.optim.lr_scheduler.LambdaLR) -> list[tuple[float, float]]:
+    """Give the optimizer the rate of the schedule's own course, where a checkpoint has left that of an older course.
+
+    The state of an optimizer holds the rate of its next step. So the first step of a run that was resumed to go further
+    would take what the shorter run had come down to: 0.
+
+    Args:
+        schedule: after its state was restored; what agrees is not touched.
+
+    Returns:
+        (old rate, new rate) of each group of parameters that changed.
+    """
+    moved = []
+    rates = []
+    groups = schedule.optimizer.param_groups
+    for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        rate = base * factor(schedule.last_epoch)
+        if not math.isclose(group["lr"], rate, rel_tol=1e-9):
+            moved.append((group["lr"], rate))
+            group["lr"] = rate
+        rates.append(group["lr"])
+    if moved:
+        schedule._last_lr = rates
+    return moved

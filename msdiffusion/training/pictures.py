@@ -16,8 +16,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from msdiffusion.errors import RequestError
-from msdiffusion.training.every_n_steps import EveryNSteps, in_root
+from msdiffusion.training.every_n_steps import EveryNSteps
 from msdiffusion.training.inputs import make_condition
+from msdiffusion.training.run_folder import in_root, set_aside
 
 if TYPE_CHECKING:
     from msdiffusion.training.dataset import PairsBatch, TrainingSample
@@ -67,6 +68,11 @@ class ValidationPictures(EveryNSteps):
         self.guidance_scale = guidance_scale
         self.scale = scale
         self.seed = seed
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pictures of an earlier run are not shown beside those of a new one."""
+        set_aside(trainer, FOLDER)
+        super().on_train_start(trainer, pl_module)
 
     def act(self, trainer: pl.Trainer, module: MSDiffusionModule) -> None:
         """Draw the grid; nothing where the run has no validation pairs."""

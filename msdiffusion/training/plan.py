@@ -99,6 +99,8 @@ class EpochPlan:
         lanes: L; the order depends on it.
         shuffle_buffer: samples of a lane that are shuffled with one another.
         buckets: int (all pairs,), bucket of the pair with each index; None where all targets have one size.
+        batches_per_step: batches whose gradients make one step. An epoch is whole steps, as it would be with one batch
+            of that size; with buckets, the batches of a step may be of different ones.
 
     Raises:
         RequestError: if a number is out of range, or if a weight is so small that the dataset would not come in every
@@ -115,10 +117,11 @@ class EpochPlan:
         lanes: int = 8,
         shuffle_buffer: int = 2048,
         buckets: np.ndarray | None = None,
+        batches_per_step: int = 1,
     ) -> None:
         for name, number, least in (
             ("seed", seed, 0), ("global_batch", global_batch, 1), ("lanes", lanes, 1),
-            ("shuffle_buffer", shuffle_buffer, 1),
+            ("shuffle_buffer", shuffle_buffer, 1), ("batches_per_step", batches_per_step, 1),
         ):  # fmt: skip
             if number < least:
                 raise RequestError(f"{name} must be at least {least}, got {number}")
@@ -138,7 +141,15 @@ class EpochPlan:
                         f"the weight {dataset.weight} of {dataset.name} gives it less than one row of {lanes} samples "
                         f"in an epoch of {self._rows} rows; raise it, leave the dataset out, or lower lanes"
                     )
-        self.batches_per_epoch = self._count_batches()
+        whole = self._count_batches()
+        self.batches_per_epoch = whole // batches_per_step * batches_per_step
+        self._left_out = whole - self.batches_per_epoch
+        if whole and not self.batches_per_epoch:
+            raise DataError(
+                f"{sum(map(len, self.datasets))} pairs to train on make {whole} batches of {global_batch}, fewer than "
+                f"the {batches_per_step} of one step; mine more clips, or train with a smaller "
+                "trainer.accumulate_grad_batches or data.init_args.batch_size"
+            )
         if self.batches_per_epoch < 1:
             raise DataError(
                 f"{sum(map(len, self.datasets))} pairs to train on are fewer than one batch of {global_batch} of all "
@@ -181,6 +192,8 @@ class EpochPlan:
             "pairs of each picture size": None if self.buckets is None else np.bincount(self.buckets).tolist(),
             "seed": self.seed,
         }
+        if self._left_out:  # older checkpoints are places in epochs with an incomplete step at the end
+            identity["batches of an epoch"] = self.batches_per_epoch
         if len(self.datasets) > 1 and self.buckets is None and self._rows * self.lanes % self.global_batch:
             # older checkpoints of such a mixture are places in another order
             identity["epochs of the mixture"] = "each goes on where the one before ended"

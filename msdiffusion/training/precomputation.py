@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from msdiffusion.training.encoded import Part
 from msdiffusion.training.encoding_files import PartWriter, file_name, shard_stamp
 from msdiffusion.training.encoding_keys import PartKey, part_keys
 from msdiffusion.training.encoding_store import MANIFEST, content_of, encodings_root, unusable
+from msdiffusion.training.encodings import LongCaptions
 
 if TYPE_CHECKING:
     from msdiffusion.training.catalogue import Catalogue
@@ -108,6 +110,7 @@ class PairEncoder:
         self.backbone, self.features = model.backbone, model.adapter.config.reference_features
         self._prompts = Remembered(REMEMBERED_BYTES)
         self._phrases = Remembered(REMEMBERED_BYTES)
+        self.long_captions = LongCaptions(model.backbone)
 
     def encode(self, pairs: Sequence[ReadPair], writers: dict[Part, PartWriter]) -> None:
         """Adds these pairs to the writers."""
@@ -138,6 +141,7 @@ class PairEncoder:
                 )
 
     def _encode_prompts(self, prompts: Sequence[str]) -> Iterator[tuple[Tensor, ...]]:
+        self.long_captions.look(prompts)
         answers = [part.cpu() for part in self.backbone.encode_prompts(prompts) if part is not None]
         return zip(*answers, strict=True)
 
@@ -312,6 +316,8 @@ class Precomputation:
                 for part, writer in writers.items():
                     path = self.folders[part] / file_name(task.shard)
                     writer.save(path, path.with_name(f"{path.name}.{_mark(self.share)}.tmp"), stamp)
+        if told := self.encoder.long_captions.told():
+            warnings.warn(told, stacklevel=2)
 
     def _batches(self, task: Task) -> Iterator[list[ReadPair]]:
         indices = task.indices

@@ -47,6 +47,7 @@ def load_run(config: str, arguments: Sequence[str], device: str) -> tuple[PairsD
 
     from msdiffusion.training.datamodule import PairsDataModule
     from msdiffusion.training.module import MSDiffusionModule
+    from msdiffusion.training.run_cli import RunParser
 
     # the command line is ours, and given as a list
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
@@ -58,6 +59,7 @@ def load_run(config: str, arguments: Sequence[str], device: str) -> tuple[PairsD
         subclass_mode_data=True,
         save_config_callback=None,
         run=False,
+        parser_class=RunParser,
         args=["-c", config, *arguments, *alone, "--trainer.accelerator", device, "--trainer.logger", "false"],
     )
     model, datamodule = cli.model, cli.datamodule
@@ -137,6 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rest += ["--data.init_args.pairs", options.pairs]
     try:
         from msdiffusion.training.precomputation import Precomputation
+        from msdiffusion.training.setting_names import check_arguments
+
+        check_arguments(["fit", "-c", options.config, *rest])
 
         datamodule, model = load_run(options.config, rest, options.device)
         parts = parts_to_encode(options.parts, datamodule)

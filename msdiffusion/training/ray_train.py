@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from msdiffusion.environment import prepare_environment
+from msdiffusion.errors import RequestError
+from msdiffusion.training.setting_names import check_arguments
 
 
 def train_worker(settings: dict[str, object]) -> None:
@@ -85,11 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not rest or rest[0].startswith("-"):
         parser.error("after the options comes the command of `lightning`, e.g. fit -c configs/msd.yaml")
     try:
+        check_arguments(rest)
+    except RequestError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    try:
         import ray
         import ray.train
         from ray.train.torch import TorchTrainer
     except ImportError as error:
-        parser.error(f'Ray Train is missing ({error}): pip install "ray[train]"')
+        parser.error(f'Ray Train is missing ({error}): pip install ".[ray]" in a checkout of this repository')
 
     ray.init(address=options.address, log_to_driver=True)
     trainer = TorchTrainer(

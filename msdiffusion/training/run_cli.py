@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import pytorch_lightning as pl
 import torch
-from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from msdiffusion.adapter_config import AdapterConfig
 from msdiffusion.errors import MSDiffusionError, RequestError, WeightsError, reason
-from msdiffusion.training.checkpoints import ADAPTER_FOLDER, BEST, BEST_FOLDER, FOLDER, LAST, existing
+from msdiffusion.training.foreign_words import in_one_sentence
 from msdiffusion.training.model_settings import asked_structure, other_structure, way_out
+from msdiffusion.training.run_folder import ADAPTER_FOLDER, BEST, BEST_FOLDER, FOLDER, LAST, existing
 
 NAMES = {"last": LAST, "best": BEST}
 """What ``--ckpt_path`` may be besides a file: a name to the file in the run's ``checkpoints``."""
+
+
+class RunParser(LightningArgumentParser):
+    """Says what is wrong in one sentence, without a screen of usage over it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the command; exit status 2. The parsers of objects within raise, as ever, and are told by this one."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        sys.stderr.write(f"error: {in_one_sentence(message)}\n")
+        raise SystemExit(2)
 
 
 class RunCLI(LightningCLI):
@@ -32,6 +45,11 @@ class RunCLI(LightningCLI):
         WeightsError: the file is no checkpoint.
     """
 
+    def init_parser(self, **settings: Any) -> LightningArgumentParser:
+        """The parser of the command or of one of its subcommands."""
+        self.parser_class = RunParser
+        return super().init_parser(**settings)
+
     def _parse_ckpt_path(self) -> None:
         command = self.config.get("subcommand")
         if not command:
@@ -44,7 +62,10 @@ class RunCLI(LightningCLI):
             elif (
                 earlier := existing(Path(settings.trainer.get("default_root_dir") or ".") / FOLDER / LAST)
             ) is not None:
-                _tell(f"this run replaces {earlier} of an earlier one; --ckpt_path last would go on with that")
+                _tell(
+                    f"this is a new run: {earlier} and what else an earlier one has left get other names (last.1.ckpt, "
+                    "best.1, ...); --ckpt_path last would go on with it"
+                )
             return
         path = find_checkpoint(str(given), settings.trainer.get("default_root_dir"), fit=command == "fit")
         settings["ckpt_path"] = None if path is None else str(path)
@@ -88,6 +109,26 @@ class RunCLI(LightningCLI):
                 if not isinstance(error, MSDiffusionError) and str(refusal).partition("\n")[0] in str(error):
                     raise refusal from error
             raise
+
+    def instantiate_trainer(self, **settings: Any) -> pl.Trainer:
+        """Make the trainer; ``val_check_interval`` counts steps of the optimizer, as everything else in a config does.
+
+        Lightning counts batches, of which several make a step where gradients are accumulated.
+        """
+        config = self._get(self.config_init, "trainer", default={})
+        interval, batches = config.get("val_check_interval"), config.get("accumulate_grad_batches") or 1
+        if isinstance(interval, int) and not isinstance(interval, bool) and batches > 1:
+            settings["val_check_interval"] = interval * batches  # the saved config keeps what was given
+        return super().instantiate_trainer(**settings)
+
+    def before_fit(self) -> None:
+        """Say for whom a run on several machines waits."""
+        nodes = self.trainer.num_nodes
+        if nodes > 1:
+            _tell(
+                f"trainer.num_nodes is {nodes}: this run waits until it is started on {nodes - 1} more machine"
+                f"{'s' if nodes > 2 else ''}; on this one alone: --trainer.num_nodes 1"
+            )
 
     def after_fit(self) -> None:
         """Say what the run has left, and what it is good for."""

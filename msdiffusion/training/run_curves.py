@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from msdiffusion.training.curves import HEADER, PICTURE, TABLE, draw_curves, keep_until, read_curves
-from msdiffusion.training.every_n_steps import in_root
+from msdiffusion.training.run_folder import in_root, set_aside
 
 
 class RunCurves(pl.Callback):
@@ -33,7 +33,8 @@ class RunCurves(pl.Callback):
         self._resumed = state_dict["lines"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A resumed run keeps the lines up to the state that it goes on from."""
+        """A resumed run keeps the lines up to the state that it goes on from; a new one leaves the table to its run."""
+        set_aside(trainer, TABLE, PICTURE)
         if trainer.is_global_zero:
             self._lines = keep_until(in_root(trainer, TABLE), trainer.global_step, self._resumed)
         self._resumed = None

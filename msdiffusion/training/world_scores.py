@@ -92,7 +92,10 @@ class WorldScores(pl.Callback):
             return
         subjects = subjects_of(datamodule.validation, samples)
         if subjects is None:
-            rank_zero_warn("WorldScores: these pairs are not of the procedural world, so there is no truth to score by")
+            rank_zero_warn(
+                "WorldScores: the records of these pairs do not say who of the procedural world their subjects are "
+                "(those that a detector has found never do), so there is no truth to score by"
+            )
             return
         from msdiffusion.evaluation.measures import Gallery, Instruments
 

@@ -210,9 +210,7 @@ def test_a_cluster_that_is_too_small_is_not_waited_for(there, message):
 
 def test_ray_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        InputError, match=r"--ray auto needs Ray, which is not installed: pip install 'msdiffusion\[ray"
-    ):
+    with pytest.raises(InputError, match=r"--ray auto needs Ray, which is not installed: pip install '.\[ray"):
         check_ray(RayOptions(address="auto"))
 
 

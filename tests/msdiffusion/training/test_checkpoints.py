@@ -1,24 +1,27 @@
 """What a run keeps, with a module of four weights: nothing here needs a diffusion model."""
 
 import random
+import resource
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from msdiffusion.errors import RequestError, TrainingError
 from msdiffusion.training.checkpoints import (
     AdapterExport,
     RunCheckpoint,
-    existing,
+    WholeFiles,
     follow_settings,
     last_good,
     random_states,
     restore_random_states,
     save_whole,
 )
+from msdiffusion.training.run_folder import existing
 
 
 class Line(pl.LightningModule):
@@ -253,6 +256,7 @@ def test_a_kill_while_saving_keeps_the_old_state(tmp_path, folder):
     with pytest.raises(KeyboardInterrupt):
         save_whole(Disk("half", folder, broken=True), path, weights_only=False)
     assert content() == "first"
+    assert [item.name for item in path.parent.iterdir()] == ["last.ckpt"]
     save_whole(Disk("second", folder), path, weights_only=False)
     assert content() == "second"
     assert [item.name for item in path.parent.iterdir()] == ["last.ckpt"]
@@ -345,3 +349,47 @@ def test_a_resumed_run_has_the_generators_of_the_old_one(fit):
     torch.manual_seed(99)
     fit(Line(), [RunCheckpoint(monitor=None), Draw()], max_steps=3, limit_val_batches=0, ckpt_path="last")
     assert drawn[2] == after
+
+
+def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(fit, tmp_path):
+    """A limit on the size of files stands for the end of the disk: the system refuses to write in the same way."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full(pl.Callback):
+        def on_train_batch_start(self, trainer, *arguments):
+            if trainer.global_step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+
+    try:
+        with pytest.raises(
+            TrainingError,
+            match=r"last\.ckpt could not be written: .*File too large.*; the last good checkpoint is .*last",
+        ):
+            fit(Line(), [Full(), RunCheckpoint(every_n_steps=1, monitor=None)], limit_val_batches=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 2
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_a_checkpoint_is_staged_beside_the_run_and_not_in_the_temporary_folder(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    trainer = fit(Line(), [RunCheckpoint(monitor=None)], max_steps=2, limit_val_batches=0)
+    assert read(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 2
+    record = trainer._checkpoint_connector.dump_checkpoint()
+    trainer.strategy.checkpoint_io.save_checkpoint(record, tmp_path / "ours")
+    monkeypatch.undo()
+    TorchCheckpointIO().save_checkpoint(record, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_other_processes_hear_that_the_first_could_not_write(tmp_path):
+    """They wait for it otherwise: only the first has the exception."""
+    trainer = Disk("half")
+    trainer.strategy = SimpleNamespace(
+        **vars(Disk.strategy), checkpoint_io=WholeFiles(), broadcast=lambda told: "No space left on device"
+    )
+    with pytest.raises(TrainingError, match="could not be written: No space left on device; no checkpoint was written"):
+        trainer.default_root_dir = tmp_path
+        save_whole(trainer, tmp_path / "checkpoints" / "last.ckpt", weights_only=False)
+    assert list((tmp_path / "checkpoints").iterdir()) == []

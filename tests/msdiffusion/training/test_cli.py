@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import yaml
 from pytorch_lightning.loggers import CSVLogger
 
 from msdiffusion.errors import RequestError
+from msdiffusion.loading import find_adapter
 from msdiffusion.training import cli
 from msdiffusion.training.curves import read_curves
+from msdiffusion.training.module import MSDiffusionModule
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -117,13 +120,22 @@ def test_without_a_checkpoint_it_is_said_that_nothing_was_learned(trained, capsy
     assert "note: validate without --ckpt_path" in capsys.readouterr().err
 
 
-def test_a_resumed_run_follows_the_command_line(config, tmp_path, capsys):
+def test_a_resumed_run_follows_the_command_line(config, tmp_path, capsys, monkeypatch):
     """The old run's settings, which the checkpoint holds, used to win."""
-    path = config(tmp_path / "run")
+    path, taken = config(tmp_path / "run"), []
     lightning("fit", path, "--model.init_args.decay", "linear")
     capsys.readouterr()
+    original = MSDiffusionModule.training_step
+
+    def step(self, *arguments):
+        taken.append(self.optimizers().param_groups[0]["lr"])
+        return original(self, *arguments)
+
+    monkeypatch.setattr(MSDiffusionModule, "training_step", step)
     more = ["--trainer.max_steps", "4", "--model.init_args.learning_rate", "0.002", "--model.init_args.decay", "none"]
-    lightning("fit", path, "--ckpt_path", str(tmp_path / "run" / "checkpoints" / "last.ckpt"), *more)
+    with pytest.warns(UserWarning, match=r"is not that of the checkpoint .*step 3 takes 0\.002, not 0"):
+        lightning("fit", path, "--ckpt_path", str(tmp_path / "run" / "checkpoints" / "last.ckpt"), *more)
+    assert taken == pytest.approx([0.002, 0.002])
     said = capsys.readouterr().err
     assert "learning_rate was 0.01, now 0.002" in said
     assert "decay was linear, now none" in said
@@ -141,7 +153,22 @@ def test_a_new_run_in_the_folder_of_another_says_so(config, tmp_path, capsys, mo
     (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
     lightning("fit", path)
-    assert "note: this run replaces" in capsys.readouterr().err
+    assert "note: this is a new run: " in capsys.readouterr().err
+
+
+def test_a_run_in_the_folder_of_another_is_not_taken_for_it(trained, tmp_path, capsys):
+    """It ends before its first validation: then the other's best weights were said, given and drawn as its own."""
+    root = tmp_path / "run"
+    shutil.copytree(trained.parent, root)
+    here = ("--trainer.default_root_dir", str(root))
+    lightning("fit", trained, *here, "--trainer.max_steps", "1", "--model.init_args.learning_rate", "0.5")
+    assert f"note: the adapter is in {root / 'adapter'}: MSDiffusion" in capsys.readouterr().err
+    assert find_adapter(root) == root / "adapter"
+    weights = [(folder / "adapter.safetensors").read_bytes() for folder in (root / "best.1", trained.parent / "best")]
+    assert weights[0] == weights[1]
+    assert [path.name for path in sorted((root / "pictures.1").iterdir())] == ["step_000002.png"]
+    said = fails(2, capsys, "predict", trained, *here, "--ckpt_path", "best")
+    assert "best.ckpt, which does not exist; there are" in said
 
 
 @pytest.mark.parametrize(
@@ -172,6 +199,16 @@ class RefusingLogger(CSVLogger):
 
     def __init__(self, save_dir: str = "."):
         raise RequestError("no such project")
+
+
+class NotThere:
+    """A library that Lightning has looked for in vain."""
+
+    def __bool__(self):
+        return False
+
+    def __str__(self):
+        return "Requirement 'wandb>=0.12.10' not met. HINT: Try running `pip install -U 'wandb>=0.12.10'`"
 
 
 def fails(code, capsys, *arguments):
@@ -215,6 +252,55 @@ def test_what_a_constructor_refuses_is_told_in_its_own_words(trained, capsys, mo
     assert line.startswith(f"error: {reasons[place]}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--trainer.accelerator", "gpu"], "this run is for a GPU (trainer.accelerator), and torch finds none here: "),
+        (["--trainer.logger", "WandbLogger"], "pytorch_lightning.loggers.WandbLogger needs wandb, which is not "),
+        (["--trainer.max_steps", "many"], "trainer.max_steps must be a whole number, got many"),
+        (["--model.init_args.decay", "slow"],
+         "model.init_args.decay must be 'none', 'linear', 'linear_half', 'cosine', got slow"),
+        (["--trainer.devices", "0"], "`Trainer(devices='0')` value is not a valid input using cpu accelerator."),
+        (["--trainer.val_check_interval", "1.5"], "`val_check_interval` should be an integer"),
+    ],
+)  # fmt: skip
+def test_what_others_say_of_wrong_settings_is_one_sentence(trained, capsys, monkeypatch, arguments, told):
+    """It was 33 lines of traceback without a GPU, 85 without wandb, 60 of usage for a wrong value."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", NotThere())
+    monkeypatch.setattr("pytorch_lightning.Trainer.fit", lambda *given, **named: None)
+    said = [line for line in fails(2, capsys, "fit", trained, *arguments).splitlines() if "Seed set" not in line]
+    [line] = [line for line in said if not line.startswith("note:")]
+    assert line.startswith(f"error: {told}")
+
+
+def test_a_wrong_name_is_told_before_anything_heavy_is_imported(trained, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "msdiffusion.training.run_cli", None)
+    said = fails(2, capsys, "fit", trained, "--trainer.max_stepss", "3")
+    assert said == "error: unknown setting --trainer.max_stepss: did you mean --trainer.max_steps?\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "interval", "told"),
+    [
+        ([], 2, ""),
+        (["--trainer.accumulate_grad_batches", "2"], 4, ""),
+        (["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "0.5",
+          "--trainer.check_val_every_n_epoch", "1"], 0.5, ""),
+        (["--trainer.num_nodes", "2"], 2, "waits until it is started on 1 more machine; on this one alone: --trainer."),
+        (["--trainer.num_nodes", "3"], 2, "waits until it is started on 2 more machines; "),
+    ],
+)  # fmt: skip
+def test_what_the_trainer_is_given(config, tmp_path, capsys, monkeypatch, arguments, interval, told):
+    """Steps between two validations, whatever is accumulated; and nobody waits for other machines without a word."""
+    seen = []
+    monkeypatch.setattr("pytorch_lightning.Trainer.fit", lambda trainer, *given, **named: seen.append(trainer))
+    lightning("fit", config(tmp_path / "run"), *arguments)
+    said = capsys.readouterr().err
+    assert seen[0].val_check_interval == interval
+    assert (told in said) if told else ("num_nodes" not in said)
+
+
 def test_a_traceback_can_be_had(config, tmp_path, monkeypatch):
     monkeypatch.setenv("MSD_TRACEBACK", "1")
     with pytest.raises(RequestError, match="--ckpt_path last needs"):
@@ -223,8 +309,6 @@ def test_a_traceback_can_be_had(config, tmp_path, monkeypatch):
 
 def during_step(monkeypatch, act):
     """``act()`` in the second step of a run."""
-    from msdiffusion.training.module import MSDiffusionModule
-
     original = MSDiffusionModule.training_step
 
     def step(self, batch, index):

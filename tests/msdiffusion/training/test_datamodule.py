@@ -24,11 +24,13 @@ def latent_shape(height, width):
     return 4, height // 8, width // 8
 
 
-def attached(pairs, resolution=64, *, world=(0, 1), hparams=None, stage="fit", **settings):
+def attached(pairs, resolution=64, *, world=(0, 1), hparams=None, stage="fit", accumulate=1, **settings):
     """A data module with what it needs of a trainer."""
     datamodule = PairsDataModule(str(pairs) if not isinstance(pairs, dict) else pairs, resolution, **settings)
     model = SimpleNamespace(prepare_references=no_pixels, latent_shape=latent_shape, hparams=hparams or {})
-    datamodule.trainer = SimpleNamespace(lightning_module=model, global_rank=world[0], world_size=world[1])
+    datamodule.trainer = SimpleNamespace(
+        lightning_module=model, global_rank=world[0], world_size=world[1], accumulate_grad_batches=accumulate
+    )
     datamodule.setup(stage)
     return datamodule
 
@@ -66,6 +68,31 @@ def test_processes_share_the_batches(pairs_dir):
         assert sorted(batch.keys) == sorted(first.keys + second.keys)
         assert batch.numbers[0::2].tolist() == first.numbers.tolist()
         torch.testing.assert_close(batch.draws.noise[1::2], second.draws.noise, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 2), (2, 4), (1, 8)])
+def test_accumulated_batches_are_the_larger_batch_also_at_the_end_of_an_epoch(pairs_dir, batch_size, accumulate):
+    """An epoch of 20 pairs: two steps of 8. What was left used to make a step, divided as if it were whole."""
+    whole = attached(pairs_dir, batch_size=8, validation_fraction=0.2)
+    parts = attached(pairs_dir, batch_size=batch_size, accumulate=accumulate, validation_fraction=0.2)
+    assert len(whole.training) % 8
+    loaders = [datamodule.train_dataloader() for datamodule in (whole, parts)]
+    assert len(loaders[1]) == accumulate * len(loaders[0])
+    for _ in range(2):  # epochs
+        pieces = iter(loaders[1])
+        for batch in loaders[0]:
+            same = [next(pieces) for _ in range(accumulate)]
+            assert batch.keys == [key for piece in same for key in piece.keys]
+            assert torch.equal(batch.draws.noise, torch.cat([piece.draws.noise for piece in same]))
+        for loader in loaders:
+            loader.sampler.place.begin_epoch()
+
+
+def test_pairs_that_make_no_whole_step_are_told(pairs_dir):
+    with pytest.raises(
+        DataError, match="has 24 pairs to train on, fewer than the 7 batches of a step .*accumulate.* of 4"
+    ):
+        attached(pairs_dir, batch_size=4, accumulate=7, validation_fraction=0)
 
 
 def test_processes_of_local_sgd_share_them_too(pairs_dir, monkeypatch):

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,10 +17,25 @@ def shipped():
     return Backbone.from_pretrained(DEFAULT_MODEL / "base", DEFAULT_MODEL / "image_encoder", device="cpu")
 
 
+class Pipeline:
+    def encode_prompt(self):
+        """Only its module is asked for."""
+
+
+class Letters:
+    """A tokenizer of five letters, beside the two special tokens."""
+
+    model_max_length = 7
+
+    def __call__(self, prompt, **options):
+        return {"offset_mapping": [(0, 0), *((i, i + 1) for i in range(len(prompt))), (0, 0)]}
+
+
 class CountingBackbone:
     """Encodes a string as its length and a picture as its mean, and writes down what it was asked."""
 
     device = torch.device("cpu")
+    pipeline, tokenizer = Pipeline(), Letters()
 
     def __init__(self):
         self.asked = []
@@ -35,6 +52,33 @@ class CountingBackbone:
     def encode_references(self, pixels, features="tokens"):
         self.asked.append(len(pixels))
         return pixels.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, 3, 2)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_captions_that_are_too_long_are_counted_once(keep):
+    encodings = FrozenEncodings(CountingBackbone(), keep=keep)
+    assert encodings.long_captions.told() is None
+    encodings.prompts(["abcde", ""])
+    assert encodings.long_captions.told() is None
+    for _ in range(2):  # epochs
+        encodings.prompts(["abcdefg", "abcde"])
+        told = encodings.long_captions.told()
+        assert told.startswith("1 caption is longer than the 7 tokens") and told.endswith("ignored, as 'fg'")
+    encodings.prompts(["abcdefgh"])
+    assert encodings.long_captions.told().startswith("2 captions are longer")
+
+
+def test_the_library_does_not_print_each_of_them(shipped, caplog):
+    long = "a dog and a teapot on the beach " * 20
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.propagate = logging.getLogger("diffusers").propagate = True
+    try:
+        encodings = FrozenEncodings(shipped, keep=False)
+        encodings.prompts([long, f"{long} again"])
+    finally:
+        transformers_logger.propagate = logging.getLogger("diffusers").propagate = False
+    assert caplog.messages == []
+    assert encodings.long_captions.told().startswith("2 captions are longer than the 40 tokens")
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import pytest
 
 from msdiffusion.errors import RequestError
-from msdiffusion.training.every_n_steps import EveryNSteps, in_root
+from msdiffusion.training.every_n_steps import EveryNSteps
+from msdiffusion.training.run_folder import in_root
 
 
 class Counter(EveryNSteps):

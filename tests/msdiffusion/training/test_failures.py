@@ -1,5 +1,6 @@
 """Runs that cannot go on, or shall not, with a module of one weight."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -202,7 +203,10 @@ def test_what_came_out_of_a_run_is_asked_once_more(tmp_path):
     guard = FailureGuard()
     error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
     assert guard.explain(error) is None  # before a run there is nothing to say
-    guard.on_train_start(SimpleNamespace(global_step=0, default_root_dir=tmp_path), None)
+    guard.on_train_start(
+        SimpleNamespace(global_step=0, default_root_dir=tmp_path, accumulate_grad_batches=1, num_training_batches=1),
+        None,
+    )
     guard._restore_handlers()
     assert str(guard.explain(error)).startswith("a process that loads pairs has died (DataLoader worker (pid 7)")
 
@@ -310,7 +314,8 @@ def test_outside_the_main_thread_signals_are_left_alone():
         from msdiffusion.training.failures import FailureGuard
         guard = FailureGuard()
         from types import SimpleNamespace
-        thread = threading.Thread(target=guard.on_train_start, args=(SimpleNamespace(global_step=0), None))
+        trainer = SimpleNamespace(global_step=0, accumulate_grad_batches=1, num_training_batches=1)
+        thread = threading.Thread(target=guard.on_train_start, args=(trainer, None))
         thread.start()
         thread.join()
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -330,3 +335,25 @@ def test_on_a_gpu_a_loss_is_looked_at_one_step_later():
     guard.on_train_batch_start(trainer, None, Batch(["second"], [["a"]]), 1)
     with pytest.raises(TrainingError, match="pairs first"):
         guard.on_before_backward(trainer, None, torch.ones((), device="cuda"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "runs/metrics.csv"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors'
+    ],
+)
+def test_a_full_disk_is_told_whoever_wrote(fit, error):
+    guard = FailureGuard()
+    with pytest.raises(type(error)):
+        fit(Fragile(error), guard)
+    assert str(guard.explanation).startswith("the disk is full (")
+    assert "last.ckpt" in str(guard.explanation)
+
+
+def test_a_step_that_lacks_batches_is_told(fit):
+    """Of the data of others: ours make whole steps of an epoch."""
+    with pytest.warns(UserWarning, match="last step of every epoch has 2 batches instead of 3"):
+        fit(Fragile(), FailureGuard(), accumulate_grad_batches=3, max_steps=1)

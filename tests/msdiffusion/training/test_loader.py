@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -291,3 +292,20 @@ def test_workers_may_be_spawned(run_program):
     base = {"strategy": "auto", "processes": 1, "steps": 3, "validation": 0}
     plain, spawned = run_program(base | {"workers": 0, "start": None}, base | {"workers": 1, "start": "spawn"})
     assert spawned == plain
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals of other systems")
+def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_process_that_trains(make, plan):
+    """They used to die of it, and with them the step that was still to be ended and saved."""
+    loader = make(PlanSampler(plan, 0, 1, Place()), num_workers=1, prefetch_factor=1)
+    batches = iter(loader)
+    first = next(batches)
+    [worker] = loader._iterator._workers
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    rest = list(batches)
+    assert [len(batch) for batch in [first, *rest]] == [4] * 6
+    assert worker.is_alive()
+    worker.terminate()  # by its parent: torch and the end of Python do so
+    worker.join(10)
+    assert worker.exitcode == 0

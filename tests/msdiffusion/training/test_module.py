@@ -11,9 +11,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from msdiffusion.adapter import MSAdapter
 from msdiffusion.adapter_config import AdapterConfig
 from msdiffusion.errors import RequestError, WeightsError
+from msdiffusion.pretrained import skeleton_unet
 from msdiffusion.training.datamodule import PairsDataModule
+from msdiffusion.training.model_settings import asked_structure
 from msdiffusion.training.module import MSDiffusionModule
 from msdiffusion.training.schedules import draw_shares, training_schedule
 
@@ -578,6 +581,29 @@ def test_fine_tuning_takes_settings_that_agree(make_module, tiny_model_dir):
     )
     module.configure_model()
     assert module.adapter.config.reference_fit == "pad"
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "weights", "official"])
+def test_fine_tuning_takes_what_from_pretrained_takes(make_module, tiny_model_dir, tmp_path, kind):
+    adapter = MSAdapter.from_pretrained(tiny_model_dir)
+    place = tmp_path / "run"
+    if kind in ("run", "weights"):
+        adapter.save_pretrained(place / "best")
+        place = place / "best" / "adapter.safetensors" if kind == "weights" else place
+    elif kind == "checkpoint":
+        place = tmp_path / "best.ckpt"
+        state = {f"adapter.{name}": weight for name, weight in adapter.state_dict().items()}
+        torch.save({"state_dict": state, "adapter_config": adapter.config.to_json()}, place)
+    else:
+        place = tmp_path / "ms_adapter.bin"
+        adapter.to_official(place, skeleton_unet(tiny_model_dir / "base"))
+    resampler = {"head_width": adapter.config.resampler.head_width}
+    module = make_module(adapter=str(place), resampler=resampler)
+    assert asked_structure(module.hparams).get("resampler.width", 32) == 32
+    module.configure_model()
+    for name, weight in adapter.state_dict().items():
+        assert torch.equal(weight, module.adapter.state_dict()[name]), name
+    assert Path(module.adapter.config.base_model).exists() or kind != "official"
 
 
 @pytest.mark.parametrize(

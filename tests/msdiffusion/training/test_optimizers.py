@@ -6,7 +6,7 @@ from torch import nn
 
 from msdiffusion.errors import RequestError
 from msdiffusion.training import optimizers
-from msdiffusion.training.optimizers import Muon, learning_rate_course, make_optimizer, orthogonalize
+from msdiffusion.training.optimizers import Muon, follow_course, learning_rate_course, make_optimizer, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
@@ -159,3 +159,31 @@ def test_eight_bits_are_refused_for_split_weights(monkeypatch):
 def test_course_of_the_learning_rate(decay, expected):
     factor = learning_rate_course(4, decay, 100)
     assert {step: factor(step) for step in expected} == pytest.approx(expected)
+
+
+def test_the_first_step_of_a_longer_run_takes_its_own_course():
+    """The optimizer's state holds the rate of the shorter run's end, 0."""
+
+    def make(total):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.3)
+        course = learning_rate_course(2, "linear", total)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, course)
+
+    def resumed(total):
+        other, going_on = make(total)
+        other.load_state_dict(optimizer.state_dict())
+        going_on.load_state_dict(schedule.state_dict())
+        return other.param_groups[0], going_on
+
+    optimizer, schedule = make(10)
+    for _ in range(10):
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0
+    group, schedule_now = resumed(20)
+    assert follow_course(schedule_now) == [(0, pytest.approx(0.3 * 10 / 18))]
+    assert group["lr"] == schedule_now.get_last_lr()[0] == pytest.approx(0.3 * 10 / 18)
+    group, schedule_now = resumed(10)
+    before = group["lr"]
+    assert follow_course(schedule_now) == []
+    assert group["lr"] is before

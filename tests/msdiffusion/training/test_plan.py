@@ -310,3 +310,30 @@ def test_validation_sees_every_pair_once(count, processes, batch, kinds, layout)
             continue
         for start in range(0, len(order), processes * batch):
             assert len(set(buckets[order[start : start + processes * batch]].tolist())) == 1
+
+
+def test_an_epoch_is_whole_steps():
+    plans = [
+        EpochPlan([make([30])], seed=0, global_batch=batch, batches_per_step=parts) for batch, parts in ((8, 1), (2, 4))
+    ]
+    assert [plan.batches_per_epoch for plan in plans] == [3, 12]
+    for epoch in (0, 5):
+        np.testing.assert_array_equal(*[plan.order(epoch) for plan in plans])
+    # a checkpoint of before is a place in other epochs; where nothing is left out, it is as it was
+    assert plans[1].identity()["batches of an epoch"] == 12
+    assert "batches of an epoch" not in EpochPlan([make([32])], seed=0, global_batch=2, batches_per_step=4).identity()
+
+
+def test_a_mixture_goes_on_where_the_last_whole_step_ended():
+    sources = [make([20]), make([13], first=20, weight=2.0)]
+    plans = [
+        EpochPlan(sources, seed=0, global_batch=batch, lanes=2, batches_per_step=parts)
+        for batch, parts in ((6, 1), (2, 3))
+    ]
+    for epoch in range(4):
+        np.testing.assert_array_equal(*[plan.order(epoch) for plan in plans])
+
+
+def test_fewer_pairs_than_a_step_are_told():
+    with pytest.raises(DataError, match="9 pairs to train on make 4 batches of 2, fewer than the 5 of one step"):
+        EpochPlan([make([9])], seed=0, global_batch=2, batches_per_step=5)

@@ -99,7 +99,7 @@ def test_pairs_that_are_not_of_the_world_get_no_scores(pairs_dir):
     data.setup("fit")
     assert subjects_of(data.validation, data.validation_samples(2)) is None
     callback = WorldScores()
-    with pytest.warns(UserWarning, match="not of the procedural world"):
+    with pytest.warns(UserWarning, match="do not say who of the procedural world"):
         callback.setup(SimpleNamespace(is_global_zero=True, datamodule=data), None, "fit")
     logged = []
     module = SimpleNamespace(log=lambda *arguments, **named: logged.append(arguments))
