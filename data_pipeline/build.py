@@ -159,7 +159,7 @@ def download(steps: Sequence[Step], arguments: argparse.Namespace, why: str = ""
         if not why:
             raise
         ways = "clips of the procedural world: --detector embedded; annotated clips only: --detector annotations"
-        raise MissingModelError(f"{error}\n{why} ({ways})") from error
+        raise MissingModelError(f"{why}.\n{error}\n({ways})") from error
 
 
 def _run(

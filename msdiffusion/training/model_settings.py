@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from msdiffusion.adapter import MSAdapter
-from msdiffusion.adapter_config import CHECKPOINT_SUFFIX, CONFIG_NAME, WEIGHTS_NAME, AdapterConfig
+from msdiffusion.adapter_config import CHECKPOINT_SUFFIX, CONFIG_NAME, AdapterConfig
 from msdiffusion.backbone import Backbone
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.loading import find_adapter
@@ -135,8 +135,6 @@ def given_adapter(settings: Mapping[str, Any]) -> MSAdapter:
         WeightsError: it cannot be read.
     """
     place = find_adapter(settings["adapter"])
-    if place.name == WEIGHTS_NAME:
-        place = place.parent
     if place.is_dir():
         adapter = MSAdapter.from_pretrained(place)
     elif place.suffix == CHECKPOINT_SUFFIX:

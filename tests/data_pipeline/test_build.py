@@ -296,11 +296,11 @@ BAD = {
     ),
     "no networks": (
         ["--videos", "bare"],
-        r"^error: Grounding DINO \(IDEA-Research/grounding-dino-tiny, "
+        r"^error: 1 of 1 videos come without annotations: networks find their boxes and masks\.\n"
+        r"Grounding DINO \(IDEA-Research/grounding-dino-tiny, "
         r"690 MB\) and MobileSAM \(dhkim2810/MobileSAM, 41 MB\) are not on this machine, and cannot be had .*\n"
         r"  hf download IDEA-Research/grounding-dino-tiny --include .*\n  hf download dhkim2810/MobileSAM --include .*"
-        r"1 of 1 videos come without annotations: networks find their boxes and masks \(clips of the "
-        "procedural world: --detector embedded; annotated clips only: --detector annotations",
+        r"\(clips of the procedural world: --detector embedded; annotated clips only: --detector annotations",
     ),
     "missing table": (["--videos", "bare", "--captions", "no.csv"], "no captions table at no.csv"),
     "missing corpus": (["--videos", "bare", "--annotations", "no.json"], "no annotations file or folder at no.json"),

@@ -107,8 +107,8 @@ def test_a_pickle_with_code_is_not_opened(unet, tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ([1, 2], "needs image_proj and ms_adapter, found list"),
-        ({"state_dict": {}}, r"found \['state_dict'\]"),
+        ([1, 2], "needs image_proj and ms_adapter, found .list."),
+        ({"state_dict": {}}, "but a checkpoint of a training: give the run's folder, or the checkpoint under a name"),
         ({"image_proj": {}, "ms_adapter": {}}, "has no null_queries"),
     ],
 )

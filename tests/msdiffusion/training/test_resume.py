@@ -39,7 +39,7 @@ DATA = {
     "resolution": 32,
     "batch_size": 2,
     "max_subjects": 2,
-    "validation_fraction": 0.2,
+    "validation_fraction": 0.15,
     "crop": "random",
     "flip_probability": 0.5,
     "subject_dropout": 0.3,
