@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,18 @@ def as_stored(pictures: np.ndarray, matrix: tuple[int, int, int, int]) -> np.nda
     return pictures[:, down - down.min(), across - across.min()]
 
 
+@contextmanager
+def own_scheduling() -> Iterator[None]:
+    """Puts this thread's scheduling back: SVT-AV1 leaves whoever opens it at real-time priority, where it may."""
+    kept = [os.sched_getscheduler(0), os.sched_getparam(0)] if hasattr(os, "sched_getscheduler") else None
+    try:
+        yield
+    finally:
+        if kept:
+            os.sched_setscheduler(0, *kept)
+
+
+@own_scheduling()
 def encode(
     path: Path,
     pictures: np.ndarray,
@@ -425,6 +439,14 @@ def test_a_picture_shows_its_number_and_which_way_is_up(width, height):
     for turns in (1, 2, 3):
         assert number_of(np.rot90(pictures[77], turns)) == -1
     assert number_of(pictures[77, :, ::-1]) == -1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="there are no scheduling policies here")
+@pytest.mark.parametrize("codec", ["libx264", "libsvtav1"])
+def test_encoding_leaves_this_process_its_place_among_others(tmp_path, codec):
+    before = os.sched_getscheduler(0)
+    encode(tmp_path / "a.mkv", numbered(2), codec, AV1 if codec == "libsvtav1" else CLOSED)
+    assert os.sched_getscheduler(0) == before
 
 
 def test_packets_in_another_file(tmp_path):
