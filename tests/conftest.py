@@ -1,7 +1,9 @@
 """Fixtures shared by all tests: where things are, golden tensors, and a miniature of the whole model stack."""
 
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,22 @@ def shared_dir() -> Path:
     if not place.is_dir():
         pytest.skip(f"needs the shared material: no {place} (set MSD_SHARED)")
     return place
+
+
+@pytest.fixture(scope="session")
+def forked_python(tmp_path_factory) -> str:
+    """A Python whose processes start at once, because torch, diffusers and Lightning are loaded: forked_python.py."""
+    spec = importlib.util.spec_from_file_location("forked_python", Path(__file__).with_name("forked_python.py"))
+    server = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(server)
+    base = tmp_path_factory.getbasetemp()
+    return server.start((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "forked_python")
+
+
+@pytest.fixture
+def forked_processes(forked_python, monkeypatch) -> None:
+    """What a test starts as ``sys.executable`` is started by that Python."""
+    monkeypatch.setattr(sys, "executable", forked_python)
 
 
 @pytest.fixture(scope="session")
