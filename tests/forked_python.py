@@ -29,8 +29,8 @@ import time
 from pathlib import Path
 
 READ_WHEN_LOADED = (
-    "ATEN_", "DIFFUSERS_", "DNNL_", "HF_", "HUGGINGFACE_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTHONHASHSEED",
-    "PYTHONWARNINGS", "PYTORCH_", "TRANSFORMERS_", "XDG_",
+    "ATEN_", "DIFFUSERS_", "DNNL_", "HF_", "HUGGINGFACE_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_",
+    "PYTHONHASHSEED", "PYTHONWARNINGS", "PYTORCH_", "TRANSFORMERS_", "XDG_",
 )  # fmt: skip
 """Beginnings of the variables' names."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -206,8 +206,8 @@ def become(arguments: list[str], environment: dict[str, str], folder: str, execu
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    for number, (name, mode) in enumerate((("stdin", "rb"), ("stdout", "wb"), ("stderr", "wb"))):
-        raw = open(number, mode, closefd=False)
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        raw = io.FileIO(number, mode, closefd=False)
         told = io.TextIOWrapper(
             raw, "utf-8", "backslashreplace" if name == "stderr" else "strict", line_buffering=name == "stderr",
             write_through=name == "stderr" or "PYTHONUNBUFFERED" in environment,

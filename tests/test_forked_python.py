@@ -102,7 +102,7 @@ def test_signals_arrive(forked_python, tmp_path, number):
 
 
 def test_who_kills_the_caller_kills_the_process(forked_python, tmp_path):
-    code = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'ready')!r}).write_text(str(os.getpid())); time.sleep(60)"
+    code = f"import pathlib, time; pathlib.Path({str(tmp_path / 'ready')!r}).touch(); time.sleep(60)"
     process = subprocess.Popen([forked_python, "-c", code], stdout=subprocess.PIPE)
     wait_for(tmp_path / "ready")
     process.kill()

@@ -23,6 +23,7 @@ def commands():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_processes")
 def test_every_command_runs(tmp_path):
     from data_pipeline.world.clips import write_clips
 

@@ -349,6 +349,7 @@ def test_a_sampler_of_two_calls_per_step_gives_a_subject_more_time(folder, tiny_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_processes")
 def test_a_real_kill(folder, tiny_model_dir):
     """SIGKILL in the middle, then the same command again: the same files as of a run that nobody disturbed."""
     lines = [

@@ -116,6 +116,7 @@ def test_stages_tell_what_runs_and_what_is_left(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_processes")
 def test_small_demo_from_clips_to_page(model_with_judge, tmp_path, capfd):
     """The real commands, on the miniature stack with random weights. Twice the same folder: a rerun must work."""
     out = tmp_path / "demo"

@@ -280,6 +280,7 @@ def fresh_process_results(model_dir, out):
 
 
 @pytest.mark.exact
+@pytest.mark.usefixtures("forked_processes")
 def test_calls_in_any_order_equal_fresh_processes_bit_for_bit(tiny_model_dir, model, tmp_path):
     command = [sys.executable, __file__, str(tiny_model_dir), str(tmp_path), str(torch.get_num_threads())]
     subprocess.run(command, check=True, capture_output=True)

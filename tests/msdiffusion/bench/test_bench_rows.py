@@ -65,6 +65,7 @@ def test_arguments_are_what_a_shell_would_be_given():
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.training])
+@pytest.mark.usefixtures("forked_processes")
 def test_settings_of_a_row_arrive_through_the_command_line(name):
     """`lightning fit --print_config` shows what a row is trained with, beside everything of configs/msd.yaml."""
     import subprocess

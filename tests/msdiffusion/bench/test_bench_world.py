@@ -352,6 +352,7 @@ def model_dir(tmp_path_factory, tiny_model_dir):
     return directory
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_trains_draws_measures_and_goes_on_where_it_was(tmp_path, model_dir, masked_pairs_dir, monkeypatch):
     out, page = tmp_path / "out", tmp_path / "docs" / "table.md"
     arguments = [

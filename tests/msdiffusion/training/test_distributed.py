@@ -115,7 +115,7 @@ def spawned(folder, *places):
 
 
 EXPERIMENTS = {"session": session, "spawned": spawned}
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def run(*command):
@@ -126,13 +126,13 @@ def run(*command):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_model_dir, pairs_dir, few_pairs_dir):
+def runs(tmp_path_factory, forked_python, tiny_model_dir, pairs_dir, few_pairs_dir):
     """Folder with what all runs of this page left."""
     folder = tmp_path_factory.mktemp("runs")
     places = (tiny_model_dir, pairs_dir, few_pairs_dir)
     fit(folder, "one", *places, strategy="auto", processes=1)
-    run(*TORCHRUN, __file__, "session", str(folder), *map(str, places))
-    run(sys.executable, __file__, "spawned", str(folder), *map(str, places))
+    run(forked_python, *TORCHRUN, __file__, "session", str(folder), *map(str, places))
+    run(forked_python, __file__, "spawned", str(folder), *map(str, places))
     return folder
 
 

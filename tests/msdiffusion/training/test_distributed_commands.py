@@ -14,7 +14,8 @@ from msdiffusion.adapter import MSAdapter
 
 REPOSITORY = Path(__file__).parents[3]
 SHARDED = REPOSITORY / "configs" / "strategies" / "sharded.yaml"
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+pytestmark = pytest.mark.usefixtures("forked_processes")
 FAILURE = """
 import pytorch_lightning as pl
 
@@ -94,8 +95,8 @@ def check_run(folder):
 
 @pytest.mark.slow
 def test_torchrun_trains_a_sharded_adapter(config, tmp_path):
-    command = ("msdiffusion.training", "fit", "-c", str(config), "-c", str(SHARDED))
-    status, said = run(*TORCHRUN, *command, folder=tmp_path)
+    command = ("-m", "msdiffusion.training", "fit", "-c", str(config), "-c", str(SHARDED))
+    status, said = run(sys.executable, *TORCHRUN, *command, folder=tmp_path)
     assert status == 0, said
     check_run(tmp_path / "run")
 
@@ -110,13 +111,14 @@ def test_processes_of_lightning_train(config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "rank"),
-    [(TORCHRUN, 1), ((sys.executable, "-m"), 0), ((sys.executable, "-m"), 1)],
+    [(TORCHRUN, 1), ((), 0), ((), 1)],
     ids=["torchrun-1", "lightning-0", "lightning-1"],
 )
 def test_a_process_that_fails_ends_the_others(config, tmp_path, launcher, rank):
     (tmp_path / "failing.py").write_text(FAILURE)
     fail = ("--trainer.callbacks+", "failing.FailingProcess", "--trainer.callbacks.rank", str(rank))
-    status, said = run(*launcher, "msdiffusion.training", "fit", "-c", str(config), *fail, folder=tmp_path)
+    command = (sys.executable, *launcher, "-m", "msdiffusion.training", "fit", "-c", str(config), *fail)
+    status, said = run(*command, folder=tmp_path)
     assert status != 0
     assert f"process {rank} has a bad day" in said
 

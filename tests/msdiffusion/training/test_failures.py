@@ -190,6 +190,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_a_loading_process_that_dies_is_told(tmp_path):
     """In a process of its own: torch raises it wherever the process is when the system says so, in pytest too."""
     command = [sys.executable, "-c", DEADLY, str(tmp_path)]
@@ -307,6 +308,7 @@ def test_local_sgd_agrees_by_itself():
     assert guard.stopping is None
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_outside_the_main_thread_signals_are_left_alone():
     program = textwrap.dedent(
         """

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,27 +14,27 @@ from msdiffusion.training.catalogue import read_catalogue
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def run(*command: str | Path) -> str:
-    """A command in the repository, which must succeed; returns what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def run(python: str, *command: str | Path) -> str:
+    """A module in the repository, which must succeed; returns what it prints."""
+    done = subprocess.run([python, "-m", *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, forked_python) -> Path:
     """20 clips, their pairs, and the run of two steps on them."""
     folder = tmp_path_factory.mktemp("stranger")
-    run("data_pipeline.world", "--out", folder / "clips", "--count", "20")
+    clips, pairs = folder / "clips", folder / "pairs"
+    run(forked_python, "data_pipeline.world", "--out", clips, "--count", "20")
     said = run(
-        "data_pipeline.build", "--videos", folder / "clips", "--out", folder / "pairs", "--workers", "0", "--quiet"
-    )
+        forked_python, "data_pipeline.build", "--videos", clips, "--out", pairs, "--workers", "0", "--quiet"
+    )  # fmt: skip
     assert "20 videos" in said
-    run("msdiffusion.training", "fit", "-c", "configs/msd.yaml", "--data.init_args.pairs", folder / "pairs",
-        "--trainer.default_root_dir", folder / "run", "--trainer.max_steps", "2",
-        "--data.init_args.batch_size", "4")  # fmt: skip
+    run(
+        forked_python, "msdiffusion.training", "fit", "-c", "configs/msd.yaml", "--data.init_args.pairs", pairs,
+        "--trainer.default_root_dir", folder / "run", "--trainer.max_steps", "2", "--data.init_args.batch_size", "4",
+    )  # fmt: skip
     return folder
 
 

@@ -237,7 +237,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def run_program(tmp_path, pairs_dir):
+def run_program(forked_python, tmp_path, pairs_dir):
     """Function: runs -> for each, what its processes saw: [(seen, validated) per process]."""
     (tmp_path / "program.py").write_text(PROGRAM)
 
@@ -247,7 +247,7 @@ def run_program(tmp_path, pairs_dir):
             if "resume" in run:
                 run["resume"] = str(tmp_path / run["resume"])
         done = subprocess.run(
-            [sys.executable, "program.py", json.dumps({"pairs": str(pairs_dir), "runs": runs})],
+            [forked_python, "program.py", json.dumps({"pairs": str(pairs_dir), "runs": runs})],
             cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip

@@ -49,6 +49,7 @@ def test_weights_are_exchanged_every_n_steps_and_at_the_last(monkeypatch, steps,
     assert len(exchanged) == 2 * len(expected)  # weights, and whether to stop
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_two_processes_end_with_the_mean_of_their_weights(tmp_path):
     """Two real processes with different weights exchange them once through gloo; a signal to one is told to both."""
     program = textwrap.dedent(

@@ -136,7 +136,7 @@ def main(path):
 
 
 @pytest.fixture
-def runs(tiny_model_dir, pairs_dir, tmp_path):
+def runs(forked_python, tiny_model_dir, pairs_dir, tmp_path):
     """Function: a list of runs and what the plan has besides -> their exit codes."""
 
     def start(runs, **plan):
@@ -153,7 +153,7 @@ def runs(tiny_model_dir, pairs_dir, tmp_path):
             )
         )
         done = subprocess.run(
-            [sys.executable, __file__, str(path)],
+            [forked_python, __file__, str(path)],
             capture_output=True,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
