@@ -195,6 +195,23 @@ def test_a_prompt_beyond_the_limit_is_said(model):
         draw(model, prompt="and " * 40 + PROMPT, auto_layout=True, auto_layout_start=1)
 
 
+def test_a_prompt_beyond_the_limit_is_said_once(model, caplog, recwarn):
+    """Of transformers and diffusers there would be four more notices."""
+    draw(model, prompt=PROMPT + " and" * 400, steps=1)
+    assert [str(each.message).partition(" tokens")[0] for each in recwarn] == ["the prompt is longer than the 40"]
+    assert len(str(recwarn[0].message)) < 300
+    assert not [record for record in caplog.records if "longer" in record.message or "truncated" in record.message]
+    with pytest.warns(UserWarning, match="the prompt_2 is longer"):
+        draw(model, prompt_2=PROMPT + " and" * 40, steps=1)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 10)])
+def test_a_reference_without_anything_in_it_is_told_once(model, size):
+    with pytest.warns(UserWarning, match=rf"a reference of {size[0]} x {size[1]} pixels .* give a larger") as told:
+        draw(model, images=[DOG.resize(size)] * 2, steps=1)
+    assert len(told) == 1
+
+
 def test_bad_input_is_refused_before_anything_runs(model, monkeypatch):
     def started(*_, **__):
         pytest.fail("heavy work began")
@@ -476,7 +493,7 @@ def test_missing_things_are_named_before_weights_are_loaded(tiny_model_dir, tmp_
         MSDiffusion.from_pretrained("nobody/nothing")
     with pytest.raises(WeightsError, match=r"no config\.json"):
         MSDiffusion.from_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match=r"no such file: .*\.bin"):
+    with pytest.raises(WeightsError, match=r"no such file or folder: .*\.bin"):
         MSDiffusion.from_pretrained(tmp_path / "ms_adapter.bin")
     with pytest.raises(WeightsError, match="cannot load the UNet"):
         MSDiffusion.from_pretrained(tiny_model_dir, base_model=tmp_path)
