@@ -425,7 +425,7 @@ def warn_beyond_training(
     """
     seen = model.backbone.image_encoder.config.image_size
     for layout in subjects:
-        small = [image.size for image in layout.images if image.width * image.height < (seen / 4) ** 2]
+        small = [image.size for image in layout.images if image.width * image.height < (seen / 8) ** 2]
         if small:
             warnings.warn(
                 f"a reference of {small[0][0]} x {small[0][1]} pixels (width x height) shows next to nothing of its "

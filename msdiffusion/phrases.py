@@ -89,7 +89,7 @@ _EMPHASIS = re.compile(r"\[([^\[\]{}()|:]*)\]|\{([^\[\]{}()|:]*)\}|\(\s*\(([^()]
 _REFUSED = re.compile(r"<\w+:[^<>]*>|[\[{][^\[\]{}]*(?:\||:[^\[\]{}]*:)[^\[\]{}]*[\]}]|__\w+__")
 """<lora:name:0.8>, [dog:cat:0.5], [dog|cat], {dog|cat}, __animal__: programs, not names."""
 _BRACKETS = frozenset("()[]{}\\")
-_ASIDE = re.compile(r"\((?!\s*(?:an?|the)\b)[^()]*\)", re.IGNORECASE)
+_ASIDE = re.compile(r"\((?!\s*(?:an?|the)\b)[^()]*\)\s*,?", re.IGNORECASE)
 """(sunny day), (best quality): of the picture; (a corgi) names a thing."""
 _WHERE = frozenset(("in", "on", "at", "inside", "under", "across", "through", "during"))
 """Words before what is rather a place or a time than a subject."""
@@ -222,7 +222,7 @@ def _without_weights(prompt: str) -> str:
 def _content(chunk: Span) -> Span | None:
     """The chunk without leading articles, possessives and numbers; None if it is a mere pronoun."""
     start = 0
-    while start < len(chunk) and chunk[start].pos_ in ("DET", "PRON", "NUM", "PUNCT"):
+    while start < len(chunk) and chunk[start].pos_ in ("DET", "PRON", "NUM", "PUNCT", "SPACE"):
         start += 1
     return chunk[start:] if start < len(chunk) else None
 
