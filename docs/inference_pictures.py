@@ -71,7 +71,7 @@ def references() -> list[tuple[str, Image.Image]]:
 
 
 def boxes(model: MSDiffusion) -> Row:
-    """The call of the README, and other boxes."""
+    """The boxes of the page's first call, and others."""
     layouts = [[LEFT, RIGHT], [RIGHT, LEFT], [(0, 0.4, 0.6, 1), (0.6, 0, 1, 0.4)]]
     drawn = [(layout, one(model, boxes=layout)) for layout in layouts]
     return [

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from msdiffusion import __version__, demo, evaluate, generate_command
 from msdiffusion.bench import command as bench
 from msdiffusion.environment import prepare_environment
-from msdiffusion.errors import MSDiffusionError, RequestError, check_place
+from msdiffusion.errors import MSDiffusionError, RequestError, check_place, shown
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -22,7 +24,42 @@ if TYPE_CHECKING:
 
 CUTOUT = "data_pipeline.cutout"
 """A process of its own: this package may not know the networks of data_pipeline."""
-DESCRIPTION = "Draw pictures of your own things, each in its box; train, score and convert what draws them."
+DESCRIPTION = (
+    "Draw pictures of your own things, each in its box; score and convert what draws them. Training is a command of "
+    "its own: lightning fit."
+)
+ELSEWHERE = dict.fromkeys(("train", "training", "finetune", "fit"), "lightning fit -c configs/msd.yaml")
+ELSEWHERE |= dict.fromkeys(("mine", "build", "mining"), "python -m data_pipeline.build")
+"""Commands that people look for here."""
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Adds defaults that are numbers or words where the text does not tell them."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        known = type(action.default) in (int, float, str) and action.default != argparse.SUPPRESS
+        return f"{action.help} (default: %(default)s)" if known and "default" not in action.help else action.help
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells wrong calls in one line, with the nearest right name, in place of all usage."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"formatter_class": _Formatter, **options})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:  # told by the command's own parser, which knows its flags
+            near = difflib.get_close_matches(rest[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.7)
+            self.error(f"there is no {shown(rest[0])}{f': did you mean {near[0]}?' if near else ''}")
+        return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            near = difflib.get_close_matches(wrong[1], re.findall(r"[\w.-]+", wrong[2]), n=1)
+            near = [ELSEWHERE[wrong[1]]] if wrong[1] in ELSEWHERE else near
+            message += f": did you mean {near[0]}?" if near else ""
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help lists what there is)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["cutout"]:
         return subprocess.call([sys.executable, "-m", CUTOUT, *arguments[1:]])
-    options = build_parser().parse_args(_bind_negative(arguments))
+    parser = build_parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    options = parser.parse_args(_bind_negative(arguments))
     prepare_environment()
     try:
         options.run(options)
@@ -42,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="msdiffusion", description=DESCRIPTION)
+    parser = _Parser(prog="msdiffusion", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"msdiffusion {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_command(commands, "generate", generate_command, "draw pictures of your subjects, each in its box")
@@ -70,7 +111,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     summary = "turn the official ms_adapter.bin into an adapter folder, or back"
     add = commands.add_parser("convert", help=summary, description=_sentence(summary))
     add.add_argument("model", help="ms_adapter.bin, or an adapter's folder, or a hub repository with one of them")
-    add.add_argument("--to", choices=("folder", "official"), default="folder", help="default: folder")
+    add.add_argument("--to", choices=("folder", "official"), default="folder", help="what is written")
     add.add_argument("--out", required=True, type=Path, metavar="PLACE", help="folder, or file such as ms_adapter.bin")
     add.add_argument("--base-model", help="the SDXL pipeline it was trained on; only configs are read")
     add.add_argument("--base-config", help="configs for a base model in one .safetensors file")

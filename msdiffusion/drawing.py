@@ -24,6 +24,7 @@ from torch import Tensor
 
 from msdiffusion.errors import RequestError, shown
 from msdiffusion.phrases import beyond_limit
+from msdiffusion.pretrained import withheld
 from msdiffusion.request import FALLBACKS, GenerationRequest, check_auto_layout_start, unknown_argument
 from msdiffusion.safety import FLAGGED
 from msdiffusion.subject_batch import Model as EncodingModel
@@ -160,13 +161,14 @@ class BatchDrawing:
             check_windows(pipeline.scheduler)
         calls = self._settings(request)["num_inference_steps"] * getattr(pipeline.scheduler, "order", 1)
         check_auto_layout_start(request.subjects, calls)
-        for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
-            tokenizer = self.model.backbone.tokenizer
-            rest = beyond_limit(tokenizer, written_out(pipeline, text))
+        tokenizer, options = self.model.backbone.tokenizer, request.pipeline_options
+        texts = {"prompt": request.prompt, "negative_prompt": self._negative_prompt(request)}
+        for name, text in {**texts, **{name: options.get(name) for name in ("prompt_2", "negative_prompt_2")}}.items():
+            rest = beyond_limit(tokenizer, written_out(pipeline, text)) if isinstance(text, str) else ""
             if rest:
                 warnings.warn(
                     f"the {name} is longer than the {tokenizer.model_max_length} tokens that the text encoder reads; "
-                    f"ignored: {rest!r}",
+                    f"ignored: {shown(rest, 120)}",
                     stacklevel=6,
                 )
 
@@ -297,14 +299,15 @@ class BatchDrawing:
         if stand_in:
             encoder.__dict__["text_model"] = encoder
         try:
-            output = pipeline(
-                **self._texts(batch),
-                **settings,
-                generator=[torch.Generator("cpu").manual_seed(picture.seed) for picture in batch],
-                latents=self._latents(batch),
-                cross_attention_kwargs=kwargs,
-                **options,
-            )
+            with withheld([type(pipeline).encode_prompt.__module__], "input was truncated"):  # _check has said it
+                output = pipeline(
+                    **self._texts(batch),
+                    **settings,
+                    generator=[torch.Generator("cpu").manual_seed(picture.seed) for picture in batch],
+                    latents=self._latents(batch),
+                    cross_attention_kwargs=kwargs,
+                    **options,
+                )
         finally:
             _DENOISING.discard(pipeline.unet)
             if stand_in:
@@ -410,7 +413,8 @@ def warn_beyond_training(
     *,
     stacklevel: int = 6,
 ) -> None:
-    """Warn once of each kind of request that the adapter's config says it was never trained for.
+    """Warn once of each kind of request that the adapter's config says it was never trained for, and of references that
+    are too small to be made out.
 
     Args:
         model: whose adapter that is; a config that tells nothing warns of nothing.
@@ -419,6 +423,16 @@ def warn_beyond_training(
         sizes: per picture height and width in pixels, where they are known.
         stacklevel: of the warning, that names the user's line; by default that of a call of generate.
     """
+    seen = model.backbone.image_encoder.config.image_size
+    for layout in subjects:
+        small = [image.size for image in layout.images if image.width * image.height < (seen / 8) ** 2]
+        if small:
+            warnings.warn(
+                f"a reference of {small[0][0]} x {small[0][1]} pixels (width x height) shows next to nothing of its "
+                f"subject: the image encoder looks at {seen} x {seen}; give a larger picture",
+                stacklevel=stacklevel,
+            )
+            break
     config = model.adapter.config
     side, most = config.largest_side, config.most_subjects
     for height, width in sizes:

@@ -48,9 +48,13 @@ def check_place(model: object, name: str, *, inside: bool = False) -> None:
         inside: a hub name may go on with a folder inside its repository.
 
     Raises:
-        WeightsError: it can only be a place on this machine, and nothing is there.
+        WeightsError: it can only be a place on this machine, and nothing is there; or it is an address.
     """
     text = "" if model is None else str(model)
+    hub = re.match(r"(?:(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/|hf://)([^/?#]+/[^/?#]+)", text)
+    if (hub or "://" in text) and not pathlib.Path(text).exists():
+        here = f", here {hub[1]}" if hub else ""
+        raise WeightsError(f"{shown(text, 300)} ({name}) is an address: a hub repository is given as owner/name{here}")
     local = text.startswith(("/", ".", "~")) or "\\" in text or text.endswith(_MODEL_FILES)
     local = local or (text.count("/") > 1 and not inside)
     if local and not text.startswith("open_clip:") and not pathlib.Path(text).exists():

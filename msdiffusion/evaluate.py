@@ -31,16 +31,24 @@ GRID_CASES = 12
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msdiffusion evaluate`; imports nothing heavy."""
-    parser.add_argument("--model", default=str(DEFAULT_MODEL), help="adapter: folder, hub name, or ms_adapter.bin")
-    parser.add_argument("--judge", default=str(DEFAULT_MODEL / "judge"), help="folder of the judge")
+    parser.add_argument(
+        "--model",
+        default=str(DEFAULT_MODEL),
+        help="adapter: folder, hub name, or ms_adapter.bin (default: checkpoints/tiny)",
+    )
+    parser.add_argument(
+        "--judge", default=str(DEFAULT_MODEL / "judge"), help="its folder (default: checkpoints/tiny/judge)"
+    )
     parser.add_argument("--subjects", type=int, default=200, help="least number of held-out subjects (default 200)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="scores, report and pictures go there"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the subject sets and of the noise")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the adapter's")
     parser.add_argument("--guidance-scale", type=float, help="default: the adapter's")
     parser.add_argument("--scale", type=float, help="weight of the subjects when the adapter is on; default: its own")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures drawn at once")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     parser.add_argument(
         "--precision",
         choices=("float32", "bfloat16"),

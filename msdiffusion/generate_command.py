@@ -56,33 +56,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--box", action="append", metavar="X1,Y1,X2,Y2", help="fractions of the picture; - for a subject without")
     add("--mask", action="append", metavar="FILE", help="region in black and white; - for a subject without")
     add("--phrase", action="append", metavar="WORDS", help="default: the prompt's noun phrases")
-    add("--prompt")
-    add("--negative-prompt")
-    add("--num-images", type=int, help="default: 1")
-    add("--steps", type=int)
-    add("--guidance-scale", type=float)
-    add("--scale", type=float, help="weight of all subjects against the text")
-    add("--subject-scales", type=_numbers, metavar="S1,S2,...", help="one weight per subject")
+    add("--prompt", metavar="TEXT", help="the scene; name every subject in it")
+    add("--negative-prompt", metavar="TEXT", help="what to stay away from; default: the adapter's")
+    add("--num-images", type=int, metavar="N", help="how many pictures, each with the next seed (default 1)")
+    add("--steps", type=int, metavar="N", help="denoising steps; default: the adapter's, or 30")
+    add(
+        "--guidance-scale", type=float, metavar="G",
+        help="weight of prompt and subjects against the negative prompt; default: the adapter's, or 7.5",
+    )  # fmt: skip
+    add("--scale", type=float, help="weight of all subjects against the text; default: the adapter's, or 1")
+    add(
+        "--subject-scales",
+        type=_numbers,
+        metavar="S1,S2,...",
+        help="one weight per subject, times --scale (default: 1 each)",
+    )
     add(
         "--subject-windows", type=_windows, metavar="FROM:TO,...",
         help="per subject the part of the way from noise (0) to picture (1) in which it is there; - for always",
     )  # fmt: skip
-    add("--height", type=int)
-    add("--width", type=int)
+    add("--height", type=int, help="pixels, a multiple of 8; default: the adapter's, or the base model's")
+    add("--width", type=int, help="the same")
     add("--auto-layout", action="store_true", default=None, help="let the text's attention refine the boxes")
-    add("--auto-layout-threshold", type=float)
-    add("--auto-layout-start", type=int, metavar="STEP")
-    add("--seed", type=int)
+    add(
+        "--auto-layout-threshold", type=float, metavar="T",
+        help="share of its highest attention that a place needs to belong to a subject, 0 to 1 (default 0.5)",
+    )  # fmt: skip
+    add(
+        "--auto-layout-start", type=int, metavar="STEP",
+        help="first step, from 1, that follows the text (default 5; 2 for subjects without a box)",
+    )  # fmt: skip
+    add("--seed", type=int, help="of the noise; default: a new one each time, which the PNG tells")
     add = parser.add_argument_group("in place of these").add_argument
     add("--request", type=Path, metavar="FILE", help="many pictures: a YAML or JSON file, see docs/inference.md")
     add("--from-png", type=Path, metavar="FILE", help="draw a PNG of this command again, exactly")
     add = parser.add_argument_group("what draws").add_argument
-    add("--model", default=str(DEFAULT_MODEL), help="adapter: folder, hub name, ms_adapter.bin, or a run or checkpoint")
-    add("--base-model", help="another base model of the same architecture")
-    add("--base-config", help="configs for a base model in one .safetensors file")
-    add("--image-encoder", help="another image encoder of the same architecture")
-    add("--device", help="cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=DTYPES, help="default: float32")
+    add("--model", default=str(DEFAULT_MODEL), metavar="PLACE",
+        help="adapter: folder, hub name, ms_adapter.bin, a run or checkpoint (default: checkpoints/tiny)")  # fmt: skip
+    add("--base-model", metavar="PLACE", help="another base model of the same architecture; default: the adapter's")
+    add("--base-config", metavar="PLACE", help="configs for a base model in one .safetensors file")
+    add("--image-encoder", metavar="PLACE", help="another image encoder of the same widths; default: the adapter's")
+    add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    add("--dtype", choices=DTYPES, help="of the weights (default float32)")
     add("--batch-size", type=int, help=f"pictures drawn at once at most (default {BATCH_SIZE})")
     add("--safety-checker", metavar="PLACE", help="folder or hub name; pictures that it flags become black")
     add("--watermark", metavar="TEXT", help="invisible, at most 16 bytes")

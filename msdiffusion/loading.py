@@ -17,10 +17,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from msdiffusion.adapter import MSAdapter, cross_attentions
 from msdiffusion.adapter_config import CHECKPOINT_SUFFIX, CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig
-from msdiffusion.errors import RequestError, WeightsError, reason, shown
+from msdiffusion.errors import RequestError, WeightsError, check_place, shown
 from msdiffusion.official import OFFICIAL_NAME, read_record
 from msdiffusion.open_clip_encoder import names_open_clip
-from msdiffusion.pretrained import absolute, encoder_widths, is_local, skeleton_unet
+from msdiffusion.pretrained import absolute, encoder_widths, hub_reason, is_local, skeleton_unet
 from msdiffusion.single_file import names_single_file
 
 RUN_PLACES = ("best", "adapter", "checkpoints/best.ckpt", "checkpoints/last.ckpt")
@@ -84,6 +84,9 @@ def load_adapter(
         WeightsError: something is missing, or the parts do not fit; the message names both shapes.
         RequestError: ``config`` is given for an adapter that has a config of its own.
     """
+    places = {"base_model": base_model, "image_encoder": image_encoder, "base_config": base_config}
+    for option, given in places.items():
+        check_place(given, f"{option}=", inside=option == "image_encoder")
     place = find_adapter(model)
     if place.is_file() and place.suffix != CHECKPOINT_SUFFIX:
         sources = model_sources(place, None, base_model, image_encoder, base_config)
@@ -180,9 +183,8 @@ def find_adapter(model: str | Path) -> Path:
     if path.is_file():
         _check_file(path)
         return path
-    if path.suffix in (".bin", CHECKPOINT_SUFFIX) and not path.is_dir():  # told before a hub or the base model is asked
-        raise WeightsError(f"no such file: {model}")
     if not path.is_dir():
+        check_place(model, "the adapter")  # told before a hub or the base model is asked
         path = _download(str(model))
     if not _is_ours(path) and (path / OFFICIAL_NAME).is_file():
         return path / OFFICIAL_NAME
@@ -198,6 +200,9 @@ def find_adapter(model: str | Path) -> Path:
             )
         if (path / "model_index.json").is_file():
             raise WeightsError(f"{path} is a base model, not an adapter: give it as base_model=, beside an adapter")
+        inside = next((file.parent for file in sorted(path.glob(f"*/{WEIGHTS_NAME}")) if _is_ours(file.parent)), None)
+        if inside is not None:
+            raise WeightsError(f"{path} is no adapter, but holds some: give one of them, such as {inside}")
     return path
 
 
@@ -209,7 +214,7 @@ def _check_file(path: Path) -> None:
     """
     if path.name in (WEIGHTS_NAME, CONFIG_NAME) and _is_ours(path.parent):
         raise WeightsError(f"{path} is one file of an adapter: give its folder, {path.parent}")
-    if path.suffix.lower() in (".safetensors", ".json", ".yaml", ".yml", ".png"):
+    if path.suffix.lower() not in (".bin", ".pt", ".pth", CHECKPOINT_SUFFIX):
         raise WeightsError(
             f"{path} is no adapter: that is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, a checkpoint "
             f"(*{CHECKPOINT_SUFFIX}), or the official {OFFICIAL_NAME}; a base model in one file goes to base_model=, a "
@@ -230,7 +235,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         raise WeightsError(
-            f"no such folder: {name}; as a hub repository it cannot be had either: {reason(error)}"
+            f"no such folder: {name}; as a hub repository it cannot be had either: {hub_reason(error)}"
         ) from error
 
 

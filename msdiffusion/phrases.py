@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from msdiffusion.errors import PhraseError, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from spacy.language import Language
     from spacy.tokens import Span
     from transformers import PreTrainedTokenizerBase
@@ -87,6 +89,10 @@ _EMPHASIS = re.compile(r"\[([^\[\]{}()|:]*)\]|\{([^\[\]{}()|:]*)\}|\(\s*\(([^()]
 _REFUSED = re.compile(r"<\w+:[^<>]*>|[\[{][^\[\]{}]*(?:\||:[^\[\]{}]*:)[^\[\]{}]*[\]}]|__\w+__")
 """<lora:name:0.8>, [dog:cat:0.5], [dog|cat], {dog|cat}, __animal__: programs, not names."""
 _BRACKETS = frozenset("()[]{}\\")
+_ASIDE = re.compile(r"\((?!\s*(?:an?|the)\b)[^()]*\)\s*,?", re.IGNORECASE)
+"""(sunny day), (best quality): of the picture; (a corgi) names a thing."""
+_WHERE = frozenset(("in", "on", "at", "inside", "under", "across", "through", "during"))
+"""Words before what is rather a place or a time than a subject."""
 
 
 def noun_phrases(prompt: str) -> list[str]:
@@ -99,42 +105,61 @@ def noun_phrases(prompt: str) -> list[str]:
         PhraseError: no English spaCy model is installed, the prompt is in another language, or holds what is no text
             (<lora:...>, [dog|cat]).
     """
-    return [text for text, _ in _noun_phrases(prompt)]
+    return [text for text, _ in _found(_plain(prompt))]
 
 
 def find_phrases(prompt: str, count: int) -> list[str]:
     """The ``count`` phrases of a prompt that name its subjects.
 
     These are all noun phrases if there are ``count`` of them; else all that are no object of a preposition, so that
-    "a dog and a teapot on the beach" has two. Nothing is guessed beyond that.
+    "a dog and a teapot on the beach" has two; else these without asides in brackets, "(sunny day)". Nothing is guessed
+    beyond that; a warning tells what was taken where asides were left out, or one follows "on", "in", ...
 
     Raises:
-        PhraseError: neither rule gives ``count``; the message lists what was found. Or no spaCy model is installed.
+        PhraseError: no rule gives ``count``; the message lists what was found. Or no spaCy model is installed.
     """
-    found = _noun_phrases(prompt)
-    free = [text for text, is_object in found if not is_object]
-    for candidates in ([text for text, _ in found], free):
-        if len(candidates) == count:
-            return candidates
-    listed = ", ".join(repr(text) for text, _ in found) or "none"
+    plain = _plain(prompt)
+    found = _found(plain)
+    for source in (plain, _ASIDE.sub(" ", plain)):
+        phrases = found if source == plain else _found(source)
+        for candidates in (phrases, [phrase for phrase in phrases if not phrase[1]]):
+            if len(candidates) == count:
+                taken = [text for text, _ in candidates]
+                if source != plain or any(before in _WHERE for _, before in candidates):
+                    warnings.warn(
+                        f"the prompt {shown(prompt, 120)} does not tell surely what the images show; taken: "
+                        f"{_listed(taken)}. Say it with phrases=[...] (--phrase in the shell)",
+                        stacklevel=6,
+                    )
+                return taken
+    needed = "1 image needs 1 phrase" if count == 1 else f"{count} images need {count} phrases"
     raise PhraseError(
-        f"{count} images need {count} phrases, but the noun phrases of the prompt {prompt!r} are: {listed}. "
-        f"Give one phrase per image with phrases=[...] (--phrase in the shell)"
+        f"{needed}, but the noun phrases of the prompt {shown(prompt, 120)} are: "
+        f"{_listed([text for text, _ in found])}. Give one phrase per image with phrases=[...] (--phrase in the shell)"
     )
 
 
-def _noun_phrases(prompt: str) -> list[tuple[str, bool]]:
-    """Noun phrases, each with whether a preposition governs it (other than the "of" of "a photo of")."""
+def _listed(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
+    return ", ".join(shown(text) for text in texts[:8]) + more or "none"
+
+
+def _plain(prompt: str) -> str:
+    """The prompt without weights, if it is one that can be read."""
     _check_language(prompt)
-    plain = _without_weights(prompt)
+    return _without_weights(prompt)
+
+
+def _found(plain: str) -> list[tuple[str, str]]:
+    """Noun phrases, each with the preposition that governs it (other than the "of" of "a photo of"), or ""."""
     phrases = _chunks(plain)
     if any(_BRACKETS & set(text) for text, _ in phrases):  # "a (red) dog"
         phrases = _chunks(" ".join("".join(" " if letter in _BRACKETS else letter for letter in plain).split()))
     return phrases
 
 
-def _chunks(prompt: str) -> list[tuple[str, bool]]:
-    phrases: list[tuple[str, bool]] = []
+def _chunks(prompt: str) -> list[tuple[str, str]]:
+    phrases: list[tuple[str, str]] = []
     pictures: set[int] = set()
     for chunk in _language()(prompt).noun_chunks:
         words, root = _content(chunk), chunk.root
@@ -143,8 +168,8 @@ def _chunks(prompt: str) -> list[tuple[str, bool]]:
         if words.text.split()[-1].lower() in _PICTURES and any(child.lower_ == "of" for child in root.children):
             pictures.add(root.i)
             continue
-        shown = root.head.lower_ == "of" and root.head.head.i in pictures
-        phrases.append((words.text, root.dep_ == "pobj" and not shown))
+        depicted = root.head.lower_ == "of" and root.head.head.i in pictures
+        phrases.append((words.text, root.head.lower_ if root.dep_ == "pobj" and not depicted else ""))
     return phrases
 
 
@@ -187,8 +212,8 @@ def _without_weights(prompt: str) -> str:
             text = text[: match.start()] + inside + text[match.end() :]
     if weights:
         warnings.warn(
-            f"the text encoder reads weights in the prompt, such as {shown(weights[0])}, as plain characters; "
-            "subject_scales=[...] (--subject-scales in the shell) weigh the subjects",
+            f"the text encoder reads weights in the prompt, such as {shown(weights[0])}, as plain characters: "
+            "remove brackets and numbers; subject_scales=[...] (--subject-scales in the shell) weigh the subjects",
             stacklevel=8,
         )
     return text
@@ -197,7 +222,7 @@ def _without_weights(prompt: str) -> str:
 def _content(chunk: Span) -> Span | None:
     """The chunk without leading articles, possessives and numbers; None if it is a mere pronoun."""
     start = 0
-    while start < len(chunk) and chunk[start].pos_ in ("DET", "PRON", "NUM", "PUNCT"):
+    while start < len(chunk) and chunk[start].pos_ in ("DET", "PRON", "NUM", "PUNCT", "SPACE"):
         start += 1
     return chunk[start:] if start < len(chunk) else None
 
@@ -239,8 +264,8 @@ def find_in_prompt(prompt: str, phrase: str, occurrence: int = 0) -> tuple[int, 
         return places[occurrence]
     needed = f"needed {occurrence + 1} times" if occurrence else "needed"
     raise PhraseError(
-        f"the phrase {phrase!r} is {needed} in the prompt {prompt!r}, but occurs {len(places)} times: auto_layout "
-        "finds each subject through its own words in the prompt"
+        f"the phrase {shown(phrase)} is {needed} in the prompt {shown(prompt, 120)}, but occurs "
+        f"{len(places)} time{'s' * (len(places) != 1)}: auto_layout finds each subject by its own words in the prompt"
     )
 
 
@@ -263,12 +288,12 @@ def token_span(tokenizer: PreTrainedTokenizerBase, prompt: str, phrase: str, occ
     offsets = _encode(tokenizer, prompt, return_offsets_mapping=True)["offset_mapping"]
     inside = [index for index, (start, end) in enumerate(offsets) if start < last and end > first]
     if not inside:
-        raise PhraseError(f"the tokenizer drops the phrase {phrase!r}: use words that it knows")
+        raise PhraseError(f"the tokenizer drops the phrase {shown(phrase)}: use words that it knows")
     limit = tokenizer.model_max_length
     if inside[-1] >= limit - 1:  # the last place is the end token's
         raise PhraseError(
-            f"the phrase {phrase!r} lies beyond the {limit} tokens that the text encoder reads: put it earlier, or "
-            "shorten the prompt"
+            f"the phrase {shown(phrase)} lies beyond the {limit} tokens that the text encoder reads: put it earlier, "
+            "or shorten the prompt"
         )
     return inside[0], inside[-1] + 1
 

@@ -10,9 +10,10 @@ import inspect
 import json
 import logging
 import pickle
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import deprecation_utils
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from torch import nn
@@ -390,7 +392,8 @@ def _meta_unet(source: str | Path, what: str) -> UNet2DConditionModel:
 def _on_meta(kind: type[ModelMixin], source: str | Path, part: str, what: str) -> ModelMixin:
     """A network of a pipeline without its weights."""
     if Path(source).is_dir() and not (Path(source) / part / "config.json").is_file():  # the one above would be taken
-        raise WeightsError(f"cannot load the {what} from {str(source)!r}: no {part}/config.json there")
+        inside = next((f"; {found.parents[1]} has it" for found in Path(source).glob(f"*/{part}/config.json")), "")
+        raise WeightsError(f"cannot load the {what} from {str(source)!r}: no {part}/config.json there{inside}")
     try:
         config = kind.load_config(str(source), subfolder=part)
         with torch.device("meta"):
@@ -478,25 +481,30 @@ def _check_encoder_folder(name: str) -> None:
 
 
 @contextmanager
-def _old_news_withheld() -> Iterator[None]:
+def withheld(loggers: Iterable[str], *parts: str) -> Iterator[None]:
+    """Keep these loggers from messages with one of these parts for a while."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not any(part in record.getMessage() for part in parts)
+
+    found = [logging.getLogger(name) for name in loggers]
+    for logger in found:
+        logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        for logger in found:
+            logger.removeFilter(is_news)
+
+
+def _old_news_withheld() -> AbstractContextManager[None]:
     """Keep diffusers from two warnings at each loading that say nothing.
 
     One is that the embedded base's autoencoder is none of its own classes; the other, for a single file, lists no
     modules that should stay in float32.
     """
-    loggers = [logging.getLogger(f"diffusers.{name}") for name in ("pipelines.pipeline_utils", "models.modeling_utils")]
-
-    def is_news(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return PixelUnshuffleAutoencoder.__name__ not in message and "kept in float32: []" not in message
-
-    for logger in loggers:
-        logger.addFilter(is_news)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(is_news)
+    loggers = ("diffusers.pipelines.pipeline_utils", "diffusers.models.modeling_utils")
+    return withheld(loggers, PixelUnshuffleAutoencoder.__name__, "kept in float32: []")
 
 
 def _image_processor(name: str, options: Mapping[str, str], config: CLIPVisionConfig) -> CLIPImageProcessor:
@@ -523,5 +531,17 @@ def _not_loaded(what: str, name: str | Path, error: Exception, part: str = "") -
     told = reason(error).partition(" If you want to instead")[0]  # load it with random weights
     if not Path(name).exists() and "base_config=" not in what:  # the library speaks of the hub, even of a lost folder
         option = "image_encoder=" if what == "image encoder" else "base_model="
-        told += f" (no such folder here, so a hub was asked; {option} takes another place)"
+        told = f"{hub_reason(error)} (no such folder here, so a hub was asked; {option} takes another place)"
     return WeightsError(f"cannot load the {what} from {str(name)!r}: {part}{told}")
+
+
+def hub_reason(error: Exception) -> str:
+    """Why a hub gives no model, in few words: without a network the libraries have much to say."""
+    text = reason(error).partition(" If you want to instead")[0]
+    if isinstance(error, HFValidationError):
+        return "a repository is given as owner/name"
+    if isinstance(error, OSError) and constants.HF_HUB_OFFLINE:
+        return "offline (HF_HUB_OFFLINE is set), and the hub's cache does not hold it, or not all of it"
+    if re.search("couldn't connect|cannot find the requested files|appropriate cached", text, re.IGNORECASE):
+        return "the hub cannot be reached, and its cache here does not hold it, or not all of it"
+    return text

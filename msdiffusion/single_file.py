@@ -72,6 +72,8 @@ def read_single_file(path: str | Path) -> SingleFile:
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"no such file: {path}")
+    if path.suffix.lower() not in (*_WEIGHT_FILES, ""):
+        raise WeightsError(f"the base model {path} is no model: give a folder, a hub name, or a .safetensors file")
     if path.suffix.lower() != ".safetensors":
         raise WeightsError(
             f"the base model {path} is not opened: a {path.suffix or 'file without suffix'} is or may be a pickle, "

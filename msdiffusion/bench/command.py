@@ -24,12 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_common(world, pictures=300)
     world.add_argument(
-        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"any of {', '.join(ROWS)}"
+        "--rows",
+        nargs="+",
+        choices=list(ROWS),
+        default=list(ROWS),
+        metavar="ROW",
+        help=f"any of {', '.join(ROWS)}; default: all",
     )
     world.add_argument("--pairs", type=Path, default=DEFAULT_PAIRS, metavar="FOLDER", help="mined from world clips")
     world.add_argument("--steps", type=int, default=900, help="training steps of every trained row")
     world.add_argument("--train-batch", type=int, default=16, help="pairs per step")
-    world.add_argument("--training-seeds", type=int, nargs="+", default=[0], metavar="SEED")
+    world.add_argument(
+        "--training-seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of each trained row (default 0)"
+    )
     world.add_argument("--jobs", type=int, default=1, help="rows worked on at once, one thread each if above 1")
     world.add_argument("--document", type=Path, metavar="FILE.md", help="where the table goes; default: in --out")
     world.set_defaults(run=run_world)
@@ -48,7 +55,7 @@ def _add_common(parser: argparse.ArgumentParser, pictures: int) -> None:
     parser.add_argument(
         "--model", type=Path, default=DEFAULT_MODEL, metavar="FOLDER", help="embedded model: base, encoder, judge, ..."
     )
-    parser.add_argument("--pictures", type=int, default=pictures, help=f"held-out pictures per row ({pictures})")
+    parser.add_argument("--pictures", type=int, default=pictures, help="held-out pictures per row")
     parser.add_argument("--seed", type=int, default=0, help="of the cases and of the noise")
     parser.add_argument("--draw-batch", type=int, default=16, help="pictures drawn at once")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="while drawing")

@@ -119,11 +119,61 @@ def test_the_page_on_photographs_is_short_and_its_commands_are_ours():
             build_parser().parse_args(command)
 
 
-def test_no_command_is_an_error(capsys):
+def test_without_a_command_all_are_listed(capsys):
+    assert main([]) == 2
+    told = capsys.readouterr().err
+    assert all(f"    {name} " in told for name in ("generate", "convert", "cutout", "evaluate", "bench", "demo"))
+    assert "lightning fit" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("generat --prompt x", "did you mean generate?"),
+        ("evalute", "did you mean evaluate?"),
+        ("train", "did you mean lightning fit -c configs/msd.yaml?"),
+        ("mine", "did you mean python -m data_pipeline.build?"),
+        ("bench wrld", "did you mean world? (msdiffusion bench --help"),
+        (
+            "generate --promt x --out a.png",
+            "there is no '--promt': did you mean --prompt? (msdiffusion generate --help",
+        ),
+        ("generate --out a.png dog.png", "there is no 'dog.png' ("),
+        ("generate --dtype float61 --out a.png", "did you mean float16?"),
+        ("convert a --out b --steps 3", "there is no '--steps' (msdiffusion convert --help"),
+        ("generate", "required: --out"),
+        ("generate --view a.png --out b.png", "give its --image first"),
+    ],
+)
+def test_a_wrong_call_is_told_in_one_line(arguments, told, capsys):
     with pytest.raises(SystemExit) as end:
-        main([])
+        main(arguments.split())
+    printed = capsys.readouterr().err
     assert end.value.code == 2
-    assert "COMMAND" in capsys.readouterr().err
+    assert told in printed
+    assert printed.count("\n") == 1
+
+
+def test_every_option_has_its_text():
+    parsers = [build_parser()]
+    for parser in parsers:
+        for action in parser._actions:
+            if isinstance(action.choices, dict):
+                parsers += action.choices.values()
+            elif action.option_strings:
+                assert action.help, action.option_strings
+    assert len(parsers) == 9
+
+
+def test_help_tells_defaults(capsys):
+    for command, told in (
+        (["generate"], "or 7.5"),
+        (["evaluate"], "at once (default: 16)"),
+        (["convert"], ": folder)"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        assert told in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", ["evaluate", "demo"])

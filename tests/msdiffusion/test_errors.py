@@ -70,3 +70,20 @@ def test_a_folder_inside_a_repository_passes_where_that_is_possible():
     errors.check_place("h94/IP-Adapter/sdxl_models/image_encoder", "--image-encoder", inside=True)
     with pytest.raises(errors.WeightsError):
         errors.check_place("./IP-Adapter/sdxl_models", "--image-encoder", inside=True)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "https://huggingface.co/owner/name",
+        "https://huggingface.co/owner/name/tree/main",
+        "http://hf.co/owner/name?download=true",
+        "huggingface.co/owner/name",
+        "hf://owner/name",
+    ],
+)
+def test_an_address_is_told_how_a_repository_is_named(place):
+    with pytest.raises(errors.WeightsError, match=r"is an address: .* owner/name, here owner/name$"):
+        errors.check_place(place, "base_model=", inside=True)
+    with pytest.raises(errors.WeightsError, match="is an address: .* as owner/name$"):
+        errors.check_place("https://example.org/owner/name", "base_model=")

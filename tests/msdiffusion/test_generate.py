@@ -1,6 +1,7 @@
 import functools
 import io
 import json
+import logging
 import math
 import re
 import shutil
@@ -193,6 +194,30 @@ def test_a_prompt_beyond_the_limit_is_said(model):
     with pytest.raises(PhraseError, match="beyond the 40 tokens"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         draw(model, prompt="and " * 40 + PROMPT, auto_layout=True, auto_layout_start=1)
+
+
+def test_a_prompt_beyond_the_limit_is_said_once(tiny_model_dir, caplog, recwarn):
+    """Of transformers and diffusers there would be four more notices."""
+    model = MSDiffusion.from_pretrained(tiny_model_dir, device="cpu")
+    for library in ("transformers", "diffusers"):  # which hand nothing on to the root
+        logging.getLogger(library).addHandler(caplog.handler)
+    draw(model, prompt=PROMPT + " and" * 400, steps=1)
+    assert [str(each.message).partition(" tokens")[0] for each in recwarn] == ["the prompt is longer than the 40"]
+    assert len(str(recwarn[0].message)) < 300
+    told = " ".join(caplog.messages)
+    for library in ("transformers", "diffusers"):
+        logging.getLogger(library).removeHandler(caplog.handler)
+    assert "longer" not in told
+    assert "truncated" not in told
+    with pytest.warns(UserWarning, match="the prompt_2 is longer"):
+        draw(model, prompt_2=PROMPT + " and" * 40, steps=1)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 10)])
+def test_a_reference_without_anything_in_it_is_told_once(model, size):
+    with pytest.warns(UserWarning, match=rf"a reference of {size[0]} x {size[1]} pixels .* give a larger") as told:
+        draw(model, images=[DOG.resize(size)] * 2, steps=1)
+    assert len(told) == 1
 
 
 def test_bad_input_is_refused_before_anything_runs(model, monkeypatch):
@@ -476,7 +501,7 @@ def test_missing_things_are_named_before_weights_are_loaded(tiny_model_dir, tmp_
         MSDiffusion.from_pretrained("nobody/nothing")
     with pytest.raises(WeightsError, match=r"no config\.json"):
         MSDiffusion.from_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match=r"no such file: .*\.bin"):
+    with pytest.raises(WeightsError, match=r"no such file or folder: .*\.bin"):
         MSDiffusion.from_pretrained(tmp_path / "ms_adapter.bin")
     with pytest.raises(WeightsError, match="cannot load the UNet"):
         MSDiffusion.from_pretrained(tiny_model_dir, base_model=tmp_path)

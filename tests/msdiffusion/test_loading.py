@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from msdiffusion.backbone import Backbone
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.generate import MSDiffusion
 from msdiffusion.loading import Sources, check_encoders, find_adapter, load_adapter
+from msdiffusion.places import REPOSITORY
 from msdiffusion.resampler import ResamplerParams
 
 
@@ -97,7 +99,7 @@ def test_an_official_folder_is_known_by_its_file(official_adapter_file, official
     assert find_adapter(folder) == folder
 
 
-def test_the_release_is_loaded_with_sdxl_and_bigg(official_adapter_file, golden_tensors, monkeypatch):
+def test_the_release_is_loaded_with_sdxl_and_bigg(official_adapter_file, golden_tensors, tmp_path, monkeypatch):
     asked = []
     _, config = golden_tensors("unet")
 
@@ -114,6 +116,8 @@ def test_the_release_is_loaded_with_sdxl_and_bigg(official_adapter_file, golden_
     assert asked == [(xl, None), (xl, bigg, "tokens")]
     assert (found.adapter.config.base_model, found.adapter.config.image_encoder) == (xl, bigg)
     # A fine-tune in one file has its configs from SDXL, and config.json says so.
+    monkeypatch.chdir(tmp_path)
+    Path("tune.safetensors").touch()
     found = load_adapter(official_adapter_file, "tune.safetensors", head_width=16)
     assert asked[2] == ("tune.safetensors", xl)
     assert (found.adapter.config.base_model, found.adapter.config.base_config) == ("tune.safetensors", xl)
@@ -160,7 +164,7 @@ def test_a_repository_that_is_not_there(monkeypatch):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(WeightsError, match=r"no such file: .*adapter\.bin"):
+    with pytest.raises(WeightsError, match=r"no such file or folder: .*adapter\.bin"):
         find_adapter(tmp_path / "adapter.bin")
     with pytest.raises(WeightsError, match=r"no config\.json"):
         load_adapter(tmp_path)
@@ -203,7 +207,7 @@ def test_a_base_in_one_file_that_cannot_be(tiny_model_dir, sd1_single_file, tmp_
     (tmp_path / "model.ckpt").write_bytes(b"")
     with pytest.raises(WeightsError, match=r"model\.ckpt is not opened: .*pickle"):
         MSDiffusion.from_pretrained(tiny_model_dir, base_model=tmp_path / "model.ckpt")
-    with pytest.raises(WeightsError, match="no such file: .*tune.safetensors"):
+    with pytest.raises(WeightsError, match="no such file or folder: .*tune.safetensors"):
         MSDiffusion.from_pretrained(tiny_model_dir, base_model=tmp_path / "tune.safetensors")
     with pytest.raises(
         WeightsError, match=r"StableDiffusionPipeline \(7 cross-attention layers that read text 20 wide"
@@ -355,7 +359,7 @@ def test_a_checkpoint_of_something_else_is_told(checkpoint, changes, message):
 
 
 def test_a_file_that_is_no_checkpoint_is_told(tmp_path):
-    with pytest.raises(WeightsError, match=r"no such file: .*none\.ckpt"):
+    with pytest.raises(WeightsError, match=r"no such file or folder: .*none\.ckpt"):
         load_adapter(tmp_path / "none.ckpt")
     path = tmp_path / "text.ckpt"
     path.write_text("not a checkpoint")
@@ -422,10 +426,15 @@ def test_an_adapter_copied_without_its_models_names_the_way_out(changes, option,
 
 
 def test_a_hub_that_cannot_be_asked_is_told_with_the_way_out(tiny_model_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsError, match=r"no such folder: no/thing; .* either: offline .HF_.*, or not all of it$"):
+        load_adapter("no/thing")
     places = {"base_model": "owner/name", "image_encoder": str(tiny_model_dir / "image_encoder")}
     MSAdapter.from_pretrained(tiny_model_dir).save_pretrained(tmp_path, **places)
-    with pytest.raises(WeightsError, match=r"from 'owner/name': .* \(no such folder here, .* base_model= takes"):
+    with pytest.raises(
+        WeightsError,
+        match=r"from 'owner/name': offline .HF_.*, or not all of it \(no such folder here, .* base_model= takes",
+    ):
         load_adapter(tmp_path)
 
 
@@ -444,12 +453,33 @@ def test_what_is_no_adapter_is_told_where_it_belongs(tiny_model_dir, tmp_path):
         (tmp_path / "many.bin", "is no official ms_adapter.bin: needs image_proj and ms_adapter, found"),
         (tmp_path / "checkpoints", "holds checkpoints: give one of them, such as .*step-10.ckpt"),
         (tmp_path / "checkpoints" / "step-10.ckpt", "is no checkpoint of an adapter, for it has no adapter_config"),
+        (tiny_model_dir.parent, "is no adapter, but holds some: give one of them, such as "),
+        ("/no/such/place", "no such file or folder: '/no/such/place' .the adapter.$"),
+        ("../no/such", "no such file or folder: '../no/such' .the adapter.$"),
+        (
+            "https://huggingface.co/owner/name",
+            "is an address: a hub repository is given as owner/name, here owner/name",
+        ),
+        ("owner/name@main", "no such folder: owner/name@main; .* either: a repository is given as owner/name$"),
+        (REPOSITORY / "README.md", "README.md is no adapter: that is a folder with"),
+        (REPOSITORY / "Makefile", "Makefile is no adapter: that is a folder with"),
         ("", "an adapter is given by its folder, file or hub name, got ''"),
         (None, "an adapter is given by its folder, file or hub name, got None"),
     ):
         with pytest.raises(WeightsError, match=message) as caught:
             load_adapter(given)
         assert len(str(caught.value)) < 500, given
+    for given, message in (
+        ("/no/such/place", "no such file or folder: '/no/such/place' .base_model=.$"),
+        ("https://huggingface.co/owner/name", "base_model=. is an address: .*, here owner/name$"),
+        (
+            REPOSITORY / "README.md",
+            "the base model .*README.md is no model: give a folder, a hub name, or a .safetensors file",
+        ),
+        (tiny_model_dir, r"no unet/config.json there; \S*base has it$"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            load_adapter(tiny_model_dir, given)
 
 
 def test_a_folder_given_in_place_of_another_is_told(tiny_model_dir):

@@ -33,8 +33,8 @@ def test_noun_phrases(prompt, found):
         ("a dog and a teapot on the beach", ["dog", "teapot"]),
         ("a hat, a fish and a car on a cobblestone street", ["hat", "fish", "car"]),
         ("a lantern in the snow", ["lantern"]),
-        ("a dog in a hat", ["dog", "hat"]),
         ("a red cat and a blue clock", ["red cat", "blue clock"]),
+        ("  a dog and  a teapot ", ["dog", "teapot"]),
         ("a photo of a dog", ["dog"]),
         ("a close-up of a teapot on the beach", ["teapot"]),
         ("a high quality photo of a dog and a cat on the beach", ["dog", "cat"]),
@@ -59,7 +59,9 @@ def test_phrases_are_found_when_they_match_the_count(prompt, found):
     ],
 )
 def test_weights_in_a_prompt_are_no_part_of_names(prompt, found):
-    with pytest.warns(UserWarning, match="reads weights in the prompt, such as .*subject_scales"):
+    with pytest.warns(
+        UserWarning, match="reads weights in the prompt, such as .*: remove brackets and numbers; subject_scales"
+    ):
         assert find_phrases(prompt, len(found)) == found
 
 
@@ -123,6 +125,53 @@ def test_prompts_of_other_languages_are_refused(prompt, told, count):
         find_phrases(prompt, count)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("on the beach", ["beach"]),
+        ("sitting in a room", ["room"]),
+        ("a dog in the snow", ["dog", "snow"]),
+        ("a dog in a hat", ["dog", "hat"]),
+        ("a dog (sunny day)", ["dog"]),
+        ("a dog (sunny day) on the beach", ["dog"]),
+        ("(masterpiece), a dog and a teapot in a room, (best quality)", ["dog", "teapot"]),
+    ],
+)
+def test_a_guess_is_told(prompt, found):
+    with pytest.warns(UserWarning, match=rf"surely.*taken: '{found[0]}'.*phrases=\[\.\.\.\] .--phrase") as told:
+        assert find_phrases(prompt, len(found)) == found
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("a dog and a teapot on the beach", ["dog", "teapot"]),
+        ("a man with a hat", ["man", "hat"]),
+        ("a dog beside a teapot", ["dog", "teapot"]),
+        ("a dog (a corgi)", ["dog", "corgi"]),
+        ("a (red) dog in the snow", ["red dog"]),
+    ],
+)
+def test_what_is_no_guess_is_taken_without_a_word(prompt, found, recwarn):
+    assert find_phrases(prompt, len(found)) == found
+    assert not recwarn.list
+
+
+def test_brackets_round_a_thing_do_not_leave_it_out():
+    with pytest.raises(PhraseError, match="^1 image needs 1 phrase, but"):
+        find_phrases("(a dog) and a teapot", 1)
+
+
+def test_a_long_prompt_is_quoted_in_short():
+    with pytest.raises(PhraseError, match=r"\.\.\. are: 'dog', .* and \d+ more\. Give .*phrases=") as caught:
+        find_phrases("a dog, a cat and a hat on the beach. " * 40, 2)
+    assert len(str(caught.value)) < 500
+    with pytest.raises(PhraseError, match=r"\.\.\., but occurs 0 times") as caught:
+        find_in_prompt("a cat " * 200, "dog")
+    assert len(str(caught.value)) < 400
+
+
 def test_the_error_lists_what_was_found():
     with pytest.raises(PhraseError, match="'dog', 'teapot', 'beach'.*--phrase"):
         find_phrases("a dog and a teapot on the beach", 4)
@@ -152,7 +201,7 @@ def test_find_in_prompt_reads_whole_words_in_any_case():
     ("phrase", "occurrence", "message"),
     [
         ("cat", 0, "'cat' is needed in the prompt"),
-        ("dog", 1, "needed 2 times.*occurs 1 times"),
+        ("dog", 1, "needed 2 times.*occurs 1 time:"),
         ("do", 0, "occurs 0 times"),
         ("  ", 0, "empty"),
     ],
