@@ -138,6 +138,7 @@ def _begin_with_doubt(model: GroundingDinoForObjectDetection) -> None:
 def save_detector(model: GroundingDinoForObjectDetection, folder: Path) -> None:
     """A directory as transformers writes it: config.json, model.safetensors, tokenizer, preprocessor_config.json."""
     model.save_pretrained(str(folder))
+    share_weights(folder)
     write_tokenizer(folder)
     size = int(model.config.backbone_config.image_size)
     settings = {
