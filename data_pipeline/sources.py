@@ -417,7 +417,9 @@ def match_captions(table: Mapping[str, Row], path: Path, places: Places, notes: 
         )
     if unused:
         first = unused[0]
-        notes.append(f"{counted(len(unused), 'row')} of {path} without a video, the first one {first!r}{places.near(first)}")
+        notes.append(
+            f"{counted(len(unused), 'row')} of {path} without a video, the first one {first!r}{places.near(first)}"
+        )
     if unclear:
         called, names = unclear[0]
         notes.append(

@@ -172,7 +172,7 @@ def printed(text: str) -> str | None:
 
 
 def counted(count: int, one: str, many: str = "") -> str:
-    """ "1 row", "2 rows". many: of a word whose plural is not one more s."""
+    """Number and noun: "1 row", "2 rows". many: of a word whose plural is not one more s."""
     return f"{count} {one if count == 1 else many or one + 's'}"
 
 

@@ -131,7 +131,7 @@ class NounChunker:
             word.removesuffix("ing"),
             word.removesuffix("ing") + "e",
             word.removesuffix("ed"),
-            *verbs_of(word),
+            *(verbs_of(word) if word.endswith("s") else ()),
         )
         parts = (self._nouns, self._verbs, self._adjectives, self._adverbs)
         return any(form in part for part in parts for form in forms)
@@ -360,7 +360,7 @@ def denied_nouns(document: Doc) -> frozenset[int]:
             if word == "not" and (noun := following_noun(token)) is not None:
                 found |= coordinated(noun)
             elif token.dep_ in (*SUBJECTS, "conj") and word in ("none", "nobody", "nothing"):
-                found |= objects(head, places=False)
+                found |= objects(head, places=False) | {token.i}  # "none of the chairs", taken for a noun
             elif head.pos_ in (*NOUNS, "PRON"):
                 if word not in ("neither", "nor") or head.dep_ not in SUBJECTS:
                     found |= coordinated(head)

@@ -115,10 +115,7 @@ def locate(source: str) -> Source:
         return _source(_with_names(shards), build, folder, None)
     folder = source if is_remote(source) else local_path(source)
     if not is_remote(folder) and not Path(folder).is_dir():
-        raise DataError(
-            f"no pairs dataset: {folder} does not exist. "
-            + HOW_TO_MAKE_PAIRS.format(directory=folder)
-        )
+        raise DataError(f"no pairs dataset: {folder} does not exist. " + HOW_TO_MAKE_PAIRS.format(directory=folder))
     build = _read_build(folder)
     if build is None and _is_unfinished(folder):
         raise DataError(

@@ -395,7 +395,7 @@ def test_videos_without_any_caption_are_one_error_at_once(tmp_path, capsys):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos/a.mp4").write_bytes(b"x")
     assert mine(tmp_path / "videos", tmp_path / "out") == 2
-    assert "none of 1 videos has a caption.\nGive a.txt beside a.mp4" in capsys.readouterr().err
+    assert "none of 1 video has a caption.\nGive a.txt beside a.mp4" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -403,7 +403,7 @@ def test_rows_that_name_no_video_are_told(folder, tmp_path, capsys):
     table = tmp_path / "captions.csv"
     table.write_text("video,caption\nclip_0.mp4,a dog on the beach\nclop_2.mp4,a cat\n")
     assert mine(folder, tmp_path / "out", "--captions", table) == 0
-    assert "note: 1 rows of" in (error := capsys.readouterr().err)
+    assert "note: 1 row of" in (error := capsys.readouterr().err)
     assert "the first one 'clop_2.mp4'" in error
 
 
@@ -413,12 +413,12 @@ def test_annotations_that_name_no_video_are_told_before_anything_is_mined(folder
     corpus.write_text(json.dumps({"videos": {"a": content}}), encoding="utf-8-sig")
     bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.annotations.json"))
     assert mine(bare, tmp_path / "out", "--annotations", corpus) == 2
-    assert "none of 1 entries of" in (error := capsys.readouterr().err)
+    assert "no video is named in 1 entry of" in (error := capsys.readouterr().err)
     assert "the first one 'clop_0.mp4', the folder has 'clip_0.mp4'; is it 'clip_0.mp4'?" in error
     assert not (tmp_path / "out").exists()
     corpus.write_text(json.dumps({"videos": {"a": content, "b": {**content, "file": "clip_7.mp4"}}}))
     assert mine(folder, tmp_path / "out", "--annotations", corpus) == 0
-    assert "note: 1 entries of" in capsys.readouterr().err
+    assert "note: 1 entry of" in capsys.readouterr().err
     assert rejected(tmp_path / "out")["clip_7.mp4"]["reason"] == "annotations without an object"
 
 

@@ -24,6 +24,7 @@ from data_pipeline.models.embedded.phrasing import Phrasing, Tokens, sample_phra
 from data_pipeline.models.embedded.renderings import Renderings
 from data_pipeline.models.embedded.training import Losses, TrainingSettings, begin_from, train
 from data_pipeline.models.embedded.vocabulary import MAX_TOKENS, SIZE, load_tokenizer, write_tokenizer
+from data_pipeline.models.model_files import share_weights
 from data_pipeline.records import Box, box_iou
 from data_pipeline.world.palette import CATEGORIES
 

@@ -40,9 +40,7 @@ def test_what_is_not_listed_is_told(tmp_path, monkeypatch):
     assert list_pictures(tmp_path / "in", notes) == ["a.png"]
     assert notes == ["1 link to folders not followed, the first one 'link'"]
     (tmp_path / "in/a.png").unlink()
-    with pytest.raises(
-        InputError, match="in subfolders too; 1 link to folders not followed, the first one 'link'"
-    ):
+    with pytest.raises(InputError, match="in subfolders too; 1 link to folders not followed, the first one 'link'"):
         list_pictures(tmp_path / "in")
 
     def forbidden(folder, onerror):
@@ -131,7 +129,7 @@ def test_captions_beside_pictures_in_other_encodings(tmp_path):
     assert (first.caption, third.caption) == ("a caf\u00e9", "a cup")
     assert (second.name, second.reason) == ("b.png", "no caption")
     assert second.evidence["found"].startswith("caption file is neither UTF-8, UTF-16")
-    assert [note[:58] for note in notes] == ["1 pictures: caption file is no UTF-8 and was read as Windo"]
+    assert [note[:58] for note in notes] == ["1 picture: caption file is no UTF-8 and was read as Window"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

@@ -324,7 +324,7 @@ def test_what_is_denied_is_not_asked_for(phrases, caption, expected):
         ("Nobody is sitting on the bench", ["bench"]),
         ("No one is sitting in the car", ["car"]),
         ("no dog lies on the sofa", ["sofa"]),
-        ("none of the chairs stands on the carpet", ["carpet"]),
+        ("none of the chairs stands on the carpet", ["chair", "carpet"]),
         ("not only a dog but also a cat", ["dog", "cat"]),
         ("a room without furniture except for a lamp", ["lamp"]),
         ("not a dog but a cat", ["cat"]),
@@ -481,7 +481,18 @@ def test_captions_that_are_not_english_are_rejected(step, make_pair, caption, la
     assert (rejected.evidence["language"], rejected.evidence["caption"]) == (language, caption)
 
 
-@pytest.mark.parametrize("caption", ["Lionel Messi dribbling", "Drone footage timelapse skyline", "a selfie", "dog", "barn door", "chat room", "pies on plates"])
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "Lionel Messi dribbling",
+        "Drone footage timelapse skyline",
+        "a selfie",
+        "dog",
+        "barn door",
+        "chat room",
+        "pies on plates",
+    ],
+)
 def test_names_and_new_words_are_english(step, caption):
     assert step._chunker.other_language(caption) == ""
 
