@@ -16,7 +16,7 @@ from PIL import Image
 from data_pipeline import build, run
 from data_pipeline.build import check_inputs, main
 from data_pipeline.options import STEPS, make_parser, make_steps
-from data_pipeline.records import SettingsError, box_iou, decode_mask
+from data_pipeline.records import InputError, SettingsError, box_iou, decode_mask
 from data_pipeline.sources import find_videos
 from data_pipeline.steps.filter_pairs import FilterPairs
 
@@ -319,6 +319,15 @@ BAD = {
         "groundingdino needs --detector-config FILE",
     ),
 }
+
+
+def test_wrong_local_weights_are_told_before_others_are_downloaded(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("data_pipeline.models.hub.missing", list)
+    monkeypatch.setattr("data_pipeline.models.hub.fetch", lambda *_, **__: pytest.fail("a download"))
+    told = arguments("--embedder", f"transformers:{tmp_path / 'empty'}")
+    with pytest.raises(InputError, match="empty lacks its configuration"):
+        build.download(make_steps(told), told)
 
 
 def test_videos_without_a_caption_are_told_before_the_work(tmp_path, capsys):
