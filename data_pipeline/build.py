@@ -31,6 +31,7 @@ from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_sessio
 from data_pipeline.shard_reader import rejected_videos
 from data_pipeline.sources import annotations_beside, find_videos
 from data_pipeline.step import Step
+from data_pipeline.texts import counted
 
 if TYPE_CHECKING:
     from data_pipeline.models.hub import HubModel
@@ -42,9 +43,13 @@ LONGEST_TIMEOUT = 86_400
 
 def check_inputs(arguments: argparse.Namespace, files: Sequence[VideoFile], steps: Sequence[Step]) -> None:
     """InputError if no video has what the steps need, with all that is missing in one message."""
-    name, among = Path(files[0].name).stem, f"none of {len(files)} videos has"
+    name, among = Path(files[0].name).stem, f"none of {counted(len(files), 'video')} has"
     lacking = []
-    if arguments.caption == "files" and not any(file.caption for file in files):
+    mute = [file.name for file in files if not file.caption] if arguments.caption == "files" else []
+    if mute and len(mute) < len(files):
+        table = f" in {arguments.captions} or" if arguments.captions else ""
+        say([f"{len(mute)} of {len(files)} videos without a caption{table} beside them, the first one {mute[0]!r}"])
+    elif mute:
         from data_pipeline.models.hub import BLIP
 
         lacking.append(
@@ -88,7 +93,8 @@ def deal_out(arguments: argparse.Namespace, files: Sequence[VideoFile], steps: l
     for place, step in enumerate(steps):
         if hasattr(step, "model_needed"):
             steps[place] = replace(step, model_needed=bool(bare))
-    return f"{bare} of {len(files)} videos come without annotations: networks find their boxes and masks" * bool(bare)
+    videos = counted(len(files), "video")
+    return f"{bare} of {videos} without annotations: networks find their boxes and masks" * bool(bare)
 
 
 def say(notes: Sequence[str]) -> None:
@@ -151,7 +157,7 @@ def download(steps: Sequence[Step], arguments: argparse.Namespace, why: str = ""
     if missing(models):
         for step in steps:  # a download is long: what else is missing is told before it
             check_device(step.model_device)
-            if not step.model_device:
+            if not step.downloads():
                 replace(step).set_up()
     try:
         fetch(models, lambda line: print(line, file=sys.stderr), quiet=arguments.quiet)  # noqa: T201
@@ -253,7 +259,7 @@ def language_note(out: Path) -> str:
     counts = Counter(language for _, language in found).most_common()
     listed = ", ".join(f"{count} {language}" for language, count in counts)
     models = [SPACY_MODELS[language] for language, _ in counts if language in SPACY_MODELS]
-    note = f"note: {len(found)} captions do not look {found[0][0]} and were rejected ({listed})"
+    note = f"note: rejected, as they do not look {found[0][0]}: {counted(len(found), 'caption')} ({listed})"
     if models:
         note += (
             ". Clips of one language, in a folder of their own, can be mined with a spaCy model for it: "
@@ -276,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     counts = content["counts"]
     print(  # noqa: T201
-        f"{counts['samples']} samples with {counts['subjects']} subjects from {counts['videos']} videos, "
+        f"{counted(counts['samples'], 'sample')} with {counted(counts['subjects'], 'subject')} from "
+        f"{counted(counts['videos'], 'video')}, "
         f"{counts['rejected']} rejected; look at {arguments.out / 'report.html'}"
     )
     for stage, reasons in counts["reasons"].items():

@@ -21,6 +21,7 @@ from data_pipeline.records import (
     Frame,
     InputError,
     MiningError,
+    MissingModelError,
     SettingsError,
     box_in_pixels,
 )
@@ -133,13 +134,42 @@ def load_segmenter(name: str, checkpoint: Path | None, device: str) -> Segmenter
 
     if checkpoint is None:
         released = hub.SEGMENTERS[model]
-        hub.fetch([released], _tell)
+        try:
+            hub.fetch([released], _tell)
+        except MissingModelError as error:
+            raise MissingModelError(f"{error}\n(a file that is here already: --segmenter-checkpoint FILE)") from error
         checkpoint = hub.place_of(released)
     if name == "mobile-sam":
         from data_pipeline.models.mobile_sam import load_mobile_sam
 
         return SamSegmenter(load_mobile_sam(model, checkpoint, device), 1)
     return SamSegmenter(load_sam(model, checkpoint, device), 1)
+
+
+def reach(box: Box, shape: Sequence[int]) -> tuple[slice, slice]:
+    """Rows and columns that a mask may have: those of the box, and SPILL of its sides beyond. shape: (height, width)
+    first.
+    """
+    width, height = box[2] - box[0], box[3] - box[1]
+    wide = (
+        max(0.0, box[0] - SPILL * width),
+        max(0.0, box[1] - SPILL * height),
+        min(1.0, box[2] + SPILL * width),
+        min(1.0, box[3] + SPILL * height),
+    )
+    x1, y1, x2, y2 = box_in_pixels(wide, shape[1], shape[0])
+    return slice(y1, y2), slice(x1, x2)
+
+
+def is_cut(mask: np.ndarray, box: Box) -> bool:
+    """Whether a mask, bool (height, width), runs along what it may reach: along a fifth of a side inside the photo, or
+    along most of two sides of the photo. Then it is the background, or a thing that goes on beyond the box.
+    """
+    rows, columns = part = reach(box, mask.shape)
+    inside = mask[part]
+    sides = [inside[0].mean(), inside[-1].mean(), inside[:, 0].mean(), inside[:, -1].mean()]
+    of_photo = [rows.start == 0, rows.stop == mask.shape[0], columns.start == 0, columns.stop == mask.shape[1]]
+    return sum(sides) > 1.5 or any(side > 0.2 for side, edge in zip(sides, of_photo, strict=True) if not edge)
 
 
 def find_mask(segmenter: Segmenter, pixels: np.ndarray, box: Box) -> tuple[np.ndarray, float]:
@@ -150,16 +180,9 @@ def find_mask(segmenter: Segmenter, pixels: np.ndarray, box: Box) -> tuple[np.nd
     entity = Entity(phrase="thing", head="thing", mention="thing", position=0)
     thing = Detection(entity=entity, box=box, score=1.0)
     [[found]] = segmenter.segment([(Frame(index=0, time=0.0, image=pixels), (thing,))])
-    width, height = box[2] - box[0], box[3] - box[1]
-    wide = (
-        max(0.0, box[0] - SPILL * width),
-        max(0.0, box[1] - SPILL * height),
-        min(1.0, box[2] + SPILL * width),
-        min(1.0, box[3] + SPILL * height),
-    )
-    x1, y1, x2, y2 = box_in_pixels(wide, pixels.shape[1], pixels.shape[0])
+    part = reach(box, pixels.shape)
     mask = np.zeros(pixels.shape[:2], bool)
-    mask[y1:y2, x1:x2] = found.mask[y1:y2, x1:x2]
+    mask[part] = found.mask[part]
     if not mask.any():
         raise ClipError("nothing found in the box", box=[round(value, 3) for value in box], choose="--box")
     return mask, float(found.mask_score)
@@ -186,6 +209,11 @@ def run(arguments: argparse.Namespace) -> None:
             raise ClipError(error.reason, picture=str(photo), **error.evidence) from error
         Image.fromarray(cut_out(pixels, mask)).save(place)
         _tell(f"{photo}: {mask.mean():.0%} of the photo, the network's own score {score:.2f}")
+        if is_cut(mask, box):
+            _tell(
+                f"note: in {place} the mask runs along the box's edge: it is the background, or the thing is cut off; "
+                "look at it, and give --box X1,Y1,X2,Y2 round the whole thing"
+            )
         print(place, flush=True)  # noqa: T201
 
 

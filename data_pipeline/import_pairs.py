@@ -28,6 +28,7 @@ from data_pipeline.records import InputError, MiningError, SettingsError
 from data_pipeline.run import run
 from data_pipeline.sources import Places
 from data_pipeline.step import Step
+from data_pipeline.texts import counted
 
 IMPORTERS = ("official", "images")
 BOXES = ("pixels", "normalised")
@@ -299,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     counts = content["counts"]
     print(  # noqa: T201
-        f"{counts['samples']} samples with {counts['subjects']} subjects from {counts['videos']} items, "
+        f"{counted(counts['samples'], 'sample')} with {counted(counts['subjects'], 'subject')} from "
+        f"{counted(counts['videos'], 'item')}, "
         f"{counts['rejected']} rejected; look at {arguments.out / 'report.html'}"
     )
     for stage, reasons in counts["reasons"].items():

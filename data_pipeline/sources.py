@@ -21,6 +21,7 @@ from data_pipeline.texts import (
     SEVERAL,
     as_caption,
     check_columns,
+    counted,
     decode_text,
     is_several,
     plain_columns,
@@ -110,10 +111,10 @@ def _list_paths(folder: Path) -> tuple[dict[str, Path], list[str]]:
     notes = []
     if hidden:
         first = readable_name(min(hidden, key=os.fsencode).relative_to(folder).as_posix())
-        notes.append(f"left out: {len(hidden)} videos that are hidden or in a trash, the first one {first!r}")
+        notes.append(f"left out: {counted(len(hidden), 'video')} hidden or in a trash, the first one {first!r}")
     if links := [path for path in links if path.suffix.lower() not in SUFFIXES]:
         first = readable_name(min(links, key=os.fsencode).relative_to(folder).as_posix())
-        notes.append(f"left out: {len(links)} links to folders, which are not followed, the first one {first!r}")
+        notes.append(f"left out: {counted(len(links), 'link')} to folders, not followed, the first one {first!r}")
     if others:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
         notes.append(f"left out: files that may be videos or hold some, but are of no kind that is read: {counts}")
@@ -325,7 +326,7 @@ def read_captions(path: Path, notes: list[str] | None = None, places: Places | N
     if not captions:
         raise InputError(f"{path} has no rows")
     if several:
-        notes.append(f"{several} rows of {path} have several captions: the first of each was taken")
+        notes.append(f"{counted(several, 'row')} of {path} with several captions: the first of each was taken")
     return captions
 
 
@@ -415,11 +416,14 @@ def match_captions(table: Mapping[str, Row], path: Path, places: Places, notes: 
             f"{places.names[0]!r}{places.near(first)}"
         )
     if unused:
-        notes.append(f"{len(unused)} rows of {path} name no video, the first one {unused[0]!r}{places.near(unused[0])}")
+        first = unused[0]
+        notes.append(
+            f"{counted(len(unused), 'row')} of {path} without a video, the first one {first!r}{places.near(first)}"
+        )
     if unclear:
         called, names = unclear[0]
         notes.append(
-            f"{len(unclear)} rows of {path} fit more than one video and are not used, the first one {called!r}: "
+            f"{counted(len(unclear), 'row')} of {path} not used: more than one video fits the first one, {called!r}: "
             f"{names[0]!r} and {names[1]!r}; write the path below the folder, with its suffix"
         )
     return {name: table[called].caption for name, (_, called) in found.items()}

@@ -171,6 +171,11 @@ def printed(text: str) -> str | None:
     return None
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """Number and noun: "1 row", "2 rows". many: of a word whose plural is not one more s."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 def short(value: Any) -> str:
     """Type and beginning of a value, for a message."""
     text = repr(value)

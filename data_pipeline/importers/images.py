@@ -23,6 +23,7 @@ from data_pipeline.texts import (
     as_caption,
     as_text,
     clean_caption,
+    counted,
     decode_text,
     is_several,
     open_text,
@@ -76,7 +77,7 @@ def list_pictures(folder: Path, notes: list[str] | None = None) -> list[str]:
             for name in files
             if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
         ]
-    told = f"{len(links)} links to folders are not followed, the first one {min(links)!r}" if links else ""
+    told = f"{counted(len(links), 'link')} to folders not followed, the first one {min(links)!r}" if links else ""
     if not found:
         looked = f"looked for *{', *'.join(SUFFIXES)}, in subfolders too"
         raise InputError(f"no pictures in {folder}: {'; '.join(filter(None, [looked, told]))}")
@@ -261,7 +262,7 @@ class CocoFile:
         used = set(self._entry.values())
         unused = [name for name in self._images if name not in used]
         if unused and notes is not None:
-            notes.append(f"{len(unused)} images of {path} name no picture, the first one {unused[0]!r}")
+            notes.append(f"{counted(len(unused), 'image')} of {path} without a picture, the first one {unused[0]!r}")
 
     def read(self, picture: str) -> tuple[tuple[ImportSubject, ...], tuple[int, int]] | None:
         """Subjects and size of a picture; None if the file does not know it, ClipError if its entry is broken."""
@@ -311,7 +312,7 @@ def read_images(
         except (OSError, ValueError) as error:  # a name that no file can have
             yield Broken(name=name, reason=UNREADABLE, evidence={"error": str(error)})
     if notes is not None:
-        notes += [f"{count} pictures: {note}" for note, count in Counter(assumed).items()]
+        notes += [f"{counted(count, 'picture')}: {note}" for note, count in Counter(assumed).items()]
 
 
 def to_item(

@@ -44,7 +44,7 @@ from data_pipeline.records import (
     mask_box,
 )
 from data_pipeline.sources import SUFFIXES, Places, annotations_beside, is_hidden, path_parts
-from data_pipeline.texts import decode_text, read_text
+from data_pipeline.texts import counted, decode_text, read_text
 
 SCHEMA = "data_pipeline.annotations/1"
 KNOWN = """\
@@ -169,10 +169,11 @@ class AnnotationSource:
             return []
         nameless = "of pictures whose names name no video (several videos need names like 'clip/00012.jpg')"
         first = repr(unused[0]) if unused[0] else nameless
+        entries = counted(len(unused), "entry", "entries")
         what = f"the first one {first}, the folder has {names[0]!r}{places.near(unused[0])}"
         if len(unused) == len(self._videos) and not any(annotations_beside(file.path) for file in files):
-            raise InputError(f"none of {len(unused)} entries of {self._corpus} names a video: {what}")
-        return [f"{len(unused)} entries of {self._corpus} name no video, {what}"]
+            raise InputError(f"no video is named in {entries} of {self._corpus}: {what}")
+        return [f"{entries} of {self._corpus} without a video, {what}"]
 
     def read(self, video: Path, name: str, width: int, height: int, num_frames: int) -> Annotations | None:
         """Annotations of the video called ``name``; None if there are none; ClipError if they are unusable."""

@@ -17,6 +17,7 @@ import torch
 from data_pipeline.models.grounding import Preprocessing
 from data_pipeline.models.grounding_dino import DISPENSABLE, load_grounding_dino, read_package_config
 from data_pipeline.models.grounding_dino_hf import OPTION, load_grounding_dino_hf
+from data_pipeline.models.model_files import share_weights
 from data_pipeline.records import InputError
 
 _SWIN = "model.backbone.conv_encoder.model"
@@ -289,6 +290,7 @@ def convert_to_hf(config: Path, checkpoint: Path, text_encoder: str, out: Path) 
     if missing or report.unexpected_keys:
         raise InputError(f"tensors without a counterpart: {', '.join([*missing, *report.unexpected_keys][:5])}")
     model.save_pretrained(out)
+    share_weights(out)
     package.tokenizer.save_pretrained(out)
     preprocessing = Preprocessing()
     GroundingDinoImageProcessorPil(
@@ -319,3 +321,4 @@ def convert_to_package(name: str, out: Path) -> None:
     save_file({key: tensor.clone().contiguous() for key, tensor in weights.items()}, out / "model.safetensors")
     lines = [f"{key} = {value!r}" for key, value in settings.items()]
     (out / "config.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    share_weights(out, "config.py")

@@ -226,18 +226,22 @@ def _repository(model: HubModel) -> Path:
 def _how_to_get(models: Sequence[HubModel], error: Exception | None = None) -> str:
     why = "" if error is None else f", and cannot be had from the hub ({_first_line(error)})"
     names = " and ".join(model.told() for model in models)
-    commands = "\n".join(f"  {model.command}" for model in models)
+    commands = " && ".join(model.command for model in models)
     state = "is" if len(models) == 1 else "are"
     halves = [str(place) for model in models if os.path.exists(place := _repository(model))]  # noqa: PTH110
     if halves:
         why += f"; what is in {' and '.join(halves)} is not whole, and can be deleted if it is damaged"
     return (
-        f"{names} {state} not on this machine{why}; where there is a network:\n{commands}\n"
+        f"{names} {state} not on this machine{why}; where there is a network:\n  {commands}\n"
         "(HF_HOME names the folder that they are kept in, which can be taken along)"
     )
 
 
 def _first_line(error: Exception) -> str:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE forbids it"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

@@ -116,10 +116,13 @@ class NounChunker:
         if found or not self._nouns or not SMALL_WORDS["English"].isdisjoint(caption.lower().split()):
             return found
         words = [token for token in self._model.tokenizer(plain(caption)) if token.is_alpha and len(token) > 1]
-        if any(word.is_stop for word in words):
-            return ""
         names = [word for word in words[1:] if word.text[0].isupper()]
         strange = [word for word in words if word not in names and not self._knows(word.lower_)]
+        spoken = {word.lower_ for word in strange} if len(words) < 4 else set()  # too few to count: one word tells
+        if found := next((language for language, small in SMALL_WORDS.items() if small & spoken), ""):
+            return found
+        if any(word.is_stop for word in words):
+            return ""
         return UNKNOWN if len(words) > 2 and len(strange) > max(1, 0.7 * len(words)) else ""
 
     def _knows(self, word: str) -> bool:
@@ -128,7 +131,7 @@ class NounChunker:
             word.removesuffix("ing"),
             word.removesuffix("ing") + "e",
             word.removesuffix("ed"),
-            *verbs_of(word),
+            *(verbs_of(word) if word.endswith("s") else ()),
         )
         parts = (self._nouns, self._verbs, self._adjectives, self._adverbs)
         return any(form in part for part in parts for form in forms)
@@ -357,12 +360,12 @@ def denied_nouns(document: Doc) -> frozenset[int]:
             if word == "not" and (noun := following_noun(token)) is not None:
                 found |= coordinated(noun)
             elif token.dep_ in (*SUBJECTS, "conj") and word in ("none", "nobody", "nothing"):
-                found |= objects(head)
+                found |= objects(head, places=False) | {token.i}  # "none of the chairs", taken for a noun
             elif head.pos_ in (*NOUNS, "PRON"):
                 if word not in ("neither", "nor") or head.dep_ not in SUBJECTS:
                     found |= coordinated(head)
                 if head.dep_ in SUBJECTS:
-                    found |= objects(head.head) | (unseen(head.head) if word == "neither" else set())
+                    found |= objects(head.head, places=False) | (unseen(head.head) if word == "neither" else set())
             elif head.pos_ in ("VERB", "AUX", "ADJ"):
                 found |= objects(head) | (unseen(head) if word != "nor" else set())
     return frozenset(found)
@@ -404,9 +407,10 @@ def more_than(token: Token) -> bool:
     return [word.lower_ for word in token.doc[token.i + 1 : token.i + 3]] in (["more", "than"], ["other", "than"])
 
 
-def objects(verb: Token) -> set[int]:
+def objects(verb: Token, places: bool = True) -> set[int]:
     """Numbers of the nouns that a denied verb would have acted on. A clause with a subject of its own is not denied,
-    nor is where it happens, once there is an object: "not wearing a helmet on his motorcycle".
+    nor is where it happens, once there is an object: "not wearing a helmet on his motorcycle". places: False where the
+    subject is denied: the bench that nobody sits on is there.
     """
     found: set[int] = set()
     direct = False
@@ -415,11 +419,11 @@ def objects(verb: Token) -> set[int]:
             found |= coordinated(child)
             direct = True
         elif child.dep_ in ("acomp", "xcomp", "pcomp") or (child.dep_ == "ccomp" and not has_subject(child)):
-            found |= objects(child)
-        elif child.dep_ in ("prep", "agent") and not direct:
+            found |= objects(child, places)
+        elif child.dep_ in ("prep", "agent") and places and not direct:
             found |= complements(child)
         elif child.dep_ == "conj" and not has_subject(child) and joined_in_denial(verb, child):
-            found |= objects(child)
+            found |= objects(child, places)
     return found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -91,6 +92,13 @@ def fits(file: str, pattern: str) -> bool:
     beside it, belongs to something else.
     """
     return file.count("/") == pattern.count("/") and Path(file).match(pattern)
+
+
+def share_weights(folder: Path, like: str = "config.json") -> None:
+    """Gives the weights in a folder the mode of another file there: safetensors makes them their owner's alone."""
+    mode = stat.S_IMODE((folder / like).stat().st_mode)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def list_files(folder: Path) -> list[str]:

@@ -24,6 +24,7 @@ from msdiffusion.training.mixture import MixedStore, Mixture
 from msdiffusion.training.place import Place, resumed_place
 from msdiffusion.training.plan import EpochPlan, PlannedDataset, padded_order
 from msdiffusion.training.remote import ShardCache
+from msdiffusion.training.setting_names import check_number
 
 SINGLE_FRAMES = 0.1
 """A greater share of pairs whose references come from the target picture itself is worth a warning."""
@@ -115,17 +116,12 @@ class PairsDataModule(pl.LightningDataModule):
         reference_frame: Literal["other", "target"] = "other",
     ) -> None:
         super().__init__()
-        for name, number, least in (
-            ("batch_size", batch_size, 1), ("max_subjects", max_subjects, 1), ("lanes", lanes, 1),
-            ("shuffle_buffer", shuffle_buffer, 1), ("bucket_step", bucket_step, 0), ("num_workers", num_workers, 0),
-            ("cache_megabytes", cache_megabytes, 0), ("seed", seed, 0),
+        for name, number in (
+            ("batch_size", batch_size), ("max_subjects", max_subjects), ("lanes", lanes),
+            ("shuffle_buffer", shuffle_buffer), ("resolution", resolution), ("bucket_step", bucket_step),
+            ("num_workers", num_workers), ("cache_megabytes", cache_megabytes), ("seed", seed),
         ):  # fmt: skip
-            if number < least:
-                raise RequestError(f"{name} must be at least {least}, got {number}")
-        if resolution < 8 or resolution % 8:
-            raise RequestError(f"resolution must be a positive multiple of 8, got {resolution}")
-        if bucket_step % 8:
-            raise RequestError(f"bucket_step must be a multiple of 8, or 0 for squares, got {bucket_step}")
+            check_number(name, number)
         if not 0 <= minimum_visible <= 1:
             raise RequestError(f"minimum_visible must be in [0, 1], got {minimum_visible}")
         if not shard_gigabytes > 0:

@@ -95,9 +95,15 @@ def resumed_place(state: dict[str, Any], identity: dict[str, Any], fit_loop: _Fi
     differing = [name for name in identity if identity[name] != theirs.get(name)]
     if differing:
         told = "; ".join(f"{name}: {theirs.get(name)} then, {identity[name]} now" for name in differing)
+        way = "Resume with the same data"
+        if "batches of an epoch" in differing:
+            way = (
+                "Resume with the trainer.accumulate_grad_batches of then; if an earlier version wrote it, whose epochs "
+                "ended in part of a step, with one that divides the batches of an epoch"
+            )
         raise RequestError(
             f"the checkpoint was written with other data, so there is no place in these to go on from ({told}). "
-            f"Resume with the same data. Or: {ANEW}"
+            f"{way}. Or: {ANEW}"
         )
     place = Place(state["epoch"], state["batch"], state["batch"])
     tell_lightning(fit_loop, place)

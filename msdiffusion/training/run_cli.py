@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -129,6 +131,22 @@ class RunCLI(LightningCLI):
                 f"trainer.num_nodes is {nodes}: this run waits until it is started on {nodes - 1} more machine"
                 f"{'s' if nodes > 2 else ''}; on this one alone: --trainer.num_nodes 1"
             )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """A run that is refused before its first step leaves no folder that it made for its log."""
+        folders = [Path(folder) for logger in self.trainer.loggers if (folder := getattr(logger, "log_dir", None))]
+        logs = [folder for folder in folders if not folder.exists()]
+        above = [place for folder in logs for place in folder.parents if not place.exists()]
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception:
+            if self.trainer.is_global_zero and not self.trainer.global_step:
+                for folder in logs:
+                    shutil.rmtree(folder, ignore_errors=True)
+                for place in above:
+                    with contextlib.suppress(OSError):  # something else lies there
+                        place.rmdir()
+            raise
 
     def after_fit(self) -> None:
         """Say what the run has left, and what it is good for."""

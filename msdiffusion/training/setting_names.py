@@ -1,4 +1,4 @@
-"""Names of settings in configs and on the command line, checked before torch is imported.
+"""Names of settings in configs and on the command line, and numbers of the data, checked before torch is imported.
 
 LightningCLI finds a wrong name, too, after half a minute of imports on a slow machine, and says it under a screen of
 usage. Here the classes that a config names are looked up in their sources, which are read and not run. What cannot be
@@ -20,6 +20,7 @@ from typing import Any
 from msdiffusion.errors import RequestError, shown
 
 TRAINER = "pytorch_lightning.trainer.trainer.Trainer"
+PAIRS = "msdiffusion.training.datamodule.PairsDataModule"
 COMMANDS = ("fit", "validate", "test", "predict")
 CLASSES = ("model", "data", "optimizer", "lr_scheduler")
 """Parts of a config that are objects: a ``class_path`` and its ``init_args``."""
@@ -34,6 +35,11 @@ _ELSEWHERE = {
     "seed": "seed_everything",
 }  # fmt: skip
 """What other trainers call these settings."""
+_LEAST = {
+    "batch_size": 1, "max_subjects": 1, "lanes": 1, "shuffle_buffer": 1, "resolution": 8, "bucket_step": 0,
+    "num_workers": 0, "cache_megabytes": 0, "seed": 0,
+}  # fmt: skip
+"""The least whole number that a setting of the pairs may be."""
 _GIVEN_BY_LIGHTNING = {"self", "model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
 
 
@@ -80,6 +86,25 @@ def check_arguments(arguments: Sequence[str]) -> None:
             parameters(name, part)
     for setting, value in found:
         _check(setting, value, command, classes)
+    if classes.get("data") == PAIRS:
+        numbers = {setting.names[-1]: value for setting, value in found if setting.names[0] == "data"}
+        for name, value in numbers.items():
+            check_number(name, int(value) if re.fullmatch(r"-?\d{1,9}", str(value)) else None)
+
+
+def check_number(name: str, number: int | None) -> None:
+    """Refuse a whole number that a setting of the pairs cannot be; others pass, and so does None.
+
+    Raises:
+        RequestError: says what it must be.
+    """
+    if number is None:
+        return
+    if number < (least := _LEAST.get(name, number)):
+        raise RequestError(f"{name} must be at least {least}, got {number}")
+    if name in ("resolution", "bucket_step") and number % 8:
+        squares = ", or 0 for squares" if name == "bucket_step" else ""
+        raise RequestError(f"{name} must be a multiple of 8{squares}, got {number}")
 
 
 def _settings(arguments: Sequence[str]) -> Iterator[tuple[_Setting, Any]]:

@@ -32,10 +32,9 @@ BUILD_SCHEMA = "data_pipeline.build/1"
 """The one schema of build.json that this reader knows."""
 
 HOW_TO_MAKE_PAIRS = (
-    "Make one with:\n"
-    "  python -m data_pipeline.world --out data/world/clips --count 3000\n"
-    "  python -m data_pipeline.build --videos data/world/clips --out {directory}\n"
-    "or give --videos a directory of your own captioned videos."
+    "Give one with --data.init_args.pairs, or make it of captioned videos, for instance of these:\n"
+    "  python -m data_pipeline.world --out data/world/clips --count 3000 && "
+    "python -m data_pipeline.build --videos data/world/clips --out {directory}"
 )
 MOST_SHARDS = 1_000_000
 """A brace pattern that means more is a slip of the pen."""
@@ -116,10 +115,7 @@ def locate(source: str) -> Source:
         return _source(_with_names(shards), build, folder, None)
     folder = source if is_remote(source) else local_path(source)
     if not is_remote(folder) and not Path(folder).is_dir():
-        raise DataError(
-            f"no pairs dataset: {folder} does not exist: is the path right? "
-            + HOW_TO_MAKE_PAIRS.format(directory=folder)
-        )
+        raise DataError(f"no pairs dataset: {folder} does not exist. " + HOW_TO_MAKE_PAIRS.format(directory=folder))
     build = _read_build(folder)
     if build is None and _is_unfinished(folder):
         raise DataError(

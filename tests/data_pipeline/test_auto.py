@@ -79,7 +79,7 @@ def clips(tmp_path):
 def test_every_clip_is_served_by_what_it_came_with(hub, clips, tmp_path, capsys):
     assert mine(clips, tmp_path / "out", "--segmenter-model", "vit_b") == 0
     said = capsys.readouterr().err
-    assert "note: 2 of 4 videos come without annotations: networks find their boxes and masks" in said
+    assert "note: 2 of 4 videos without annotations: networks find their boxes and masks" in said
     assert re.findall(r"downloading (.*) \(", said) == ["Grounding DINO", "SAM vit_b"]
     served = {
         key: (one["source"]["boxes"], one["source"]["masks"]) for key, one in samples_of(tmp_path / "out").items()

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from data_pipeline import build, run
-from data_pipeline.build import main
+from data_pipeline.build import check_inputs, main
 from data_pipeline.options import STEPS, make_parser, make_steps
-from data_pipeline.records import SettingsError, box_iou, decode_mask
+from data_pipeline.records import InputError, SettingsError, box_iou, decode_mask
+from data_pipeline.sources import find_videos
 from data_pipeline.steps.filter_pairs import FilterPairs
 
 ROOT = Path(__file__).parents[2]
@@ -292,14 +293,14 @@ BAD = {
     "folder without videos": (["--videos", "."], "no videos in ."),
     "no annotations at all": (
         ["--videos", "bare", "--detector", "annotations"],
-        "'annotations' reads boxes that come with the videos, but none of 1 videos has any.*or leave --detector away",
+        "'annotations' reads boxes that come with the videos, but none of 1 video has any.*or leave --detector away",
     ),
     "no networks": (
         ["--videos", "bare"],
-        r"^error: 1 of 1 videos come without annotations: networks find their boxes and masks\.\n"
+        r"^error: 1 of 1 video without annotations: networks find their boxes and masks\.\n"
         r"Grounding DINO \(IDEA-Research/grounding-dino-tiny, "
         r"690 MB\) and MobileSAM \(dhkim2810/MobileSAM, 41 MB\) are not on this machine, and cannot be had .*\n"
-        r"  hf download IDEA-Research/grounding-dino-tiny --include .*\n  hf download dhkim2810/MobileSAM --include .*"
+        r"  hf download IDEA-Research/grounding-dino-tiny --include .* && hf download dhkim2810/MobileSAM --include .*"
         r"\(clips of the procedural world: --detector embedded; annotated clips only: --detector annotations",
     ),
     "missing table": (["--videos", "bare", "--captions", "no.csv"], "no captions table at no.csv"),
@@ -318,6 +319,27 @@ BAD = {
         "groundingdino needs --detector-config FILE",
     ),
 }
+
+
+def test_wrong_local_weights_are_told_before_others_are_downloaded(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("data_pipeline.models.hub.missing", list)
+    monkeypatch.setattr("data_pipeline.models.hub.fetch", lambda *_, **__: pytest.fail("a download"))
+    told = arguments("--embedder", f"transformers:{tmp_path / 'empty'}")
+    with pytest.raises(InputError, match="empty lacks its configuration"):
+        build.download(make_steps(told), told)
+
+
+def test_videos_without_a_caption_are_told_before_the_work(tmp_path, capsys):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.mp4").write_bytes(b"x")
+    (tmp_path / "b.txt").write_text("a dog")
+    (tmp_path / "some.csv").write_text("video,caption\nc.mp4,a cat\n")
+    told = arguments("--videos", str(tmp_path), "--captions", str(tmp_path / "some.csv"), "--detector", "embedded")
+    check_inputs(told, find_videos(tmp_path, told.captions), make_steps(told))
+    assert capsys.readouterr().err == (
+        f"note: 1 of 3 videos without a caption in {tmp_path / 'some.csv'} or beside them, the first one 'a.mp4'\n"
+    )
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -382,7 +404,7 @@ def test_videos_without_any_caption_are_one_error_at_once(tmp_path, capsys):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos/a.mp4").write_bytes(b"x")
     assert mine(tmp_path / "videos", tmp_path / "out") == 2
-    assert "none of 1 videos has a caption.\nGive a.txt beside a.mp4" in capsys.readouterr().err
+    assert "none of 1 video has a caption.\nGive a.txt beside a.mp4" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -390,7 +412,7 @@ def test_rows_that_name_no_video_are_told(folder, tmp_path, capsys):
     table = tmp_path / "captions.csv"
     table.write_text("video,caption\nclip_0.mp4,a dog on the beach\nclop_2.mp4,a cat\n")
     assert mine(folder, tmp_path / "out", "--captions", table) == 0
-    assert "note: 1 rows of" in (error := capsys.readouterr().err)
+    assert "note: 1 row of" in (error := capsys.readouterr().err)
     assert "the first one 'clop_2.mp4'" in error
 
 
@@ -400,12 +422,12 @@ def test_annotations_that_name_no_video_are_told_before_anything_is_mined(folder
     corpus.write_text(json.dumps({"videos": {"a": content}}), encoding="utf-8-sig")
     bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.annotations.json"))
     assert mine(bare, tmp_path / "out", "--annotations", corpus) == 2
-    assert "none of 1 entries of" in (error := capsys.readouterr().err)
+    assert "no video is named in 1 entry of" in (error := capsys.readouterr().err)
     assert "the first one 'clop_0.mp4', the folder has 'clip_0.mp4'; is it 'clip_0.mp4'?" in error
     assert not (tmp_path / "out").exists()
     corpus.write_text(json.dumps({"videos": {"a": content, "b": {**content, "file": "clip_7.mp4"}}}))
     assert mine(folder, tmp_path / "out", "--annotations", corpus) == 0
-    assert "note: 1 entries of" in capsys.readouterr().err
+    assert "note: 1 entry of" in capsys.readouterr().err
     assert rejected(tmp_path / "out")["clip_7.mp4"]["reason"] == "annotations without an object"
 
 
@@ -415,7 +437,7 @@ def test_captions_of_other_languages_are_one_note(folder, tmp_path, capsys):
     table.write_text("video,caption\n" + "".join(f"clip_{i}.mp4,{caption}\n" for i, caption in enumerate(captions)))
     mine(folder, tmp_path / "pairs", "--captions", table)
     assert (
-        "note: 3 captions do not look English and were rejected (2 German, 1 Russian). Clips of one language, in a "
+        "note: rejected, as they do not look English: 3 captions (2 German, 1 Russian). Clips of one language, in a "
         "folder of their own, can be mined with a spaCy model for it: `python -m spacy download de_core_news_sm`, "
         "--language-model de_core_news_sm\n"
     ) in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline import cutout
-from data_pipeline.cutout import MIDDLE, boxes_of, cut_out, find_mask, main
+from data_pipeline.cutout import MIDDLE, boxes_of, cut_out, find_mask, is_cut, main
 from data_pipeline.records import MissingModelError, SettingsError
 from data_pipeline.world import sample_scene
 
@@ -32,6 +32,7 @@ def test_a_thing_is_cut_out(photo, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == f"{tmp_path / 'out' / 'photo.png'}\n"
     assert "of the photo, the network's own score" in captured.err
+    assert "note:" not in captured.err
     result = np.asarray(Image.open(tmp_path / "out" / "photo.png"))
     assert result.shape[2] == 4
     assert set(np.unique(result[..., 3])) == {0, 255}
@@ -69,6 +70,20 @@ def test_what_lies_beside_the_box_is_left_out():
     assert score == 0.5
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (47, 99, 45, 154)
+
+
+def test_a_mask_along_the_edge_of_the_box_is_told(photo, tmp_path, monkeypatch, capsys):
+    """By the way of the background, and of a thing that goes on beyond the box; not of a bust at the photo's edge."""
+    monkeypatch.setattr(cutout, "load_segmenter", lambda *_: Everything(True))
+    assert main([str(photo[0]), "--out", str(tmp_path / "out")]) == 0
+    assert "photo.png the mask runs along the box's edge: it is the background, or the thing" in capsys.readouterr().err
+    mask = np.zeros((100, 100), bool)
+    mask[40:, 30:70] = True
+    assert not is_cut(mask, (0.2, 0.3, 0.8, 1.0))
+    assert not is_cut(mask, (0.0, 0.0, 1.0, 1.0))
+    assert not is_cut(mask, (0.3, 0.4, 0.7, 1.0))
+    assert is_cut(mask, MIDDLE)
+    assert is_cut(~mask, (0.0, 0.0, 1.0, 1.0))
 
 
 def test_a_box_with_nothing_in_it_is_told(photo, tmp_path, monkeypatch, capsys):
@@ -133,7 +148,9 @@ def test_weights_that_are_not_to_be_had_are_told_with_their_size(photo, tmp_path
 
     monkeypatch.setattr("data_pipeline.models.hub.fetch", nothing)
     assert main([str(photo[0]), "--out", str(tmp_path / "out")]) == 2
-    assert "MobileSAM (dhkim2810/MobileSAM, 41 MB)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "MobileSAM (dhkim2810/MobileSAM, 41 MB)" in told
+    assert told.endswith("\n(a file that is here already: --segmenter-checkpoint FILE)\n")
     assert main([str(photo[0]), "--out", str(tmp_path / "out"), "--segmenter", "sam"]) == 2
     assert "SAM vit_b (ybelkada/segment-anything, 375 MB)" in capsys.readouterr().err
 

@@ -300,7 +300,7 @@ def test_of_several_captions_the_first_that_is_not_empty_is_taken(folder, tmp_pa
     rows.append({"video": "c.MKV", "caption": []})
     table, notes = write_rows(tmp_path / f"captions.{suffix}", rows), []
     assert captions_of(folder, table, notes) == {"a.mp4": "a dog", "b.mp4": "a cup"}
-    assert notes == [f"1 rows of {table} have several captions: the first of each was taken"]
+    assert notes == [f"1 row of {table} with several captions: the first of each was taken"]
     (folder / "deep/c.json").write_text('{"caption": ["a hat", "a coat"]}')
     file = find_videos(folder, table)[2]
     assert (file.caption, file.notes) == ("a hat", ("several captions, of which the first was taken",))
@@ -352,7 +352,7 @@ def test_whole_numbers_are_names(tmp_path):
     for suffix in ("parquet", "jsonl"):
         table, notes = write_rows(tmp_path / f"captions.{suffix}", rows), []
         assert captions_of(tmp_path, table, notes) == {"7.mp4": "a dog"}
-        assert notes == [f"1 rows of {table} name no video, the first one '12'; is it '0012.mp4'?"]
+        assert notes == [f"1 row of {table} without a video, the first one '12'; is it '0012.mp4'?"]
     with pytest.raises(InputError, match="row 1: video must be a file name, got float 7.5"):
         find_videos(tmp_path, write_rows(tmp_path / "captions.parquet", [{"caption": "a", "video": 7.5}]))
 
@@ -380,8 +380,8 @@ def test_a_row_that_fits_two_videos_is_not_used_and_told(folder, tmp_path):
     notes = []
     assert captions_of(folder, table, notes) == {"b.mp4": "b", "y/d.mp4": "y/d.mp4"}
     assert notes == [
-        f"1 rows of {table} name no video, the first one 'B.mp4'; is it 'b.mp4'?",
-        f"2 rows of {table} fit more than one video and are not used, the first one 'a': 'a.mov' and 'a.mp4'; write "
+        f"1 row of {table} without a video, the first one 'B.mp4'; is it 'b.mp4'?",
+        f"2 rows of {table} not used: more than one video fits the first one, 'a': 'a.mov' and 'a.mp4'; write "
         "the path below the folder, with its suffix",
     ]
 
@@ -390,7 +390,7 @@ def test_a_surer_name_comes_first_and_equal_ones_must_agree(folder, tmp_path):
     rows = [{"video": "train/a.mp4", "caption": "another's"}, {"video": "videos/a.mp4", "caption": "a dog"}]
     table, notes = write_rows(tmp_path / "captions.jsonl", rows), []
     assert captions_of(folder, table, notes) == {"a.mp4": "a dog"}
-    assert notes == [f"1 rows of {table} name no video, the first one 'train/a.mp4'; is it 'a.mp4'?"]
+    assert notes == [f"1 row of {table} without a video, the first one 'train/a.mp4'; is it 'a.mp4'?"]
     write_rows(table, [{"video": f"{part}/a.mp4", "caption": part} for part in ("train", "test")])
     with pytest.raises(InputError, match="line 1, and .*line 2: 'train/a.mp4' and 'test/a.mp4' both fit 'a.mp4', with"):
         find_videos(folder, table)
@@ -427,14 +427,14 @@ def test_every_kind_of_video_is_found_and_what_is_left_out_is_told(tmp_path):
     assert found == {f"clip{suffix}" for suffix in SUFFIXES} | {"UPPER.MTS"}
     assert {".ts", ".flv", ".wmv", ".mpg", ".mpeg", ".3gp", ".mts", ".m2ts"} < set(SUFFIXES)
     assert notes == [
-        "left out: 5 videos that are hidden or in a trash, the first one '$RECYCLE.BIN/b.wmv'",
+        "left out: 5 videos hidden or in a trash, the first one '$RECYCLE.BIN/b.wmv'",
         "left out: files that may be videos or hold some, but are of no kind that is read: 1 .gif, 1 .ogv, 1 .zip",
     ]
 
 
 def test_a_folder_of_nothing_but_left_out_files_says_so(tmp_path):
     (tmp_path / ".a.mp4").write_bytes(b"x")
-    with pytest.raises(InputError, match="no videos in .*; left out: 1 videos that are hidden or in a trash"):
+    with pytest.raises(InputError, match="no videos in .*; left out: 1 video hidden or in a trash"):
         find_videos(tmp_path)
 
 
@@ -484,13 +484,13 @@ def test_links_to_folders_are_left_out_and_told(tmp_path):
     folder.mkdir()
     (folder / "link").symlink_to(tmp_path / "elsewhere")
     (folder / ".hidden").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="left out: 1 links to folders, which are not followed, the first one 'link'"):
+    with pytest.raises(InputError, match="left out: 1 link to folders, not followed, the first one 'link'"):
         find_videos(folder)
     (folder / "a.mp4").symlink_to(tmp_path / "elsewhere/b.mp4")
     (folder / "folder.mp4").symlink_to(tmp_path / "elsewhere")  # it has the name of a video, and is rejected as one
     notes = []
     assert [file.name for file in find_videos(folder, notes=notes)] == ["a.mp4", "folder.mp4"]
-    assert notes == ["left out: 1 links to folders, which are not followed, the first one 'link'"]
+    assert notes == ["left out: 1 link to folders, not followed, the first one 'link'"]
 
 
 def test_a_caption_that_is_forbidden_is_told(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from data_pipeline.models.embedded.phrasing import Phrasing, Tokens, sample_phra
 from data_pipeline.models.embedded.renderings import Renderings
 from data_pipeline.models.embedded.training import Losses, TrainingSettings, begin_from, train
 from data_pipeline.models.embedded.vocabulary import MAX_TOKENS, SIZE, load_tokenizer, write_tokenizer
+from data_pipeline.models.model_files import share_weights
 from data_pipeline.records import Box, box_iou
 from data_pipeline.world.palette import CATEGORIES
 
@@ -138,6 +139,7 @@ def _begin_with_doubt(model: GroundingDinoForObjectDetection) -> None:
 def save_detector(model: GroundingDinoForObjectDetection, folder: Path) -> None:
     """A directory as transformers writes it: config.json, model.safetensors, tokenizer, preprocessor_config.json."""
     model.save_pretrained(str(folder))
+    share_weights(folder)
     write_tokenizer(folder)
     size = int(model.config.backbone_config.image_size)
     settings = {

@@ -21,6 +21,7 @@ from torch.nn import functional
 from data_pipeline.models.embedded.detector import vary
 from data_pipeline.models.embedded.renderings import Renderings
 from data_pipeline.models.embedded.training import Losses, TrainingSettings, begin_from, train
+from data_pipeline.models.model_files import share_weights
 from data_pipeline.models.sam import SamParams, build_sam
 
 SIZES = SamParams(
@@ -51,6 +52,7 @@ def save_segmenter(sam: Sam, params: SamParams, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(params), indent=2) + "\n", encoding="utf-8")
     save_file({name: value.contiguous() for name, value in sam.state_dict().items()}, folder / "model.safetensors")
+    share_weights(folder)
 
 
 def predict(sam: Sam, pixels: Tensor, frames: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,11 +38,9 @@ def test_what_is_not_listed_is_told(tmp_path, monkeypatch):
     (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
     notes = []
     assert list_pictures(tmp_path / "in", notes) == ["a.png"]
-    assert notes == ["1 links to folders are not followed, the first one 'link'"]
+    assert notes == ["1 link to folders not followed, the first one 'link'"]
     (tmp_path / "in/a.png").unlink()
-    with pytest.raises(
-        InputError, match="in subfolders too; 1 links to folders are not followed, the first one 'link'"
-    ):
+    with pytest.raises(InputError, match="in subfolders too; 1 link to folders not followed, the first one 'link'"):
         list_pictures(tmp_path / "in")
 
     def forbidden(folder, onerror):
@@ -131,7 +129,7 @@ def test_captions_beside_pictures_in_other_encodings(tmp_path):
     assert (first.caption, third.caption) == ("a caf\u00e9", "a cup")
     assert (second.name, second.reason) == ("b.png", "no caption")
     assert second.evidence["found"].startswith("caption file is neither UTF-8, UTF-16")
-    assert [note[:58] for note in notes] == ["1 pictures: caption file is no UTF-8 and was read as Windo"]
+    assert [note[:58] for note in notes] == ["1 picture: caption file is no UTF-8 and was read as Window"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -146,7 +144,7 @@ def test_coco_with_a_byte_order_mark(tmp_path, encoding):
     path.write_bytes(json.dumps(content).encode(encoding))
     [subject] = CocoFile(path, ["a.png"], notes).read("a.png")[0]
     assert (subject.phrase, subject.box) == ("dog", [0, 0, 2, 2])
-    assert notes == [f"1 images of {path} name no picture, the first one 'z.png'"]
+    assert notes == [f"1 image of {path} without a picture, the first one 'z.png'"]
 
 
 @pytest.mark.parametrize("called", ["sub\\caf\u00e9.png", "./sub/cafe\u0301.png", ".\\sub\\cafe\u0301.png"])
@@ -177,7 +175,7 @@ def test_several_captions_are_told(tmp_path):
     rows.write_text(json.dumps({"file_name": "a.png", "text": ["a dog", "a cat"]}))
     [item] = read_images(tmp_path, rows, None, normalised=False, notes=notes)
     assert item.caption == "a dog"
-    assert notes == ["1 pictures: several captions, of which the first was taken"]
+    assert notes == ["1 picture: several captions, of which the first was taken"]
 
 
 def test_a_name_without_room_for_a_sidecar(tmp_path):

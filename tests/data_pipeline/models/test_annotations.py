@@ -277,15 +277,13 @@ def videos_in(folder, *names):
 def test_entries_that_name_no_video_are_told(tmp_path):
     path = names_in(tmp_path, "a.mp4", "data/b", "Clip_3.mp4")
     assert AnnotationSource(path).check_names(tmp_path, videos_in(tmp_path, "a.mp4", "b.mp4", "clip_3.mp4")) == [
-        f"1 entries of {path} name no video, the first one 'Clip_3.mp4', the folder has 'a.mp4'; is it 'clip_3.mp4'?"
+        f"1 entry of {path} without a video, the first one 'Clip_3.mp4', the folder has 'a.mp4'; is it 'clip_3.mp4'?"
     ]
     assert AnnotationSource(path).check_names(tmp_path, videos_in(tmp_path, "a.mp4", "b.mp4", "Clip_3.mp4")) == []
 
 
 def test_annotations_of_other_videos_stop_the_run(tmp_path):
-    with pytest.raises(
-        InputError, match="none of 2 entries of .*corpus.json names a video: the first one 'x.mp4', the"
-    ):
+    with pytest.raises(InputError, match="no video is named in 2 entries of .*corpus.json: the first one 'x.mp4', the"):
         AnnotationSource(names_in(tmp_path, "x.mp4", "y.mp4")).check_names(tmp_path, videos_in(tmp_path, "a.mp4"))
     path = names_in(tmp_path, "b.mp4")  # the end of a path does not do for annotations, and the hint says so
     with pytest.raises(InputError, match="'b.mp4', the folder has 'deep/b.mp4'; is it 'deep/b.mp4'?"):
@@ -294,11 +292,11 @@ def test_annotations_of_other_videos_stop_the_run(tmp_path):
 
 def test_annotations_of_other_videos_are_a_note_beside_sidecars(tmp_path):
     path, files = names_in(tmp_path, "x.mp4"), videos_in(tmp_path, f"{'b' * 240}.mp4", "clip.mp4")
-    with pytest.raises(InputError, match="none of 1 entries"):
+    with pytest.raises(InputError, match="no video is named in 1 entry"):
         AnnotationSource(path).check_names(tmp_path, files)
     write(tmp_path, sidecar())
     assert AnnotationSource(path).check_names(tmp_path, files) == [
-        f"1 entries of {path} name no video, the first one 'x.mp4', the folder has {files[0].name!r}"
+        f"1 entry of {path} without a video, the first one 'x.mp4', the folder has {files[0].name!r}"
     ]
 
 
@@ -312,13 +310,11 @@ def test_pictures_that_name_no_video_are_the_one_videos_and_told_where_there_are
     assert AnnotationSource(path).check_names(tmp_path, videos_in(tmp_path, "a.mp4")) == []
     what = "the first one of pictures whose names name no video (several videos need names like 'clip/00012.jpg'), the"
     files = videos_in(tmp_path, "a.mp4", "clip.mp4")
-    with pytest.raises(
-        InputError, match=f"none of 1 entries of .* names a video: {re.escape(what)} folder has 'a.mp4'"
-    ):
+    with pytest.raises(InputError, match=f"no video is named in 1 entry of .*: {re.escape(what)} folder has 'a.mp4'"):
         AnnotationSource(path).check_names(tmp_path, files)
     write(tmp_path, sidecar())
     [note] = AnnotationSource(path).check_names(tmp_path, files)
-    assert note.startswith(f"1 entries of {path} name no video, {what}")
+    assert note.startswith(f"1 entry of {path} without a video, {what}")
 
 
 def test_a_deleted_video_does_not_keep_another_from_being_alone(tmp_path):

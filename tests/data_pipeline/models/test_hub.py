@@ -92,9 +92,12 @@ def test_without_a_network_it_is_said_how_to_get_them(small_hub, monkeypatch):
         "Grounding DINO (IDEA-Research/grounding-dino-tiny, 690 MB) and MobileSAM (dhkim2810/MobileSAM, 41 MB) are not"
     )
     assert commands == [
-        f"  hf download {GROUNDING_DINO.hub_id} --include '*.json' --include '*.txt' --include '*.safetensors'",
-        "  hf download dhkim2810/MobileSAM --include 'mobile_sam.pt'",
+        f"  hf download {GROUNDING_DINO.hub_id} --include '*.json' --include '*.txt' --include '*.safetensors' && "
+        "hf download dhkim2810/MobileSAM --include 'mobile_sam.pt'",
     ]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(MissingModelError, match=r"and cannot be had from the hub \(HF_HUB_OFFLINE forbids it\); where"):
+        fetch(wanted)
 
 
 def test_the_command_that_is_named_downloads_what_is_needed(hub, tmp_path, monkeypatch):

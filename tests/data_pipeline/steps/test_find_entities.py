@@ -320,6 +320,11 @@ def test_what_is_denied_is_not_asked_for(phrases, caption, expected):
     ("caption", "expected"),
     [
         ("a dog not far from a house", ["dog", "house"]),
+        ("Nobody sits on the bench", ["bench"]),
+        ("Nobody is sitting on the bench", ["bench"]),
+        ("No one is sitting in the car", ["car"]),
+        ("no dog lies on the sofa", ["sofa"]),
+        ("none of the chairs stands on the carpet", ["chair", "carpet"]),
         ("not only a dog but also a cat", ["dog", "cat"]),
         ("a room without furniture except for a lamp", ["lamp"]),
         ("not a dog but a cat", ["cat"]),
@@ -462,7 +467,10 @@ def test_hands_are_subjects_where_their_owner_is_named(phrases):
     [
         ("Ein Hund spielt mit einem roten Ball", "German", "--language-model de_core_news_sm"),
         ("Собака бежит по пляжу", "Russian", None),
-        ("kutya fut parton", "unknown", None),
+        ("lapszli fut parton", "unknown", None),
+        ("kutya fut", "Hungarian", None),
+        ("perro negro", "Spanish", "--language-model es_core_news_sm"),
+        ("Hund am Strand", "German", "--language-model de_core_news_sm"),
     ],
 )
 def test_captions_that_are_not_english_are_rejected(step, make_pair, caption, language, needed):
@@ -473,7 +481,18 @@ def test_captions_that_are_not_english_are_rejected(step, make_pair, caption, la
     assert (rejected.evidence["language"], rejected.evidence["caption"]) == (language, caption)
 
 
-@pytest.mark.parametrize("caption", ["Lionel Messi dribbling", "Drone footage timelapse skyline", "a selfie", "dog"])
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "Lionel Messi dribbling",
+        "Drone footage timelapse skyline",
+        "a selfie",
+        "dog",
+        "barn door",
+        "chat room",
+        "pies on plates",
+    ],
+)
 def test_names_and_new_words_are_english(step, caption):
     assert step._chunker.other_language(caption) == ""
 

@@ -1,5 +1,7 @@
 """Budgets of pretraining: learning rate, clock, average. Real runs are in test_pretrain.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -36,6 +38,20 @@ def test_minutes_end_the_budget_before_the_steps_do(tmp_path):
     assert model.progress == pytest.approx(0.5)
     model.elapsed = 500.0
     assert model.progress == 1.0
+
+
+def test_a_new_run_gives_an_earlier_export_another_name_and_one_that_goes_on_does_not(tmp_path):
+    model = ImageEncoderPretraining(output=str(tmp_path / "encoder"))
+    for number in (1, 2):
+        (tmp_path / "encoder").mkdir()
+        (tmp_path / "encoder" / "model.safetensors").write_text(str(number))
+        model.trainer = SimpleNamespace(is_global_zero=True, global_step=0, ckpt_path="last.ckpt")
+        model.on_train_start()
+        assert (tmp_path / "encoder").exists()
+        model.trainer.ckpt_path = None
+        model.on_train_start()
+        assert not (tmp_path / "encoder").exists()
+        assert (tmp_path / f"encoder.{number}" / "model.safetensors").read_text() == str(number)
 
 
 def test_the_base_class_says_what_is_missing():

@@ -1,9 +1,10 @@
 """The ``lightning`` command, in this process: what it does, leaves and says."""
 
+import multiprocessing
 import os
 import re
 import shutil
-import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -220,6 +221,11 @@ def fails(code, capsys, *arguments):
 
 def test_wrong_demands_are_told_in_one_message(trained, config, tmp_path, capsys):
     empty = config(tmp_path / "empty")
+    before = sorted(tmp_path.rglob("*"))
+    said = fails(2, capsys, "fit", empty, "--data.init_args.pairs", str(tmp_path / "nowhere"))
+    assert "nowhere does not exist. Give one with --data.init_args.pairs, or make it" in said
+    assert len(said.splitlines()) <= 5
+    assert sorted(tmp_path.rglob("*")) == before, "a refused run leaves nothing"
     said = fails(2, capsys, "fit", empty, "--ckpt_path", "last")
     assert "error: --ckpt_path last needs" in said
     assert "Traceback" not in said
@@ -339,12 +345,16 @@ def test_memory_that_is_used_up_does_too(config, tmp_path, capsys, monkeypatch):
 
 def test_a_signal_ends_the_command_with_its_state_written(config, tmp_path, capsys, monkeypatch):
     def stop(loss):
-        os.kill(os.getpid(), signal.SIGTERM)
+        """To the whole group, as a queue of jobs or a terminal does it, not by this process itself."""
+        workers = [child.pid for child in multiprocessing.active_children()]
+        assert len(workers) >= 2
+        subprocess.run(["kill", "-TERM", *map(str, [*workers, os.getpid()])], check=True)
         return loss
 
     during_step(monkeypatch, stop)
     path = config(tmp_path / "run")
-    said = fails(128 + signal.SIGTERM, capsys, "fit", path, "--trainer.max_steps", "9")
+    more = ("--trainer.max_steps", "9", "--data.init_args.num_workers", "2")
+    said = fails(143, capsys, "fit", path, *more)
     assert "stopped by SIGTERM after step 2; the last good checkpoint is" in said
     assert state(tmp_path / "run")["global_step"] == 2
 

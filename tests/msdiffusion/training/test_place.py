@@ -8,7 +8,7 @@ import torch
 
 from msdiffusion.errors import RequestError
 from msdiffusion.training.datamodule import PairsDataModule
-from msdiffusion.training.place import Place
+from msdiffusion.training.place import Place, resumed_place
 
 BATCHES = 5
 """Of an epoch: 23 pairs in batches of 4."""
@@ -270,3 +270,14 @@ def test_epochs_differ_and_lose_nothing(run):
     epochs = [list(itertools.chain(*[keys for epoch, _, keys in seen if epoch == number])) for number in (0, 1)]
     assert epochs[0] != epochs[1]
     assert all(len(set(keys)) == 20 for keys in epochs)
+
+
+def test_an_epoch_of_other_steps_is_refused_with_what_to_do():
+    """A checkpoint of before an epoch was whole steps, or of another accumulation."""
+    state = {"epoch": 0, "batch": 3, "data": {"seed": 0}}
+    with pytest.raises(RequestError) as refused:
+        resumed_place(state, {"seed": 0, "batches of an epoch": 12}, None)
+    assert "(batches of an epoch: None then, 12 now). Resume with the trainer.accumulate_grad_batches of then; if" in (
+        told := str(refused.value)
+    )
+    assert "Start a new run from its weights: without --ckpt_path" in told

@@ -31,6 +31,7 @@ def test_every_config_passes(command, config):
     "arguments",
     [
         ["--ckpt_path", "last"],
+        ["--data.init_args.batch_size", "0", "--data.init_args.batch_size=2"],  # the last one holds
         ["--trainer.max_steps=3", "--trainer.gradient_clip_val", "-1"],
         ["--model.learning_rate", "1"],  # jsonargparse takes it without init_args
         ["--model.init_args.resampler.width", "3", "--data.init_args.pairs", '{"a": 1}'],
@@ -115,6 +116,10 @@ def test_a_wrong_name_in_a_config_is_told_with_its_file(tmp_path, monkeypatch, t
             ["fit", "configs/msd.yaml"],
             "nothing is expected at 'configs/msd.yaml' on the command line: a config is",
         ),
+        (["fit", *MSD, "--data.init_args.batch_size", "-3"], "batch_size must be at least 1, got -3"),
+        (["fit", *MSD, "--data.num_workers=-1"], "num_workers must be at least 0, got -1"),
+        (["fit", *MSD, "--data.init_args.resolution", "100"], "resolution must be a multiple of 8, got 100"),
+        (["fit", *MSD, "--data.bucket_step", "12"], "bucket_step must be a multiple of 8, or 0 for squares, got 12"),
         (["fit", *MSD, "more"], "nothing is expected at 'more'"),
         (["fit", "-c", "configs/msd.yml"], "there is no config configs/msd.yml: did you mean configs/msd.yaml?"),
         (["fit", "-cx"], "there is no config x: there are configs/msd.yaml, "),

@@ -229,6 +229,7 @@ def test_a_saved_detector_is_loaded_by_the_pipeline(tmp_path, frames):
     torch.manual_seed(0)
     model = build_detector(MICRO).eval()
     save_detector(model, tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
     loaded, tokenizer, preprocessing = load_grounding_dino_hf(str(tmp_path), "cpu")
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name

@@ -34,6 +34,7 @@ def sam():
 def test_masks_are_those_of_the_pipeline(sam, frames, tmp_path):
     """The batched decoder of the training gives what SamSegmenter gives frame by frame."""
     save_segmenter(sam, MICRO, tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
     loaded = SamSegmenter(load_sam(str(tmp_path / "config.json"), tmp_path / "model.safetensors", "cpu"))
     boxes = np.array([[0.1, 0.2, 0.6, 0.7], [0.3, 0.1, 0.9, 0.8], [0.0, 0.0, 0.5, 0.4]])
     rows = np.array([0, 0, 1])
