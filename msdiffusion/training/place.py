@@ -63,7 +63,16 @@ def tell_lightning(fit_loop: _FitLoop, place: Place) -> None:
         fit_loop: of a trainer that has read a checkpoint, but has not begun.
         place: where the data go on.
     """
-    epochs = fit_loop.epoch_progress
+    epochs, batches = fit_loop.epoch_progress, fit_loop.epoch_loop.batch_progress
+    if place.start == 0 and batches.is_last_batch and batches.total.completed < batches.total.processed:
+        # from the end of an epoch's last batch: Lightning goes on with the next epoch, but never counts it as begun
+        for count in (epochs.current, epochs.total):
+            count.ready += 1
+            count.started += 1
+            count.processed += 1
+            count.completed += 1
+        batches.is_last_batch = False
+        return
     if not 0 < epochs.current.ready == epochs.current.processed:
         return  # the checkpoint is from within an epoch: there Lightning is right
     if place.start > 0:

@@ -141,12 +141,19 @@ def test_a_run_of_epochs_that_was_told_to_stop_goes_on_in_mid_epoch(run, tmp_pat
     assert run(ckpt_path=saver.saved[7], max_epochs=3) == whole[7:]
 
 
-def test_a_run_is_resumed_twice(run, tmp_path):
-    whole = run(max_steps=12)
-    first, second = Saver("batch", tmp_path / "first"), Saver("batch", tmp_path / "second")
-    run(first, max_steps=4)
-    run(second, ckpt_path=first.saved[3], max_steps=9)
-    assert run(ckpt_path=second.saved[8], max_steps=12) == whole[8:]
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_is_resumed_twice(run, tmp_path, accumulate):
+    """Also at the end of an epoch's last step, after which Lightning would not count the next epoch as begun."""
+    settings = limits("steps", accumulate)
+    whole = run(**settings)
+    first = Saver("batch", tmp_path / "first")
+    run(first, **settings | {"max_steps": 4})
+    for step in (1, 2, 3):
+        second = Saver("batch", tmp_path / str(step))
+        run(second, ckpt_path=first.saved[step], **settings)
+        for later in range(step + 1, settings["max_steps"]):
+            seen = run(ckpt_path=second.saved[later], **settings)
+            assert seen == whole[later * accumulate :], f"resumed at step {step} and at step {later}"
 
 
 def test_a_batch_that_failed_is_seen_again(run, tmp_path):
