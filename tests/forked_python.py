@@ -35,7 +35,7 @@ READ_WHEN_LOADED = (
 """Beginnings of the variables' names."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 CALLER = """#!{python} -IS
-import json, os, signal, socket, struct, sys
+import json, os, select, signal, socket, struct, sys
 environment, arguments = dict(os.environ), sys.argv[1:]
 while arguments and arguments[0] in ("-u", "-B"):
     del arguments[0]
@@ -56,8 +56,11 @@ server.connect({address!r})
 asked = json.dumps([files, arguments, environment, os.getcwd()]).encode()
 socket.send_fds(server, [struct.pack("Q", len(asked))], files)
 server.sendall(asked)
+server.setblocking(False)
+signal.set_wakeup_fd(server.fileno())
 for number in {forwarded!r}:
-    signal.signal(number, lambda number, _: server.send(bytes([number])))
+    signal.signal(number, lambda *_: None)  # its number has been sent by then
+select.select([server], [], [])
 answer = server.recv(4)
 status = struct.unpack("i", answer)[0] if len(answer) == 4 else 1
 if status < 0:
@@ -155,7 +158,7 @@ def serve(address: str) -> tuple[list[str], dict[str, str], str] | None:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for other in (listener, waiting, *callers):
                     other.close()
-                asked = connection.makefile("rb").read(length)
+                asked = connection.recv(length, socket.MSG_WAITALL)
                 process = os.fork()
                 if process == 0:
                     connection.close()
