@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 READ_WHEN_LOADED = (
     "ATEN_", "DIFFUSERS_", "DNNL_", "HF_", "HUGGINGFACE_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_",
@@ -106,20 +107,23 @@ _connections = list[socket.socket]()
 
 
 def load_libraries() -> None:
-    import diffusers
-    import pytorch_lightning.cli
     import torch
-    import torchvision
-    import transformers
 
-    # what they load when it is first asked for
-    for library, names in (
-        (diffusers, ("StableDiffusionXLPipeline", "StableDiffusionPipeline", "AutoencoderKL", "DDPMScheduler")),
-        (transformers, ("CLIPImageProcessor", "CLIPTextModelWithProjection", "CLIPTokenizer",
-                        "CLIPVisionModelWithProjection")),
-    ):  # fmt: skip
-        for name in names:
-            getattr(library, name)
+    # Diffusers asks for a GPU when it is imported; after that, torch lets no fork have one.
+    with mock.patch("torch.accelerator.is_available", return_value=False):
+        import diffusers
+        import pytorch_lightning.cli
+        import torchvision
+        import transformers
+
+        # what they load when it is first asked for
+        for library, names in (
+            (diffusers, ("StableDiffusionXLPipeline", "StableDiffusionPipeline", "AutoencoderKL", "DDPMScheduler")),
+            (transformers, ("CLIPImageProcessor", "CLIPTextModelWithProjection", "CLIPTokenizer",
+                            "CLIPVisionModelWithProjection")),
+        ):  # fmt: skip
+            for name in names:
+                getattr(library, name)
     del torch, torchvision, pytorch_lightning
 
 

@@ -64,6 +64,11 @@ def test_processes_differ_in_what_is_random(forked_python):
     assert all(one != other for one, other in zip(first, second, strict=True))
 
 
+def test_processes_may_use_a_gpu(forked_python):
+    code = "import torch; print(torch.cuda._is_in_bad_fork())"
+    assert subprocess.check_output([forked_python, "-c", code], text=True) == "False\n"
+
+
 def test_processes_of_processes(forked_python):
     code = "import subprocess, sys; print(subprocess.check_output([sys.executable, '-c', PRINT], text=True))"
     code = code.replace("PRINT", repr("import sys; print('torch' in sys.modules)"))
