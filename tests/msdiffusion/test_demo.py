@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -117,8 +118,12 @@ def test_stages_tell_what_runs_and_what_is_left(capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked_processes")
-def test_small_demo_from_clips_to_page(model_with_judge, tmp_path, capfd):
+def test_small_demo_from_clips_to_page(model_with_judge, forked_python, tmp_path, capfd):
     """The real commands, on the miniature stack with random weights. Twice the same folder: a rerun must work."""
+    lightning = Path(forked_python).with_name("lightning")  # as pip installs it beside Python
+    if not lightning.exists():
+        lightning.write_text(f'#!/bin/sh\nexec {forked_python} -m msdiffusion.training "$@"\n')
+        lightning.chmod(0o755)
     out = tmp_path / "demo"
     demo.clear(out)
     (out / "scores.json").write_text("left by an earlier demo")

@@ -59,6 +59,7 @@ def test_a_refused_command_is_an_error_of_the_worker(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_processes")
 def test_two_workers_train_and_go_on_when_one_was_lost(tmp_path, tiny_model_dir, pairs_dir):
     pytest.importorskip("ray.train", reason='needs Ray Train: pip install "ray[train]"')
     run = tmp_path / "run"
