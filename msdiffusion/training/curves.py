@@ -110,9 +110,12 @@ def draw_curves(runs: Mapping[str, Curves], out: str | Path) -> None:
         raise DataError("there is nothing to draw: no run has logged a number yet")
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5.2 * columns, 3.4 * rows), layout="constrained")
+    width, height = 5.2 * columns, 3.4 * rows  # inches
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     places = figure.subplots(rows, columns, squeeze=False).ravel()
+    # a layout that adapts itself draws everything twice, after every validation
+    figure.subplots_adjust(0.6 / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.3 / height, wspace=0.2, hspace=0.36)
     for place, (title, chosen) in zip(places, panels, strict=False):
         _panel(place, title, chosen, runs)
     for place in places[len(panels) :]:

@@ -140,4 +140,8 @@ class FrozenEncodings:
             for i, name in enumerate(first_rows):
                 known[name] = tuple(answer[i] for answer in answers)
         columns = zip(*(known[name] for name in names), strict=True)
-        return tuple(torch.stack(column).to(self.backbone.device) for column in columns)
+        rows = tuple(torch.stack(column) for column in columns)
+        if not self.keep:
+            return rows
+        device = self.backbone.device
+        return tuple(row.to(device) for row in rows)

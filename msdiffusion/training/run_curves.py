@@ -22,6 +22,7 @@ class RunCurves(pl.Callback):
     def __init__(self) -> None:
         super().__init__()
         self._lines = 0
+        self._drawn: int | None = None
         self._resumed: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -37,7 +38,7 @@ class RunCurves(pl.Callback):
         set_aside(trainer, TABLE, PICTURE)
         if trainer.is_global_zero:
             self._lines = keep_until(in_root(trainer, TABLE), trainer.global_step, self._resumed)
-        self._resumed = None
+        self._resumed = self._drawn = None
         self._written = trainer.global_step
 
     def on_train_batch_end(
@@ -76,8 +77,9 @@ class RunCurves(pl.Callback):
 
     def _draw(self, trainer: pl.Trainer) -> None:
         path = in_root(trainer, TABLE)
-        if path.exists():
+        if path.exists() and self._drawn != self._lines:
             draw_curves({"": read_curves(path)}, in_root(trainer, PICTURE))
+            self._drawn = self._lines
 
 
 def _named(trainer: pl.Trainer, prefix: str) -> dict[str, float]:

@@ -337,6 +337,17 @@ def test_the_device_is_where_offloaded_weights_compute(tiny_model_dir):
     assert len(backbone.decode_latents(latents)) == 1
 
 
+def test_the_pipeline_is_asked_for_its_device_only_where_hooks_move_weights(tiny_model_dir, monkeypatch):
+    """Its answer is slow, and training needs one at every step."""
+    backbone = Backbone.from_pretrained(
+        str(tiny_model_dir / "base"), str(tiny_model_dir / "image_encoder"), device="cpu"
+    )
+    monkeypatch.setattr(type(backbone.pipeline), "_execution_device", "the pipeline's answer")
+    assert backbone.device == torch.device("cpu")
+    backbone.unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    assert backbone.device == "the pipeline's answer"
+
+
 def test_a_tokenizer_without_a_limit_gets_the_encoders(tiny_model_dir, tmp_path):
     shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
     for name, limit in (("tokenizer", None), ("tokenizer_2", 77)):
