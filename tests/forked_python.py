@@ -112,6 +112,9 @@ def load_libraries() -> None:
     # Diffusers asks for a GPU when it is imported; after that, torch lets no fork have one.
     with mock.patch("torch.accelerator.is_available", return_value=False):
         import diffusers
+        import matplotlib.figure
+        import pandas
+        import pyarrow
         import pytorch_lightning.cli
         import torchvision
         import transformers
@@ -124,7 +127,7 @@ def load_libraries() -> None:
         ):  # fmt: skip
             for name in names:
                 getattr(library, name)
-    del torch, torchvision, pytorch_lightning
+    del torch, torchvision, pytorch_lightning, matplotlib, pandas, pyarrow
 
 
 def serve(address: str) -> tuple[list[str], dict[str, str], str] | None:
