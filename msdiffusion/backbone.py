@@ -162,8 +162,13 @@ class Backbone:
         return encoded[0], encoded[2] if self.kind == "sdxl" else None
 
     @torch.no_grad()
-    def encode_phrases(self, phrases: Sequence[str]) -> Tensor:
-        """The first text encoder's pooled output, unprojected: (number of phrases, phrase_width)."""
+    def encode_phrases(self, phrases: Sequence[str], device: torch.device | None = None) -> Tensor:
+        """The first text encoder's pooled output, unprojected: (number of phrases, phrase_width).
+
+        Args:
+            phrases: any number of texts.
+            device: where the pipeline computes, if that is known already; None: ask it.
+        """
         tokens = self.tokenizer(
             list(phrases),
             padding="max_length",
@@ -171,7 +176,7 @@ class Backbone:
             truncation=True,
             return_tensors="pt",
         )
-        ids = tokens.input_ids.to(self.device)
+        ids = tokens.input_ids.to(device or self.device)
         encoded = self.pipeline.text_encoder(ids)
         if self.pipeline.text_encoder.config.eos_token_id != 2:
             return encoded.pooler_output

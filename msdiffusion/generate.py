@@ -170,9 +170,13 @@ class MSDiffusion:
         self.backbone.image_encoder.to("cpu")
 
     @contextmanager
-    def at_work(self) -> Iterator[torch.device]:
-        """The device to compute on, with image encoder and adapter there for a while."""
-        device = self.pipeline._execution_device
+    def at_work(self, device: torch.device | None = None) -> Iterator[torch.device]:
+        """The device to compute on, with image encoder and adapter there for a while.
+
+        Args:
+            device: what this gave before; None: ask the pipeline, which looks through all its layers for hooks.
+        """
+        device = device or self.pipeline._execution_device
         if not self._offloaded:
             yield device
             return

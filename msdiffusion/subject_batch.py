@@ -46,8 +46,8 @@ class Model(Protocol):
         """Put the attention processors in place."""
         ...
 
-    def at_work(self) -> AbstractContextManager[torch.device]:
-        """The device to compute on, with image encoder and adapter there for a while."""
+    def at_work(self, device: torch.device | None = None) -> AbstractContextManager[torch.device]:
+        """The device to compute on, or the one given, with image encoder and adapter there for a while."""
         ...
 
 
@@ -103,7 +103,7 @@ class SubjectBatch:
         ]
         image_tokens = torch.cat(encoded).unsqueeze(0).to(device, dtype)
         check_numbers(image_tokens, "image encoder", backbone.image_encoder)
-        phrase_embeddings = backbone.encode_phrases(phrases).unsqueeze(0).to(device, dtype)
+        phrase_embeddings = backbone.encode_phrases(phrases, device).unsqueeze(0).to(device, dtype)
         check_numbers(phrase_embeddings, "text encoder", backbone.pipeline.text_encoder)
         tokens = adapter.resampler(image_tokens, phrase_embeddings, boxes, free)
         check_numbers(tokens, "adapter", adapter)
@@ -154,7 +154,7 @@ class SubjectBatch:
             windows = table("windows", torch.float32)
         adapter = self.model.adapter
         chosen = [float(scales[row]) for row in rows]
-        with self.model.at_work():
+        with self.model.at_work(device):
             return adapter.condition(
                 padded([self._tokens_of[row] for row in rows]),
                 padded([self._boxes_of[row] for row in rows]),

@@ -1,5 +1,6 @@
 """A base model in one file, written here by hand in the layout of the original code; and files that lie elsewhere."""
 
+import copy
 import json
 import re
 import shutil
@@ -37,6 +38,15 @@ def run_in_threads(*calls):
 def in_threads():
     """Function, see run_in_threads."""
     return run_in_threads
+
+
+@pytest.fixture(scope="session")
+def new_model(tiny_model_dir):
+    """Function: () -> the model of tiny_model_dir, for the caller alone: a copy, as loading it takes five times as long."""
+    from msdiffusion import MSDiffusion
+
+    loaded = MSDiffusion.from_pretrained(tiny_model_dir, device="cpu")
+    return lambda: copy.deepcopy(loaded)
 
 
 RESNET = (
