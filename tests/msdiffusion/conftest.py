@@ -42,7 +42,7 @@ def in_threads():
 
 @pytest.fixture(scope="session")
 def new_model(tiny_model_dir):
-    """Function: () -> the model of tiny_model_dir, for the caller alone: a copy, as loading it takes five times as long."""
+    """Function: () -> the model of tiny_model_dir, for the caller alone: a copy, as loading takes five times as long."""
     from msdiffusion import MSDiffusion
 
     loaded = MSDiffusion.from_pretrained(tiny_model_dir, device="cpu")
