@@ -1,6 +1,5 @@
 """Fixtures shared by all tests: where things are, golden tensors, and a miniature of the whole model stack."""
 
-import gc
 import json
 import os
 from pathlib import Path
@@ -31,12 +30,6 @@ WORDS = (
     "beach",
     "room",
 )
-
-
-def pytest_collection_finish() -> None:
-    """What the imports have made stays to the end: no collection need look through it again."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")
