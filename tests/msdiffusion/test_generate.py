@@ -195,6 +195,15 @@ def test_a_prompt_beyond_the_limit_is_said(model):
         draw(model, prompt="and " * 40 + PROMPT, auto_layout=True, auto_layout_start=1)
 
 
+def test_a_call_asks_once_where_the_pipeline_computes(model, monkeypatch):
+    """The answer takes a walk through every layer of every network."""
+    kind, asked = type(model.pipeline), []
+    answer = kind._execution_device.fget
+    monkeypatch.setattr(kind, "_execution_device", property(lambda self: asked.append(self) or answer(self)))
+    draw(model)
+    assert len(asked) == 2  # once by us, once by diffusers' own call
+
+
 def test_bad_input_is_refused_before_anything_runs(model, monkeypatch):
     def started(*_, **__):
         pytest.fail("heavy work began")
