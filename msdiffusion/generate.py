@@ -172,7 +172,7 @@ class MSDiffusion:
     @contextmanager
     def at_work(self) -> Iterator[torch.device]:
         """The device to compute on, with image encoder and adapter there for a while."""
-        device = self.pipeline._execution_device
+        device = self.backbone.device
         if not self._offloaded:
             yield device
             return

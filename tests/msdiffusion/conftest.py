@@ -1,5 +1,6 @@
 """A base model in one file, written here by hand in the layout of the original code; and files that lie elsewhere."""
 
+import copy
 import json
 import re
 import shutil
@@ -37,6 +38,47 @@ def run_in_threads(*calls):
 def in_threads():
     """Function, see run_in_threads."""
     return run_in_threads
+
+
+@pytest.fixture(scope="session")
+def new_model(tiny_model_dir):
+    """Function: () -> the model of tiny_model_dir, for the caller alone: a copy, as loading is five times slower."""
+    from msdiffusion import MSDiffusion
+
+    loaded = MSDiffusion.from_pretrained(tiny_model_dir, device="cpu")
+    return lambda: copy.deepcopy(loaded)
+
+
+@pytest.fixture(scope="session")
+def networks_by_files():
+    """What loaded_once has loaded: only copies of these leave it."""
+    return {}
+
+
+@pytest.fixture
+def loaded_once(monkeypatch, networks_by_files):
+    """For tests that load base models but are not about it: the networks of a folder are read once, then copied.
+
+    A folder whose files have changed is read anew.
+    """
+    import torch
+
+    from msdiffusion import pretrained
+
+    read = pretrained.load_complete
+
+    def load_complete(kind, place, what, **options):
+        folder = Path(place)
+        if not folder.is_dir():
+            return read(kind, place, what, **options)
+        files = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.iterdir())]
+        key = (kind, str(folder.resolve()), repr(sorted(options.items())), *files)
+        if key not in networks_by_files:
+            networks_by_files[key] = read(kind, place, what, **options)
+        with torch._C.DisableTorchFunction():  # Lightning looks at every call while it makes a model
+            return copy.deepcopy(networks_by_files[key])
+
+    monkeypatch.setattr(pretrained, "load_complete", load_complete)
 
 
 RESNET = (

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 
 from msdiffusion import MSDiffusion
+from msdiffusion.adapter import MSAdapter
 from msdiffusion.backbone import Backbone
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.own_memory import give_own_memory
@@ -62,28 +63,33 @@ def freeze(pipeline):
 
 
 @pytest.fixture
-def model(tiny_model_dir):
+def model(new_model):
     """A new one for each test: features change it."""
-    return MSDiffusion.from_pretrained(tiny_model_dir, device="cpu")
-
-
-@pytest.fixture
-def bare(tiny_model_dir):
-    """The plain pipeline, which our code has never touched."""
-    return freeze(StableDiffusionXLPipeline.from_pretrained(tiny_model_dir / "base", add_watermarker=False))
+    return new_model()
 
 
 @pytest.fixture(scope="module")
-def unchanged(tiny_model_dir):
+def loaded_bare(tiny_model_dir):
+    return freeze(StableDiffusionXLPipeline.from_pretrained(tiny_model_dir / "base", add_watermarker=False))
+
+
+@pytest.fixture
+def bare(loaded_bare):
+    """The plain pipeline, which our code has never touched; a new one for each test."""
+    return copy.deepcopy(loaded_bare)
+
+
+@pytest.fixture(scope="module")
+def unchanged(new_model):
     """Pictures without any feature: without and with subjects."""
-    model = MSDiffusion.from_pretrained(tiny_model_dir, device="cpu")
+    model = new_model()
     return ours(model, 0), ours(model)
 
 
 @pytest.fixture(scope="module")
-def unchanged_layout(tiny_model_dir):
+def unchanged_layout(new_model):
     """The same with auto layout."""
-    return ours(MSDiffusion.from_pretrained(tiny_model_dir, device="cpu"), **LAYOUT)
+    return ours(new_model(), **LAYOUT)
 
 
 def ours(model, scale=0.8, **changes):
@@ -695,6 +701,39 @@ CALLS = (
 )
 
 
+@pytest.fixture(scope="module")
+def loaded_small(new_model):
+    """The tiny model with two levels and four cross attentions instead of three and seven, for pictures of 32 px.
+
+    Compiling takes time by the layer, and what it compiles is the same in each. Maps are of two sizes here too.
+    """
+    torch.manual_seed(0)
+    model = new_model()
+    unet = UNet2DConditionModel.from_config(
+        {
+            **model.backbone.unet.config,
+            "sample_size": 16,
+            "block_out_channels": (8, 16),
+            "attention_head_dim": (2, 4),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        }
+    )
+    pipeline = model.pipeline
+    pipeline.register_modules(unet=unet)
+    settings = dict(vars(model.adapter.config))
+    adapter = MSAdapter.from_unet(unet, settings.pop("resampler"), **settings)
+    return MSDiffusion(
+        Backbone(freeze(pipeline), model.backbone.image_encoder, model.backbone.image_processor), adapter
+    )
+
+
+@pytest.fixture
+def small(loaded_small):
+    """A new one for each test."""
+    return copy.deepcopy(loaded_small)
+
+
 @pytest.fixture
 def fresh_compiler():
     torch.compiler.reset()
@@ -714,16 +753,16 @@ def fresh_compiler():
     ],
 )
 @pytest.mark.slow
-def test_compiled_without_breaks_and_once_for_all_calls(model, tiny_model_dir, fresh_compiler, way, kind):
+def test_compiled_without_breaks_and_once_for_all_calls(small, loaded_small, fresh_compiler, way, kind):
     """fullgraph fails at a break; from the second call on, anything to compile fails."""
-    eager = MSDiffusion.from_pretrained(tiny_model_dir, device="cpu")
-    COMPILERS[way](model.pipeline, fullgraph=True, backend="eager")
+    eager = copy.deepcopy(loaded_small)
+    COMPILERS[way](small.pipeline, fullgraph=True, backend="eager")
     calls = [{**KINDS[kind], **call} for call in CALLS]
     if "boxes" not in KINDS[kind]:
         calls.append({**KINDS[kind], "boxes": [[0, 0, 0.3, 0.4], [0.2, 0.3, 0.9, 1]]})
     for number, call in enumerate(calls):
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
-            drawn = ours(model, **call)
+            drawn = ours(small, **call)
         torch.testing.assert_close(drawn, ours(eager, **call), rtol=0, atol=1e-5)
     assert not counters["graph_break"]
     # Blocks: once for each of the two sizes of their maps. "all at once": the hook, which works out the windows; the
@@ -740,22 +779,26 @@ def test_auto_layout_with_blocks_compiled_one_by_one_is_refused(model, fresh_com
 
 @pytest.mark.parametrize("way", ["whole", "blocks"])
 @pytest.mark.slow
-def test_compiled_code_never_ignores_a_condition(model, ip_adapter, fresh_compiler, way):
-    before = condition_of(model)
-    COMPILERS[way](model.pipeline, backend="eager")
-    redraw(model.pipeline, before)
-    load_ip(model.pipeline, ip_adapter, 0)
+def test_compiled_code_never_ignores_a_condition(small, tiny_model_dir, tmp_path, fresh_compiler, way):
+    ip_adapter = write_ip_adapter(small.backbone.unet, tiny_model_dir / "image_encoder", tmp_path)
+    before = condition_of(small)
+    COMPILERS[way](small.pipeline, backend="eager")
+    redraw(small.pipeline, before)
+    load_ip(small.pipeline, ip_adapter, 0)
     with pytest.raises(RequestError, match=r"model.install\(\)"):
-        redraw(model.pipeline, before, ip_adapter_image=STYLE)
+        redraw(small.pipeline, before, ip_adapter_image=STYLE)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.slow
-def test_compiled_to_machine_code(model, unchanged, fresh_compiler):
+def test_compiled_to_machine_code(small, loaded_small, fresh_compiler):
     """Block by block only: on one core the whole tiny UNet takes two minutes, and gives the same."""
-    model.pipeline.unet.compile_repeated_blocks(fullgraph=True)
-    torch.testing.assert_close(ours(model), unchanged[1], rtol=0, atol=1e-4)
-    torch.testing.assert_close(ours(model, 0), unchanged[0], rtol=0, atol=1e-4)
+    eager = copy.deepcopy(loaded_small)
+    subjects, plain = ours(eager), ours(eager, 0)
+    assert (subjects - plain).abs().max() > 0.01
+    small.pipeline.unet.compile_repeated_blocks(fullgraph=True)
+    torch.testing.assert_close(ours(small), subjects, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours(small, 0), plain, rtol=0, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------- other bases

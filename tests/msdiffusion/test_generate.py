@@ -220,6 +220,15 @@ def test_a_reference_without_anything_in_it_is_told_once(model, size):
     assert len(told) == 1
 
 
+def test_only_diffusers_itself_asks_where_the_pipeline_computes(model, monkeypatch):
+    """The answer takes a walk through every layer of every network."""
+    kind, asked = type(model.pipeline), []
+    answer = kind._execution_device.fget
+    monkeypatch.setattr(kind, "_execution_device", property(lambda self: asked.append(self) or answer(self)))
+    draw(model)
+    assert len(asked) == 1  # in its own call
+
+
 def test_bad_input_is_refused_before_anything_runs(model, monkeypatch):
     def started(*_, **__):
         pytest.fail("heavy work began")

@@ -15,6 +15,8 @@ from msdiffusion.layout_drawing import draw_layout
 from msdiffusion.provenance import read_record
 from msdiffusion.safety import read_watermark
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 PROMPT = "a dog and a teapot on the beach"
 
 

@@ -30,23 +30,29 @@ def instruments():
 
 
 @pytest.fixture(scope="module")
+def gallery(instruments):
+    """One for all: it draws and embeds its candidates when they are first asked for, which takes a dozen seconds."""
+    return Gallery(instruments.recognizer)
+
+
+@pytest.fixture(scope="module")
 def cases():
     return draw_cases(pictures=30, seed=77)
 
 
 @pytest.fixture(scope="module")
-def truth(cases, instruments):
-    return measure_pictures(cases, [case.truth for case in cases], instruments, Gallery(instruments.recognizer))
+def truth(cases, instruments, gallery):
+    return measure_pictures(cases, [case.truth for case in cases], instruments, gallery)
 
 
 @pytest.fixture(scope="module")
-def shuffled(cases, instruments):
+def shuffled(cases, instruments, gallery):
     """Every case is shown the true render of the next one with as many subjects."""
     pictures = []
     for case in cases:
         others = [other.truth for other in cases if other is not case and len(other.subjects) == len(case.subjects)]
         pictures.append(others[0])
-    return measure_pictures(cases, pictures, instruments, Gallery(instruments.recognizer))
+    return measure_pictures(cases, pictures, instruments, gallery)
 
 
 def test_arrays_hold_one_value_per_subject_or_picture(cases, truth):
@@ -69,8 +75,7 @@ def test_true_renders_score_high_and_other_pictures_low(truth, shuffled):
     assert np.nanmean(truth["confusion"]) < 0.1
 
 
-def test_another_number_of_pictures_is_refused(cases, instruments):
-    gallery = Gallery(instruments.recognizer)
+def test_another_number_of_pictures_is_refused(cases, instruments, gallery):
     with pytest.raises(DataError, match="30 cases, 1 pictures"):
         measure_pictures(cases, [cases[0].truth], instruments, gallery)
     with pytest.raises(DataError, match="0 cases, 0 pictures"):
@@ -142,9 +147,9 @@ def test_missing_instruments_are_told(tmp_path):
         Instruments.from_pretrained(tmp_path)
 
 
-def test_a_picture_of_nothing_copies_no_pose(cases, instruments):
+def test_a_picture_of_nothing_copies_no_pose(cases, instruments, gallery):
     blank = [Image.new("RGB", (64, 64), (120, 120, 120)) for _ in cases]
-    measured = measure_pictures(cases, blank, instruments, Gallery(instruments.recognizer))
+    measured = measure_pictures(cases, blank, instruments, gallery)
     wrong = measured["category"] == 0
     assert wrong.any()
     assert np.isnan(measured["copy"][wrong]).all()

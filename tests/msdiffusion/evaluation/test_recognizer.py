@@ -22,6 +22,22 @@ def recognizer():
     return Recognizer(RecognizerParams(widths=(4, 8), crop_size=16, embedding_width=6)).eval()
 
 
+@pytest.fixture(scope="module")
+def shipped():
+    return Recognizer.from_pretrained(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return draw_cases(pictures=60, seed=321)
+
+
+@pytest.fixture(scope="module")
+def gallery(shipped):
+    """One for all: it draws and embeds its candidates when they are first asked for, which takes a dozen seconds."""
+    return Gallery(shipped)
+
+
 def test_embeddings_are_unit_vectors_in_the_order_of_the_boxes(recognizer):
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(2)]
@@ -88,18 +104,12 @@ def test_saves_and_loads(recognizer, tmp_path):
     np.testing.assert_array_equal(again.embed_views([view]), recognizer.embed_views([view]))
 
 
-def test_shipped_recognizer_finds_held_out_individuals_among_a_hundred():
-    shipped = Recognizer.from_pretrained(SHIPPED)
-    cases = draw_cases(pictures=60, seed=321)
-    gallery = Gallery(shipped)
+def test_shipped_recognizer_finds_held_out_individuals_among_a_hundred(shipped, cases, gallery):
     shown = shipped.embed([case.truth for case in cases], [case.boxes for case in cases])
     assert gallery.first_places(cases, shown, gallery.own_views(cases)).mean() > 0.85
 
 
-def test_shipped_recognizer_is_at_chance_on_pictures_of_nothing():
-    shipped = Recognizer.from_pretrained(SHIPPED)
-    cases = draw_cases(pictures=60, seed=321)
-    gallery = Gallery(shipped)
+def test_shipped_recognizer_is_at_chance_on_pictures_of_nothing(shipped, cases, gallery):
     rng = np.random.default_rng(0)
     backgrounds = [sample_scene(rng, size=64, num_subjects=1).image for _ in cases]  # other subjects, elsewhere
     shown = shipped.embed(backgrounds, [case.boxes for case in cases])

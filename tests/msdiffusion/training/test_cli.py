@@ -19,6 +19,8 @@ from msdiffusion.training import cli
 from msdiffusion.training.curves import read_curves
 from msdiffusion.training.module import MSDiffusionModule
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 

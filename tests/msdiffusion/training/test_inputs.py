@@ -8,6 +8,8 @@ import torch
 from msdiffusion.training.encoded import EncodedPairs
 from msdiffusion.training.inputs import make_condition, subject_slots
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 NAMES = ("latents", "prompt_states", "image_tokens", "phrase_embeddings", "boxes")
 
 

@@ -20,6 +20,8 @@ from msdiffusion.training.model_settings import asked_structure
 from msdiffusion.training.module import MSDiffusionModule
 from msdiffusion.training.schedules import draw_shares, training_schedule
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 RESAMPLER = {"width": 32, "depth": 1, "heads": 2, "head_width": 16}
 NO_DROPS = {"drop_image": 0, "drop_text": 0, "drop_both": 0, "drop_grounding": 0}
 

@@ -10,6 +10,8 @@ from msdiffusion.errors import RequestError
 from msdiffusion.training.datamodule import PairsDataModule
 from msdiffusion.training.place import Place, resumed_place
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 BATCHES = 5
 """Of an epoch: 23 pairs in batches of 4."""
 

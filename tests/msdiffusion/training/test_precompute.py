@@ -19,6 +19,8 @@ from msdiffusion.training.encoded import PARTS
 from msdiffusion.training.encoding_store import open_store
 from msdiffusion.training.module import MSDiffusionModule
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 RESAMPLER = {"width": 32, "depth": 1, "heads": 2, "head_width": 16}
 MODULE, DATA = "msdiffusion.training.module.MSDiffusionModule", "msdiffusion.training.datamodule.PairsDataModule"
 

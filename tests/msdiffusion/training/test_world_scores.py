@@ -16,6 +16,8 @@ from msdiffusion.training.datamodule import PairsDataModule
 from msdiffusion.training.module import MSDiffusionModule
 from msdiffusion.training.world_scores import SCORES, WorldScores, _case, score_pictures, subjects_of
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 
 @pytest.fixture(scope="module")
 def instruments():
