@@ -113,7 +113,6 @@ def load_libraries() -> None:
     with mock.patch("torch.accelerator.is_available", return_value=False):
         import diffusers
         import matplotlib.figure
-        import pandas
         import pyarrow
         import pytorch_lightning.cli
         import torchvision
@@ -127,7 +126,7 @@ def load_libraries() -> None:
         ):  # fmt: skip
             for name in names:
                 getattr(library, name)
-    del torch, torchvision, pytorch_lightning, matplotlib, pandas, pyarrow
+    del torch, torchvision, pytorch_lightning, matplotlib, pyarrow
 
 
 def serve(address: str) -> tuple[list[str], dict[str, str], str] | None:

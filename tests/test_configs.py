@@ -14,13 +14,12 @@ CONFIGS = sorted(set((REPOSITORY / "configs").rglob("*.yaml")) - set(OVERLAYS))
 def parse(monkeypatch):
     """Function: arguments of `lightning` -> the LightningCLI, with everything made but the trainer, and nothing run."""
     monkeypatch.setattr("sys.argv", ["lightning"])  # LightningCLI warns where both it and its caller have arguments
-    from pytorch_lightning.cli import LightningCLI
-
     from msdiffusion.training.cli import main
+    from msdiffusion.training.run_cli import RunCLI
 
     made = []
-    monkeypatch.setattr(LightningCLI, "instantiate_trainer", lambda cli: None)
-    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda cli, subcommand: made.append(cli))
+    monkeypatch.setattr(RunCLI, "instantiate_trainer", lambda cli: None)
+    monkeypatch.setattr(RunCLI, "_run_subcommand", lambda cli, subcommand: made.append(cli))
 
     def run(*arguments):
         main(arguments)
