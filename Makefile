@@ -25,7 +25,7 @@ demo: $(INSTALLED)  ## mine, fine-tune, generate and score, all on this machine:
 	$(BIN)/msdiffusion demo --out out/demo
 
 test: $(INSTALLED)  ## the whole test suite
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # PROCESSORS=smallest plays one of them, see benchmarks/processors.py.
 test-processors: $(INSTALLED)  ## the exact tests as other processors would run them (ten minutes)

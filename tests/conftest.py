@@ -43,6 +43,15 @@ def shared_dir() -> Path:
     return place
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that at the end no process waits for another one's long file.
+
+    pytest-xdist hands files out as they stand here, with --no-loadscope-reorder.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def forked_python(tmp_path_factory) -> str:
     """A Python whose processes start at once, because torch, diffusers and Lightning are loaded: forked_python.py."""

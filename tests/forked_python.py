@@ -30,8 +30,8 @@ from pathlib import Path
 from unittest import mock
 
 READ_WHEN_LOADED = (
-    "ATEN_", "DIFFUSERS_", "DNNL_", "HF_", "HUGGINGFACE_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_",
-    "PYTHONHASHSEED", "PYTHONWARNINGS", "PYTORCH_", "TRANSFORMERS_", "XDG_",
+    "ATEN_", "DIFFUSERS_", "DNNL_", "HF_", "HOME", "HUGGINGFACE_", "KMP_", "MKL_", "MPLBACKEND", "MPLCONFIGDIR", "OMP_",
+    "ONEDNN_", "OPENBLAS_", "PYTHONHASHSEED", "PYTHONWARNINGS", "PYTORCH_", "TMPDIR", "TORCH_", "TRANSFORMERS_", "XDG_",
 )  # fmt: skip
 """Beginnings of the variables' names."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -86,7 +86,9 @@ def start(folder: Path) -> str:
         if not executable.exists():
             loaded = {name: value for name, value in os.environ.items() if name.startswith(READ_WHEN_LOADED)}
             with (folder / "log.txt").open("w") as log:
-                subprocess.Popen([sys.executable, __file__, address], stdout=log, stderr=log, start_new_session=True)
+                server = subprocess.Popen(
+                    [sys.executable, __file__, address], stdout=log, stderr=log, start_new_session=True
+                )
             executable.write_text(
                 CALLER.format(
                     python=sys.executable, prefixes=READ_WHEN_LOADED, loaded=loaded, address=address,
@@ -95,6 +97,8 @@ def start(folder: Path) -> str:
             )  # fmt: skip
             executable.chmod(0o755)
             while not Path(address).exists():
+                if server.poll() is not None:
+                    raise RuntimeError(f"the server of {__file__} ended: see {folder / 'log.txt'}")
                 time.sleep(0.01)
     _connections.append(socket.socket(socket.AF_UNIX))
     _connections[-1].connect(address)
