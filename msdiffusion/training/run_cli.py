@@ -61,9 +61,9 @@ class RunCLI(LightningCLI):
         if given is None:
             if command != "fit":
                 _tell_untrained(command, settings)
-            elif (
+            elif not settings.trainer.get("fast_dev_run") and (
                 earlier := existing(Path(settings.trainer.get("default_root_dir") or ".") / FOLDER / LAST)
-            ) is not None:
+            ):
                 _tell(
                     f"this is a new run: {earlier} and what else an earlier one has left get other names (last.1.ckpt, "
                     "best.1, ...); --ckpt_path last would go on with it"
@@ -150,6 +150,8 @@ class RunCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say what the run has left, and what it is good for."""
+        if self.trainer.fast_dev_run:
+            return  # what lies there is an earlier run's
         root = Path(self.trainer.default_root_dir)
         left = [
             root / name for name in (BEST_FOLDER, ADAPTER_FOLDER) if (root / name / "adapter.safetensors").is_file()
