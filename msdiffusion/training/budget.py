@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from msdiffusion.training.local_sgd import process_rank
-from msdiffusion.training.run_folder import rename_free
+from msdiffusion.training.run_folder import continues, rename_free, writes
 
 STOP_EVERY = 12
 """A run ends at a multiple of this many steps: where processes of `local_sgd` have exchanged their clocks."""
@@ -79,8 +79,8 @@ class BudgetedTraining(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """The clock starts after rendering. What an earlier run has exported there gets another name."""
-        if process_rank() == 0 and self.trainer.is_global_zero and self.trainer.ckpt_path is None:
-            rename_free([Path(self.hparams.output)] if self.global_step == 0 else [])
+        if process_rank() == 0 and writes(self.trainer) and not continues(self.trainer):
+            rename_free([Path(self.hparams.output)])
         self._last_tick = self._last_export = time.monotonic()
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -107,7 +107,7 @@ class BudgetedTraining(pl.LightningModule):
     @torch.no_grad()
     def export_average(self) -> None:
         """Swaps the averaged weights in, exports, and swaps the training weights back; in the first process only."""
-        if process_rank() > 0:
+        if process_rank() > 0 or self.trainer.fast_dev_run:
             return
         parameters = dict(self.trained_modules().named_parameters())
         backup = {name: p.detach().clone() for name, p in parameters.items()}

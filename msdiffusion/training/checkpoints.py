@@ -42,6 +42,8 @@ class RunCheckpoint(pl.callbacks.ModelCheckpoint):
     - ``checkpoints/best.ckpt``: the weights alone, of the validation with the best score so far; and ``best/``, the
       same as a directory that ``MSDiffusion.from_pretrained`` takes. The score survives a resume.
 
+    A trial, ``fast_dev_run``, keeps nothing.
+
     It is a ModelCheckpoint so that ``Trainer.fit(ckpt_path="last")`` finds the file, but decides by itself when to
     write: Lightning's own writes a checkpoint before the validation of its step, which a resumed run then leaves out.
 
@@ -107,7 +109,8 @@ class RunCheckpoint(pl.callbacks.ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The step that a resumed run starts from is saved already; what a new one finds gets other names."""
         set_aside(trainer, *PLACES)
-        if existing(in_root(trainer, FOLDER) / BEST) is None:  # it goes on from a checkpoint of another folder
+        # it goes on from a checkpoint of another folder; the first process renames, so it alone knows what is there
+        if trainer.strategy.broadcast(existing(in_root(trainer, FOLDER) / BEST) is None):
             self.best_score = self.best_step = None
             self.best_model_path = ""
         self._saved_step = self._seen_step = trainer.global_step
@@ -169,7 +172,8 @@ class RunCheckpoint(pl.callbacks.ModelCheckpoint):
         return due or bool(trainer.strategy.broadcast(by_clock))
 
     def _save(self, trainer: pl.Trainer) -> None:
-        save_whole(trainer, in_root(trainer, FOLDER) / LAST, weights_only=False)
+        if not trainer.fast_dev_run:
+            save_whole(trainer, in_root(trainer, FOLDER) / LAST, weights_only=False)
         self._pending = False
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
@@ -192,7 +196,7 @@ class RunCheckpoint(pl.callbacks.ModelCheckpoint):
         better = self.best_score is None or (
             score < self.best_score if self.best_mode == "min" else score > self.best_score
         )
-        if not better:
+        if not better or trainer.fast_dev_run:
             return
         self.best_score, self.best_step = score, trainer.global_step
         path = in_root(trainer, FOLDER) / BEST

@@ -5,7 +5,6 @@ Shape letters: N items, L encoder tokens, C cross-attention width, P pooled widt
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,13 +13,14 @@ from torch import Tensor
 
 from msdiffusion.errors import shown
 from msdiffusion.phrases import beyond_limit
+from msdiffusion.pretrained import withheld
 
 if TYPE_CHECKING:
     from msdiffusion.backbone import Backbone
 
 
 class LongCaptions:
-    """Counts captions that are longer than the text encoder reads.
+    """Encodes captions, and counts those that are longer than the text encoder reads.
 
     diffusers would print the end of each, every time that it is encoded.
 
@@ -29,16 +29,17 @@ class LongCaptions:
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        self.tokenizer = backbone.tokenizer
+        self.backbone, self.tokenizer = backbone, backbone.tokenizer
         self._longer: dict[str, str] = {}
-        for name in (type(backbone.pipeline).encode_prompt.__module__, "transformers.tokenization_utils_base"):
-            logging.getLogger(name).addFilter(_says_something_else)
 
-    def look(self, captions: Sequence[str]) -> None:
-        """Take note of those that are too long, each once."""
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """See ``Backbone.encode_prompts``. Takes note of those that are too long, each once."""
         for caption in captions:
             if caption not in self._longer and (rest := beyond_limit(self.tokenizer, caption)):
                 self._longer[caption] = rest
+        loggers = type(self.backbone.pipeline).encode_prompt.__module__, "transformers.tokenization_utils_base"
+        with withheld(loggers, "input was truncated because CLIP", "Token indices sequence length is longer"):
+            return self.backbone.encode_prompts(captions)
 
     def told(self) -> str | None:
         """How many there were; None for none."""
@@ -50,11 +51,6 @@ class LongCaptions:
             f"{counted} longer than the {self.tokenizer.model_max_length} tokens that the text encoder reads: what "
             f"lies beyond was ignored, as {shown(rest)}"
         )
-
-
-def _says_something_else(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    return "input was truncated because CLIP" not in text and "Token indices sequence length is longer" not in text
 
 
 class FrozenEncodings:
@@ -82,9 +78,8 @@ class FrozenEncodings:
         """(states (N, L, C), pooled (N, P)) of the prompts; no pooled ones of Stable Diffusion 1.x."""
 
         def encode(rows: list[int]) -> tuple[Tensor, ...]:
-            asked = [prompts[i] for i in rows]
-            self.long_captions.look(asked)
-            return tuple(part for part in self.backbone.encode_prompts(asked) if part is not None)
+            answers = self.long_captions.encode([prompts[i] for i in rows])
+            return tuple(part for part in answers if part is not None)
 
         states, *pooled = self._ask(prompts, self._prompts, encode)
         return states, pooled[0] if pooled else None

@@ -29,6 +29,8 @@ def in_first_process(trainer: pl.Trainer, module: pl.LightningModule) -> Iterato
 class EveryNSteps(pl.Callback):
     """Calls ``act`` after every n optimizer steps, and at the end of the run unless that step was just acted on.
 
+    Not in a trial, ``fast_dev_run``: what it has learned is not worth a place in a run's folder.
+
     Args:
         every_n_steps: at least 1.
 
@@ -66,7 +68,7 @@ class EveryNSteps(pl.Callback):
         self._act_once(trainer, pl_module)
 
     def _act_once(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.global_step > self._last_step:
+        if trainer.global_step > self._last_step and not trainer.fast_dev_run:
             self._last_step = trainer.global_step
             self.prepare(trainer, module)
             with in_first_process(trainer, module) as here:

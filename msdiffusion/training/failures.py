@@ -25,9 +25,12 @@ from torch import Tensor
 
 from msdiffusion.errors import TrainingError
 from msdiffusion.training.checkpoints import last_good
+from msdiffusion.training.run_folder import in_root
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-KEYS_SHOWN = 64
+KEYS_SHOWN = 4
+BATCH_FILE = "failed_batch_{rank}.txt"
+"""In the run's folder: all keys of the batch at which this process failed, where a message has no room for them."""
 
 
 class RunStoppedError(Exception):
@@ -245,10 +248,22 @@ class _Watched:
 
 def _not_finite(trainer: pl.Trainer, what: str, value: float, batch: Described | None) -> TrainingError:
     return TrainingError(
-        f"{what} is {value} at {batch}; {last_good(trainer)}. Look at these pairs first (one that is broken shows up "
-        "again at the same step); else try a lower learning_rate, a longer warmup_steps, gradient_clip_val: 1, or "
-        "precision bf16-mixed or 32-true in place of 16-mixed"
+        f"{what} is {value} at {_named(trainer, batch)}; {last_good(trainer)}. Look at these pairs first (one that is "
+        "broken shows up again at the same step); else try a lower learning_rate, a longer warmup_steps, "
+        "gradient_clip_val: 1, or precision bf16-mixed or 32-true in place of 16-mixed"
     )
+
+
+def _named(trainer: pl.Trainer, batch: Described | None) -> str:
+    """The batch for a message; where that leaves out keys, all of them go to a file in the run's folder."""
+    if batch is None or len(batch.keys) <= KEYS_SHOWN:
+        return str(batch)
+    path = in_root(trainer, BATCH_FILE.format(rank=trainer.global_rank))
+    try:
+        path.write_text("\n".join([f"step {batch.step + 1}", *batch.keys, ""]), encoding="utf-8")
+    except OSError:  # a full disk: the message is told all the same
+        return str(batch)
+    return f"{batch} (all: {path})"
 
 
 def explain(exception: BaseException, trainer: pl.Trainer, batch: Described | None) -> TrainingError | None:
@@ -264,7 +279,7 @@ def explain(exception: BaseException, trainer: pl.Trainer, batch: Described | No
     """
     text = str(exception)
     if is_out_of_memory(exception):
-        at = "" if batch is None else f" at {batch}"
+        at = "" if batch is None else f" at {_named(trainer, batch)}"
         return TrainingError(
             f"the memory is used up{at} ({_first_line(text)}); {last_good(trainer)}. To need less: a smaller "
             "data.init_args.batch_size with trainer.accumulate_grad_batches (the same result in more, smaller pieces), "
@@ -274,7 +289,7 @@ def explain(exception: BaseException, trainer: pl.Trainer, batch: Described | No
     if is_full_disk(exception):
         return TrainingError(f"the disk is full ({_first_line(text)}); {last_good(trainer)}. Make room first")
     if is_dead_loader(exception):
-        at = "" if batch is None else f" after {batch}"
+        at = "" if batch is None else f" after {_named(trainer, batch)}"
         return TrainingError(
             f"a process that loads pairs has died{at} ({_first_line(text)}); {last_good(trainer)}. Mostly the "
             "machine's "

@@ -12,6 +12,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -104,7 +106,8 @@ class PairsLoader(DataLoader):
         Raises:
             DataError: if a pair cannot be read, with the words of the reader also where a worker met it.
         """
-        batches = super().__iter__()  # before threads are started to fetch shards: this may fork
+        with _signals_held(self):
+            batches = super().__iter__()  # before threads are started to fetch shards: this may fork
         ahead = self._prefetching() if isinstance(self.sampler, PlanSampler) else itertools.repeat(None)
         next(ahead, None)
         for batch in batches:
@@ -132,6 +135,25 @@ class PairsLoader(DataLoader):
             self.dataset.pairs.prefetch(order[start : start + 2 * step])
             for _ in range(batches):
                 yield
+
+
+@contextmanager
+def _signals_held(loader: DataLoader) -> Iterator[None]:
+    """Workers that start meanwhile hold signals back, too, until they have come to ``ignore_signals``.
+
+    Without it, those that import libraries first would die of a signal to the whole group for seconds.
+    """
+    if not loader.num_workers or not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    context = loader.multiprocessing_context or multiprocessing.get_context()
+    if context.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # where it starts later, it lets the signals through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore_signals(worker: int = 0) -> None:

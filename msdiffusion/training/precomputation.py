@@ -141,8 +141,7 @@ class PairEncoder:
                 )
 
     def _encode_prompts(self, prompts: Sequence[str]) -> Iterator[tuple[Tensor, ...]]:
-        self.long_captions.look(prompts)
-        answers = [part.cpu() for part in self.backbone.encode_prompts(prompts) if part is not None]
+        answers = [part.cpu() for part in self.long_captions.encode(prompts) if part is not None]
         return zip(*answers, strict=True)
 
     def _encode_phrases(self, phrases: Sequence[str]) -> Iterator[tuple[Tensor, ...]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -61,9 +63,9 @@ class RunCLI(LightningCLI):
         if given is None:
             if command != "fit":
                 _tell_untrained(command, settings)
-            elif (
+            elif not settings.trainer.get("fast_dev_run") and (
                 earlier := existing(Path(settings.trainer.get("default_root_dir") or ".") / FOLDER / LAST)
-            ) is not None:
+            ):
                 _tell(
                     f"this is a new run: {earlier} and what else an earlier one has left get other names (last.1.ckpt, "
                     "best.1, ...); --ckpt_path last would go on with it"
@@ -134,22 +136,24 @@ class RunCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """A run that is refused before its first step leaves no folder that it made for its log."""
-        folders = [Path(folder) for logger in self.trainer.loggers if (folder := getattr(logger, "log_dir", None))]
-        logs = [folder for folder in folders if not folder.exists()]
-        above = [place for folder in logs for place in folder.parents if not place.exists()]
+        folders = [Path(folder) for folder in _log_folders(self.trainer)] if self.trainer.is_global_zero else []
+        made = [place for folder in folders for place in [*reversed(folder.parents), folder] if _made(place)]
         try:
             super()._run_subcommand(subcommand)
         except Exception:
-            if self.trainer.is_global_zero and not self.trainer.global_step:
-                for folder in logs:
+            for folder in folders if not self.trainer.global_step else ():
+                if folder in made and not _others_log(folder):
                     shutil.rmtree(folder, ignore_errors=True)
-                for place in above:
-                    with contextlib.suppress(OSError):  # something else lies there
-                        place.rmdir()
             raise
+        finally:
+            for place in reversed(made):
+                with contextlib.suppress(OSError):  # something lies there
+                    place.rmdir()
 
     def after_fit(self) -> None:
         """Say what the run has left, and what it is good for."""
+        if self.trainer.fast_dev_run:
+            return  # what lies there is an earlier run's
         root = Path(self.trainer.default_root_dir)
         left = [
             root / name for name in (BEST_FOLDER, ADAPTER_FOLDER) if (root / name / "adapter.safetensors").is_file()
@@ -163,6 +167,27 @@ class RunCLI(LightningCLI):
         if subcommand == "predict" and not self.config[subcommand].get("return_predictions"):
             arguments["return_predictions"] = False  # they are written batch by batch; nobody reads a list here
         return arguments
+
+
+def _log_folders(trainer: pl.Trainer) -> list[str]:
+    """Local folders of the trainer's loggers."""
+    folders = [getattr(logger, "log_dir", None) for logger in trainer.loggers]
+    return [folder for folder in folders if folder and "://" not in folder]
+
+
+def _made(place: Path) -> bool:
+    """Make a folder; False where there is one already, which another process may have made at the same time."""
+    try:
+        place.mkdir()
+    except OSError:
+        return False
+    return True
+
+
+def _others_log(folder: Path) -> bool:
+    """Whether TensorBoard's files, which have host and process in their names, tell of another process."""
+    mine = f".{socket.gethostname()}.{os.getpid()}."
+    return any(mine not in path.name for path in folder.glob("events.out.tfevents.*"))
 
 
 def find_checkpoint(name: str, root: str | None, fit: bool) -> Path | None:

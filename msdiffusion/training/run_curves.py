@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from msdiffusion.training.curves import HEADER, PICTURE, TABLE, draw_curves, keep_until, read_curves
-from msdiffusion.training.run_folder import in_root, set_aside
+from msdiffusion.training.run_folder import in_root, set_aside, writes
 
 
 class RunCurves(pl.Callback):
@@ -36,7 +36,7 @@ class RunCurves(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A resumed run keeps the lines up to the state that it goes on from; a new one leaves the table to its run."""
         set_aside(trainer, TABLE, PICTURE)
-        if trainer.is_global_zero:
+        if writes(trainer):
             self._lines = keep_until(in_root(trainer, TABLE), trainer.global_step, self._resumed)
         self._resumed = self._drawn = None
         self._written = trainer.global_step
@@ -49,20 +49,20 @@ class RunCurves(pl.Callback):
         if step == self._written or step % trainer.log_every_n_steps:
             return
         self._written = step
-        if trainer.is_global_zero:
+        if writes(trainer):
             rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups[:1]]
             found = {f"training/learning_rate{f'_{i}' if i else ''}": rate for i, rate in enumerate(rates)}
             self._write(trainer, {**found, **_named(trainer, "training/")})
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes down what the validation says, and draws."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_global_zero:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and writes(trainer):
             self._write(trainer, _named(trainer, "validation/"))
             self._draw(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draws the whole run."""
-        if trainer.is_global_zero:
+        if writes(trainer):
             self._draw(trainer)
 
     def _write(self, trainer: pl.Trainer, numbers: Mapping[str, float]) -> None:

@@ -9,17 +9,26 @@ from pathlib import Path
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
+from msdiffusion.errors import RequestError
+
 FOLDER = "checkpoints"
 LAST, BEST = "last.ckpt", "best.ckpt"
 ADAPTER_FOLDER, BEST_FOLDER = "adapter", "best"
 PLACES = (BEST_FOLDER, ADAPTER_FOLDER, f"{FOLDER}/{BEST}", f"{FOLDER}/{LAST}")
 """Where what a run has learned lies, in the order in which it is wanted."""
+_SET_ASIDE = re.compile(rf"({Path(LAST).stem}|{Path(BEST).stem})\.\d+\.ckpt(\.old)?")
+"""Checkpoints of other runs, which ``rename_free`` has named. Lightning's own may have numbers in their names too."""
 _WRITTEN = ("*.safetensors", "*/*.safetensors", "step_*.png")
 
 
 def in_root(trainer: pl.Trainer, name: str) -> Path:
     """A place in the run's directory, the trainer's ``default_root_dir``: one setting moves everything."""
     return Path(trainer.default_root_dir) / name
+
+
+def writes(trainer: pl.Trainer) -> bool:
+    """Whether this process writes in the run's directory: the first one, unless it is a trial, ``fast_dev_run``."""
+    return trainer.is_global_zero and not trainer.fast_dev_run
 
 
 def existing(path: Path) -> Path | None:
@@ -39,7 +48,7 @@ def set_aside(trainer: pl.Trainer, *names: str) -> None:
         trainer: of a run that has read its checkpoint, if it has one, and has not begun.
         names: in the run's folder.
     """
-    if trainer.is_global_zero and not continues(trainer):
+    if writes(trainer) and not continues(trainer):
         rename_free([in_root(trainer, name) for name in names])
 
 
@@ -48,8 +57,7 @@ def continues(trainer: pl.Trainer) -> bool:
     if trainer.ckpt_path is None:
         return trainer.global_step > 0
     origin = Path(trainer.ckpt_path).resolve()
-    # last.1.ckpt is that of a run which was set aside
-    return origin.is_relative_to(in_root(trainer, FOLDER).resolve()) and not re.search(r"\.\d+\.ckpt$", origin.name)
+    return origin.is_relative_to(in_root(trainer, FOLDER).resolve()) and not _SET_ASIDE.fullmatch(origin.name)
 
 
 def rename_free(paths: Sequence[Path]) -> list[Path]:
@@ -57,6 +65,9 @@ def rename_free(paths: Sequence[Path]) -> list[Path]:
 
     Returns:
         The new paths.
+
+    Raises:
+        RequestError: another process works in the same folder.
     """
     present = [(path, found) for path in paths if (found := existing(path)) is not None and _of_a_run(found)]
     number, named = 1, [path for path, _ in present]
@@ -65,11 +76,32 @@ def rename_free(paths: Sequence[Path]) -> list[Path]:
         if not any(path.exists() for path in named):
             break
         number += 1
-    for (_, found), new in zip(present, named, strict=True):
-        found.rename(new)
+    for (path, found), new in zip(present, named, strict=True):
+        _rename(found, new)
+        if (old := path.with_name(path.name + ".old")).exists():  # or ``existing`` would take it for the new run's
+            _rename(old, new.with_name(new.name + ".old"))
     if named:
         rank_zero_info(f"of an earlier run, kept as: {', '.join(map(str, named))}")
     return named
+
+
+def _rename(path: Path, new: Path) -> None:
+    """Rename to a name that nothing has, not even since somebody looked."""
+    try:
+        if path.is_dir():
+            new.mkdir()
+        else:
+            new.touch(exist_ok=False)
+        try:
+            path.rename(new)  # over what was just made: it would replace what another process has put there, too
+        except FileNotFoundError:
+            new.rmdir() if new.is_dir() else new.unlink()
+            raise
+    except (FileNotFoundError, FileExistsError) as error:
+        raise RequestError(
+            f"{path} cannot be renamed to {new.name}: another process works in this folder and has just set aside what "
+            "an earlier run left; give each run a folder of its own (trainer.default_root_dir)"
+        ) from error
 
 
 def _of_a_run(path: Path) -> bool:

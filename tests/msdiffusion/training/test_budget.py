@@ -16,6 +16,7 @@ def test_export_writes_the_average_and_keeps_the_training_weights(tmp_path, monk
     with torch.no_grad():
         model.unet.conv_out.bias.fill_(3.0)
     model.average["unet.conv_out.bias"].fill_(2.0)
+    model.trainer = SimpleNamespace(fast_dev_run=0)
     model.export_average()
     assert (written["bias"] == 2).all()
     assert (model.unet.conv_out.bias == 3).all()
@@ -40,18 +41,33 @@ def test_minutes_end_the_budget_before_the_steps_do(tmp_path):
     assert model.progress == 1.0
 
 
-def test_a_new_run_gives_an_earlier_export_another_name_and_one_that_goes_on_does_not(tmp_path):
+@pytest.mark.parametrize(
+    ("origin", "step", "kept"),
+    [
+        (None, 0, False),
+        (None, 5, True),  # a further fit of the same trainer
+        ("checkpoints/last.ckpt", 5, True),
+        ("checkpoints/last.1.ckpt", 5, False),  # of a run that was set aside: so was its export
+        ("../other/checkpoints/last.ckpt", 5, False),
+    ],
+)
+def test_a_new_run_gives_an_earlier_export_another_name_and_one_that_goes_on_does_not(tmp_path, origin, step, kept):
     model = ImageEncoderPretraining(output=str(tmp_path / "encoder"))
-    for number in (1, 2):
-        (tmp_path / "encoder").mkdir()
-        (tmp_path / "encoder" / "model.safetensors").write_text(str(number))
-        model.trainer = SimpleNamespace(is_global_zero=True, global_step=0, ckpt_path="last.ckpt")
-        model.on_train_start()
-        assert (tmp_path / "encoder").exists()
-        model.trainer.ckpt_path = None
-        model.on_train_start()
-        assert not (tmp_path / "encoder").exists()
-        assert (tmp_path / f"encoder.{number}" / "model.safetensors").read_text() == str(number)
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "model.safetensors").write_text("1")
+    model.trainer = SimpleNamespace(is_global_zero=True, fast_dev_run=0, default_root_dir=tmp_path / "run",
+                                    global_step=step, ckpt_path=origin and str(tmp_path / "run" / origin))  # fmt: skip
+    model.on_train_start()
+    name = "encoder" if kept else "encoder.1"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name / "model.safetensors").read_text() == "1"
+
+
+def test_a_trial_exports_nothing(tmp_path):
+    model = ImageEncoderPretraining(output=str(tmp_path / "encoder"))
+    model.trainer = SimpleNamespace(is_global_zero=True, fast_dev_run=1)
+    model.on_train_end()
+    assert not (tmp_path / "encoder").exists()
 
 
 def test_the_base_class_says_what_is_missing():

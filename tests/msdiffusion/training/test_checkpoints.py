@@ -272,6 +272,22 @@ def test_a_kill_between_two_renames_leaves_the_old_folder(tmp_path):
     assert existing(path) == path
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_all_processes_hear_from_the_first_whether_there_is_a_best(tmp_path, gone):
+    """Those that looked by themselves, before or after it had renamed, had other best scores, and waited for ever."""
+    (tmp_path / "checkpoints").mkdir()
+    if gone:  # not yet for this process
+        (tmp_path / "checkpoints" / "best.ckpt").touch()
+    first = SimpleNamespace(broadcast=lambda mine: gone)
+    callback = RunCheckpoint()
+    callback.best_score = 1.0
+    callback.on_train_start(
+        SimpleNamespace(is_global_zero=False, fast_dev_run=0, default_root_dir=tmp_path, global_step=5, strategy=first),
+        None,
+    )
+    assert callback.best_score == (None if gone else 1.0)
+
+
 def test_messages_name_the_last_good_checkpoint(tmp_path):
     trainer = SimpleNamespace(default_root_dir=tmp_path)
     assert last_good(trainer) == "no checkpoint was written yet"

@@ -75,9 +75,11 @@ def test_the_library_does_not_print_each_of_them(shipped, caplog):
     try:
         encodings = FrozenEncodings(shipped, keep=False)
         encodings.prompts([long, f"{long} again"])
+        assert caplog.messages == []
+        shipped.encode_prompts([long])  # somebody else's captions are none of its business
+        assert "input was truncated" in caplog.text
     finally:
         transformers_logger.propagate = logging.getLogger("diffusers").propagate = False
-    assert caplog.messages == []
     assert encodings.long_captions.told().startswith("2 captions are longer than the 40 tokens")
 
 

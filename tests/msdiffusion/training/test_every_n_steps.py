@@ -21,7 +21,7 @@ class Counter(EveryNSteps):
 
 
 def trainer_at(step, first=True, processes=1):
-    return SimpleNamespace(global_step=step, is_global_zero=first, world_size=processes)
+    return SimpleNamespace(global_step=step, is_global_zero=first, world_size=processes, fast_dev_run=0)
 
 
 @pytest.mark.parametrize(

@@ -226,8 +226,22 @@ def test_a_batch_is_described_without_its_tensors():
     many = Batch([f"k{i}" for i in range(KEYS_SHOWN + 3)], [["a"]] * (KEYS_SHOWN + 3))
     text = str(describe(trainer, many))
     assert text.startswith("step 1, epoch 2; ")
-    assert text.endswith(f"k{KEYS_SHOWN - 1} and 3 more")
+    assert text.endswith("pairs k0, k1, k2, k3 and 3 more")
     assert str(describe(trainer, {"pixels": 1})) == "step 1, epoch 2; a batch of dict"
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_message_stays_short_and_no_key_is_lost(tmp_path, room):
+    """Of a batch of 64 pairs it had two thousand characters."""
+    root = tmp_path if room else tmp_path / "nowhere"
+    trainer = SimpleNamespace(global_step=0, current_epoch=0, optimizers=[], default_root_dir=root, global_rank=1)
+    keys = [f"clip_of_some_name_{i:06d}" for i in range(64)]
+    told = str(explain(MemoryError("no room"), trainer, describe(trainer, Batch(keys, [["a"]] * 64))))
+    assert len(told) < 1000
+    assert f"{keys[3]} and 60 more" in told
+    if room:
+        assert f"more (all: {tmp_path / 'failed_batch_1.txt'})" in told
+        assert (tmp_path / "failed_batch_1.txt").read_text().split("\n") == ["step 1", *keys, ""]
 
 
 def test_before_the_first_batch_there_is_none_to_name(tmp_path):

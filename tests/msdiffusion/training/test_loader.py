@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -309,3 +310,34 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_process_that_trai
     worker.terminate()  # by its parent: torch and the end of Python do so
     worker.join(10)
     assert worker.exitcode == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals of other systems")
+@pytest.mark.parametrize("start", ["fork", *(pytest.param(n, marks=pytest.mark.slow) for n in ("spawn", "forkserver"))])
+def test_a_signal_to_the_whole_group_while_workers_start(make, plan, monkeypatch, start):
+    """Those that import the libraries first used to die of it."""
+    begin = torch.utils.data.DataLoader.__iter__
+
+    def begin_and_signal(loader):
+        batches = begin(loader)
+        [worker] = batches._workers
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+        subprocess.run(["kill", "-INT", str(worker.pid)], check=True)
+        return batches
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", begin_and_signal)
+    if start == "fork":  # too quick to be met on the way: it would come to its first line much later
+        monkeypatch.setattr(torch.utils.data._utils.worker.signal_handling, "_set_worker_signal_handlers", late)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    loader = make(PlanSampler(plan, 0, 1, Place()), num_workers=1, worker_start=start)
+    assert [len(batch) for batch in loader] == [4] * 6
+    [worker] = loader._iterator._workers
+    assert worker.is_alive()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
+
+
+def late():
+    time.sleep(0.3)

@@ -1,10 +1,14 @@
+import os
+import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from pytorch_lightning.cli import LightningCLI
 
 from msdiffusion.errors import RequestError, WeightsError
-from msdiffusion.training.run_cli import differences, find_checkpoint, read_settings
+from msdiffusion.training.run_cli import RunCLI, differences, find_checkpoint, read_settings
 
 
 @pytest.fixture
@@ -107,3 +111,59 @@ def test_settings_that_differ_are_named_with_both_values():
     other = {"class_path": "b.Model", "init_args": {"learning_rate": 0.2, "sizes": [1, 2], "new": 5}}
     assert differences(saved, other) == ["class was a.Model, now b.Model", "learning_rate was 0.1, now 0.2"]
     assert differences({}, other) == []
+
+
+@pytest.fixture
+def refused(root, monkeypatch):
+    """Function: names of the files that are logged -> what is left in the run's folder by a run refused at a step.
+
+    ``before`` is what another process does after this one has made its loggers; ``step`` where the run ends.
+    """
+
+    def run(*names, before=lambda folder: None, step=0):
+        folder = root / "lightning_logs" / "version_0"
+
+        class Logger:
+            log_dir = str(folder)
+
+        def fail(command, subcommand):
+            assert folder.is_dir(), "made before the run begins, so that others take the next number"
+            for name in names:
+                (folder / name).touch()
+            raise RequestError("no such pairs")
+
+        monkeypatch.setattr(LightningCLI, "_run_subcommand", fail)
+        command = RunCLI.__new__(RunCLI)
+        before(folder)
+        command.trainer = SimpleNamespace(loggers=[Logger()], is_global_zero=True, global_step=step)
+        with pytest.raises(RequestError, match="no such pairs"):
+            command._run_subcommand("fit")
+        return sorted(path.name for path in root.rglob("*") if path.is_file()) if folder.exists() else None
+
+    return run
+
+
+MINE = f"events.out.tfevents.1.{socket.gethostname()}.{os.getpid()}.0"
+OTHERS = f"events.out.tfevents.1.{socket.gethostname()}.{os.getpid() + 1}.0"
+
+
+def test_a_run_that_is_refused_leaves_no_log(refused, root):
+    assert refused(MINE, "hparams.yaml", "config.yaml") is None
+    assert [path.name for path in root.iterdir()] == ["checkpoints"]
+
+
+def test_a_run_that_fails_later_keeps_its_log(refused):
+    assert refused(MINE, "config.yaml", step=3) == ["config.yaml", MINE]
+
+
+def test_the_log_of_another_process_stays(refused):
+    """Two that start together choose the same folder."""
+    assert refused(MINE, OTHERS, "config.yaml") == ["config.yaml", *sorted([MINE, OTHERS])]
+
+
+def test_a_folder_that_another_process_has_made_stays(refused):
+    def other(folder):
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").touch()
+
+    assert refused(MINE, before=other) == ["config.yaml", MINE]

@@ -6,9 +6,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from msdiffusion.errors import RequestError
 from msdiffusion.loading import RUN_PLACES
+from msdiffusion.training import run_folder
 from msdiffusion.training.checkpoints import AdapterExport, RunCheckpoint
-from msdiffusion.training.run_folder import PLACES, EarlierRun, continues, rename_free, set_aside
+from msdiffusion.training.run_curves import RunCurves
+from msdiffusion.training.run_folder import PLACES, EarlierRun, continues, existing, rename_free, set_aside
 
 
 class Point(pl.LightningModule):
@@ -104,6 +107,11 @@ def test_each_callback_does_it_alone(fit, tmp_path, callback):
         ("checkpoints/last.ckpt.old", 5, True),
         ("checkpoints/kept_by_hand.ckpt", 5, True),
         ("checkpoints/last.1.ckpt", 5, False),
+        ("checkpoints/best.12.ckpt", 5, False),
+        ("checkpoints/last.1.ckpt.old", 5, False),
+        ("checkpoints/epoch=3-val_loss=0.25.ckpt", 5, True),  # Lightning's own names
+        ("checkpoints/msd_0.7.12.ckpt", 5, True),
+        ("checkpoints/very_last.1.ckpt", 5, True),
         ("../other/checkpoints/last.ckpt", 5, False),
     ],
 )
@@ -123,9 +131,60 @@ def test_all_get_one_number_and_what_is_no_runs_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "best.2", "last.1.ckpt", "last.2.ckpt"]
 
 
+def test_an_older_folder_that_a_kill_has_left_goes_with_the_newer_one(tmp_path):
+    for name in ("last.ckpt", "last.ckpt.old"):  # strategies that split the weights write folders
+        (tmp_path / name).mkdir()
+    assert rename_free([tmp_path / "last.ckpt"]) == [tmp_path / "last.1.ckpt"]
+    assert existing(tmp_path / "last.ckpt") is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.1.ckpt", "last.1.ckpt.old"]
+
+
+def test_a_trial_leaves_a_finished_run_as_it_is(fit, tmp_path):
+    """``fast_dev_run`` used to rename everything, and its adapter of one step was the run's from then on."""
+
+    def callbacks():
+        return EarlierRun(), AdapterExport(1), RunCheckpoint(every_n_steps=1), RunCurves()
+
+    def contents():
+        return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    fit(Point(1.0), *callbacks(), log_every_n_steps=1)
+    before = contents()
+    assert {"best.ckpt", "last.ckpt", "adapter.safetensors", "metrics.csv"} <= {path.name for path in before}
+    fit(Point(2.0, score=0.5), *callbacks(), fast_dev_run=True, log_every_n_steps=1)
+    assert contents() == before
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_two_processes_in_one_folder_lose_nothing(tmp_path, monkeypatch, kind):
+    """The other one is quicker: between the look and the rename it takes the thing, or its new name."""
+    path, new = tmp_path / "last.ckpt", tmp_path / "last.1.ckpt"
+
+    def make(place, text):
+        if kind == "folder":
+            place.mkdir()
+            place = place / "part"
+        place.write_text(text)
+
+    make(path, "mine")
+    monkeypatch.setattr(run_folder, "_of_a_run", lambda found: [path.rename(tmp_path / "taken")])
+    with pytest.raises(RequestError, match=r"last\.ckpt cannot be .* to last\.1\.ckpt: another process works in this"):
+        rename_free([path])
+    assert [place.name for place in tmp_path.iterdir()] == ["taken"]
+    (tmp_path / "taken").rename(path)
+    monkeypatch.setattr(run_folder, "_of_a_run", lambda found: True)
+    monkeypatch.setattr(run_folder.Path, "exists", lambda place: place == path)
+    make(new, "the other's")
+    with pytest.raises(RequestError, match="another process works in this folder"):
+        rename_free([path])
+    for place, text in ((path, "mine"), (new, "the other's")):
+        assert (place / "part" if kind == "folder" else place).read_text() == text
+
+
 def test_only_the_first_process_renames(tmp_path):
     (tmp_path / "metrics.csv").touch()
-    other = SimpleNamespace(is_global_zero=False, default_root_dir=tmp_path, ckpt_path=None, global_step=0)
+    other = SimpleNamespace(is_global_zero=False, fast_dev_run=False, default_root_dir=tmp_path, ckpt_path=None,
+                            global_step=0)  # fmt: skip
     set_aside(other, "metrics.csv")
     assert (tmp_path / "metrics.csv").exists()
     set_aside(SimpleNamespace(**vars(other) | {"is_global_zero": True}), "metrics.csv")
