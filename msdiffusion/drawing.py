@@ -291,14 +291,14 @@ class BatchDrawing:
         if watched and options.get("callback_on_step_end") is None:
             options["callback_on_step_end"] = self._check_first_step
         kwargs = {**(options.pop("cross_attention_kwargs", None) or {}), "subjects": condition}
-        _DENOISING.add(pipeline.unet)
         encoder = getattr(pipeline.text_encoder, "_orig_mod", pipeline.text_encoder)
         # diffusers looks for the last norm where transformers had it before 5.6. Not for longer than this call: by the
         # same name LoRA loaders tell how layers are called.
         stand_in = options.get("clip_skip") is not None and not hasattr(encoder, "text_model")
-        if stand_in:
-            encoder.__dict__["text_model"] = encoder
-        try:
+        try:  # whatever is set here is taken back, also where Ctrl+C comes in between
+            _DENOISING.add(pipeline.unet)
+            if stand_in:
+                encoder.__dict__["text_model"] = encoder
             with withheld([type(pipeline).encode_prompt.__module__], "input was truncated"):  # _check has said it
                 output = pipeline(
                     **self._texts(batch),
@@ -311,7 +311,7 @@ class BatchDrawing:
         finally:
             _DENOISING.discard(pipeline.unet)
             if stand_in:
-                del encoder.__dict__["text_model"]
+                encoder.__dict__.pop("text_model", None)
             pipeline._cross_attention_kwargs = None  # the pipeline would keep the condition alive
             pipeline.set_progress_bar_config(**before)
         drawn = output.images

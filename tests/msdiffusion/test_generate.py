@@ -24,6 +24,7 @@ from diffusers import (
 )
 from PIL import Image
 
+import msdiffusion.drawing
 import msdiffusion.generate
 import msdiffusion.loading
 from msdiffusion import MSDiffusion
@@ -751,6 +752,40 @@ def test_conditions_and_batches_in_threads(model, in_threads):
     together = in_threads(*calls)
     for ours, call in zip(together, calls, strict=True):
         assert torch.equal(ours, call())
+
+
+def test_the_tokenizer_is_only_asked_by_whose_turn_it_is(trained_for_little, in_threads, monkeypatch):
+    """Every call sets the padding of a fast tokenizer: between two calls of one thread another would get it wrong."""
+    model, asked = trained_for_little, []
+    kind = type(model.pipeline.tokenizer)
+    ask = kind.__call__
+
+    def watched(tokenizer, *arguments, **options):
+        asked.append(list(model._turns._line)[:1] == [threading.get_ident()])
+        time.sleep(0)
+        return ask(tokenizer, *arguments, **options)
+
+    monkeypatch.setattr(kind, "__call__", watched)
+    subject = {name: TWO[name] for name in ("images", "boxes", "phrases", "prompt")}
+    drawn = functools.partial(draw, model, steps=1)
+    in_threads(drawn, *[functools.partial(model.condition, **subject)] * 2, functools.partial(drawn, phrases=None))
+    assert len(asked) > 4
+    assert all(asked)
+
+
+def test_an_interrupt_just_as_a_run_begins_leaves_the_model_usable(model, monkeypatch):
+    class Interrupted(type(msdiffusion.drawing._DENOISING)):
+        def add(self, item):
+            super().add(item)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        at_work = Interrupted()
+        changed.setattr(msdiffusion.drawing, "_DENOISING", at_work)
+        with pytest.raises(KeyboardInterrupt):
+            draw(model, steps=1)
+        assert not at_work
+    draw(model, steps=1)
 
 
 def test_a_call_that_fails_does_not_hold_up_the_others(model, in_threads):
