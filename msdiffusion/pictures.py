@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ _UPRIGHT = {
 """EXIF orientation to what turns the picture upright."""
 SRGB_TOLERANCE = 2
 """Steps of 255 by which a profile may change colours and still be sRGB under another name."""
+_DECODING = threading.Lock()
+"""Taken where warnings are held back, which is done for all threads."""
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
 
@@ -111,10 +114,12 @@ def _existing(image: str | Path, name: str) -> Path:
 def _decoded(source: Path | io.BytesIO | Image.Image, name: str, called: str) -> Image.Image:
     """``called``: name and path, for messages about the file itself."""
     try:
-        if isinstance(source, Image.Image):
-            return _upright(source, name)
-        with Image.open(source) as file:
-            return _upright(file, name)
+        with _DECODING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pillow's, of many pixels and of EXIF data that nobody asks for
+            if isinstance(source, Image.Image):
+                return _upright(source, name)
+            with Image.open(source) as file:
+                return _upright(file, name)
     except RequestError:
         raise
     except Image.DecompressionBombError:
