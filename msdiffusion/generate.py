@@ -409,7 +409,8 @@ class MSDiffusion:
             self.pipeline.save_pretrained(directory / BASE_FOLDER)
             self.backbone.image_encoder.save_pretrained(directory / ENCODER_FOLDER)
             self.backbone.image_processor.save_pretrained(directory / ENCODER_FOLDER)
-            share(directory)
+            for written in (BASE_FOLDER, ENCODER_FOLDER):
+                share(directory / written)
             sources = Sources(BASE_FOLDER, ENCODER_FOLDER)
         elif self.sources is None:
             raise WeightsError("this model's backbone was built in memory: save it with include_backbone=True")

@@ -539,9 +539,13 @@ def test_another_architecture_is_named_with_both_shapes_before_weights_are_loade
 
 
 def test_saving_with_the_backbone_gives_the_same_model_anywhere(model, tmp_path):
+    theirs = tmp_path / "whole" / "private" / "theirs.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.touch(0o600)
     model.save_pretrained(tmp_path / "whole", include_backbone=True)
+    assert theirs.stat().st_mode & 0o777 == 0o600
     (tmp_path / "plain").touch()
-    modes = {path.stat().st_mode for path in (tmp_path / "whole").rglob("*.safetensors")}
+    modes = {path.stat().st_mode for path in (tmp_path / "whole").rglob("*.safetensors") if path != theirs}
     assert modes == {
         (tmp_path / "plain").stat().st_mode
     }  # as the umask says; safetensors would let the owner alone read
