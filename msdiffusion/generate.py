@@ -371,7 +371,8 @@ class MSDiffusion:
             requests: what ``check_request`` made of the arguments of ``generate``, or mappings of these arguments.
             progress: show a bar.
             batch_size: pictures drawn at once at most.
-            on_result: called with the index of a request and its result as soon as it is complete.
+            on_result: called with the index of a request and its result as soon as it is complete, within this call's
+                turn: it may call the model itself, but waits for ever for a call of the model in another thread.
 
         Returns:
             One result per request, in their order.
