@@ -242,7 +242,7 @@ class MSDiffusion:
         chosen = self.scale_of(None if scale is None else number_between(scale, "scale", 0.0, math.inf))
         scheduler = self.pipeline.scheduler
         with self._turns.take():
-            warn_beyond_training(self, [subjects], [prompt], stacklevel=3)  # the tokenizer serves one at a time
+            warn_beyond_training(self, [subjects], [prompt])  # the tokenizer serves one at a time
             layout = SubjectBatch(self, scheduler, [subjects], [prompt])
             condition = layout.condition([0] * num_images, [chosen], guidance=guidance)
         condition.phrases = subjects.names

@@ -136,7 +136,8 @@ def _shown(name: str) -> str:
     if Path(name).is_absolute():
         return Path(name).name
     model, at, file = name.partition("@")
-    return f"{model}@{Path(file).name}" if model.startswith("open_clip:") and Path(file).is_absolute() else name
+    local = model.startswith("open_clip:") and Path(file).is_absolute()
+    return f"{model}{at}{Path(file).name}" if local else name
 
 
 def _is_hub_name(name: str) -> bool:

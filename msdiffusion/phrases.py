@@ -6,11 +6,10 @@ Nothing here returns a marker for "not found": what cannot be found is an error 
 from __future__ import annotations
 
 import re
-import warnings
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from msdiffusion.errors import PhraseError, shown
+from msdiffusion.errors import PhraseError, shown, warn_caller
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -130,10 +129,9 @@ def find_phrases(prompt: str, count: int) -> list[str]:
             if len(candidates) == count:
                 taken = [text for text, _ in candidates]
                 if source != plain or any(before in _WHERE for _, before in candidates):
-                    warnings.warn(
+                    warn_caller(
                         f"the prompt {shown(prompt, 120)} does not tell surely what the images show; taken: "
-                        f"{_listed(taken)}. Say it with phrases=[...] (--phrase in the shell)",
-                        stacklevel=6,
+                        f"{_listed(taken)}. Say it with phrases=[...] (--phrase in the shell)"
                     )
                 return taken
     needed = "1 image needs 1 phrase" if count == 1 else f"{count} images need {count} phrases"
@@ -221,10 +219,9 @@ def _without_weights(prompt: str) -> str:
                 before = max(text.rfind(bracket, 0, start) for bracket in "([{")
                 start = start if before < 0 else before
     if weights:
-        warnings.warn(
+        warn_caller(
             f"the text encoder reads weights in the prompt, such as {shown(weights[0])}, as plain characters: "
-            "remove brackets and numbers; subject_scales=[...] (--subject-scales in the shell) weigh the subjects",
-            stacklevel=8,
+            "remove brackets and numbers; subject_scales=[...] (--subject-scales in the shell) weigh the subjects"
         )
     return text
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from msdiffusion.errors import RequestError, shown
+from msdiffusion.errors import RequestError, shown, warn_caller
 
 ORIENTATION = 0x0112
 """EXIF tag that says how a camera was held."""
@@ -217,9 +217,8 @@ def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
             return plain.convert("RGB")
         result = ImageCms.applyTransform(plain, transform)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-        warnings.warn(
-            f"{name}: its colour profile cannot be used ({shown(str(error), 120)}), so its colours are taken for sRGB",
-            stacklevel=6,
+        warn_caller(
+            f"{name}: its colour profile cannot be used ({shown(str(error), 120)}), so its colours are taken for sRGB"
         )
         return _as_rgb(picture, name)
     result.info.clear()

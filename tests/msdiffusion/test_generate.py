@@ -31,6 +31,7 @@ from msdiffusion import MSDiffusion
 from msdiffusion.backbone import Backbone
 from msdiffusion.errors import LayoutError, PhraseError, RequestError, WeightsError
 from msdiffusion.own_memory import give_own_memory
+from msdiffusion.request import check_request
 
 PROMPT = "a dog and a teapot on the beach"
 LEFT, RIGHT = [0, 0.25, 0.5, 0.75], [0.5, 0.25, 1, 0.75]
@@ -38,6 +39,13 @@ DOG = Image.new("RGB", (40, 30), (220, 40, 40))
 TEAPOT = Image.new("RGBA", (30, 50), (40, 40, 220, 255))
 TWO = {"images": [DOG, TEAPOT], "boxes": [LEFT, RIGHT], "prompt": PROMPT, "phrases": ["dog", "teapot"]}
 QUICK = {"steps": 3, "seed": 0, "output_type": "pt", "progress": False}
+
+
+def profiled(profile):
+    """A picture with the bytes of a colour profile."""
+    picture = DOG.copy()
+    picture.info["icc_profile"] = profile
+    return picture
 
 
 @pytest.fixture(scope="module")
@@ -351,6 +359,34 @@ def test_what_the_weights_were_not_trained_for_is_told_once(trained_for_little, 
             trained_for_little.condition(
                 request["images"], request["boxes"], request["phrases"], prompt=request["prompt"]
             )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"boxes": [LEFT, [0.5, 0.5, 0.5, 0.5]]}, "has no area"),
+        ({"images": [profiled(b"no profile"), TEAPOT]}, "colour profile cannot be used"),
+        ({"phrases": None, "prompt": "a (dog:1.2) and a teapot"}, "reads weights in the prompt"),
+        ({"phrases": None, "prompt": "a dog in a teapot"}, "does not tell surely"),
+        ({"images": [Image.new("RGB", (1, 1)), TEAPOT]}, "shows next to nothing"),
+        ({"auto_layout": True, "auto_layout_start": 3}, "auto_layout has no effect"),
+        ({"prompt": "a dog and a teapot" + " and a dog" * 80}, "the prompt is longer"),
+    ],
+)
+def test_warnings_name_the_line_of_whoever_called(model, changes, told):
+    request = {**TWO, "steps": 1, "seed": 0, "output_type": "pt", **changes}
+    calls = [
+        lambda: model.generate(**request, progress=False),
+        lambda: model.generate_batch([request], progress=False),
+        lambda: model.generate_batch([check_request(**request)], progress=False),
+    ]
+    if "auto_layout" not in changes and "longer" not in told:
+        subjects = {name: request[name] for name in ("images", "boxes", "phrases", "prompt")}
+        calls.append(lambda: model.condition(**subjects))
+    for call in calls:
+        with pytest.warns(UserWarning, match=told) as warned:
+            call()
+        assert [each.filename for each in warned] == [__file__]
 
 
 def test_what_the_weights_were_trained_for_warns_of_nothing(trained_for_little, model, recwarn):
