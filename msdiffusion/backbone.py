@@ -373,7 +373,7 @@ def usable_device(device: str | int | torch.device | None) -> torch.device:
     try:
         found = torch.device(device)
         torch.zeros(1, device=found).item()
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         many = torch.cuda.device_count()
         here = ", ".join(["cpu", *(f"cuda:{number}" for number in range(many))])
         hint = "; an NVIDIA GPU is called cuda" if "gpu" in str(device).lower() else ""

@@ -9,7 +9,6 @@ import copy
 import inspect
 import re
 import secrets
-import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from diffusers.pipelines.pag.pag_utils import PAGMixin
 from PIL import Image
 from torch import Tensor
 
-from msdiffusion.errors import RequestError, shown
+from msdiffusion.errors import RequestError, shown, warn_caller
 from msdiffusion.phrases import beyond_limit
 from msdiffusion.pretrained import withheld
 from msdiffusion.request import FALLBACKS, GenerationRequest, check_auto_layout_start, unknown_argument
@@ -166,10 +165,9 @@ class BatchDrawing:
         for name, text in {**texts, **{name: options.get(name) for name in ("prompt_2", "negative_prompt_2")}}.items():
             rest = beyond_limit(tokenizer, written_out(pipeline, text)) if isinstance(text, str) else ""
             if rest:
-                warnings.warn(
+                warn_caller(
                     f"the {name} is longer than the {tokenizer.model_max_length} tokens that the text encoder reads; "
-                    f"ignored: {shown(rest, 120)}",
-                    stacklevel=6,
+                    f"ignored: {shown(rest, 120)}"
                 )
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
@@ -291,14 +289,14 @@ class BatchDrawing:
         if watched and options.get("callback_on_step_end") is None:
             options["callback_on_step_end"] = self._check_first_step
         kwargs = {**(options.pop("cross_attention_kwargs", None) or {}), "subjects": condition}
-        _DENOISING.add(pipeline.unet)
         encoder = getattr(pipeline.text_encoder, "_orig_mod", pipeline.text_encoder)
         # diffusers looks for the last norm where transformers had it before 5.6. Not for longer than this call: by the
         # same name LoRA loaders tell how layers are called.
         stand_in = options.get("clip_skip") is not None and not hasattr(encoder, "text_model")
-        if stand_in:
-            encoder.__dict__["text_model"] = encoder
-        try:
+        try:  # whatever is set here is taken back, also where Ctrl+C comes in between
+            _DENOISING.add(pipeline.unet)
+            if stand_in:
+                encoder.__dict__["text_model"] = encoder
             with withheld([type(pipeline).encode_prompt.__module__], "input was truncated"):  # _check has said it
                 output = pipeline(
                     **self._texts(batch),
@@ -311,7 +309,7 @@ class BatchDrawing:
         finally:
             _DENOISING.discard(pipeline.unet)
             if stand_in:
-                del encoder.__dict__["text_model"]
+                encoder.__dict__.pop("text_model", None)
             pipeline._cross_attention_kwargs = None  # the pipeline would keep the condition alive
             pipeline.set_progress_bar_config(**before)
         drawn = output.images
@@ -360,7 +358,7 @@ class BatchDrawing:
         """Where a pipeline in memory has a safety checker of its own, say what it turned black."""
         for number, flagged in enumerate(flags or ()):
             if flagged:
-                warnings.warn(f"the pipeline's own safety checker flagged picture {number}: it is black", stacklevel=7)
+                warn_caller(f"the pipeline's own safety checker flagged picture {number}: it is black")
                 if isinstance(drawn[number], Image.Image):
                     drawn[number].info[FLAGGED] = True
 
@@ -410,8 +408,6 @@ def warn_beyond_training(
     subjects: Sequence[Subjects],
     prompts: Sequence[str | None],
     sizes: Sequence[tuple[int, int]] = (),
-    *,
-    stacklevel: int = 6,
 ) -> None:
     """Warn once of each kind of request that the adapter's config says it was never trained for, and of references that
     are too small to be made out.
@@ -421,16 +417,14 @@ def warn_beyond_training(
         subjects: per picture.
         prompts: per picture.
         sizes: per picture height and width in pixels, where they are known.
-        stacklevel: of the warning, that names the user's line; by default that of a call of generate.
     """
     seen = model.backbone.image_encoder.config.image_size
     for layout in subjects:
         small = [image.size for image in layout.images if image.width * image.height < (seen / 8) ** 2]
         if small:
-            warnings.warn(
+            warn_caller(
                 f"a reference of {small[0][0]} x {small[0][1]} pixels (width x height) shows next to nothing of its "
-                f"subject: the image encoder looks at {seen} x {seen}; give a larger picture",
-                stacklevel=stacklevel,
+                f"subject: the image encoder looks at {seen} x {seen}; give a larger picture"
             )
             break
     config = model.adapter.config
@@ -438,18 +432,16 @@ def warn_beyond_training(
     for height, width in sizes:
         if side is not None and not side**2 / 4 <= height * width <= side**2 * 2:
             what = "the same things many times" if height * width > side**2 else "things that cannot be made out"
-            warnings.warn(
+            warn_caller(
                 f"these weights were trained on pictures of {side} x {side} pixels; at {width} x {height} (width x "
-                f"height) they draw {what}: draw near {side} x {side}",
-                stacklevel=stacklevel,
+                f"height) they draw {what}: draw near {side} x {side}"
             )
             break
     count = max(len(layout.names) for layout in subjects)
     if most is not None and count > most:
-        warnings.warn(
+        warn_caller(
             f"these weights were trained on pictures of {most} subjects at most; of {count} some are drawn as "
-            "something else, or not at all",
-            stacklevel=stacklevel,
+            "something else, or not at all"
         )
     if config.closed_vocabulary:
         tokenizer = model.backbone.tokenizer
@@ -458,10 +450,9 @@ def warn_beyond_training(
         unknown = [word for word in words if len(tokenizer(word, add_special_tokens=False)["input_ids"]) > 1]
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-            warnings.warn(
+            warn_caller(
                 f"these weights know few words, and these are none of them: {', '.join(map(repr, unknown[:5]))}{more}; "
-                "something else is drawn in their place",
-                stacklevel=stacklevel,
+                "something else is drawn in their place"
             )
 
 

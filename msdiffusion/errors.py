@@ -14,6 +14,8 @@ Catch ``MSDiffusionError`` to catch them all; those that blame a value are also 
 import pathlib
 import pickle
 import re
+import sys
+import warnings
 
 _MODEL_FILES = (".bin", ".ckpt", ".safetensors", ".pt", ".pth")
 
@@ -28,6 +30,15 @@ def reason(error: BaseException) -> str:
         return "it is a pickle of more than tensors, which could run code when it is read"
     lines = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def warn_caller(message: str) -> None:
+    """Warn, and name the line outside this package that called it, from whatever depth."""
+    passed = (__package__, "torch")  # torch: the wrapper of no_grad
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in passed:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def shown(value: object, limit: int = 80) -> str:

@@ -240,9 +240,9 @@ class MSDiffusion:
             )
         whole_number(num_images, "num_images", 1)
         chosen = self.scale_of(None if scale is None else number_between(scale, "scale", 0.0, math.inf))
-        warn_beyond_training(self, [subjects], [prompt], stacklevel=3)
         scheduler = self.pipeline.scheduler
         with self._turns.take():
+            warn_beyond_training(self, [subjects], [prompt])  # the tokenizer serves one at a time
             layout = SubjectBatch(self, scheduler, [subjects], [prompt])
             condition = layout.condition([0] * num_images, [chosen], guidance=guidance)
         condition.phrases = subjects.names
@@ -371,7 +371,8 @@ class MSDiffusion:
             requests: what ``check_request`` made of the arguments of ``generate``, or mappings of these arguments.
             progress: show a bar.
             batch_size: pictures drawn at once at most.
-            on_result: called with the index of a request and its result as soon as it is complete.
+            on_result: called with the index of a request and its result as soon as it is complete, within this call's
+                turn: it may call the model itself, but waits for ever for a call of the model in another thread.
 
         Returns:
             One result per request, in their order.
@@ -409,7 +410,8 @@ class MSDiffusion:
             self.pipeline.save_pretrained(directory / BASE_FOLDER)
             self.backbone.image_encoder.save_pretrained(directory / ENCODER_FOLDER)
             self.backbone.image_processor.save_pretrained(directory / ENCODER_FOLDER)
-            share(directory)
+            for written in (BASE_FOLDER, ENCODER_FOLDER):
+                share(directory / written)
             sources = Sources(BASE_FOLDER, ENCODER_FOLDER)
         elif self.sources is None:
             raise WeightsError("this model's backbone was built in memory: save it with include_backbone=True")

@@ -127,8 +127,9 @@ def run(options: argparse.Namespace) -> None:
     _note(options, "loading the libraries that draw")
 
     from msdiffusion import batch
+    from msdiffusion.backbone import usable_device
 
-    device = _device(options.device)
+    device = str(usable_device(options.device))
     dtype = options.dtype or (record["model"]["dtype"] if record else "float32")
     identity = batch.identify(
         options.model, options.base_model, options.image_encoder, dtype, base_config=options.base_config
@@ -364,22 +365,6 @@ def _tell_differences(there: dict[str, str], here: dict[str, str], dtype: str) -
     measured = same and "processor" in there and here["device"] == "cpu" and dtype == "float32"
     much = " by one step of 255" if measured else ""
     print(f"drawn with {', '.join(other)}: pixels may differ{much}", file=sys.stderr)
-
-
-def _device(name: str | None) -> str:
-    """The device to use, if it can be."""
-    import torch
-
-    from msdiffusion.backbone import default_device
-
-    if name is None:
-        return str(default_device())
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"--device {name} can't be used here ({reason}); cpu always can") from error
-    return name
 
 
 def _box(text: str) -> list[float]:

@@ -133,8 +133,11 @@ def _digest(text: str) -> str:
 
 def _shown(name: str) -> str:
     """A model without its place on this machine, which is nobody else's business: a card travels."""
-    model, at, file = name.rpartition("@")
-    return f"{model}{at}{Path(file).name}" if Path(file).is_absolute() else name
+    if Path(name).is_absolute():
+        return Path(name).name
+    model, at, file = name.partition("@")
+    local = model.startswith("open_clip:") and Path(file).is_absolute()
+    return f"{model}{at}{Path(file).name}" if local else name
 
 
 def _is_hub_name(name: str) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdiffusion.errors import WeightsError, reason, shown
+from msdiffusion.errors import WeightsError, reason, shown, warn_caller
 from msdiffusion.resampler import ResamplerParams
 from msdiffusion.subjects import whole_number
 
@@ -94,9 +93,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         )
     more = sorted(map(str, record.keys() - {"image_proj", "ms_adapter", "dummy_image_tokens"}))
     if more:
-        warnings.warn(
-            f"{path} also holds {shown(more, 200)}, which an adapter has no place for: left out", stacklevel=2
-        )
+        warn_caller(f"{path} also holds {shown(more, 200)}, which an adapter has no place for: left out")
     return record
 
 

@@ -6,11 +6,10 @@ Nothing here returns a marker for "not found": what cannot be found is an error 
 from __future__ import annotations
 
 import re
-import warnings
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from msdiffusion.errors import PhraseError, shown
+from msdiffusion.errors import PhraseError, shown, warn_caller
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,24 +68,28 @@ _PICTURES = frozenset(
 # Small words of the languages that people write prompts in, none of them English; those that are names or words of
 # English as well, of which it takes two; and the commonest English ones.
 _FOREIGN = re.compile(
-    r"\b(?:ein|eine|einen|einem|einer|und|auf|neben|ist|une|et|avec|dans|sont|una|sobre|gli|uma|een|het|naast|ett|och|på"
-    r"|og|jest|oraz|bir|és|egy)\b"
+    r"\b(?:ein|eine|einen|einem|einer|und|auf|neben|ist|une|avec|dans|sont|gli|een|het|naast|ett|och|på|oraz|bir|és"
+    r"|egy)\b"
 )
-_AMBIGUOUS = re.compile(r"\b(?:mit|im|un|sur|uno|y|con|il|e|um|com|na|em|en|met|op|med|ve|ja)\b")
+_AMBIGUOUS = re.compile(
+    r"\b(?:mit|im|un|sur|uno|una|y|con|il|e|et|um|uma|com|sobre|na|em|en|met|op|med|og|jest|ve|ja)\b"
+)
 _ENGLISH = re.compile(
     r"\b(?:a|an|the|and|of|on|in|with|at|by|near|beside|under|behind|over|from|to|into|is|are|wearing|holding|his|her)\b"
 )
 
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+# These take time in proportion to a prompt's length, however strange it is: no two repetitions beside each other match
+# the same letters.
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 _WEIGHT = re.compile(
-    rf"[(\[{{]([^()\[\]{{}}|]*?)\s*:\s*{_NUMBER}\s*[)\]}}]"  # (a dog:1.3)
+    rf"[(\[{{]((?:[^()\[\]{{}}|]*[^()\[\]{{}}|\s])?)\s*:\s*{_NUMBER}\s*[)\]}}]"  # (a dog:1.3)
     rf"|\(([^()\[\]{{}}|]*)\)(?:{_NUMBER}|\++|-+)(?![\w.])"  # (a dog)1.3, (a dog)++
     r"|(?<=\w\w)(?:\++|--+)(?![\w+-])|(?<=[^\W\d_]):\d*\.\d+(?![\w.])"  # dog++, dog:1.3
 )
 """How programs that draw pictures write weights of words."""
 _EMPHASIS = re.compile(r"\[([^\[\]{}()|:]*)\]|\{([^\[\]{}()|:]*)\}|\(\s*\(([^()]*)\)\s*\)")
 """Brackets that are weights too, without a number: [a dog], {a dog}, ((a dog))."""
-_REFUSED = re.compile(r"<\w+:[^<>]*>|[\[{][^\[\]{}]*(?:\||:[^\[\]{}]*:)[^\[\]{}]*[\]}]|__\w+__")
+_REFUSED = re.compile(r"<\w+:[^<>]*>|[\[{][^\[\]{}:|]*(?:\||:[^\[\]{}:|]*[:|])[^\[\]{}]*[\]}]|__\w+__")
 """<lora:name:0.8>, [dog:cat:0.5], [dog|cat], {dog|cat}, __animal__: programs, not names."""
 _BRACKETS = frozenset("()[]{}\\")
 _ASIDE = re.compile(r"\((?!\s*(?:an?|the)\b)[^()]*\)\s*,?", re.IGNORECASE)
@@ -126,10 +129,9 @@ def find_phrases(prompt: str, count: int) -> list[str]:
             if len(candidates) == count:
                 taken = [text for text, _ in candidates]
                 if source != plain or any(before in _WHERE for _, before in candidates):
-                    warnings.warn(
+                    warn_caller(
                         f"the prompt {shown(prompt, 120)} does not tell surely what the images show; taken: "
-                        f"{_listed(taken)}. Say it with phrases=[...] (--phrase in the shell)",
-                        stacklevel=6,
+                        f"{_listed(taken)}. Say it with phrases=[...] (--phrase in the shell)"
                     )
                 return taken
     needed = "1 image needs 1 phrase" if count == 1 else f"{count} images need {count} phrases"
@@ -195,7 +197,7 @@ def _check_language(prompt: str) -> None:
 def _without_weights(prompt: str) -> str:
     """The prompt without the weights that other programs read, whose words stay."""
     text = prompt.replace("\\(", "(").replace("\\)", ")")
-    text = re.sub(r"\s+\|\s+|\s*\bBREAK\b\s*", ", ", text)
+    text = re.sub(r"(?<!\s)\s+\|\s+|(?:(?<!\s)\s+)?\bBREAK\b\s*", ", ", text)
     refused = _REFUSED.search(text)
     if refused is not None:
         lora = " (a LoRA is loaded by model.pipeline.load_lora_weights)" if "<lora" in refused[0].lower() else ""
@@ -206,15 +208,20 @@ def _without_weights(prompt: str) -> str:
         )
     weights: list[str] = []
     for pattern in (_WEIGHT, _EMPHASIS):
-        while match := pattern.search(text):
+        start = 0
+        while match := pattern.search(text, start):
             weights.append(match[0])
             inside = next((group for group in match.groups() if group is not None), "")
             text = text[: match.start()] + inside + text[match.end() :]
+            # What has become a weight only now begins here, with a colon before, or with one of two brackets before.
+            start = max(match.start() - 1, 0)
+            for _ in range(2):
+                before = max(text.rfind(bracket, 0, start) for bracket in "([{")
+                start = start if before < 0 else before
     if weights:
-        warnings.warn(
+        warn_caller(
             f"the text encoder reads weights in the prompt, such as {shown(weights[0])}, as plain characters: "
-            "remove brackets and numbers; subject_scales=[...] (--subject-scales in the shell) weigh the subjects",
-            stacklevel=8,
+            "remove brackets and numbers; subject_scales=[...] (--subject-scales in the shell) weigh the subjects"
         )
     return text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from msdiffusion.errors import RequestError, shown
+from msdiffusion.errors import RequestError, shown, warn_caller
 
 ORIENTATION = 0x0112
 """EXIF tag that says how a camera was held."""
@@ -26,6 +27,8 @@ _UPRIGHT = {
 """EXIF orientation to what turns the picture upright."""
 SRGB_TOLERANCE = 2
 """Steps of 255 by which a profile may change colours and still be sRGB under another name."""
+_DECODING = threading.Lock()
+"""Taken where warnings are held back, which is done for all threads."""
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
 
@@ -111,10 +114,12 @@ def _existing(image: str | Path, name: str) -> Path:
 def _decoded(source: Path | io.BytesIO | Image.Image, name: str, called: str) -> Image.Image:
     """``called``: name and path, for messages about the file itself."""
     try:
-        if isinstance(source, Image.Image):
-            return _upright(source, name)
-        with Image.open(source) as file:
-            return _upright(file, name)
+        with _DECODING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pillow's, of many pixels and of EXIF data that nobody asks for
+            if isinstance(source, Image.Image):
+                return _upright(source, name)
+            with Image.open(source) as file:
+                return _upright(file, name)
     except RequestError:
         raise
     except Image.DecompressionBombError:
@@ -212,9 +217,8 @@ def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
             return plain.convert("RGB")
         result = ImageCms.applyTransform(plain, transform)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-        warnings.warn(
-            f"{name}: its colour profile cannot be used ({shown(str(error), 120)}), so its colours are taken for sRGB",
-            stacklevel=6,
+        warn_caller(
+            f"{name}: its colour profile cannot be used ({shown(str(error), 120)}), so its colours are taken for sRGB"
         )
         return _as_rgb(picture, name)
     result.info.clear()

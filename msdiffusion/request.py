@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from msdiffusion.errors import RequestError, shown
+from msdiffusion.errors import RequestError, shown, warn_caller
 from msdiffusion.subjects import MAX_STEPS, Subjects, check_subjects, check_text, number_between, whole_number
 
 MISSING: Any = object()
@@ -233,6 +232,4 @@ def check_auto_layout_start(subjects: Subjects, steps: int) -> None:
                 f"a subject without a box needs auto layout, which starts at step {start}, but there are {steps} steps"
             )
     if late:
-        warnings.warn(
-            f"auto_layout has no effect: it starts at step {late[0][0]}, but there are {steps} steps", stacklevel=6
-        )
+        warn_caller(f"auto_layout has no effect: it starts at step {late[0][0]}, but there are {steps} steps")

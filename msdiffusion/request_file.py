@@ -75,7 +75,8 @@ def read_request_file(path: str | Path) -> list[Entry]:
     """Read a request file and check every request in it.
 
     Raises:
-        RequestError: the file cannot be read, or requests in it are wrong; the message has a line for each.
+        RequestError: the file cannot be read, or requests in it are wrong; the message has a line for
+            each of the first three.
     """
     path = Path(path)
     content = _parse(path)
@@ -107,7 +108,8 @@ def read_request_file(path: str | Path) -> list[Entry]:
     if len(errors) == 1:
         raise RequestError(f"{path}: {errors[0]}")
     if errors:
-        lines = "\n  ".join(errors)
+        more = [f"and {len(errors) - 3} more"] if len(errors) > 3 else []
+        lines = "\n  ".join([*errors[:3], *more])
         raise RequestError(f"{path}: {len(errors)} of {len(pictures)} entries are wrong:\n  {lines}")
     return entries
 

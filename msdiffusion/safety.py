@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import binascii
 import pickle
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError
 
-from msdiffusion.errors import RequestError, WeightsError, reason
+from msdiffusion.errors import RequestError, WeightsError, reason, warn_caller
 from msdiffusion.own_memory import give_own_memory
 from msdiffusion.pictures import open_upright
 
@@ -96,10 +95,9 @@ class SafetyChecker:
         flags = self.flags(pictures)
         if any(flags):
             which = ", ".join(str(index) for index, flag in enumerate(flags) if flag)
-            warnings.warn(
+            warn_caller(
                 f"the safety checker flagged {sum(flags)} of {len(pictures)} pictures (number {which}, from 0): "
-                "they are black now; another seed or prompt may pass",
-                stacklevel=2,
+                "they are black now; another seed or prompt may pass"
             )
         return [_black(picture) if flag else picture for picture, flag in zip(pictures, flags, strict=True)]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import operator
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from msdiffusion.errors import LayoutError, PhraseError, RequestError, shown
+from msdiffusion.errors import LayoutError, PhraseError, RequestError, shown, warn_caller
 from msdiffusion.layout import Box, as_number, check_box, is_truth
 from msdiffusion.phrases import find_in_prompt, find_phrases
 from msdiffusion.pictures import open_reference, open_upright
@@ -108,7 +107,7 @@ def check_subjects(
     )
     for index, box in enumerate(layout):
         if box is not None and regions[index] is None and (box[0] == box[2] or box[1] == box[3]):
-            warnings.warn(f"boxes[{index}] has no area, so that subject is left out", stacklevel=4)
+            warn_caller(f"boxes[{index}] has no area, so that subject is left out")
     scales = _check_scales(subject_scales, count)
     windows = _check_windows(subject_windows, count)
     number_between(auto_layout_threshold, "auto_layout_threshold", 0.0, 1.0)

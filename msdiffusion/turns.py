@@ -23,23 +23,19 @@ class Turns:
         thread = threading.get_ident()
         with self._changed:
             again = bool(self._line) and self._line[0] == thread
-            if not again:
-                self._line.append(thread)
-                try:
-                    self._changed.wait_for(lambda: self._line[0] == thread)
-                except BaseException:  # Ctrl+C while waiting: nobody may wait for one who has left
-                    self._leave(thread)
-                    raise
-        try:
+        if again:
             yield
-        finally:
-            if not again:
-                with self._changed:
-                    self._leave(thread)
-
-    def _leave(self, thread: int) -> None:
-        self._line.remove(thread)
-        self._changed.notify_all()
+            return
+        try:
+            with self._changed:
+                self._line.append(thread)
+                self._changed.wait_for(lambda: self._line[0] == thread)
+            yield
+        finally:  # also of Ctrl+C at any place above: nobody may wait for one who has left
+            with self._changed:
+                if thread in self._line:
+                    self._line.remove(thread)
+                    self._changed.notify_all()
 
 
 _TURNS: WeakKeyDictionary[Any, Turns] = WeakKeyDictionary()

@@ -31,7 +31,8 @@ def share(place: str | Path) -> None:
     place = Path(place)
     mode = _new_file_mode(place if place.is_dir() else place.parent)
     for path in place.rglob("*.safetensors") if place.is_dir() else [place]:
-        path.chmod(mode)
+        if not path.is_symlink():  # whose file that is isn't known
+            path.chmod(mode)
 
 
 def _new_file_mode(folder: Path) -> int:

@@ -24,12 +24,14 @@ from diffusers import (
 )
 from PIL import Image
 
+import msdiffusion.drawing
 import msdiffusion.generate
 import msdiffusion.loading
 from msdiffusion import MSDiffusion
 from msdiffusion.backbone import Backbone
 from msdiffusion.errors import LayoutError, PhraseError, RequestError, WeightsError
 from msdiffusion.own_memory import give_own_memory
+from msdiffusion.request import check_request
 
 PROMPT = "a dog and a teapot on the beach"
 LEFT, RIGHT = [0, 0.25, 0.5, 0.75], [0.5, 0.25, 1, 0.75]
@@ -37,6 +39,13 @@ DOG = Image.new("RGB", (40, 30), (220, 40, 40))
 TEAPOT = Image.new("RGBA", (30, 50), (40, 40, 220, 255))
 TWO = {"images": [DOG, TEAPOT], "boxes": [LEFT, RIGHT], "prompt": PROMPT, "phrases": ["dog", "teapot"]}
 QUICK = {"steps": 3, "seed": 0, "output_type": "pt", "progress": False}
+
+
+def profiled(profile):
+    """A picture with the bytes of a colour profile."""
+    picture = DOG.copy()
+    picture.info["icc_profile"] = profile
+    return picture
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +361,34 @@ def test_what_the_weights_were_not_trained_for_is_told_once(trained_for_little, 
             )
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"boxes": [LEFT, [0.5, 0.5, 0.5, 0.5]]}, "has no area"),
+        ({"images": [profiled(b"no profile"), TEAPOT]}, "colour profile cannot be used"),
+        ({"phrases": None, "prompt": "a (dog:1.2) and a teapot"}, "reads weights in the prompt"),
+        ({"phrases": None, "prompt": "a dog in a teapot"}, "does not tell surely"),
+        ({"images": [Image.new("RGB", (1, 1)), TEAPOT]}, "shows next to nothing"),
+        ({"auto_layout": True, "auto_layout_start": 3}, "auto_layout has no effect"),
+        ({"prompt": "a dog and a teapot" + " and a dog" * 80}, "the prompt is longer"),
+    ],
+)
+def test_warnings_name_the_line_of_whoever_called(model, changes, told):
+    request = {**TWO, "steps": 1, "seed": 0, "output_type": "pt", **changes}
+    calls = [
+        lambda: model.generate(**request, progress=False),
+        lambda: model.generate_batch([request], progress=False),
+        lambda: model.generate_batch([check_request(**request)], progress=False),
+    ]
+    if "auto_layout" not in changes and "longer" not in told:
+        subjects = {name: request[name] for name in ("images", "boxes", "phrases", "prompt")}
+        calls.append(lambda: model.condition(**subjects))
+    for call in calls:
+        with pytest.warns(UserWarning, match=told) as warned:
+            call()
+        assert [each.filename for each in warned] == [__file__]
+
+
 def test_what_the_weights_were_trained_for_warns_of_nothing(trained_for_little, model, recwarn):
     for changes in ({}, {"height": 64, "width": 128}, {"images": [[DOG] * 3, TEAPOT]}, {"height": 32, "width": 32}):
         draw(trained_for_little, steps=1, **changes)
@@ -538,9 +575,13 @@ def test_another_architecture_is_named_with_both_shapes_before_weights_are_loade
 
 
 def test_saving_with_the_backbone_gives_the_same_model_anywhere(model, tmp_path):
+    theirs = tmp_path / "whole" / "private" / "theirs.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.touch(0o600)
     model.save_pretrained(tmp_path / "whole", include_backbone=True)
+    assert theirs.stat().st_mode & 0o777 == 0o600
     (tmp_path / "plain").touch()
-    modes = {path.stat().st_mode for path in (tmp_path / "whole").rglob("*.safetensors")}
+    modes = {path.stat().st_mode for path in (tmp_path / "whole").rglob("*.safetensors") if path != theirs}
     assert modes == {
         (tmp_path / "plain").stat().st_mode
     }  # as the umask says; safetensors would let the owner alone read
@@ -751,6 +792,40 @@ def test_conditions_and_batches_in_threads(model, in_threads):
     together = in_threads(*calls)
     for ours, call in zip(together, calls, strict=True):
         assert torch.equal(ours, call())
+
+
+def test_the_tokenizer_is_only_asked_by_whose_turn_it_is(trained_for_little, in_threads, monkeypatch):
+    """Every call sets the padding of a fast tokenizer: between two calls of one thread another would get it wrong."""
+    model, asked = trained_for_little, []
+    kind = type(model.pipeline.tokenizer)
+    ask = kind.__call__
+
+    def watched(tokenizer, *arguments, **options):
+        asked.append(list(model._turns._line)[:1] == [threading.get_ident()])
+        time.sleep(0)
+        return ask(tokenizer, *arguments, **options)
+
+    monkeypatch.setattr(kind, "__call__", watched)
+    subject = {name: TWO[name] for name in ("images", "boxes", "phrases", "prompt")}
+    drawn = functools.partial(draw, model, steps=1)
+    in_threads(drawn, *[functools.partial(model.condition, **subject)] * 2, functools.partial(drawn, phrases=None))
+    assert len(asked) > 4
+    assert all(asked)
+
+
+def test_an_interrupt_just_as_a_run_begins_leaves_the_model_usable(model, monkeypatch):
+    class Interrupted(type(msdiffusion.drawing._DENOISING)):
+        def add(self, item):
+            super().add(item)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        at_work = Interrupted()
+        changed.setattr(msdiffusion.drawing, "_DENOISING", at_work)
+        with pytest.raises(KeyboardInterrupt):
+            draw(model, steps=1)
+        assert not at_work
+    draw(model, steps=1)
 
 
 def test_a_call_that_fails_does_not_hold_up_the_others(model, in_threads):

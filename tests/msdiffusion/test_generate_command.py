@@ -120,7 +120,9 @@ def test_a_device_that_is_not_there_is_one_line(tmp_path, capsys):
     out = tmp_path / "out.png"
     words = f"generate --image {picture} --box 0,0,1,1 --phrase dog --prompt dog --out {out} --device nowhere"
     assert main(words.split()) == 2
-    assert "--device nowhere can't be used here" in capsys.readouterr().err
+    assert "device 'nowhere' cannot be used here (cpu" in capsys.readouterr().err
+    assert main([*words.split()[:-1], "gpu"]) == 2
+    assert "an NVIDIA GPU is called cuda" in capsys.readouterr().err
 
 
 def test_subject_scales_that_are_no_numbers_say_so(capsys):

@@ -1,6 +1,7 @@
 """The card that is written beside an adapter: true, readable by hubs, and never over somebody's own words."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,25 @@ def test_the_example_runs(tiny_model_dir, tmp_path, monkeypatch):
         Image.new("RGBA", (20, 20), (200, 10, 10, 255)).save(name)
     exec(compile(code, "README.md", "exec"), {})
     assert Image.open("picture.png").size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/home/ann@lab/models/base", "base"),
+        ("/home/ann/base@2", "base@2"),
+        ("open_clip:ViT-B-32@/home/ann@lab/clip.safetensors", "open_clip:ViT-B-32@clip.safetensors"),
+        ("open_clip:ViT-B-32/laion2b", "open_clip:ViT-B-32/laion2b"),
+        ("owner/name", "owner/name"),
+    ],
+)
+def test_places_on_this_machine_are_not_told(name, shown, adapter, monkeypatch):
+    monkeypatch.setattr(adapter, "config", replace(adapter.config, base_model=name, image_encoder=name))
+    card = model_card(adapter, "owner/adapter")
+    assert f"| base model | `{shown}` |" in card
+    assert f"`{shown}`, {adapter.config.resampler.image_width} wide" in card
+    assert "/home" not in card
+    assert "@lab" not in card
 
 
 def test_a_changed_card_is_kept_and_a_generated_one_renewed(adapter, tmp_path):

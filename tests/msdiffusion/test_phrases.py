@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import spacy
 
@@ -115,6 +117,8 @@ def test_programs_in_a_prompt_are_refused(prompt, told):
         ("een hond en een theepot", "'een', 'en'"),
         ("en hund och en tekanna", "'en', 'och'"),
         ("собака и чайник на пляже", "most of its letters are not Latin"),
+        ("et barn og en hund", "'et', 'og', 'en'"),
+        ("una mesa sobre la playa", "'una', 'sobre'"),
         ("犬と急須", "most of its letters are not Latin"),
         ("كلب على الشاطئ", "most of its letters are not Latin"),
     ],
@@ -123,6 +127,21 @@ def test_programs_in_a_prompt_are_refused(prompt, told):
 def test_prompts_of_other_languages_are_refused(prompt, told, count):
     with pytest.raises(PhraseError, match=told):
         find_phrases(prompt, count)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("OG sneakers, teapot", "teapot"),
+        ("Infinite Jest cover", "Infinite Jest cover"),
+        ("Uma Thurman, portrait photo", "Uma Thurman"),
+        ("Una Stubbs portrait", "Una Stubbs portrait"),
+        ("dog, cat, 8k, ET", "ET"),
+        ("Sobre the cat", "cat"),
+    ],
+)
+def test_names_that_are_words_of_other_languages_are_read(prompt, found):
+    assert any(found in phrase for phrase in noun_phrases(prompt)), noun_phrases(prompt)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +180,43 @@ def test_what_is_no_guess_is_taken_without_a_word(prompt, found, recwarn):
 def test_brackets_round_a_thing_do_not_leave_it_out():
     with pytest.raises(PhraseError, match="^1 image needs 1 phrase, but"):
         find_phrases("(a dog) and a teapot", 1)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a dog [" + ":" * 10_000,
+        "a dog [" + "a:" * 5_000,
+        "a dog [" + "|" * 10_000,
+        "(" + " " * 10_000,
+        "(" + "( : " * 2_500,
+        " " * 10_000 + "x",
+        "(:" + "1" * 10_000,
+        "dog++ " * 1_666,
+        "(" * 2_500 + "a dog" + ":1)" * 2_500,
+        "[" * 5_000 + "a dog" + "]" * 5_000,
+    ],
+    ids=range(10),
+)
+@pytest.mark.filterwarnings("ignore:the text encoder reads weights")
+def test_no_prompt_takes_long(prompt):
+    began = time.process_time()
+    phrases._without_weights(prompt)
+    assert time.process_time() - began < 0.4  # they take 0.1 at most; they took from 0.5 up to hours
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plain"),
+    [
+        ("(dog : red :1.3) and (a cat :1.)", "dog : red and a cat"),
+        ("((a dog:1.2) and (a cat:.5):1.3)", "a dog and a cat"),
+        ("( (a [big] dog) ) BREAK BREAK a  |  b", "a big dog, , a, b"),
+        ("a dog:(1.3)1", "a dog"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the text encoder reads weights")
+def test_weights_within_weights(prompt, plain):
+    assert phrases._without_weights(prompt) == plain
 
 
 def test_a_long_prompt_is_quoted_in_short():

@@ -1,6 +1,7 @@
 import io
 import re
 import struct
+import threading
 import warnings
 import zlib
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, TiffImagePlugin
 
+import msdiffusion.pictures
 from msdiffusion.errors import LayoutError, RequestError
-from msdiffusion.pictures import open_content, open_reference
+from msdiffusion.pictures import open_content, open_reference, open_upright
 from msdiffusion.request import check_request
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -245,12 +247,43 @@ DAMAGED_EXIF = {
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("damage", DAMAGED_EXIF)
-@pytest.mark.filterwarnings("ignore:.*EXIF")
-def test_damaged_exif_data_leave_the_pixels_alone(tmp_path, damage, kind):
+def test_damaged_exif_data_leave_the_pixels_alone(tmp_path, damage, kind, recwarn):
     content = file_of(Image.new("RGB", (12, 8), (200, 30, 60)), kind, exif=DAMAGED_EXIF[damage])
     (tmp_path / "photo").write_bytes(content)
-    for given in (tmp_path / "photo", Image.open(io.BytesIO(content)), open_content(content, "it")):
+    opened = Image.open(io.BytesIO(content))
+    recwarn.clear()  # pillow tells whoever opens it themselves
+    for given in (tmp_path / "photo", opened, open_content(content, "it")):
         assert open_reference(given).size == (12, 8)
+    assert not recwarn.list
+
+
+def test_a_picture_of_many_pixels_is_read_without_a_word(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    Image.new("RGB", (12, 8)).save(tmp_path / "many.png")
+    assert open_reference(tmp_path / "many.png").size == (12, 8)
+    assert not recwarn.list
+
+
+def test_threads_that_decode_together_leave_the_filters_of_warnings_alone(monkeypatch, in_threads):
+    first_in, second_in, first_left = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(picture, name):
+        (first_in if name == "first" else second_in).set()
+        (second_in if name == "first" else first_left).wait(0.2)
+        return picture
+
+    def first():
+        open_upright(Image.new("RGB", (2, 2)), "first")
+        first_left.set()
+
+    def second():
+        first_in.wait(1)
+        open_upright(Image.new("RGB", (2, 2)), "second")
+
+    monkeypatch.setattr(msdiffusion.pictures, "_upright", slow)
+    before = list(warnings.filters)
+    in_threads(first, second)
+    assert warnings.filters == before
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

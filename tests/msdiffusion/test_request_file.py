@@ -161,7 +161,7 @@ def test_bad_json(folder, text, message):
         read_request_file(written(folder, text, "requests.json"))
 
 
-def test_every_bad_entry_is_named(folder):
+def test_bad_entries_are_named(folder):
     content = one()
     good = content["pictures"][0]
     content["pictures"] = [
@@ -175,6 +175,14 @@ def test_every_bad_entry_is_named(folder):
     head, *lines = str(caught.value).splitlines()
     assert head.endswith("requests.yaml: 2 of 4 entries are wrong:")
     assert [line.strip().split(": ")[0] for line in lines] == ["pictures[1]", "pictures[3] (y)"]
+    for count, last in ((3, "pictures[2]: "), (40, "and 37 more")):
+        with pytest.raises(RequestError) as caught:
+            read_request_file(written(folder, {"pictures": [{**good, "seed": -1}] * count}))
+        head, *lines = str(caught.value).splitlines()
+        assert head.endswith(f": {count} of {count} entries are wrong:")
+        assert [line.strip()[:11] for line in lines[:3]] == ["pictures[0]", "pictures[1]", "pictures[2]"]
+        assert len(lines) == min(count, 4)
+        assert lines[-1].strip().startswith(last)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import threading
 import time
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +51,21 @@ def test_nobody_waits_for_one_who_left_the_line(in_threads):
         with pytest.raises(KeyboardInterrupt):
             in_threads(lambda: turns.take().__enter__())
         assert len(turns._line) == 1
+    in_threads(lambda: turns.take().__enter__())
+
+
+def test_nobody_waits_for_one_who_was_interrupted_while_joining_the_line(in_threads):
+    class Line(deque):
+        def append(self, thread):
+            super().append(thread)
+            raise KeyboardInterrupt
+
+    turns = Turns()
+    turns._line = Line()
+    with pytest.raises(KeyboardInterrupt):
+        turns.take().__enter__()
+    assert not turns._line
+    turns._line = deque()
     in_threads(lambda: turns.take().__enter__())
 
 

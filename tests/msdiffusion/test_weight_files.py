@@ -22,6 +22,15 @@ def test_files_are_readable_as_the_umask_says(umask, mode, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_files_behind_links_keep_their_mode(tmp_path):
+    theirs = tmp_path / "theirs.safetensors"
+    theirs.touch(0o600)
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "link.safetensors").symlink_to(theirs)
+    share(tmp_path / "ours")
+    assert theirs.stat().st_mode & 0o777 == 0o600
+
+
 def test_who_has_a_file_open_keeps_it(tmp_path):
     path = tmp_path / "a.safetensors"
     write_weights({"weight": torch.ones(1000)}, path)
