@@ -89,18 +89,18 @@ def _rename(path: Path, new: Path) -> None:
     """Rename to a name that nothing has, not even since somebody looked."""
     try:
         if path.is_dir():
-            new.mkdir()
+            path.rename(new)  # never over a folder that holds something
         else:
-            new.touch(exist_ok=False)
-        try:
-            path.rename(new)  # over what was just made: it would replace what another process has put there, too
-        except FileNotFoundError:
-            new.rmdir() if new.is_dir() else new.unlink()
-            raise
-    except (FileNotFoundError, FileExistsError) as error:
+            new.touch(exist_ok=False)  # to be replaced at once: another process that comes to this line is told
+            try:
+                path.replace(new)
+            except OSError:
+                new.unlink()
+                raise
+    except OSError as error:
         raise RequestError(
-            f"{path} cannot be renamed to {new.name}: another process works in this folder and has just set aside what "
-            "an earlier run left; give each run a folder of its own (trainer.default_root_dir)"
+            f"{path} cannot be renamed to {new.name}: another process works in this folder, it seems "
+            f"({error.strerror}); give each run a folder of its own (trainer.default_root_dir)"
         ) from error
 
 
