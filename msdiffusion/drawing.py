@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -41,6 +42,8 @@ _SET_BY_REQUEST = {
 }
 
 
+_COMPUTING = ("text_encoder", "text_encoder_2", "unet", "vae")
+"""Parts of a pipeline that hand each other what they compute."""
 _DENOISING: WeakSet[Any] = WeakSet()
 """UNets that are at work; whoever looks has taken their turn (``msdiffusion.turns``)."""
 
@@ -173,6 +176,19 @@ class BatchDrawing:
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Refuse what the pipeline would fail at midway, or take for something else."""
         pipeline = self.pipeline
+        scheduler = pipeline.scheduler
+        step = inspect.signature(scheduler.step).parameters.values()
+        needed = [each for each in step if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+        if (
+            not hasattr(scheduler, "init_noise_sigma")
+            or not hasattr(scheduler, "order")
+            or "Inverse" in type(scheduler).__name__
+            or len(needed) > 3  # output, timestep, sample
+        ):
+            raise RequestError(
+                f"{type(scheduler).__name__} is not made for drawing with this pipeline: take another scheduler, for "
+                "instance DDIMScheduler.from_config(model.pipeline.scheduler.config)"
+            )
         if isinstance(pipeline, PAGMixin) and options.get("pag_scale", 3.0) > 0:  # its own default
             raise RequestError("PAG gives the UNet batches of three parts, which subjects don't know: say pag_scale=0")
         if options.get("clip_skip") is not None:
@@ -286,8 +302,9 @@ class BatchDrawing:
         if settings["output_type"] in ("pil", "np") and options.get("padding_mask_crop") is None:
             settings["output_type"] = "pt"
         watched = "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters
-        if watched and options.get("callback_on_step_end") is None:
-            options["callback_on_step_end"] = self._check_first_step
+        callback = options.get("callback_on_step_end")
+        if watched and (callback is None or inspect.isroutine(callback)):
+            options["callback_on_step_end"] = partial(self._after_step, callback)
         kwargs = {**(options.pop("cross_attention_kwargs", None) or {}), "subjects": condition}
         encoder = getattr(pipeline.text_encoder, "_orig_mod", pipeline.text_encoder)
         # diffusers looks for the last norm where transformers had it before 5.6. Not for longer than this call: by the
@@ -306,6 +323,15 @@ class BatchDrawing:
                     cross_attention_kwargs=kwargs,
                     **options,
                 )
+        except RuntimeError as error:
+            parts = {name: getattr(getattr(pipeline, name, None), "dtype", None) for name in _COMPUTING}
+            if "dtype" not in str(error) or len(set(parts.values()) - {None}) < 2:
+                raise
+            told = ", ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in parts.items() if dtype)
+            raise RequestError(
+                f"the parts of the pipeline compute in types that do not fit together: {told}; move all of them, "
+                "model.pipeline.to(dtype)"
+            ) from error
         finally:
             _DENOISING.discard(pipeline.unet)
             if stand_in:
@@ -331,11 +357,17 @@ class BatchDrawing:
         maps = condition.layout_maps(height // factor, width // factor).cpu()
         return drawn, maps.expand(len(batch), -1, -1, -1)
 
-    def _check_first_step(self, _: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A callback of the pipeline: a broken network is told before the other steps are computed in vain."""
+    def _after_step(
+        self, callback: Callable[..., Any] | None, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """A callback of the pipeline: a broken network is told before the other steps are computed in vain.
+
+        callback: the user's; one that returns nothing changes nothing.
+        """
         if step == 0 and "latents" in tensors:
             self._check_numbers(tensors["latents"], "UNet")
-        return tensors
+        changed = None if callback is None else callback(pipeline, step, timestep, tensors)
+        return tensors if changed is None else changed
 
     def _check_numbers(self, values: Tensor, part: str) -> None:
         """Raise WeightsError where a run gave NaN: names the first network with broken weights, else ``part``."""

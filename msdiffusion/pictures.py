@@ -13,6 +13,8 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from msdiffusion.errors import RequestError, shown, warn_caller
 
+VISIBLE = 4
+"""An alpha channel that stays below this of 255 shows nothing: masks of 0 and 1 come so."""
 ORIENTATION = 0x0112
 """EXIF tag that says how a camera was held."""
 _UPRIGHT = {
@@ -41,16 +43,18 @@ def open_reference(image: Any, name: str = "image") -> Image.Image:
         name: what messages call it.
 
     Raises:
-        RequestError: as open_upright; or it is wholly transparent.
+        RequestError: as open_upright; or it is wholly transparent, or nearly so.
     """
     picture = open_upright(image, name)
     colours, alpha = _to_srgb(picture, name), None
     if picture.has_transparency_data:
         alpha = picture.convert("RGBA").getchannel("A")
-        if alpha.getextrema()[1] == 0:
+        most = alpha.getextrema()[1]
+        if most < VISIBLE:
+            found = "wholly transparent" if not most else f"nearly transparent (alpha is {most} of 255 at most)"
             raise RequestError(
-                f"{name} is wholly transparent, so nothing of the subject can be seen: give a picture whose alpha "
-                "channel is 255 on the subject and 0 round it"
+                f"{name} is {found}, so nothing of the subject can be seen: give a picture whose alpha channel is 255 "
+                "on the subject and 0 round it"
             )
         colours.putalpha(alpha)
     return colours
@@ -59,8 +63,9 @@ def open_reference(image: Any, name: str = "image") -> Image.Image:
 def open_upright(image: Any, name: str = "image") -> Image.Image:
     """A picture of 8 bits in its own mode and colour space, turned as its EXIF orientation says.
 
-    Grey pictures of 16 bits are scaled from 0-65535, those of floats from [0, 1]; where either holds values that only
-    0-255 explains, these are kept. Damaged EXIF data turn nothing.
+    Grey pictures of 16 bits are scaled from 0-65535, with a warning where they hold 10 or 12 bits at most, those of
+    floats from [0, 1]; where either holds values that only 0-255 explains, these are kept. Damaged EXIF data turn
+    nothing.
 
     Args:
         image: a picture of PIL, or the path of one.
@@ -113,13 +118,15 @@ def _existing(image: str | Path, name: str) -> Path:
 
 def _decoded(source: Path | io.BytesIO | Image.Image, name: str, called: str) -> Image.Image:
     """``called``: name and path, for messages about the file itself."""
+    notes = list[str]()
     try:
         with _DECODING, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pillow's, of many pixels and of EXIF data that nobody asks for
             if isinstance(source, Image.Image):
-                return _upright(source, name)
-            with Image.open(source) as file:
-                return _upright(file, name)
+                decoded = _upright(source, name, notes)
+            else:
+                with Image.open(source) as file:
+                    decoded = _upright(file, name, notes)
     except RequestError:
         raise
     except Image.DecompressionBombError:
@@ -136,6 +143,9 @@ def _decoded(source: Path | io.BytesIO | Image.Image, name: str, called: str) ->
     except Exception as error:  # decoders raise many things at broken files
         why = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(f"{called} is not a picture that can be read: {why[:300]}") from None
+    for note in notes:
+        warn_caller(note)
+    return decoded
 
 
 def _what_else(source: Any) -> str:
@@ -163,18 +173,24 @@ def _first_bytes(path: Path) -> bytes:
         return file.read(512)
 
 
-def _in_8_bits(picture: Image.Image, name: str) -> Image.Image:
+def _in_8_bits(picture: Image.Image, name: str, notes: list[str]) -> Image.Image:
     """Pictures of more bits, which are one grey channel, as mode L or LA; PIL would cut off what is above 255."""
     if picture.mode != "F" and not picture.mode.startswith("I"):
         return picture
     values = np.asarray(picture)
     low, high = values.min(), values.max()
     top = 1 if picture.mode == "F" and high <= 1 else 255 if high <= 255 else 65535
-    if not (low >= 0 and high <= top) or (picture.mode == "F" and top == 65535):  # NaN is in no range
+    unclear = picture.mode == "F" and (top == 65535 or 1 < high <= 2)  # the latter is 0 to 1 after a resize, or black
+    if not (low >= 0 and high <= top) or unclear:  # NaN is in no range
         need = "0 to 1" if picture.mode == "F" else "0 to 65535"
         raise RequestError(
             f"{name} is a grey picture with values from {low:g} to {high:g}, so what is black and white in it is not "
             f"known: scale it to {need}, or save it with 8 bits"
+        )
+    if top == 65535 and high < 4096:
+        notes.append(
+            f"{name} is a grey picture of 16 bits with values up to {high:g} of 65535, so it is nearly black: if its "
+            "camera writes 10 or 12 bits, multiply them by 64 or 16 first"
         )
     # of 0-255 PIL itself cuts off the fractions
     grey = values.astype(np.uint8) if top == 255 else np.round(values * (255 / top)).astype(np.uint8)
@@ -186,7 +202,7 @@ def _in_8_bits(picture: Image.Image, name: str) -> Image.Image:
     return result
 
 
-def _upright(picture: Image.Image, name: str) -> Image.Image:
+def _upright(picture: Image.Image, name: str, notes: list[str]) -> Image.Image:
     """In 8 bits, and turned as cameras note it in EXIF or XMP data, of which nothing is kept."""
     picture.load()  # before its EXIF data are asked: TIFF files are turned on loading
     try:
@@ -194,7 +210,7 @@ def _upright(picture: Image.Image, name: str) -> Image.Image:
     except Exception:  # at data that a program has damaged pillow raises many things; the pixels are well
         orientation = None
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    plain = _in_8_bits(picture, name)
+    plain = _in_8_bits(picture, name, notes)
     result = plain.copy() if method is None else plain.transpose(method)
     result.info = {key: value for key, value in plain.info.items() if key in ("icc_profile", "transparency")}
     return result

@@ -211,6 +211,11 @@ def find_checkpoint(name: str, root: str | None, fit: bool) -> Path | None:
         return existing(folder / LAST)
     path = existing(folder / NAMES[name]) if name in NAMES else existing(Path(name))
     if path is not None:
+        if path.is_dir() and (path / "adapter.safetensors").is_file():
+            raise RequestError(
+                f"--ckpt_path {name} is the folder of an adapter, which holds no state of a run: go on with a run's "
+                f"checkpoints/{LAST}, or begin a new run from these weights: --model.init_args.adapter {name}"
+            )
         return path
     asked = f"--ckpt_path {name}" + (f" needs {folder / NAMES[name]}" if name in NAMES else " is no file")
     present = sorted(str(file) for file in folder.glob("*.ckpt")) if folder.is_dir() else []

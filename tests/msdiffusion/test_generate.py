@@ -238,6 +238,30 @@ def test_only_diffusers_itself_asks_where_the_pipeline_computes(model, monkeypat
     assert len(asked) == 1  # in its own call
 
 
+def test_a_callback_that_returns_nothing_changes_nothing(model):
+    seen = []
+    [plain], [watched] = draw(model), draw(model, callback_on_step_end=lambda *told: seen.append(told[1]))
+    assert seen == list(range(len(seen))) and len(seen) > 1
+    assert np.array_equal(np.asarray(plain), np.asarray(watched))
+
+
+@pytest.mark.parametrize("kind", ["FlowMatchEulerDiscrete", "RePaint", "DDIMInverse"])
+def test_schedulers_that_do_not_draw_are_refused(model, monkeypatch, kind):
+    import diffusers
+
+    scheduler = getattr(diffusers, f"{kind}Scheduler")
+    monkeypatch.setattr(model.pipeline, "scheduler", scheduler.from_config(model.pipeline.scheduler.config))
+    with pytest.raises(RequestError, match=f"{kind}Scheduler is not made for drawing"):
+        draw(model)
+
+
+def test_parts_of_different_types_are_named(tiny_model_dir):
+    model = MSDiffusion.from_pretrained(tiny_model_dir, device="cpu")
+    model.pipeline.text_encoder_2.to(torch.bfloat16)
+    with pytest.raises(RequestError, match="text_encoder in float32, text_encoder_2 in bfloat16, unet in float32"):
+        draw(model)
+
+
 def test_bad_input_is_refused_before_anything_runs(model, monkeypatch):
     def started(*_, **__):
         pytest.fail("heavy work began")

@@ -11,7 +11,7 @@ from PIL import Image, ImageCms, TiffImagePlugin
 
 import msdiffusion.pictures
 from msdiffusion.errors import LayoutError, RequestError
-from msdiffusion.pictures import open_content, open_reference, open_upright
+from msdiffusion.pictures import VISIBLE, open_content, open_reference, open_upright
 from msdiffusion.request import check_request
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -88,6 +88,13 @@ def test_a_grey_png_of_16_bits_with_a_transparent_grey(tmp_path):
     assert np.array_equal(np.asarray(opened)[..., 1], RAMP)
 
 
+@pytest.mark.parametrize("bits", [10, 12, 13])
+def test_grey_of_fewer_bits_in_a_file_of_16_is_told(bits, recwarn):
+    values = np.linspace(0, 2**bits - 1, 64).astype(np.uint16).reshape(8, 8)
+    open_reference(Image.fromarray(values), "dog")
+    assert [f"up to {2**bits - 1} of 65535" in str(each.message) for each in recwarn] == ([True] if bits < 13 else [])
+
+
 @pytest.mark.parametrize(
     ("values", "told"),
     [
@@ -95,6 +102,7 @@ def test_a_grey_png_of_16_bits_with_a_transparent_grey(tmp_path):
         (np.array([[0, 70000]], np.int32), "from 0 to 70000"),
         (np.array([[0, 1000]], np.float32), "from 0 to 1000.*scale it to 0 to 1,"),
         (np.array([[-0.5, 0.5]], np.float32), "from -0.5 to 0.5"),
+        (np.array([[0, 1.02]], np.float32), "from 0 to 1.02.*scale it to 0 to 1,"),  # after a resize by Lanczos
         (np.array([[0, np.nan]], np.float32), "nan"),
         (np.array([[0, np.inf]], np.float32), "inf"),
     ],
@@ -214,12 +222,20 @@ def test_a_grey_picture_with_a_profile_of_colours():
     assert opened[8, 0].tolist() == pytest.approx([188] * 3, abs=2)  # 128 of 255, linear
 
 
+def test_an_alpha_channel_of_zeros_and_ones_is_refused():
+    """As segmentation gives masks: everything would be as good as transparent."""
+    pixels = np.full((8, 8, 4), 200, np.uint8)
+    pixels[..., 3] = np.arange(64).reshape(8, 8) % 2
+    with pytest.raises(RequestError, match=r"dog is nearly transparent \(alpha is 1 of 255 at most\)"):
+        open_reference(Image.fromarray(pixels), "dog")
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
 def test_a_cut_out_that_is_wholly_transparent_is_refused(mode):
     with pytest.raises(RequestError, match=r"dog is wholly transparent.*255 on the subject"):
         open_reference(Image.new("RGBA", (4, 4), (9, 9, 9, 0)).convert(mode), "dog")
     one = Image.new("RGBA", (4, 4), (9, 9, 9, 0))
-    one.putpixel((1, 1), (9, 9, 9, 1))
+    one.putpixel((1, 1), (9, 9, 9, VISIBLE))
     assert open_reference(one).mode == "RGBA"
 
 
@@ -267,7 +283,7 @@ def test_a_picture_of_many_pixels_is_read_without_a_word(tmp_path, monkeypatch, 
 def test_threads_that_decode_together_leave_the_filters_of_warnings_alone(monkeypatch, in_threads):
     first_in, second_in, first_left = threading.Event(), threading.Event(), threading.Event()
 
-    def slow(picture, name):
+    def slow(picture, name, notes):
         (first_in if name == "first" else second_in).set()
         (second_in if name == "first" else first_left).wait(0.2)
         return picture

@@ -69,6 +69,12 @@ def test_a_checkpoint_that_is_not_there_is_told(root, name, fit, message):
         find_checkpoint(name, str(root), fit)
 
 
+def test_the_folder_of_an_adapter_is_no_checkpoint(tmp_path):
+    (tmp_path / "adapter.safetensors").touch()
+    with pytest.raises(RequestError, match="is the folder of an adapter.*--model.init_args.adapter"):
+        find_checkpoint(str(tmp_path), None, fit=True)
+
+
 def test_those_that_are_there_are_named(root):
     path = touch(root, "last.ckpt")
     with pytest.raises(
