@@ -192,12 +192,17 @@ def run(arguments: argparse.Namespace) -> None:
     """Does what the command line says. MiningError for wrong input, before a network is loaded where that can be
     told; photos that were cut out before stay.
     """
-    from data_pipeline.importers.pictures import open_picture
+    from data_pipeline.importers.pictures import TRANSPARENT, open_picture
 
     boxes = boxes_of(arguments.box, len(arguments.photos))
     places = places_of(arguments.photos, arguments.out)
     for photo in arguments.photos:  # all, before the first is cut out
-        open_picture(photo, str(photo), MAX_PIXELS, "apply")
+        try:
+            open_picture(photo, str(photo), MAX_PIXELS, "apply")
+        except ClipError as error:
+            if error.reason != TRANSPARENT:
+                raise
+            raise InputError(f"{photo} has transparent parts, so it is cut out already: use it as it is") from error
     _tell(f"loading {arguments.segmenter}")
     segmenter = load_segmenter(arguments.segmenter, arguments.segmenter_checkpoint, arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)

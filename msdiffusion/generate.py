@@ -401,10 +401,13 @@ class MSDiffusion:
                 it the config points to where they were loaded from.
 
         Raises:
-            WeightsError: ``include_backbone`` is off, and the backbone was not loaded from anywhere; or it is on, and
-                something was put into the networks that their files have no place for (a LoRA, an IP-Adapter).
+            WeightsError: the directory is a file; ``include_backbone`` is off, and the backbone was not loaded from
+                anywhere; or it is on, and something was put into the networks that their files have no place for (a
+                LoRA, an IP-Adapter).
         """
         directory = Path(directory)
+        if directory.exists() and not directory.is_dir():
+            raise WeightsError(f"cannot save to {directory}: it is a file; give a folder")
         if include_backbone:
             self._check_savable()
             self.pipeline.save_pretrained(directory / BASE_FOLDER)

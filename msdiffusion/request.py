@@ -117,6 +117,10 @@ def check_request(
         LayoutError: a box or a mask cannot be one.
         PhraseError: phrases cannot be found.
     """
+    if isinstance(images, str) and isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        raise RequestError(
+            f"images is the text {shown(images)}, and prompt {shown(prompt)}: the order is images, boxes, prompt"
+        )
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):
         raise RequestError(
             f"prompt is one text, got {shown(prompt)}: for several prompts call generate_batch([...]) with a mapping "

@@ -159,6 +159,11 @@ def _boxes(boxes: Any) -> tuple[Box | None, ...]:
     """Boxes as tuples of numbers, None kept; a box without area is let through here."""
     if isinstance(boxes, (str, bytes)) or not isinstance(boxes, Iterable):
         raise LayoutError(f"boxes must be a list of boxes (x1, y1, x2, y2), or None for no layout, got {boxes!r}")
+    boxes = list(boxes)
+    if boxes and all(isinstance(value, (int, float)) for value in boxes):
+        raise LayoutError(
+            f"boxes must be a list of boxes, one for each image, got {boxes!r}: [{boxes!r}] is a list of one"
+        )
     return tuple(None if box is None else check_box(box, f"boxes[{i}]", empty=True) for i, box in enumerate(boxes))
 
 

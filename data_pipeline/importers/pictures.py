@@ -37,6 +37,7 @@ TURNS = {
 """What its values ask for."""
 EXIF = ("refuse", "apply", "ignore")
 BAD_PICTURE = "unreadable picture"
+TRANSPARENT = "picture with transparency"
 BAD_MASK = "unreadable mask"
 BAD_BOX = "unreadable box"
 MASK_VALUES = "mask with other values than 0 and 1, or 0 and 255"
@@ -117,7 +118,7 @@ def _check_header(picture: Image.Image, name: str, max_pixels: int) -> None:
 def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
     if "A" in picture.getbands() or "transparency" in picture.info:
         if picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-            raise ClipError("picture with transparency", picture=name, needed="an opaque picture, and a mask for it")
+            raise ClipError(TRANSPARENT, picture=name, needed="an opaque picture, and a mask for it")
         picture = picture.convert("RGB")
     profile = picture.info.get("icc_profile")
     if profile:

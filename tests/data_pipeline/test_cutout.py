@@ -130,7 +130,7 @@ def test_wrong_calls_are_told_before_anything_heavy_is_loaded(photo, tmp_path, c
         ([path, "--out", path], "--out must be a folder"),
         ([path, str(tmp_path / "other" / "photo.png"), *out], "would both become"),
         ([path, *out, "--box", "0,0,1"], "four numbers"),
-        ([str(tmp_path / "other" / "photo.png"), *out], "picture with transparency"),
+        ([str(tmp_path / "other" / "photo.png"), *out], "transparent parts, so it is cut out already: use it as it is"),
         ([str(tmp_path / "grey.png"), *out], "more than 8 bits"),
         ([str(tmp_path / "text.jpg"), *out], "unreadable picture"),
         ([path, *out, "--segmenter-checkpoint", "none.pt"], "--segmenter-checkpoint: no file at none.pt"),

@@ -255,6 +255,12 @@ def test_schedulers_that_do_not_draw_are_refused(model, monkeypatch, kind):
         draw(model)
 
 
+def test_a_model_is_not_saved_over_a_file(model, tmp_path):
+    (tmp_path / "cat.png").touch()
+    with pytest.raises(WeightsError, match="it is a file; give a folder"):
+        model.save_pretrained(tmp_path / "cat.png")
+
+
 def test_parts_of_different_types_are_named(tiny_model_dir):
     model = MSDiffusion.from_pretrained(tiny_model_dir, device="cpu")
     model.pipeline.text_encoder_2.to(torch.bfloat16)

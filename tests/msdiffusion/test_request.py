@@ -51,6 +51,7 @@ ONES = np.ones((3, 4), dtype=bool)
         # boxes
         ({"boxes": [LEFT, (0, 0, 1.5, 1)]}, LayoutError, r"boxes\[1\].*leaves the picture"),
         ({"boxes": [LEFT, (0.9, 0, 0.1, 1)]}, LayoutError, r"boxes\[1\].*reversed"),
+        ({"boxes": [0, 0, 1, 1]}, LayoutError, r"one for each image, got \[0, 0, 1, 1\]: \[\[0, 0, 1, 1\]\] is a list"),
         ({"boxes": 3}, LayoutError, "boxes must be a list of boxes"),
         ({"boxes": [LEFT, (0, 0, 1)]}, LayoutError, r"boxes\[1\].*four numbers"),
         ({"boxes": [LEFT, (0, 0, NAN, 1)]}, LayoutError, r"boxes\[1\].*not finite"),
@@ -83,6 +84,7 @@ ONES = np.ones((3, 4), dtype=bool)
         ({"negative_prompt": 3}, RequestError, "negative_prompt"),
         ({"prompt": ["a dog", "a cat"]}, RequestError, r"prompt is one text, got \['a dog', 'a cat'\].*generate_batch"),
         ({"prompt": (PROMPT,)}, RequestError, "prompt is one text"),
+        ({"images": PROMPT, "prompt": [[0, 0, 1, 1]]}, RequestError, "the order is images, boxes, prompt"),
         # sizes
         ({"height": 100}, RequestError, "height is 100.*multiple of 8.*for example 96|for example 104"),
         ({"width": 1001}, RequestError, "width is 1001.*multiple of 8: for example 1000"),
