@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 
 import numpy as np
 import pytest
@@ -312,9 +313,17 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_process_that_trai
     assert worker.exitcode == 0
 
 
+@pytest.fixture
+def own_fork_server():
+    """For one test: a server keeps the signals held that were held when it started."""
+    forkserver._forkserver._stop()
+    yield
+    forkserver._forkserver._stop()
+
+
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals of other systems")
 @pytest.mark.parametrize("start", ["fork", *(pytest.param(n, marks=pytest.mark.slow) for n in ("spawn", "forkserver"))])
-def test_a_signal_to_the_whole_group_while_workers_start(make, plan, monkeypatch, start):
+def test_a_signal_to_the_whole_group_while_workers_start(make, plan, monkeypatch, own_fork_server, start):
     """Those that import the libraries first used to die of it."""
     begin = torch.utils.data.DataLoader.__iter__
 
