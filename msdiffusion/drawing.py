@@ -303,7 +303,7 @@ class BatchDrawing:
             settings["output_type"] = "pt"
         watched = "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters
         callback = options.get("callback_on_step_end")
-        if watched and (callback is None or inspect.isroutine(callback)):
+        if watched and not hasattr(callback, "tensor_inputs"):  # diffusers' own say by it what they want to see
             options["callback_on_step_end"] = partial(self._after_step, callback)
         kwargs = {**(options.pop("cross_attention_kwargs", None) or {}), "subjects": condition}
         encoder = getattr(pipeline.text_encoder, "_orig_mod", pipeline.text_encoder)
