@@ -339,8 +339,11 @@ def check_finite(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 def last_good(trainer: pl.Trainer) -> str:
     """Where the last good checkpoint of a run is, for messages."""
     path = existing(in_root(trainer, FOLDER) / LAST)
-    if path is None:
-        return "no checkpoint was written yet"
+    if path is None:  # runs may bring Lightning's own ModelCheckpoint, with a folder of its own
+        written = getattr(getattr(trainer, "checkpoint_callback", None), "last_model_path", "")
+        if not written:
+            return "no checkpoint was written yet"
+        return f"the last good checkpoint is {written}: go on from it with --ckpt_path {written}"
     return f"the last good checkpoint is {path}: go on from it with --ckpt_path last"
 
 

@@ -291,6 +291,8 @@ def test_all_processes_hear_from_the_first_whether_there_is_a_best(tmp_path, gon
 def test_messages_name_the_last_good_checkpoint(tmp_path):
     trainer = SimpleNamespace(default_root_dir=tmp_path)
     assert last_good(trainer) == "no checkpoint was written yet"
+    trainer.checkpoint_callback = SimpleNamespace(last_model_path="elsewhere/last.ckpt")  # Lightning's own
+    assert "elsewhere/last.ckpt: go on" in last_good(trainer)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").touch()
     assert str(tmp_path / "checkpoints" / "last.ckpt") in last_good(trainer)
