@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline import __version__
 from data_pipeline.assemble import (
-    SCHEMA,
     assemble,
     file_hashes,
     inputs_hash,
@@ -25,6 +24,7 @@ from data_pipeline.assemble import (
 from data_pipeline.journal import Journal, write_atomically
 from data_pipeline.languages import OTHER_LANGUAGE, SPACY_MODELS
 from data_pipeline.options import make_parser, make_steps
+from data_pipeline.pairs_format import BUILD_SCHEMA
 from data_pipeline.records import InputError, MiningError, MissingModelError, ModelNeededError, SettingsError, VideoFile
 from data_pipeline.run import run
 from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_session, run_on_ray, write_on_ray
@@ -126,7 +126,7 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
     pipeline = {"version": __version__, "settings_hash": settings_hash(settings, __version__)}
     steps[-1] = replace(steps[-1], pipeline=pipeline)
     content = {
-        "schema": SCHEMA,
+        "schema": BUILD_SCHEMA,
         **pipeline,
         "settings": settings,
         "files": hashes,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import __version__
-from data_pipeline.assemble import SCHEMA, assemble, inputs_hash, installed_versions, settings_hash
+from data_pipeline.assemble import assemble, inputs_hash, installed_versions, settings_hash
 from data_pipeline.importers.images import find_metadata, list_pictures, read_images
 from data_pipeline.importers.items import Broken, ImportItem, ItemFile, Spool
 from data_pipeline.importers.official import check_items_file, read_official
@@ -24,6 +24,7 @@ from data_pipeline.importers.pictures import EXIF
 from data_pipeline.importers.steps import CutSubjects, OpenPictures, ReadItems, WritePairs
 from data_pipeline.journal import Journal, atomic_file, write_atomically
 from data_pipeline.options import HelpFormatter, Parser, default_workers, finite, path_of
+from data_pipeline.pairs_format import BUILD_SCHEMA
 from data_pipeline.records import InputError, MiningError, SettingsError
 from data_pipeline.run import run
 from data_pipeline.sources import Places
@@ -226,7 +227,7 @@ def import_pairs(arguments: argparse.Namespace) -> dict[str, Any]:
         try:
             files = find_items(arguments, path, arguments.quiet)
             content = {
-                "schema": SCHEMA,
+                "schema": BUILD_SCHEMA,
                 **pipeline,
                 "importer": arguments.importer,
                 "settings": settings,

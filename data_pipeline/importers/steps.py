@@ -13,6 +13,7 @@ import numpy as np
 from data_pipeline.importers.items import ImportItem, ImportSubject, ItemFile, place_of, read_item
 from data_pipeline.importers.pictures import EXIF, Picture, open_picture, read_mask, to_box
 from data_pipeline.options import SHARDS
+from data_pipeline.pairs_format import PAIRS_SCHEMA
 from data_pipeline.records import (
     Box,
     ClipError,
@@ -27,7 +28,6 @@ from data_pipeline.records import (
 )
 from data_pipeline.step import Step
 
-SCHEMA = "msdiffusion.pairs/1"
 UNHASHED: dict[str, Any] = {"metadata": {"hashed": False}}
 
 
@@ -223,7 +223,7 @@ class WritePairs(Step[CutItem, EncodedPair]):
         if cut.boxes_cut:
             source["boxes_cut"] = cut.boxes_cut
         return {
-            "schema": SCHEMA,
+            "schema": PAIRS_SCHEMA,
             "key": file.key,
             "caption": cut.opened.item.caption,
             "width": target.size[0],

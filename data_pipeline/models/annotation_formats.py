@@ -449,8 +449,10 @@ def read_numbers(path: Path) -> np.ndarray:
     """
     from PIL import Image
 
+    from data_pipeline.picture_formats import open_listed
+
     try:
-        with Image.open(path) as picture:
+        with open_listed(path) as picture:
             mode, numbers = picture.mode, np.asarray(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ClipError(BAD_MASK, file=path.name, error=type(error).__name__) from error
@@ -512,12 +514,3 @@ def draw_polygons(polygons: Any, width: int, height: int) -> np.ndarray:
                 np.add.at(crossings, (rows, np.clip(np.ceil(at - 0.5), 0, width).astype(int)), 1)
         mask |= crossings.cumsum(axis=1)[:, :width] % 2 == 1
     return mask
-
-
-def segmentation_size(segmentation: Mapping[str, Any]) -> Iterable[int]:
-    """Height and width of a segmentation; ClipError if they are missing."""
-    try:
-        height, width = (int(side) for side in segmentation["size"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ClipError(BAD_MASK, error=f"no size: {type(error).__name__}") from error
-    return height, width
