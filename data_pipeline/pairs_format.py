@@ -105,7 +105,8 @@ class HeaderFile:
 
 # -------------------------------------------------------------------------------------------------------- index.parquet
 
-TEXTS = ("key", "shard", "video", "caption")
+TEXTS = {"key": MOST_KEY, "shard": MOST_PHRASE, "video": MOST_CAPTION, "caption": MOST_CAPTION}
+"""Its columns of texts, and the most characters of one."""
 WHOLE = ("width", "height", "num_subjects")
 SHARES = ("min_detection_score", "min_match_similarity")
 COLUMNS = (*TEXTS, *WHOLE, "phrases", "areas", *SHARES, "frame_gap_seconds")
@@ -115,7 +116,7 @@ def open_index(file: Any, columns: Iterable[str], rows: int) -> Any:
     """A pyarrow ParquetFile of an index.parquet whose columns and sizes are what they should be. Texts come as
     dictionaries, so that one that is named a million times is in memory once.
 
-    file: path or open file. columns: that will be read. rows: as build.json says. ValueError, to be read after the
+    file: path or open file. columns: that will be read. rows: build.json says, and the most there may be. ValueError, to be read after the
     file's name, for what is not as it should be; errors of pyarrow for a file that is no parquet.
     """
     import pyarrow.parquet
@@ -127,11 +128,11 @@ def open_index(file: Any, columns: Iterable[str], rows: int) -> Any:
         schema = index.schema_arrow
         for name in columns:
             if name not in schema.names:
-                raise ValueError(f"has no column {name!r}")
+                raise ValueError(f"has no complete column {name!r}")
             if not _is_of_its_type(name, schema.field(name).type):
                 raise ValueError(f"has a column {name!r} of the type {schema.field(name).type}, which is none of its")
         facts = index.metadata
-        if facts.num_rows != rows:
+        if facts.num_rows > rows:
             raise ValueError(f"has {facts.num_rows:,} rows, and build.json says {rows:,} samples")
         for number in range(facts.num_row_groups):
             group = facts.row_group(number)
@@ -160,8 +161,9 @@ def check_texts(batch: Any) -> None:
         if name not in (*TEXTS, "phrases") or not len(values):
             continue
         longest = compute.max(compute.binary_length(getattr(values, "dictionary", values))).as_py() or 0
-        if longest > 4 * MOST_CAPTION:  # bytes of UTF-8
-            raise ValueError(f"has a text of {longest:,} bytes in the column {name!r}, more than {4 * MOST_CAPTION:,}")
+        most = 4 * TEXTS.get(name, MOST_PHRASE)  # bytes of UTF-8
+        if longest > most:
+            raise ValueError(f"has a text of {longest:,} bytes in the column {name!r}, more than {most:,}")
 
 
 def _is_of_its_type(name: str, kind: Any) -> bool:
@@ -179,8 +181,7 @@ def _is_of_its_type(name: str, kind: Any) -> bool:
 
 def fault_of_row(row: Mapping[str, Any]) -> str:
     """What is wrong with a row of the index, to be read after its place; "" for nothing."""
-    limits = {"key": MOST_KEY, "shard": MOST_PHRASE, "video": MOST_CAPTION, "caption": MOST_CAPTION}
-    for name, most in limits.items():
+    for name, most in TEXTS.items():
         if fault := fault_of_text(row[name], most):
             return f"{name} {fault}"
     if not KEY.fullmatch(row["key"]):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.safe_text import html, printable
+from data_pipeline.safe_text import html
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1540px; padding: 0 1em; color: #222; }
@@ -356,9 +356,9 @@ def _cut(text: str, longest: int) -> str:
 
 
 def _evidence_cell(evidence: Any) -> str:
-    traceback = str(evidence["traceback"])[-MOST_TRACEBACK:] if isinstance(evidence, Mapping) and "traceback" in evidence else ""
+    told = evidence.get("traceback", "") if isinstance(evidence, Mapping) else ""
     return html(
         "<bdi>{{ words }}</bdi>{% if traceback %}<pre>{{ traceback }}</pre>{% endif %}",
         words=_cut(in_words(evidence), MOST_EVIDENCE),
-        traceback=traceback,
+        traceback=str(told)[-MOST_TRACEBACK:],
     )

@@ -385,7 +385,7 @@ def rejected_videos(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def index_rows(folder: Path, build: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rows of index.parquet, a thousand in memory at a time; InputError if it is missing or damaged, or if it is
+    """The rows of index.parquet, a few hundred in memory at a time; InputError if it is missing or damaged, or if it is
     not what its shards, as build.json lists them, can hold.
     """
     import pyarrow
@@ -396,11 +396,13 @@ def index_rows(folder: Path, build: Mapping[str, Any]) -> Iterator[dict[str, Any
     for entry in build["shards"]:
         shard = folder / entry["name"]
         if shard.is_file() and entry["samples"] * SAMPLE_BYTES > shard.stat().st_size:
-            raise InputError(f"build.json says that {shard} holds {entry['samples']:,} samples, for which it is too small")
+            raise InputError(
+                f"build.json says that {shard} holds {entry['samples']:,} samples, for which it is too small"
+            )
     number = 0
     try:
         with open_index(path, COLUMNS, sum(entry["samples"] for entry in build["shards"])) as file:
-            for batch in file.iter_batches(batch_size=1024, columns=list(COLUMNS)):
+            for batch in file.iter_batches(batch_size=256, columns=list(COLUMNS)):
                 check_texts(batch)
                 for row in batch.to_pylist():
                     number += 1
