@@ -25,6 +25,7 @@ from data_pipeline.records import (
     SettingsError,
     box_in_pixels,
 )
+from data_pipeline.safe_text import visible
 
 if TYPE_CHECKING:
     from data_pipeline.models.segmenter import Segmenter
@@ -219,11 +220,11 @@ def run(arguments: argparse.Namespace) -> None:
                 f"note: in {place} the mask runs along the box's edge: it is the background, or the thing is cut off; "
                 "look at it, and give --box X1,Y1,X2,Y2 round the whole thing"
             )
-        print(place, flush=True)  # noqa: T201
+        print(visible(place), flush=True)  # noqa: T201
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+    print(visible(line), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from data_pipeline.options import HelpFormatter, Parser, default_workers, finite
 from data_pipeline.pairs_format import BUILD_SCHEMA
 from data_pipeline.records import InputError, MiningError, SettingsError
 from data_pipeline.run import run
+from data_pipeline.safe_text import visible
 from data_pipeline.sources import Places
 from data_pipeline.step import Step
 from data_pipeline.texts import counted
@@ -165,7 +166,7 @@ def find_items(arguments: argparse.Namespace, path: Path, quiet: bool, keep: boo
         ):
             spool.add(item)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)  # noqa: T201
+        print(visible(f"note: {note}"), file=sys.stderr)  # noqa: T201
     files = spool.files()
     check_items(arguments, spool, files)
     return files
@@ -303,11 +304,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(  # noqa: T201
         f"{counted(counts['samples'], 'sample')} with {counted(counts['subjects'], 'subject')} from "
         f"{counted(counts['videos'], 'item')}, "
-        f"{counts['rejected']} rejected; look at {arguments.out / 'report.html'}"
+        f"{counts['rejected']} rejected; look at {visible(arguments.out / 'report.html')}"
     )
     for stage, reasons in counts["reasons"].items():
         for reason, count in reasons.items():
-            print(f"  {count} rejected by {stage}: {reason}")  # noqa: T201
+            print(visible(f"  {count} rejected by {stage}: {reason}"))  # noqa: T201
     for name, text in NOTES.items():
         if counts[name]:
             print(f"  note: {counts[name]} {text}")  # noqa: T201

@@ -116,8 +116,8 @@ def open_index(file: Any, columns: Iterable[str], rows: int) -> Any:
     """A pyarrow ParquetFile of an index.parquet whose columns and sizes are what they should be. Texts come as
     dictionaries, so that one that is named a million times is in memory once.
 
-    file: path or open file. columns: that will be read. rows: build.json says, and the most there may be. ValueError, to be read after the
-    file's name, for what is not as it should be; errors of pyarrow for a file that is no parquet.
+    file: path or open file. columns: that will be read. rows: build.json says, and the most there may be. ValueError,
+    to be read after the file's name, for what is not as it should be; errors of pyarrow for a file that is no parquet.
     """
     import pyarrow.parquet
 

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 _KNOWN = [name for name in FORMATS if name != "AVIF" or find_spec("PIL.AvifImagePlugin")]
 """Pillow before 11.3 reads no AVIF, and raises a KeyError if it is asked to."""
-NEEDED = "no picture in a format that is read here: JPEG, PNG, WebP, AVIF, GIF, BMP or TIFF"
+NOT_LISTED = "it is in none of the formats that are read: JPEG, PNG, WebP, AVIF, GIF, BMP and TIFF"
 
 
 def open_listed(source: str | Path | IO[bytes]) -> Image.Image:
@@ -26,4 +26,4 @@ def open_listed(source: str | Path | IO[bytes]) -> Image.Image:
     try:
         return Image.open(source, formats=_KNOWN)
     except UnidentifiedImageError as error:
-        raise UnidentifiedImageError(NEEDED) from error
+        raise UnidentifiedImageError(NOT_LISTED) from error

@@ -37,24 +37,30 @@ def printable(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
+class Html(str):
+    """A text that is HTML: templates take it as it is. Only ``html`` makes some."""
+
+    __slots__ = ()
+
+    def __html__(self) -> str:
+        return str(self)
+
+
 @cache
 def _template(source: str) -> Any:
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
 
     def plain(value: Any) -> Any:
-        return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        return printable(value) if isinstance(value, str) and not isinstance(value, Html) else value
 
     how = {"trim_blocks": True, "keep_trailing_newline": True}
     return Environment(autoescape=True, undefined=StrictUndefined, finalize=plain, **how).from_string(source)
 
 
-def html(template: str, **values: Any) -> str:
+def html(template: str, **values: Any) -> Html:
     """A page, or a part of one, from a template of jinja2 that escapes every value: all HTML of this project is made
-    here. What it returns is known to be HTML, and stands in another template as it is.
+    here. What it returns stands in another template as it is.
 
     template: in jinja2's language, without a value in it. values: what it names; one that is missing is an error.
     """
-    from markupsafe import Markup
-
-    return Markup(_template(template).render(values))
+    return Html(_template(template).render(values))

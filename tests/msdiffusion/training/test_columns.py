@@ -91,7 +91,8 @@ def test_an_index_of_many_keys_makes_no_python_object_of_each(tmp_path, monkeypa
     names = ["a.tar", "b.tar", "c.tar"]
     table = pyarrow.table(
         {"key": [f"key_{i:06d}" for i in range(N)], "shard": [names[i * 3 // N] for i in range(N)],
-         "width": pyarrow.array(np.arange(1, N + 1), pyarrow.int32()), "height": pyarrow.array(np.ones(N), pyarrow.int32())}
+         "width": pyarrow.array(np.arange(1, N + 1), pyarrow.int32()),
+         "height": pyarrow.array(np.ones(N), pyarrow.int32())}
     )  # fmt: skip
     pyarrow.parquet.write_table(table, tmp_path / "index.parquet", row_group_size=1000)
     shards = []
