@@ -312,10 +312,15 @@ def page(
     }
     shown = []
     for (stage, reason), entries in examples.items():
-        rows = [(html("<bdi>{{ video }}</bdi>", **entry), _evidence_cell(entry["evidence"])) for entry in entries]
+        rows = [
+            (html("<bdi>{{ video }}</bdi>", video=entry["video"]), _evidence_cell(entry["evidence"]))
+            for entry in entries
+        ]
         count = f"{tally.rejected[stage][reason]:,}"
         shown.append((stage, reason, count, table(("video", "what was measured"), rows)))
-    settings = [(step, html("<code>{{ own }}</code>", own=json.dumps(own))) for step, own in build["settings"].items()]
+    settings = [
+        (step, html("<code>{{ own }}</code>", own=_as_json(own, ascii=True))) for step, own in build["settings"].items()
+    ]
     packages = {"data_pipeline": build["version"], **build["versions"]} if "version" in build else build["versions"]
     return html(
         PAGE,
@@ -340,15 +345,19 @@ def in_words(evidence: Any, longest: int = MOST_EVIDENCE) -> str:
     traceback is left out; its last line is the error.
     """
     if not isinstance(evidence, Mapping):
-        return _cut(json.dumps(evidence, ensure_ascii=False), longest)
+        return _cut(_as_json(evidence), longest)
     values = {name: value for name, value in evidence.items() if name != "traceback" and value not in ("", None)}
     if "traceback" in evidence and "error" not in values:
         values["error"] = str(evidence["traceback"]).strip().rsplit("\n", 1)[-1]
-    texts = {
-        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for name, value in values.items()
-    }
+    texts = {name: value if isinstance(value, str) else _as_json(value) for name, value in values.items()}
     return "; ".join(f"{name.replace('_', ' ')}: {_cut(text, longest)}" for name, text in texts.items())
+
+
+def _as_json(value: Any, ascii: bool = False) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=ascii)
+    except RecursionError:
+        return "(nested too deeply to be shown)"
 
 
 def _cut(text: str, longest: int) -> str:

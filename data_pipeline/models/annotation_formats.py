@@ -25,6 +25,8 @@ BAD = "unreadable annotations"
 BAD_MASK = "unreadable mask in the annotations"
 MOST_PIXELS = 1e9
 """A corner of a polygon beyond that is a mistake, and its edges cannot be computed."""
+MOST_POLYGONS = 1_000
+"""Of one object: each is drawn over the whole frame."""
 VOID = 255
 """DAVIS: pixels that belong to nothing for certain; the one object, where there is nothing else (DAVIS 2016)."""
 FRAME_FOLDERS = frozenset(
@@ -497,6 +499,8 @@ def draw_polygons(polygons: Any, width: int, height: int) -> np.ndarray:
     [x, y, x, y, ...] in pixels, three points or more.
     """
     mask = np.zeros((height, width), dtype=bool)
+    if not isinstance(polygons, list) or len(polygons) > MOST_POLYGONS:
+        raise ClipError(BAD_MASK, error=f"polygons must be a list of {MOST_POLYGONS} at most")
     for polygon in polygons:
         try:
             points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
