@@ -99,7 +99,7 @@ class Shard:
             with self.path.open("rb") as file, tarfile.open(fileobj=HeaderFile(file), mode="r:") as archive:
                 members = archive.getmembers()
                 end = archive.offset
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
             if self._starts_like_a_tar():
                 raise InputError(f"{self.path} is damaged or cut short ({error}): mine or copy it again") from error
             raise InputError(f"{self.path} is no tar file ({error})") from error

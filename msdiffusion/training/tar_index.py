@@ -271,7 +271,7 @@ def _walk_any(descriptor: int) -> list[tuple[str, int, int]]:
         try:
             with tarfile.open(fileobj=HeaderFile(file), mode="r:") as archive:
                 rows += ((m.name, m.offset_data, m.size) for m in archive if m.isreg())
-        except (tarfile.TarError, EOFError, ValueError):
+        except (tarfile.TarError, EOFError, ValueError, OSError, OverflowError):
             pass  # the walk ended too early, so what follows the last member is no end mark: the caller tells it
     return rows
 
