@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.pairs_format import MOST_PIXELS
 from data_pipeline.records import ClipError, InputError
 from data_pipeline.sources import path_parts
 from data_pipeline.texts import read_csv
 
 BAD = "unreadable annotations"
 BAD_MASK = "unreadable mask in the annotations"
-MOST_PIXELS = 1e9
+FARTHEST = 1e9
 """A corner of a polygon beyond that is a mistake, and its edges cannot be computed."""
 MOST_POLYGONS = 1_000
 """Of one object: each is drawn over the whole frame."""
@@ -455,6 +456,8 @@ def read_numbers(path: Path) -> np.ndarray:
 
     try:
         with open_listed(path) as picture:
+            if picture.width * picture.height > MOST_PIXELS:  # before it is decoded; no video has more
+                raise ClipError(BAD_MASK, file=path.name, error=f"a picture of {picture.width} x {picture.height} pixels")
             mode, numbers = picture.mode, np.asarray(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ClipError(BAD_MASK, file=path.name, error=type(error).__name__) from error
@@ -506,7 +509,7 @@ def draw_polygons(polygons: Any, width: int, height: int) -> np.ndarray:
             points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
         except (TypeError, ValueError, OverflowError) as error:
             raise ClipError(BAD_MASK, error="a polygon is a list x, y, x, y, ...") from error
-        if len(points) < 3 or not (np.abs(points) < MOST_PIXELS).all():  # nor NaN
+        if len(points) < 3 or not (np.abs(points) < FARTHEST).all():  # nor NaN
             raise ClipError(BAD_MASK, error="a polygon needs three points or more, none of them far away or infinite")
         # How often the outline is crossed on the way from the left edge to a pixel's centre.
         crossings = np.zeros((height, width + 1), dtype=np.int32)
