@@ -457,7 +457,7 @@ def read_numbers(path: Path) -> np.ndarray:
     try:
         with open_listed(path) as picture:
             if picture.width * picture.height > MOST_PIXELS:  # before it is decoded; no video has more
-                raise ClipError(BAD_MASK, file=path.name, error=f"a picture of {picture.width} x {picture.height} pixels")
+                raise ClipError(BAD_MASK, file=path.name, error="too many pixels", size=list(picture.size))
             mode, numbers = picture.mode, np.asarray(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ClipError(BAD_MASK, file=path.name, error=type(error).__name__) from error

@@ -129,7 +129,7 @@ def found_folders(root: Path, part: Part) -> list[Found]:
     for path in sorted(root.glob(f"{part}-*/{MANIFEST}")):
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path} cannot be read ({error}); remove {path.parent}, {ADVICE}") from error
         if not isinstance(manifest, dict):
             raise DataError(f"{path} is no manifest of encodings; remove {path.parent}, {ADVICE}")
