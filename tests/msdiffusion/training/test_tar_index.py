@@ -94,6 +94,7 @@ MEMBERS = st.lists(
        start=st.sampled_from(["", "x-", "y" * 120]), time=st.sampled_from([0, 1.5]))  # fmt: skip
 def test_members_of_any_order_and_dialect_are_found(members, format, start, time, tmp_path_factory):
     path = tmp_path_factory.mktemp("tar") / "p.tar"
+    start = start[:60] if format == tarfile.USTAR_FORMAT else start  # which has no long names
     mtime = time if format == tarfile.PAX_FORMAT else 0  # a fraction of a second makes an extended header there
     write_tar(path, [(f"{start}{k}.{suffix}", content) for k, suffix, content in members], format, mtime=mtime)
     expected = {}
