@@ -8,16 +8,16 @@ import json
 import platform
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_pipeline.journal import Journal, atomic_file, fingerprint
+from data_pipeline.pairs_format import BLANK_REFERENCE, MEMBER, tar_member
 from data_pipeline.records import VideoFile
 from data_pipeline.step import Step
 
-SCHEMA = "data_pipeline.build/1"
 # Packages that can change what comes out.
 PACKAGES = [
     "av",
@@ -47,6 +47,8 @@ class ShardPlan:
     name: str
     keys: tuple[str, ...]
     samples: int
+    references: int = 0
+    """Members of this kind that every sample has, some of them blank: the most subjects of a sample of the dataset."""
 
 
 class ShardPlanner:
@@ -92,10 +94,31 @@ def write_shard(journal: Journal, plan: ShardPlan) -> dict[str, Any]:
             size += len(content)
 
         for key in plan.keys:
-            put(journal.blocks(key))
+            for block in with_blanks(journal.blocks(key), plan.references):
+                put(block)
         put(bytes(2 * tarfile.BLOCKSIZE))  # the end mark
         put(bytes(-size % tarfile.RECORDSIZE))
     return {"name": plan.name, "samples": plan.samples, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def with_blanks(blocks: bytes, references: int) -> Iterator[bytes]:
+    """The members of samples, each sample with so many references: blank ones follow its own, before its json.
+
+    blocks: as ``steps/write_shards.py`` makes them, of plain headers.
+    """
+    position = count = 0
+    while position < len(blocks):
+        header = tarfile.TarInfo.frombuf(blocks[position : position + tarfile.BLOCKSIZE], "utf-8", "strict")
+        end = position + tarfile.BLOCKSIZE + -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        found = MEMBER.fullmatch(header.name)
+        if found is not None and found["suffix"] == "json":
+            for number in range(count, references):
+                yield tar_member(f"{found['key']}.reference_{number}.png", BLANK_REFERENCE)
+            count = 0
+        elif found is not None and found["suffix"].startswith("reference_"):
+            count += 1
+        yield blocks[position:end]
+        position = end
 
 
 Write = Callable[[Journal, Sequence[ShardPlan]], Iterable[dict[str, Any]]]
@@ -114,7 +137,7 @@ def assemble(journal: Journal, files: Sequence[VideoFile], per_shard: int, write
     """
     for leftover in (*journal.out.glob("pairs-*.tar"), *journal.out.glob(".*.tmp")):  # of an interrupted assembly
         leftover.unlink()
-    planner = ShardPlanner(per_shard)
+    planner, references = ShardPlanner(per_shard), 0
     counts = dict.fromkeys(("videos", "rejected", "samples", "subjects"), 0)
     with (
         atomic_file(journal.out / "rejected.jsonl") as rejected,
@@ -133,9 +156,11 @@ def assemble(journal: Journal, files: Sequence[VideoFile], per_shard: int, write
             rows = [index_row(sample, shard) for sample in marker["samples"]]
             counts["samples"] += len(rows)
             counts["subjects"] += sum(row["num_subjects"] for row in rows)
+            references = max([references, *(row["num_subjects"] for row in rows)])
             index.add(rows)
     planner.flush()
-    return {"shards": list(write(journal, planner.plans)), "counts": counts}
+    plans = [replace(plan, references=references) for plan in planner.plans]
+    return {"shards": list(write(journal, plans)), "counts": counts}
 
 
 def index_row(sample: Mapping[str, Any], shard: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline import __version__
 from data_pipeline.assemble import (
-    SCHEMA,
     assemble,
     file_hashes,
     inputs_hash,
@@ -25,9 +24,11 @@ from data_pipeline.assemble import (
 from data_pipeline.journal import Journal, write_atomically
 from data_pipeline.languages import OTHER_LANGUAGE, SPACY_MODELS
 from data_pipeline.options import make_parser, make_steps
+from data_pipeline.pairs_format import BUILD_SCHEMA
 from data_pipeline.records import InputError, MiningError, MissingModelError, ModelNeededError, SettingsError, VideoFile
 from data_pipeline.run import run
 from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_session, run_on_ray, write_on_ray
+from data_pipeline.safe_text import visible
 from data_pipeline.shard_reader import rejected_videos
 from data_pipeline.sources import annotations_beside, find_videos
 from data_pipeline.step import Step
@@ -100,7 +101,7 @@ def deal_out(arguments: argparse.Namespace, files: Sequence[VideoFile], steps: l
 def say(notes: Sequence[str]) -> None:
     """Prints what was assumed and what was left out."""
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)  # noqa: T201
+        print(visible(f"note: {note}"), file=sys.stderr)  # noqa: T201
 
 
 def build(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
     pipeline = {"version": __version__, "settings_hash": settings_hash(settings, __version__)}
     steps[-1] = replace(steps[-1], pipeline=pipeline)
     content = {
-        "schema": SCHEMA,
+        "schema": BUILD_SCHEMA,
         **pipeline,
         "settings": settings,
         "files": hashes,
@@ -160,7 +161,7 @@ def download(steps: Sequence[Step], arguments: argparse.Namespace, why: str = ""
             if not step.downloads():
                 replace(step).set_up()
     try:
-        fetch(models, lambda line: print(line, file=sys.stderr), quiet=arguments.quiet)  # noqa: T201
+        fetch(models, lambda line: print(visible(line), file=sys.stderr), quiet=arguments.quiet)  # noqa: T201
     except MissingModelError as error:
         if not why:
             raise
@@ -284,13 +285,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(  # noqa: T201
         f"{counted(counts['samples'], 'sample')} with {counted(counts['subjects'], 'subject')} from "
         f"{counted(counts['videos'], 'video')}, "
-        f"{counts['rejected']} rejected; look at {arguments.out / 'report.html'}"
+        f"{counts['rejected']} rejected; look at {visible(arguments.out / 'report.html')}"
     )
     for stage, reasons in counts["reasons"].items():
         for reason, count in reasons.items():
-            print(f"  {count} rejected by {stage}: {reason}")  # noqa: T201
+            print(visible(f"  {count} rejected by {stage}: {reason}"))  # noqa: T201
     if note := language_note(arguments.out):
-        print(note, file=sys.stderr)  # noqa: T201
+        print(visible(note), file=sys.stderr)  # noqa: T201
     if counts["samples"] == 0:
         print("error: no pair was left; the reasons are above and in rejected.jsonl", file=sys.stderr)  # noqa: T201
         if arguments.detector == "embedded":

@@ -25,6 +25,7 @@ from data_pipeline.records import (
     SettingsError,
     box_in_pixels,
 )
+from data_pipeline.safe_text import visible
 
 if TYPE_CHECKING:
     from data_pipeline.models.segmenter import Segmenter
@@ -219,11 +220,11 @@ def run(arguments: argparse.Namespace) -> None:
                 f"note: in {place} the mask runs along the box's edge: it is the background, or the thing is cut off; "
                 "look at it, and give --box X1,Y1,X2,Y2 round the whole thing"
             )
-        print(place, flush=True)  # noqa: T201
+        print(visible(place), flush=True)  # noqa: T201
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+    print(visible(line), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,8 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
     except ClipError as error:
-        told = ", ".join(f"{name} {value}" for name, value in error.evidence.items())
-        _tell(f"msdiffusion cutout: error: {error.reason}: {told}")
+        _tell(f"msdiffusion cutout: error: {error.told}")
         return 2
     except MiningError as error:
         _tell(f"msdiffusion cutout: error: {error}")

@@ -14,6 +14,8 @@ from data_pipeline.lettering import draw_text, joins, text_box, text_width
 from data_pipeline.records import Box, DetectedPair, FramePair, NamedPair, TrainingPair, box_in_pixels
 
 HEIGHT = 168
+# Of a picture, in its heights: of a strip one pixel high, a drawing would take gigabytes.
+WIDEST = 32
 # Of letters, in pixels.
 PHRASE_SIZE, TEXT_SIZE, HEADING_SIZE = 11, 12, 16
 # Of text under a picture, at most.
@@ -33,7 +35,7 @@ def draw_frame(image: np.ndarray, subjects: Sequence[Drawn], height: int = HEIGH
     for number, (_, _, mask) in enumerate(subjects):
         if mask is not None:
             pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.asarray(COLOURS[number % len(COLOURS)], dtype=np.float32)
-    width = max(1, round(image.shape[1] * height / image.shape[0]))
+    width = min(max(1, round(image.shape[1] * height / image.shape[0])), WIDEST * height)
     picture = Image.fromarray(pixels.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     for number, (phrase, box, _) in enumerate(subjects):

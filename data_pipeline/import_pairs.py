@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import __version__
-from data_pipeline.assemble import SCHEMA, assemble, inputs_hash, installed_versions, settings_hash
+from data_pipeline.assemble import assemble, inputs_hash, installed_versions, settings_hash
 from data_pipeline.importers.images import find_metadata, list_pictures, read_images
 from data_pipeline.importers.items import Broken, ImportItem, ItemFile, Spool
 from data_pipeline.importers.official import check_items_file, read_official
@@ -24,8 +24,10 @@ from data_pipeline.importers.pictures import EXIF
 from data_pipeline.importers.steps import CutSubjects, OpenPictures, ReadItems, WritePairs
 from data_pipeline.journal import Journal, atomic_file, write_atomically
 from data_pipeline.options import HelpFormatter, Parser, default_workers, finite, path_of
+from data_pipeline.pairs_format import BUILD_SCHEMA
 from data_pipeline.records import InputError, MiningError, SettingsError
 from data_pipeline.run import run
+from data_pipeline.safe_text import visible
 from data_pipeline.sources import Places
 from data_pipeline.step import Step
 from data_pipeline.texts import counted
@@ -164,7 +166,7 @@ def find_items(arguments: argparse.Namespace, path: Path, quiet: bool, keep: boo
         ):
             spool.add(item)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)  # noqa: T201
+        print(visible(f"note: {note}"), file=sys.stderr)  # noqa: T201
     files = spool.files()
     check_items(arguments, spool, files)
     return files
@@ -226,7 +228,7 @@ def import_pairs(arguments: argparse.Namespace) -> dict[str, Any]:
         try:
             files = find_items(arguments, path, arguments.quiet)
             content = {
-                "schema": SCHEMA,
+                "schema": BUILD_SCHEMA,
                 **pipeline,
                 "importer": arguments.importer,
                 "settings": settings,
@@ -302,11 +304,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(  # noqa: T201
         f"{counted(counts['samples'], 'sample')} with {counted(counts['subjects'], 'subject')} from "
         f"{counted(counts['videos'], 'item')}, "
-        f"{counts['rejected']} rejected; look at {arguments.out / 'report.html'}"
+        f"{counts['rejected']} rejected; look at {visible(arguments.out / 'report.html')}"
     )
     for stage, reasons in counts["reasons"].items():
         for reason, count in reasons.items():
-            print(f"  {count} rejected by {stage}: {reason}")  # noqa: T201
+            print(visible(f"  {count} rejected by {stage}: {reason}"))  # noqa: T201
     for name, text in NOTES.items():
         if counts[name]:
             print(f"  note: {counts[name]} {text}")  # noqa: T201

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.drawing import contact_sheet, draw_cut_out, draw_frame
-from data_pipeline.records import Box, ClipError, InputError, MiningError, box_in_pixels, decode_mask
-from data_pipeline.report_page import printable
+from data_pipeline.records import Box, InputError, MiningError, box_in_pixels
+from data_pipeline.safe_text import printable, visible, visible_line
 from data_pipeline.shard_reader import Sample, Shard, read_build
 
 HEIGHT = 360
@@ -86,19 +86,21 @@ def describe(shard: Shard, sample: Sample) -> str:
                 _box_text(subject["reference_box"]),
                 f"{subject['area']:.3f}",
                 f"{subject['detection_score']:.2f}",
-                "" if subject["match_similarity"] is None else f"{subject['match_similarity']:.3f}",
+                "" if subject.get("match_similarity") is None else f"{subject['match_similarity']:.3f}",
             ]
         )
+    rows = [[visible_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [f"{name:<10} {value}" for name, value in facts]
+    lines = [f"{name:<10} {visible_line(value)}" for name, value in facts]
     lines += [
         "",
         *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
     ]
     for number, subject in enumerate(metadata["subjects"]):
         if subject.get("attributes"):
-            lines.append(f"{number}: " + ", ".join(f"{name} {value}" for name, value in subject["attributes"].items()))
-    return printable("\n".join(lines))
+            attributes = ", ".join(f"{name} {value}" for name, value in subject["attributes"].items())
+            lines.append(f"{number}: {visible_line(attributes)}")
+    return "\n".join(lines)
 
 
 def _imported(source: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -124,22 +126,13 @@ def draw(sample: Sample) -> Image.Image:
         side: [_box(subject, f"{side}_box") for subject in metadata["subjects"]] for side in ("reference", "target")
     }
     phrases = [subject["phrase"] for subject in metadata["subjects"]]
-    try:
-        masks = [
-            decode_mask(subject["target_mask_rle"]) if "target_mask_rle" in subject else None
-            for subject in metadata["subjects"]
-        ]
-    except ClipError as error:
-        raise InputError(f"the sample {sample.key} has a mask that cannot be read ({error})") from error
     target = np.asarray(sample.target)
-    if any(mask is not None and mask.shape != target.shape[:2] for mask in masks):
-        raise InputError(f"the sample {sample.key} has a mask of another size than its picture")
     places = draw_frame(
         _references_in_place(sample, boxes["reference"]),
         list(zip(phrases, boxes["reference"], [None] * len(phrases), strict=True)),
         HEIGHT,
     )
-    found = draw_frame(target, list(zip(phrases, boxes["target"], masks, strict=True)), HEIGHT)
+    found = draw_frame(target, list(zip(phrases, boxes["target"], sample.masks, strict=True)), HEIGHT)
     return contact_sheet(
         [
             *(
@@ -204,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"{out} is already there: choose another place with --out")
         save(draw(sample), out)
         print(describe(shard, sample))  # noqa: T201
-        print(f"picture    {out}")  # noqa: T201
+        print(f"picture    {visible(out)}")  # noqa: T201
     except MiningError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2

@@ -21,11 +21,17 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.pairs_format import MOST_FRAME_PIXELS
+from data_pipeline.safe_text import visible
+
 Box = tuple[float, float, float, float]
 
 
 class MiningError(Exception):
-    """Everything this package raises on purpose."""
+    """Everything this package raises on purpose. Its text may be printed: names of files in it do nothing there."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class SettingsError(MiningError, ValueError):
@@ -63,6 +69,12 @@ class ClipError(MiningError):
         self.reason = reason
         self.evidence = evidence
 
+    @property
+    def told(self) -> str:
+        """The reason with the beginning of all that was measured, for a message."""
+        values = ", ".join(f"{name} {str(value)[:80]}" for name, value in self.evidence.items())
+        return visible(f"{self.reason}: {values}" if values else self.reason)
+
 
 # -------------------------------------------------------------------------------------------------------------- masks
 
@@ -84,12 +96,27 @@ def encode_mask(mask: np.ndarray) -> dict[str, list[int]]:
     return {"size": [int(mask.shape[0]), int(mask.shape[1])], "counts": counts}
 
 
-def decode_mask(rle: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """The bool (height, width) mask of such run lengths; ClipError if they don't fill the size."""
+def mask_size(rle: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) that run lengths or polygons say their mask has; ClipError if they don't say it."""
     try:
         height, width = (int(side) for side in rle["size"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ClipError("unreadable mask in the annotations", error=f"no size: {type(error).__name__}") from error
+    return height, width
+
+
+def decode_mask(rle: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """The bool (height, width) mask of such run lengths; ClipError if they don't fill the size, or if that is more than
+    ``MOST_FRAME_PIXELS``.
+    """
+    height, width = mask_size(rle)
+    if height * width > MOST_FRAME_PIXELS:
+        raise ClipError(
+            "mask of too many pixels in the annotations", size=[height, width], max_pixels=MOST_FRAME_PIXELS
+        )
+    try:
         counts = np.asarray(rle["counts"], dtype=np.int64)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ClipError("unreadable mask in the annotations", error=str(error)) from error
     # Single counts first: a sum of huge ones would wrap round to the right number, and repeat() would write anywhere.
     in_range = counts.ndim == 1 and height > 0 and width > 0 and ((counts >= 0) & (counts <= height * width)).all()

@@ -13,18 +13,19 @@ import json
 import shutil
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from data_pipeline.drawing import HEIGHT, Tile, beside, contact_sheet, draw_cut_out, draw_frame
 from data_pipeline.journal import Journal, write_atomically
-from data_pipeline.records import InputError, MiningError, OutputError, VideoFile, decode_mask
-from data_pipeline.report_page import Tally, in_words, page, printable
-from data_pipeline.shard_reader import Sample, Shard, index_rows, read_build, rejected_videos
+from data_pipeline.picture_formats import open_listed
+from data_pipeline.records import InputError, MiningError, OutputError, VideoFile
+from data_pipeline.report_page import Tally, in_words, page
+from data_pipeline.safe_text import printable, visible
+from data_pipeline.shard_reader import Sample, Shard, index_rows, is_seconds, read_build, read_json, rejected_videos
 
 NOTES_SCHEMA = "data_pipeline.report/1"
 KEPT_SHOWN = 48
@@ -104,14 +105,35 @@ def read_notes(out: Path) -> dict[str, Any]:
     path = out / "report" / "notes.json"
     if not path.is_file():
         return {}
-    try:
-        notes = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no json ({error}): delete it for a report without times") from error
+    notes = read_json(path, "delete it for a report without times")
     schema = notes.get("schema") if isinstance(notes, dict) else None
     if schema != NOTES_SCHEMA:
         raise InputError(f"{path} has the schema {schema!r}; this program reads {NOTES_SCHEMA!r}")
+    if odd := [name for name, fits in NOTES_FIELDS.items() if name in notes and not fits(notes[name])]:
+        raise InputError(f"{path}: {', '.join(odd)} is not what it should be: delete it for a report without times")
     return notes
+
+
+def _is_counted(*kinds: type) -> Callable[[Any], bool]:
+    """Whether a value is a list of lists of values of these kinds, whole numbers being 0 or more."""
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, list) and all(
+            isinstance(row, list)
+            and [type(each) for each in row] == list(kinds)
+            and all(0 <= each < 1 << 63 for each in row if isinstance(each, int))
+            for row in value
+        )
+
+    return fits
+
+
+NOTES_FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    "seconds": lambda value: isinstance(value, dict) and all(map(is_seconds, value.values())),
+    "dropped": _is_counted(str, str, int),
+    "lost_pairs": _is_counted(str, str, int),
+    "clips": _is_counted(str, int),
+}
 
 
 def render_report(out: Path, build: Mapping[str, Any], stages: Sequence[str] | None = None) -> Tally:
@@ -126,7 +148,7 @@ def render_report(out: Path, build: Mapping[str, Any], stages: Sequence[str] | N
     every = max(1, -(-build["counts"]["samples"] // KEPT_SHOWN))
     shown: list[tuple[str, str]] = []
     last_video: object = None
-    for row in index_rows(out):
+    for row in index_rows(out, build):
         if row["shard"] not in shards:
             raise InputError(f"index.parquet names a shard {row['shard']!r} that build.json does not list")
         if tally.samples % every == 0:
@@ -188,8 +210,8 @@ def _rejected_tiles(
         for entry in entries[:each]:
             path = _preview(out, entry)
             try:
-                picture = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
-            except (OSError, ValueError) as error:
+                picture = open_listed(io.BytesIO(path.read_bytes())).convert("RGB")
+            except Exception as error:  # decoders raise many things at broken files
                 raise InputError(f"{path} does not open ({error}): delete it for a report without it") from error
             tiles.append((picture, printable(f"{in_words(entry['evidence'], SHOWN_OF_A_VALUE)}\n[{entry['video']}]")))
     return tiles
@@ -202,12 +224,12 @@ def draw_sample(sample: Sample, height: int = HEIGHT) -> Tile:
         (
             subject["phrase"],
             tuple(subject["target_box"]),
-            decode_mask(subject["target_mask_rle"]) if "target_mask_rle" in subject else None,
+            mask,
         )
-        for subject in metadata["subjects"]
+        for subject, mask in zip(metadata["subjects"], sample.masks, strict=True)
     ]
     cutouts = [draw_cut_out(picture, height // 2) for picture in sample.references]
-    similarities = [subject["match_similarity"] for subject in metadata["subjects"]]
+    similarities = [subject.get("match_similarity") for subject in metadata["subjects"]]
     known = ", ".join(f"{value:.2f}" for value in similarities if value is not None)
     source = metadata["source"]
     more = [f"similarity {known}"] if known else []
@@ -238,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     print(  # noqa: T201
-        f"{arguments.dataset / 'report.html'}: {tally.samples} samples with {tally.subjects} subjects from "
+        f"{visible(arguments.dataset / 'report.html')}: {tally.samples} samples with {tally.subjects} subjects from "
         f"{tally.videos} videos"
     )
     return 0

@@ -6,8 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
+
+from data_pipeline.safe_text import html
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1540px; padding: 0 1em; color: #222; }
@@ -129,22 +130,35 @@ class Tally:
                 self.histograms[name].add(max(0.0, row[column]))
 
 
-def printable(text: str) -> str:
-    """The text without halves of characters, which file names can hold and no encoding knows."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
+TABLE = """\
+<table><tr>{% for name in header %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}\
+{% if cell is number %}<td class="n">{{ "{:,}".format(cell) }}</td>{% else %}<td>{{ cell }}</td>{% endif %}\
+{% endfor %}</tr>{{ "\n" }}{% endfor %}</table>"""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """An HTML table; numbers are set right, strings must be escaped already."""
+    """An HTML table; numbers are set right."""
+    return html(TABLE, header=header, rows=rows)
 
-    def cell(value: Any) -> str:
-        if isinstance(value, int | float):
-            return f'<td class="n">{value:,}</td>'
-        return f"<td>{value}</td>"
 
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>\n" for row in rows)
-    return f"<table><tr>{head}</tr>\n{body}</table>"
+COLUMN_CHART = """\
+<figure><figcaption>{{ title }}</figcaption>\
+<svg role="img" aria-label="{{ summary }}" width="{{ wide + 10 }}" height="{{ high + 44 }}" \
+viewBox="0 0 {{ wide + 10 }} {{ high + 44 }}">\
+{% for bar in bars %}\
+<rect x="{{ "%.1f"|format(bar.x + 1) }}" y="{{ "%.1f"|format(20 + high - bar.tall) }}" \
+width="{{ "%.1f"|format(bar.width) }}" height="{{ "%.1f"|format(bar.tall) }}" fill="#2a78dc">\
+<title>{{ bar.label }}: {{ bar.count }}</title></rect>\
+{% if bar.counted %}\
+<text x="{{ "%.1f"|format(bar.x + step / 2) }}" y="{{ "%.1f"|format(16 + high - bar.tall) }}" text-anchor="middle">\
+{{ bar.count }}</text>\
+{% endif %}{% if bar.labelled %}\
+<text x="{{ "%.1f"|format(bar.x + step / 2 if centred else bar.x) }}" y="{{ 36 + high }}" \
+text-anchor="{{ "middle" if centred else "start" }}">{{ bar.label }}</text>\
+{% endif %}{% endfor %}\
+<line x1="0" x2="{{ wide }}" y1="{{ 20 + high }}" y2="{{ 20 + high }}" stroke="#888"/></svg>\
+<br><small>{{ summary }}</small></figure>"""
 
 
 def column_chart(histogram: Histogram) -> str:
@@ -155,30 +169,30 @@ def column_chart(histogram: Histogram) -> str:
     wide, high = CHART
     step, most = min(60, wide / len(bars)), max(count for _, count in bars)
     every = -(-len(bars) // 14)
-    shapes = []
-    for place, (label, count) in enumerate(bars):
-        tall = high * count / most
-        x = place * step
-        shapes.append(
-            f'<rect x="{x + 1:.1f}" y="{20 + high - tall:.1f}" width="{max(1.0, step - 2):.1f}" height="{tall:.1f}" '
-            f'fill="#2a78dc"><title>{escape(label)}: {count:,}</title></rect>'
-        )
-        if len(bars) <= 14 and count:
-            shapes.append(
-                f'<text x="{x + step / 2:.1f}" y="{16 + high - tall:.1f}" text-anchor="middle">{count:,}</text>'
-            )
-        if place % every == 0:
-            middle = x + step / 2 if histogram.width == 1 else x
-            anchor = "middle" if histogram.width == 1 else "start"
-            shapes.append(f'<text x="{middle:.1f}" y="{36 + high}" text-anchor="{anchor}">{escape(label)}</text>')
-    summary = escape(histogram.summary())
-    return (
-        f"<figure><figcaption>{escape(histogram.title)}</figcaption>"
-        f'<svg role="img" aria-label="{summary}" width="{wide + 10}" height="{high + 44}" '
-        f'viewBox="0 0 {wide + 10} {high + 44}">{"".join(shapes)}'
-        f'<line x1="0" x2="{wide}" y1="{20 + high}" y2="{20 + high}" stroke="#888"/></svg>'
-        f"<br><small>{summary}</small></figure>"
-    )
+    shown = [
+        {
+            "x": place * step,
+            "width": max(1.0, step - 2),
+            "tall": high * count / most,
+            "label": label,
+            "count": f"{count:,}",
+            "counted": len(bars) <= 14 and count,
+            "labelled": place % every == 0,
+        }
+        for place, (label, count) in enumerate(bars)
+    ]
+    how = {"wide": wide, "high": high, "step": step, "centred": histogram.width == 1}
+    return html(COLUMN_CHART, title=histogram.title, summary=histogram.summary(), bars=shown, **how)
+
+
+PHRASE_CHART = """\
+<figure><figcaption>Phrases</figcaption>\
+<svg role="img" aria-label="{{ summary }}" width="450" height="{{ high }}" viewBox="0 0 450 {{ high }}">\
+{% for bar in bars %}\
+<text x="150" y="{{ bar.y + 12 }}" text-anchor="end">{{ bar.name }}</text>\
+<rect x="156" y="{{ bar.y + 3 }}" width="{{ "%.1f"|format(bar.long) }}" height="{{ line - 5 }}" fill="#2a9d4c"/>\
+<text x="{{ "%.1f"|format(160 + bar.long) }}" y="{{ bar.y + 12 }}">{{ bar.count }}</text>\
+{% endfor %}</svg><br><small>{{ summary }}.</small></figure>"""
 
 
 def phrase_chart(phrases: Counter[str]) -> str:
@@ -188,25 +202,23 @@ def phrase_chart(phrases: Counter[str]) -> str:
     if not shown:
         return ""
     most, line = shown[0][1], 17
-    shapes = []
-    for place, (phrase, count) in enumerate(shown):
-        y = place * line
-        long = 240 * count / most
-        name = printable(phrase) if len(phrase) <= 26 else f"{printable(phrase[:25])}…"
-        shapes.append(
-            f'<text x="150" y="{y + 12}" text-anchor="end">{escape(name)}</text>'
-            f'<rect x="156" y="{y + 3}" width="{long:.1f}" height="{line - 5}" fill="#2a9d4c"/>'
-            f'<text x="{160 + long:.1f}" y="{y + 12}">{count:,}</text>'
-        )
-    summary = f"{len(phrases):,} phrases; the most common one is {printable(shown[0][0])}, of {shown[0][1]:,} subjects"
+    bars = [
+        {
+            "y": place * line,
+            "long": 240 * count / most,
+            "name": phrase if len(phrase) <= 26 else f"{phrase[:25]}…",
+            "count": f"{count:,}",
+        }
+        for place, (phrase, count) in enumerate(shown)
+    ]
+    summary = f"{len(phrases):,} phrases; the most common one is {shown[0][0]}, of {shown[0][1]:,} subjects"
     if rest:
         summary += f"; {len(rest):,} rarer ones, of {sum(count for _, count in rest):,} subjects, are not shown"
-    high = len(shown) * line + 6
-    return (
-        "<figure><figcaption>Phrases</figcaption>"
-        f'<svg role="img" aria-label="{escape(summary)}" width="450" height="{high}" viewBox="0 0 450 {high}">'
-        f"{''.join(shapes)}</svg><br><small>{escape(summary)}.</small></figure>"
-    )
+    return html(PHRASE_CHART, summary=summary, bars=bars, line=line, high=len(shown) * line + 6)
+
+
+BAR = '<span class="bar" style="width:{{ "%.0f"|format(width) }}px"></span>'
+REASONS = "{% for reason, count in reasons %}{{ count }} {{ reason }}{% if not loop.last %}<br>{% endif %}{% endfor %}"
 
 
 def funnel(tally: Tally, seconds: Mapping[str, float]) -> str:
@@ -214,13 +226,53 @@ def funnel(tally: Tally, seconds: Mapping[str, float]) -> str:
     rows = []
     for stage in tally.stages:
         reached, lost = tally.reached[stage], sum(tally.rejected[stage].values())
-        bar = f'<span class="bar" style="width:{240 * reached / max(1, tally.videos):.0f}px"></span>'
+        bar = html(BAR, width=240 * reached / max(1, tally.videos))
         ordered = sorted(tally.rejected[stage].items(), key=lambda item: (-item[1], item[0]))
-        reasons = "<br>".join(f"{count:,} {escape(reason)}" for reason, count in ordered)
+        reasons = html(REASONS, reasons=[(reason, f"{count:,}") for reason, count in ordered])
         time = f"{1000 * seconds[stage] / max(1, reached):.2f}" if stage in seconds else ""
         rows.append((stage, bar, reached, lost, reached - lost, reasons, time))
     header = ("step", "", "clips in", "rejected", "clips out", "reasons", "ms per clip")
-    return f'<div class="funnel">{table(header, rows)}</div>'
+    return html('<div class="funnel">{{ table }}</div>', table=table(header, rows))
+
+
+PAGE = """\
+<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">\
+<title>{{ name }} report</title>
+<style>{{ style }}</style><h1>{{ name }} report</h1>
+<p>{{ "{:,}".format(tally.videos) }} {{ one }} gave {{ "{:,}".format(tally.samples) }} samples with \
+{{ "{:,}".format(tally.subjects) }} subjects; {{ "{:,}".format(rejected) }} {{ one }} were rejected \
+(all in <code>rejected.jsonl</code>).</p>
+<h2>Funnel</h2>
+{{ funnel }}
+{% for title, content in tables %}
+<h3>{{ title }}</h3>
+{{ content }}
+{% endfor %}
+{% if charts %}
+<h2>Samples</h2>
+<div class="charts">
+{% for chart in charts %}
+{{ chart }}
+{% endfor %}
+</div>
+{% endif %}
+{% for title, sheet, source in sheets %}
+<h2>{{ title }}</h2><img src="{{ source }}" alt="Contact sheet of {{ sheet }} clips">
+{% endfor %}
+{% if unpictured %}
+<p><small>Of the rejected clips there are no pictures: no frame had been decoded.</small></p>
+{% endif %}
+{% if examples %}
+<h2>Examples of rejected {{ one }}</h2>
+{% endif %}
+{% for stage, reason, count, content in examples %}
+<details><summary>{{ stage }}: {{ reason }} ({{ count }})</summary>{{ content }}</details>
+{% endfor %}
+<h2>Settings</h2>
+{{ settings }}
+<p><small>{{ versions }}</small></p>
+</html>
+"""
 
 
 def page(
@@ -237,56 +289,55 @@ def page(
     """
     rejected = tally.videos - tally.kept_videos
     name, one = ("Import", "items") if "importer" in build else ("Mining", "videos")
-    parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width"><title>{name} report</title>',
-        f"<style>{STYLE}</style><h1>{name} report</h1>",
-        f"<p>{tally.videos:,} {one} gave {tally.samples:,} samples with {tally.subjects:,} subjects; "
-        f"{rejected:,} {one} were rejected (all in <code>rejected.jsonl</code>).</p>",
-        "<h2>Funnel</h2>",
-        funnel(tally, notes.get("seconds", {})),
-    ]
+    tables = []
     for title, served in (
         ("Where boxes and masks came from", True),
         ("Clips out of the ordinary, kept or rejected", False),
     ):
-        rows = [(escape(note), count) for note, count in notes.get("clips", ()) if note.startswith(SERVED) is served]
+        rows = [(note, count) for note, count in notes.get("clips", ()) if note.startswith(SERVED) is served]
         if rows:
-            parts += [f"<h3>{title}</h3>", table(("what", one), rows)]
-    for name, title, unit in (
+            tables.append((title, table(("what", one), rows)))
+    for key, title, unit in (
         ("dropped", "Subjects left out of samples that were kept", "subjects"),
         ("lost_pairs", "Pairs that fell out of clips that were kept", "pairs"),
     ):
-        if notes.get(name):
-            rows = [(escape(stage), escape(reason), count) for stage, reason, count in notes[name]]
-            parts += [f"<h3>{title}</h3>", table(("step", "reason", unit), rows)]
+        if notes.get(key):
+            tables.append((title, table(("step", "reason", unit), notes[key])))
+    charts = []
     if tally.samples:
-        charts = [column_chart(histogram) for histogram in tally.histograms.values()]
-        parts += ["<h2>Samples</h2>", '<div class="charts">', *charts, phrase_chart(tally.phrases), "</div>"]
+        charts = [*map(column_chart, tally.histograms.values()), phrase_chart(tally.phrases)]
     titles = {
         "kept": "Kept: the reference cut-outs, and the target with its boxes and masks",
         "rejected": "Rejected: reference and target frame, with what had been found in them",
     }
-    for sheet, source in sheets.items():
-        parts.append(f'<h2>{titles[sheet]}</h2><img src="{source}" alt="Contact sheet of {sheet} clips">')
-    if rejected and "rejected" not in sheets:
-        parts.append("<p><small>Of the rejected clips there are no pictures: no frame had been decoded.</small></p>")
-    if examples:
-        parts.append(f"<h2>Examples of rejected {one}</h2>")
+    shown = []
     for (stage, reason), entries in examples.items():
         rows = [
-            (f"<bdi>{escape(printable(entry['video']))}</bdi>", _evidence_cell(entry["evidence"])) for entry in entries
+            (html("<bdi>{{ video }}</bdi>", video=entry["video"]), _evidence_cell(entry["evidence"]))
+            for entry in entries
         ]
-        count = tally.rejected[stage][reason]
-        parts.append(
-            f"<details><summary>{escape(stage)}: {escape(reason)} ({count:,})</summary>"
-            f"{table(('video', 'what was measured'), rows)}</details>"
-        )
-    settings = [(escape(step), f"<code>{escape(json.dumps(own))}</code>") for step, own in build["settings"].items()]
+        count = f"{tally.rejected[stage][reason]:,}"
+        shown.append((stage, reason, count, table(("video", "what was measured"), rows)))
+    settings = [
+        (step, html("<code>{{ own }}</code>", own=_as_json(own, ascii=True))) for step, own in build["settings"].items()
+    ]
     packages = {"data_pipeline": build["version"], **build["versions"]} if "version" in build else build["versions"]
-    versions = ", ".join(f"{name} {version}" for name, version in packages.items())
-    parts += ["<h2>Settings</h2>", table(("step", "settings"), settings), f"<p><small>{escape(versions)}</small></p>"]
-    return "\n".join([*parts, "</html>", ""])
+    return html(
+        PAGE,
+        style=STYLE,
+        name=name,
+        one=one,
+        tally=tally,
+        rejected=rejected,
+        funnel=funnel(tally, notes.get("seconds", {})),
+        tables=tables,
+        charts=charts,
+        sheets=[(titles[sheet], sheet, source) for sheet, source in sheets.items()],
+        unpictured=rejected and "rejected" not in sheets,
+        examples=shown,
+        settings=table(("step", "settings"), settings),
+        versions=", ".join(f"{package} {version}" for package, version in packages.items()),
+    )
 
 
 def in_words(evidence: Any, longest: int = MOST_EVIDENCE) -> str:
@@ -294,15 +345,19 @@ def in_words(evidence: Any, longest: int = MOST_EVIDENCE) -> str:
     traceback is left out; its last line is the error.
     """
     if not isinstance(evidence, Mapping):
-        return _cut(json.dumps(evidence, ensure_ascii=False), longest)
+        return _cut(_as_json(evidence), longest)
     values = {name: value for name, value in evidence.items() if name != "traceback" and value not in ("", None)}
     if "traceback" in evidence and "error" not in values:
         values["error"] = str(evidence["traceback"]).strip().rsplit("\n", 1)[-1]
-    texts = {
-        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for name, value in values.items()
-    }
+    texts = {name: value if isinstance(value, str) else _as_json(value) for name, value in values.items()}
     return "; ".join(f"{name.replace('_', ' ')}: {_cut(text, longest)}" for name, text in texts.items())
+
+
+def _as_json(value: Any, ascii: bool = False) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=ascii)
+    except RecursionError:
+        return "(nested too deeply to be shown)"
 
 
 def _cut(text: str, longest: int) -> str:
@@ -310,7 +365,9 @@ def _cut(text: str, longest: int) -> str:
 
 
 def _evidence_cell(evidence: Any) -> str:
-    cell = f"<bdi>{escape(printable(_cut(in_words(evidence), MOST_EVIDENCE)))}</bdi>"
-    if isinstance(evidence, Mapping) and "traceback" in evidence:
-        cell += f"<pre>{escape(printable(str(evidence['traceback'])[-MOST_TRACEBACK:]))}</pre>"
-    return cell
+    told = evidence.get("traceback", "") if isinstance(evidence, Mapping) else ""
+    return html(
+        "<bdi>{{ words }}</bdi>{% if traceback %}<pre>{{ traceback }}</pre>{% endif %}",
+        words=_cut(in_words(evidence), MOST_EVIDENCE),
+        traceback=str(told)[-MOST_TRACEBACK:],
+    )

@@ -9,6 +9,7 @@ from data_pipeline.journal import Journal
 from data_pipeline.journey import TRY_AGAIN, Finished, Journey, commit, travel
 from data_pipeline.pool import Failure, Place, run_pool, uncollected
 from data_pipeline.records import MiningError, VideoFile
+from data_pipeline.safe_text import visible
 from data_pipeline.step import Step
 
 # Clips in a row that may end in an error that nobody foresaw.
@@ -131,6 +132,6 @@ def show_progress(
                 )
             if result.unexpected and not shown:
                 shown = True
-                bar.write(f"{name} is rejected after an unexpected error:\n{result.unexpected}")
+                bar.write(visible(f"{name} is rejected after an unexpected error:\n{result.unexpected}"))
             bar.set_postfix(counts, refresh=False)
             bar.update()

@@ -8,24 +8,42 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
+import math
 import tarfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from data_pipeline.records import InputError
+from data_pipeline.pairs_format import (
+    BLANK_REFERENCE,
+    BUILD_SCHEMA,
+    COLUMNS,
+    KEY,
+    MEMBER,
+    MOST_BUILD_BYTES,
+    MOST_CAPTION,
+    MOST_LINE_BYTES,
+    MOST_PHRASE,
+    MOST_SUBJECTS,
+    PAIRS_SCHEMA,
+    SAMPLE_BYTES,
+    HeaderFile,
+    check_texts,
+    fault_of_row,
+    fault_of_text,
+    is_size,
+    most_bytes,
+    open_index,
+)
+from data_pipeline.picture_formats import open_listed
+from data_pipeline.records import ClipError, InputError, decode_mask, mask_size
 
-SAMPLE_SCHEMA = "msdiffusion.pairs/1"
-BUILD_SCHEMA = "data_pipeline.build/1"
-MEMBER = re.compile(r"(?P<key>[A-Za-z0-9_-]+)\.(?P<suffix>target\.jpg|json|reference_(?:0|[1-9][0-9]*)\.png)")
-KEY = re.compile(r"[A-Za-z0-9_-]+")
 REJECTED_FIELDS = frozenset({"video", "key", "stage", "reason", "evidence"})
-# Damaged files must not ask for all memory: no picture of a dataset is near this.
-MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -37,6 +55,8 @@ class Sample:
     """RGB, of the size in the metadata."""
     references: tuple[Image.Image, ...]
     """RGBA cut-outs, one per subject."""
+    masks: tuple[np.ndarray | None, ...]
+    """Per subject its mask in the target, bool (height, width), if it has one."""
 
     @property
     def key(self) -> str:
@@ -60,6 +80,11 @@ class Shard:
             members = self._members.setdefault(found["key"], {})
             if found["suffix"] in members:
                 raise InputError(f"{path} holds {member.name!r} twice")
+            if member.size > most_bytes(found["suffix"]):
+                raise InputError(
+                    f"{path}: {member.name} has {member.size:,} bytes, more than the {most_bytes(found['suffix']):,} "
+                    "that are read"
+                )
             members[found["suffix"]] = member
 
     @property
@@ -71,15 +96,16 @@ class Shard:
         if not self.path.is_file():
             raise InputError(f"no file at {self.path}")
         try:
-            with tarfile.open(self.path, "r:") as archive:
+            with self.path.open("rb") as file, tarfile.open(fileobj=HeaderFile(file), mode="r:") as archive:
                 members = archive.getmembers()
                 end = archive.offset
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
             if self._starts_like_a_tar():
                 raise InputError(f"{self.path} is damaged or cut short ({error}): mine or copy it again") from error
             raise InputError(f"{self.path} is no tar file ({error})") from error
+        behind = max((member.offset_data + -(-member.size // 512) * 512 for member in members), default=0)
         with self.path.open("rb") as file:
-            file.seek(max((member.offset_data + -(-member.size // 512) * 512 for member in members), default=0))
+            file.seek(min(behind, self.path.stat().st_size))
             rest = file.read(1024)
         if len(rest) < 1024 or any(rest):
             raise InputError(f"{self.path} is cut short after {end} bytes: its end mark is missing; copy it again")
@@ -102,7 +128,11 @@ class Shard:
         with tarfile.open(self.path, "r:") as archive:
             contents = {suffix: self._content(archive, member) for suffix, member in members.items()}
         metadata = self._metadata(key, contents.pop("json"))
-        needed = {"target.jpg", *(f"reference_{i}.png" for i in range(len(metadata["subjects"])))}
+        count = len(metadata["subjects"])
+        needed = {"target.jpg", *(f"reference_{i}.png" for i in range(count))}
+        for number in range(count, MOST_SUBJECTS):  # in the place of subjects that this sample has not, and others have
+            if contents.get(f"reference_{number}.png") == BLANK_REFERENCE:
+                del contents[f"reference_{number}.png"]
         if needed != set(contents):
             missing, extra = sorted(needed - set(contents)), sorted(set(contents) - needed)
             faults = [f"{name} is missing" for name in missing] + [f"{name} belongs to no subject" for name in extra]
@@ -117,11 +147,23 @@ class Shard:
             self._picture(f"{key}.reference_{i}.png", contents[f"reference_{i}.png"], "RGBA")
             for i in range(len(metadata["subjects"]))
         )
-        return Sample(metadata, target, references)
+        return Sample(metadata, target, references, tuple(self._masks(key, metadata)))
+
+    def _masks(self, key: str, metadata: Mapping[str, Any]) -> Iterator[np.ndarray | None]:
+        size = (metadata["height"], metadata["width"])
+        for number, subject in enumerate(metadata["subjects"]):
+            rle = subject.get("target_mask_rle")
+            try:
+                if rle is not None and mask_size(rle) != size:  # before anything of that size is made
+                    raise InputError(
+                        f"{self.path}: subject {number} of {key}.json has a mask of {mask_size(rle)} pixels, its "
+                        f"picture {size} (height, width)"
+                    )
+                yield None if rle is None else decode_mask(rle)
+            except ClipError as error:
+                raise InputError(f"{self.path}: subject {number} of {key}.json: {error.told}") from error
 
     def _content(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-        if member.size > MOST_BYTES:
-            raise InputError(f"{self.path}: {member.name} claims {member.size} bytes")
         content = archive.extractfile(member)
         if content is None:
             raise InputError(f"{self.path}: {member.name} is no regular file")
@@ -133,22 +175,29 @@ class Shard:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{self.path}: {key}.json is no json ({error})") from error
         schema = metadata.get("schema") if isinstance(metadata, dict) else None
-        if schema != SAMPLE_SCHEMA:
-            raise InputError(f"{self.path}: {key}.json has the schema {schema!r}; this program reads {SAMPLE_SCHEMA!r}")
+        if schema != PAIRS_SCHEMA:
+            raise InputError(f"{self.path}: {key}.json has the schema {schema!r}; this program reads {PAIRS_SCHEMA!r}")
         missing = [name for name in ("key", "caption", "width", "height", "subjects", "source") if name not in metadata]
         if missing or not isinstance(metadata["subjects"], list):
             raise InputError(f"{self.path}: {key}.json lacks {', '.join(missing) or 'a list of subjects'}")
         if metadata["key"] != key:
             raise InputError(f"{self.path}: {key}.json says that its key is {metadata['key']!r}")
+        if fault := fault_of_sample(metadata):
+            raise InputError(f"{self.path}: {key}.json: {fault} (docs/data_format.md says what is expected)")
         return metadata
 
     def _picture(self, name: str, content: bytes, mode: str) -> Image.Image:
         try:
-            picture = Image.open(io.BytesIO(content))
-            picture.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"{self.path}: {name} does not open ({error})") from error
-        return picture.convert(mode)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of large pictures, which are refused here, and of odd EXIF data
+                picture = open_listed(io.BytesIO(content))
+                if not is_size(*picture.size):
+                    raise ValueError(f"it says that it has {picture.width:,} x {picture.height:,} pixels")
+                return picture.convert(mode)
+        except Image.DecompressionBombError:
+            raise InputError(f"{self.path}: {name} does not open (it says that it has too many pixels)") from None
+        except Exception as error:  # decoders raise many things at broken files
+            raise InputError(f"{self.path}: {name} does not open ({error or type(error).__name__})") from error
 
     def check_hash(self, build: Mapping[str, Any]) -> None:
         """InputError if the file is not the one that build.json lists."""
@@ -168,11 +217,106 @@ class Shard:
             )
 
 
+def _is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def is_seconds(value: Any) -> bool:
+    """Whether a value is a time: a finite number of seconds, 0 or more."""
+    return _is_number(value, 0, 1e12)
+
+
+def _is_box(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 4 or not all(_is_number(edge, 0, 1) for edge in value):
+        return False
+    return value[0] < value[2] and value[1] < value[3]
+
+
+def _is_short(value: Any) -> bool:
+    return not fault_of_text(value, MOST_CAPTION)
+
+
+# What the programs that show a sample ask of its json: name, whether it may be missing, and whether a value fits.
+Fields = tuple[tuple[str, bool, Callable[[Any], bool]], ...]
+SUBJECT_FIELDS: Fields = (
+    ("phrase", False, lambda value: not fault_of_text(value, MOST_PHRASE)),
+    ("mention", False, _is_short),
+    ("kind", True, _is_short),
+    ("target_box", False, _is_box),
+    ("reference_box", False, _is_box),
+    ("area", False, lambda value: _is_number(value, 0, 1)),
+    ("detection_score", False, lambda value: _is_number(value, 0, 1)),
+    ("match_similarity", True, lambda value: value is None or _is_number(value, -1.001, 1.001)),
+    ("attributes", True, lambda value: isinstance(value, dict)),
+    ("target_mask_rle", True, lambda value: isinstance(value, dict)),
+)
+SOURCE_FIELDS: Fields = (
+    ("video", False, _is_short),
+    ("sha256", False, _is_short),
+    ("pair", True, _is_count),
+    ("boxes", True, _is_short),
+    ("masks", True, _is_short),
+)
+MINED_FIELDS: Fields = (
+    ("frame_reference", False, _is_count),
+    ("frame_target", False, _is_count),
+    ("t_reference", False, is_seconds),
+    ("t_target", False, is_seconds),
+    ("shot", False, lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_seconds, value))),
+)
+IMPORTED_FIELDS: Fields = (
+    ("importer", False, _is_short),
+    ("references", True, lambda value: isinstance(value, list) and all(map(_is_reference, value))),
+)
+
+
+def _is_reference(value: Any) -> bool:
+    if not isinstance(value, dict) or not _is_short(value.get("picture")):
+        return False
+    size = value.get("size")
+    return isinstance(size, list) and len(size) == 2 and is_size(*size)
+
+
+def _fault_of(values: Mapping[str, Any], fields: Fields) -> str:
+    for name, may_miss, fits in fields:
+        if name not in values and may_miss:
+            continue
+        if name not in values:
+            return f"without {name}"
+        if not fits(values[name]):
+            text = repr(values[name])
+            return f"{name} is {text if len(text) <= 80 else f'{text[:80]}...'}"
+    return ""
+
+
+def fault_of_sample(metadata: Mapping[str, Any]) -> str:
+    """What is wrong with the json of a sample in which all fields are there that every sample has; "" for nothing."""
+    if fault := fault_of_text(metadata["caption"], MOST_CAPTION):
+        return f"the caption {fault}"
+    if not is_size(metadata["width"], metadata["height"]):
+        return f"no picture has {metadata['width']!r} x {metadata['height']!r} pixels"
+    subjects, source = metadata["subjects"], metadata["source"]
+    if not 0 < len(subjects) <= MOST_SUBJECTS:
+        return f"{len(subjects):,} subjects, needed are 1 to {MOST_SUBJECTS}"
+    for number, subject in enumerate(subjects):
+        if fault := "no object" if not isinstance(subject, dict) else _fault_of(subject, SUBJECT_FIELDS):
+            return f"subject {number}: {fault}"
+    if not isinstance(source, dict):
+        return "source is no object"
+    if fault := _fault_of(source, (*SOURCE_FIELDS, *(IMPORTED_FIELDS if "importer" in source else MINED_FIELDS))):
+        return f"source: {fault}"
+    return "" if isinstance(metadata.get("pipeline", {}), dict) else "pipeline is no object"
+
+
 def _is_shard_entry(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and all(isinstance(entry.get(name), str) for name in ("name", "sha256"))
-        and all(isinstance(entry.get(name), int) for name in ("samples", "bytes"))
+        and all(_is_count(entry.get(name)) for name in ("samples", "bytes"))
         and Path(entry["name"]).name == entry["name"]
     )
 
@@ -181,9 +325,25 @@ def _is_shard_entry(entry: Any) -> bool:
 BUILD_FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "settings": lambda value: isinstance(value, dict),
     "versions": lambda value: isinstance(value, dict),
-    "counts": lambda value: isinstance(value, dict) and isinstance(value.get("samples"), int),
+    "counts": lambda value: isinstance(value, dict) and _is_count(value.get("samples")),
     "shards": lambda value: isinstance(value, list) and all(map(_is_shard_entry, value)),
 }
+
+
+def read_json(path: Path, advice: str) -> Any:
+    """The content of a json file; InputError, with the advice, if it is none or longer than any of ours."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BUILD_BYTES + 1)
+        if len(content) > MOST_BUILD_BYTES:
+            raise InputError(f"{path} has more than the {MOST_BUILD_BYTES:,} bytes that are read: {advice}")
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # an InputError is a ValueError
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is no json ({error}): {advice}") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def read_build(folder: Path) -> dict[str, Any]:
@@ -195,10 +355,7 @@ def read_build(folder: Path) -> dict[str, Any]:
         unfinished = (folder / ".mining").is_dir()
         advice = "run the same mining command again to finish it" if unfinished else "give the --out of a mining run"
         raise InputError(f"{folder} has no build.json, so it is no finished dataset: {advice}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no json ({error}): mine or copy the dataset again") from error
+    content = read_json(path, "mine or copy the dataset again")
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != BUILD_SCHEMA:
         raise InputError(f"{path} has the schema {schema!r}; this program reads {BUILD_SCHEMA!r}")
@@ -215,7 +372,9 @@ def rejected_videos(folder: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"no {path}: the dataset is not complete")
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(iter(lambda: lines.readline(MOST_LINE_BYTES + 1), b""), start=1):
+            if len(line) > MOST_LINE_BYTES:
+                raise InputError(f"{path}, line {number}, has more than the {MOST_LINE_BYTES:,} bytes that are read")
             try:
                 entry = json.loads(line.decode())
             except (ValueError, RecursionError) as error:
@@ -227,17 +386,36 @@ def rejected_videos(folder: Path) -> Iterator[dict[str, Any]]:
             yield entry
 
 
-def index_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of index.parquet, a few thousand in memory at a time; InputError if it is missing or damaged."""
+def index_rows(folder: Path, build: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of index.parquet, a few hundred in memory at a time; InputError if it is missing or damaged, or if it is
+    not what its shards, as build.json lists them, can hold.
+    """
     import pyarrow
-    import pyarrow.parquet
 
     path = folder / "index.parquet"
     if not path.is_file():
         raise InputError(f"no {path}: the dataset is not complete")
+    for entry in build["shards"]:
+        shard = folder / entry["name"]
+        if shard.is_file() and entry["samples"] * SAMPLE_BYTES > shard.stat().st_size:
+            raise InputError(
+                f"build.json says that {shard} holds {entry['samples']:,} samples, for which it is too small"
+            )
+    number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=4096):
-                yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+        with open_index(path, COLUMNS, sum(entry["samples"] for entry in build["shards"])) as file:
+            for batch in file.iter_batches(batch_size=256, columns=list(COLUMNS)):
+                check_texts(batch)
+                for row in batch.to_pylist():
+                    number += 1
+                    if fault := fault_of_row(row):
+                        raise InputError(f"{path}, row {number}: {fault}")
+                    yield row
+    except InputError:
+        raise
+    except ValueError as error:  # pyarrow's errors are some too
+        if isinstance(error, pyarrow.ArrowException):
+            raise InputError(f"{path} does not open ({error})") from error
+        raise InputError(f"{path} {error}: mine or copy the dataset again") from error
+    except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} does not open ({error})") from error

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.pairs_format import KEY_CHARACTERS
 from data_pipeline.records import ClipError, InputError, VideoFile
 from data_pipeline.texts import (
     SEVERAL,
@@ -144,7 +145,7 @@ def make_keys(names: Iterable[str]) -> dict[str, str]:
     its own key.
     """
     names = list(names)
-    plain = {name: re.sub(r"[^A-Za-z0-9_-]+", "_", name.rsplit(".", 1)[0]) for name in names}
+    plain = {name: re.sub(rf"[^{KEY_CHARACTERS}]+", "_", name.rsplit(".", 1)[0]) for name in names}
     # Letters of another case would be one file on some disks.
     counts = Counter(key.lower() for key in plain.values())
     keys = {}

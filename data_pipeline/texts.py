@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TextIO
 
+from data_pipeline.pairs_format import MOST_CAPTION, fault_of_text
 from data_pipeline.records import ClipError, InputError
 
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
@@ -135,13 +136,16 @@ def as_text(value: Any, what: str) -> str:
 
 def as_caption(value: Any, what: str) -> str:
     """A caption, cleaned; "" for None. Of several, a list of texts, it is the first that is not empty. ClipError for
-    any other value, and for one that a program wrote as if it were a text: "['a dog', 'b']", "b'a dog'", "nan".
+    any other value, for a text of more than ``MOST_CAPTION`` characters, and for one that a program wrote as if it were
+    a text: "['a dog', 'b']", "b'a dog'", "nan".
     """
     if value is None:
         return ""
     texts = value if isinstance(value, list | tuple) else [value]
     found = [clean_caption(as_text(text, what)) for text in texts if text is not None]
     for text in found:
+        if fault := fault_of_text(text, MOST_CAPTION):
+            raise ClipError(UNREADABLE, error=f"{what} {fault}")
         if text.casefold() in MISSING:
             error = f"{what} is {text!r}, which stands for a missing value: leave it empty"
             raise ClipError(UNREADABLE, error=error)

@@ -17,6 +17,8 @@ import re
 import sys
 import warnings
 
+from data_pipeline.safe_text import visible
+
 _MODEL_FILES = (".bin", ".ckpt", ".safetensors", ".pt", ".pth")
 
 
@@ -38,7 +40,7 @@ def warn_caller(message: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in passed:
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(visible(message), stacklevel=level)
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -73,7 +75,12 @@ def check_place(model: object, name: str, *, inside: bool = False) -> None:
 
 
 class MSDiffusionError(Exception):
-    """Base of every error raised on purpose by this package."""
+    """Base of every error raised on purpose by this package. Its text may be printed: names of files in it, and what
+    else comes from anybody, do nothing there.
+    """
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class LayoutError(MSDiffusionError, ValueError):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.safe_text import visible
 from msdiffusion.environment import DTYPES
 from msdiffusion.errors import LayoutError, RequestError, check_place, shown
 from msdiffusion.places import DEFAULT_MODEL
@@ -191,11 +192,11 @@ def _draw(
             bar.update()
             if picture.wanted:
                 with tqdm.external_write_mode():
-                    print(picture.path, flush=True)
+                    print(visible(picture.path), flush=True)
 
         flagged = batch.draw(model, batches, tell, progress=not options.quiet and not many, layouts=options.layout)
     if flagged:
-        print(f"flagged by the safety checker, so black: {', '.join(map(str, flagged))}", file=sys.stderr)
+        print(visible(f"flagged by the safety checker, so black: {', '.join(map(str, flagged))}"), file=sys.stderr)
 
 
 def _check_sources(options: argparse.Namespace) -> None:
@@ -277,7 +278,7 @@ def _check_out(options: argparse.Namespace, many: bool) -> None:
 def _note(options: argparse.Namespace, text: str) -> None:
     """Tell what is good to know and nothing to worry about."""
     if not options.quiet:
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
 
 
 def _watermark(options: argparse.Namespace, record: dict[str, Any] | None) -> Watermark | None:

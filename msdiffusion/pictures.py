@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from data_pipeline.picture_formats import NOT_LISTED, open_listed
 from msdiffusion.errors import RequestError, shown, warn_caller
 
 VISIBLE = 4
@@ -125,7 +126,7 @@ def _decoded(source: Path | io.BytesIO | Image.Image, name: str, called: str) ->
             if isinstance(source, Image.Image):
                 decoded = _upright(source, name, notes)
             else:
-                with Image.open(source) as file:
+                with open_listed(source) as file:
                     decoded = _upright(file, name, notes)
     except RequestError:
         raise
@@ -138,7 +139,7 @@ def _decoded(source: Path | io.BytesIO | Image.Image, name: str, called: str) ->
     except MemoryError:
         raise RequestError(f"{called} has more pixels than the memory holds: make it smaller first") from None
     except UnidentifiedImageError:
-        why = _what_else(source) or "it is in no format that is known here; JPEG, PNG and WebP are"
+        why = _what_else(source) or NOT_LISTED
         raise RequestError(f"{called} is not a picture that can be read: {why}") from None
     except Exception as error:  # decoders raise many things at broken files
         why = " ".join(str(error).split()) or type(error).__name__

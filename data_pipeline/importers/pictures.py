@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
+from data_pipeline.pairs_format import MOST_SIDE
+from data_pipeline.picture_formats import open_listed
 from data_pipeline.records import AnnotatedObject, Box, ClipError
 from data_pipeline.sources import is_file
 
-# Pillow knows more, and some of those run other programs to open a file.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MODES = frozenset({"1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"})
 """Modes that become RGB without a loss; those of 16 and 32 bits would be cut."""
-MOST_SIDE = 65_500
-"""Pixels: the longest side of a JPEG."""
 ORIENTATION = 0x0112
 """The EXIF tag that says how a picture is to be turned."""
 TURNS = {
@@ -76,7 +74,7 @@ def open_picture(path: Path, name: str, max_pixels: int, exif: str) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures, which are refused below, and of odd EXIF data
-            picture = Image.open(io.BytesIO(content), formats=FORMATS)
+            picture = open_listed(io.BytesIO(content))
             _check_header(picture, name, max_pixels)
             picture.load()
             turn = _turn_of(picture)
@@ -231,7 +229,7 @@ def _read_mask_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture = Image.open(path, formats=FORMATS)
+            picture = open_listed(path)
             _check_shape(picture.size[::-1], size)  # before anything of that size is made
             values = np.asarray(picture)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:

@@ -13,6 +13,7 @@ import numpy as np
 from data_pipeline.importers.items import ImportItem, ImportSubject, ItemFile, place_of, read_item
 from data_pipeline.importers.pictures import EXIF, Picture, open_picture, read_mask, to_box
 from data_pipeline.options import SHARDS
+from data_pipeline.pairs_format import MOST_PHRASE, MOST_SUBJECTS, PAIRS_SCHEMA, fault_of_text
 from data_pipeline.records import (
     Box,
     ClipError,
@@ -27,7 +28,6 @@ from data_pipeline.records import (
 )
 from data_pipeline.step import Step
 
-SCHEMA = "msdiffusion.pairs/1"
 UNHASHED: dict[str, Any] = {"metadata": {"hashed": False}}
 
 
@@ -92,7 +92,11 @@ class ReadItems(Step[ItemFile, FoundItem]):
             raise ClipError("no caption")
         if not item.subjects:
             raise ClipError("no subjects" if self.importer == "official" else "no boxes")
+        if len(item.subjects) > MOST_SUBJECTS:
+            raise ClipError("too many subjects", subjects=len(item.subjects), most=MOST_SUBJECTS)
         for number, subject in enumerate(item.subjects):
+            if fault := fault_of_text(subject.phrase, MOST_PHRASE):
+                raise ClipError("phrase of too many characters", subject=number, error=f"the phrase {fault}")
             if not subject.phrase:
                 raise ClipError("empty phrase", subject=number)
             if self.require_phrases and not mention_of(subject.phrase, item.caption):
@@ -223,7 +227,7 @@ class WritePairs(Step[CutItem, EncodedPair]):
         if cut.boxes_cut:
             source["boxes_cut"] = cut.boxes_cut
         return {
-            "schema": SCHEMA,
+            "schema": PAIRS_SCHEMA,
             "key": file.key,
             "caption": cut.opened.item.caption,
             "width": target.size[0],

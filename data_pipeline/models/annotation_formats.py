@@ -17,14 +17,17 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.pairs_format import MOST_PIXELS
 from data_pipeline.records import ClipError, InputError
 from data_pipeline.sources import path_parts
 from data_pipeline.texts import read_csv
 
 BAD = "unreadable annotations"
 BAD_MASK = "unreadable mask in the annotations"
-MOST_PIXELS = 1e9
+FARTHEST = 1e9
 """A corner of a polygon beyond that is a mistake, and its edges cannot be computed."""
+MOST_POLYGONS = 1_000
+"""Of one object: each is drawn over the whole frame."""
 VOID = 255
 """DAVIS: pixels that belong to nothing for certain; the one object, where there is nothing else (DAVIS 2016)."""
 FRAME_FOLDERS = frozenset(
@@ -449,8 +452,12 @@ def read_numbers(path: Path) -> np.ndarray:
     """
     from PIL import Image
 
+    from data_pipeline.picture_formats import open_listed
+
     try:
-        with Image.open(path) as picture:
+        with open_listed(path) as picture:
+            if picture.width * picture.height > MOST_PIXELS:  # before it is decoded; no video has more
+                raise ClipError(BAD_MASK, file=path.name, error="too many pixels", size=list(picture.size))
             mode, numbers = picture.mode, np.asarray(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ClipError(BAD_MASK, file=path.name, error=type(error).__name__) from error
@@ -495,12 +502,14 @@ def draw_polygons(polygons: Any, width: int, height: int) -> np.ndarray:
     [x, y, x, y, ...] in pixels, three points or more.
     """
     mask = np.zeros((height, width), dtype=bool)
+    if not isinstance(polygons, list) or len(polygons) > MOST_POLYGONS:
+        raise ClipError(BAD_MASK, error=f"polygons must be a list of {MOST_POLYGONS} at most")
     for polygon in polygons:
         try:
             points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
         except (TypeError, ValueError, OverflowError) as error:
             raise ClipError(BAD_MASK, error="a polygon is a list x, y, x, y, ...") from error
-        if len(points) < 3 or not (np.abs(points) < MOST_PIXELS).all():  # nor NaN
+        if len(points) < 3 or not (np.abs(points) < FARTHEST).all():  # nor NaN
             raise ClipError(BAD_MASK, error="a polygon needs three points or more, none of them far away or infinite")
         # How often the outline is crossed on the way from the left edge to a pixel's centre.
         crossings = np.zeros((height, width + 1), dtype=np.int32)
@@ -512,12 +521,3 @@ def draw_polygons(polygons: Any, width: int, height: int) -> np.ndarray:
                 np.add.at(crossings, (rows, np.clip(np.ceil(at - 0.5), 0, width).astype(int)), 1)
         mask |= crossings.cumsum(axis=1)[:, :width] % 2 == 1
     return mask
-
-
-def segmentation_size(segmentation: Mapping[str, Any]) -> Iterable[int]:
-    """Height and width of a segmentation; ClipError if they are missing."""
-    try:
-        height, width = (int(side) for side in segmentation["size"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ClipError(BAD_MASK, error=f"no size: {type(error).__name__}") from error
-    return height, width

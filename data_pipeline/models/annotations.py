@@ -31,7 +31,6 @@ from data_pipeline.models.annotation_formats import (
     read_names_table,
     read_numbers,
     read_youtube_vis,
-    segmentation_size,
 )
 from data_pipeline.records import (
     AnnotatedObject,
@@ -42,6 +41,7 @@ from data_pipeline.records import (
     VideoFile,
     decode_mask,
     mask_box,
+    mask_size,
 )
 from data_pipeline.sources import SUFFIXES, Places, annotations_beside, is_hidden, path_parts
 from data_pipeline.texts import counted, decode_text, read_text
@@ -364,7 +364,7 @@ def _annotated(found: Found, index: int, width: int, height: int) -> AnnotatedOb
 def read_mask(found: AnnotatedObject, width: int, height: int) -> np.ndarray | None:
     """The bool (height, width) mask of an annotated object, or None if it came with a box only."""
     if found.mask_rle is not None:
-        size = tuple(segmentation_size(found.mask_rle))
+        size = mask_size(found.mask_rle)
         if size != (height, width):  # before anything of that size is made
             raise ClipError("mask of another size", mask=list(size[::-1]), video=[width, height])
         return _decode(found.mask_rle, width, height)

@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 
+from data_pipeline.pairs_format import MOST_SUBJECTS
 from data_pipeline.records import (
     Box,
     Detection,
@@ -92,6 +93,10 @@ class FilterPairs(Step[TrainingPair, TrainingPair]):
         if not 1 <= self.min_subjects <= self.max_subjects:
             counts = f"{self.min_subjects} and {self.max_subjects}"
             raise SettingsError(f"need 1 <= min_subjects <= max_subjects, got {counts}")
+        if self.max_subjects > MOST_SUBJECTS:
+            raise SettingsError(
+                f"max_subjects is {MOST_SUBJECTS} at most, got {self.max_subjects}: no reader takes more"
+            )
         if self.min_sharpness < 0:
             raise SettingsError(f"min_sharpness must not be negative, got {self.min_sharpness}")
         if self.min_pixels < 1:

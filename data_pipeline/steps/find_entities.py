@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from data_pipeline.languages import OTHER_LANGUAGE, SPACY_MODELS, words_of
+from data_pipeline.pairs_format import MOST_PHRASE
 from data_pipeline.records import Entity, FramePair, NamedPair, Rejected, SettingsError
 from data_pipeline.step import Step
 
@@ -293,6 +294,9 @@ class FindEntities(Step[FramePair, NamedPair]):
             if denied:
                 evidence["denied"] = [entity.phrase for entity in denied]
             return Rejected("no entity in the caption", evidence)
+        if long := next((entity for entity in entities if len(entity.phrase) > MOST_PHRASE), None):
+            evidence = {"characters": len(long.phrase), "most": MOST_PHRASE, "phrase": long.phrase[:80]}
+            return Rejected("phrase of too many characters", evidence)
         return entities, (DENIED,) if denied else ()
 
     def entities(self, chunks: Sequence[Chunk]) -> tuple[Entity, ...]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_pipeline.pairs_format import PAIRS_SCHEMA, SWAPPED_SUFFIX, tar_member
 from data_pipeline.records import (
     EncodedPair,
     Frame,
@@ -25,8 +25,6 @@ from data_pipeline.records import (
     encode_mask,
 )
 from data_pipeline.step import Step
-
-SCHEMA = "msdiffusion.pairs/1"
 
 
 @dataclass(kw_only=True)
@@ -60,7 +58,7 @@ class WriteShards(Step[TrainingPair, EncodedPair]):
                 Match(reference=match.target, target=match.reference, similarity=match.similarity)
                 for match in pair.matches
             )
-            directions.append((f"{key}-swapped", frames.target, frames.reference, swapped))
+            directions.append((f"{key}{SWAPPED_SUFFIX}", frames.target, frames.reference, swapped))
         samples, blocks = [], []
         for name, reference, target, matches in directions:
             metadata = self.metadata(name, pair, reference, target, matches)
@@ -86,7 +84,7 @@ class WriteShards(Step[TrainingPair, EncodedPair]):
         video, shot = pair.frames.video, pair.frames.shot
         height, width = target.image.shape[:2]
         return {
-            "schema": SCHEMA,
+            "schema": PAIRS_SCHEMA,
             "key": key,
             "caption": video.caption,
             "width": width,
@@ -142,11 +140,3 @@ def encode_png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def tar_member(name: str, content: bytes) -> bytes:
-    """Header and content of one member, padded to whole blocks; no clock and no user in it."""
-    header = tarfile.TarInfo(name)
-    header.size = len(content)
-    header.mode = 0o644
-    return header.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)

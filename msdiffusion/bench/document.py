@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from data_pipeline.picture_formats import open_listed
 from msdiffusion.bench.rows import REFERENCE_ROW, ROWS
 from msdiffusion.bench.world import Settings, Unit
 from msdiffusion.evaluation.measures import MEASURES, compare_measures, groups_of, summarize_measures
@@ -218,6 +219,6 @@ def grid(cases: Sequence[WorldCase], finished: Finished, out: Path) -> Image.Ima
     rows = []
     for row, records in finished.items():
         folder = Unit(row, records[0]["training_seed"]).folder(out) / "pictures"
-        pictures = [Image.open(folder / f"{index:04d}.png").convert("RGB") for index in chosen]
+        pictures = [open_listed(folder / f"{index:04d}.png").convert("RGB") for index in chosen]
         rows.append(GridRow(ROWS[row].title.strip("*"), pictures))
     return draw_grid([cases[index] for index in chosen], rows)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data_pipeline.picture_formats import open_listed
 from data_pipeline.world import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS, Scene, sample_scene
 from msdiffusion.errors import DataError
 from msdiffusion.evaluation.judge import QUESTIONS, Judge, JudgeParams, as_pixels
@@ -277,4 +278,4 @@ def degrade(batch: Batch, *, generator: torch.Generator | None = None) -> Batch:
 def _through_jpeg(picture: np.ndarray, quality: int) -> np.ndarray:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=quality)
-    return np.asarray(Image.open(buffer).convert("RGB"))
+    return np.asarray(open_listed(buffer).convert("RGB"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from data_pipeline.safe_text import html
 from msdiffusion.errors import DataError
 from msdiffusion.evaluation.world import QUESTIONS, Readings, WorldCase, accepted_answers
 
@@ -99,6 +99,28 @@ def enlarge(picture: Image.Image, side: int) -> Image.Image:
     return picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST if crisp else Image.Resampling.LANCZOS)
 
 
+PAGE = """\
+<!doctype html><html lang="en"><head><meta charset="utf-8">\
+<meta name="viewport" content="width=device-width, initial-scale=1">\
+<title>{{ title }}</title><style>{{ style }}</style></head><body><main><h1>{{ title }}</h1>\
+{% for paragraph in paragraphs %}<p>{{ paragraph }}</p>{% endfor %}{{ table }}\
+{% for heading, picture in pictures %}<h2>{{ heading }}</h2><img src="{{ picture }}" alt="{{ heading }}">{% endfor %}\
+{% for label, to in links.items() %}<p><a href="{{ to }}">{{ label }}</a></p>{% endfor %}\
+<h2>How it was made</h2><dl>\
+{% for label, text in details.items() %}<dt>{{ label }}</dt><dd><code>{{ text }}</code></dd>{% endfor %}\
+</dl></main></body></html>
+"""
+SCORE_TABLE = """\
+<p><b>{{ subjects }} subjects in {{ pictures }} pictures.</b> \
+Share that the judge reads right, with a 95 % interval:</p>\
+<table><tr><th></th>{% for name in header %}<th>{{ name }}</th>{% endfor %}<th>chance</th></tr>\
+{% for question, note, cells, chance in rows %}\
+<tr><th>{{ question }}{% if note %}<small>{{ note }}</small>{% endif %}</th>\
+{% for rate, interval in cells %}<td>{{ rate }}{% if interval %} <small>{{ interval }}</small>{% endif %}</td>\
+{% endfor %}<td>{{ chance }}</td></tr>{% endfor %}</table>\
+<ul>{% for test in tests %}<li>{{ test }}</li>{% endfor %}</ul>"""
+
+
 def write_page(
     path: str | Path,
     *,
@@ -119,22 +141,15 @@ def write_page(
         details: label to text, shown at the bottom (commands, versions, times).
         links: label to address of other pages, relative to this one.
     """
-    paragraphs = "".join(f"<p>{html.escape(part)}</p>" for part in introduction.split("\n\n"))
-    sections = "".join(
-        f'<h2>{html.escape(heading)}</h2><img src="{_data_uri(picture)}" alt="{html.escape(heading)}">'
-        for heading, picture in pictures
-    )
-    facts = "".join(
-        f"<dt>{html.escape(label)}</dt><dd><code>{html.escape(text)}</code></dd>" for label, text in details.items()
-    )
-    table = score_table(scores) if scores else ""
-    others = "".join(f'<p><a href="{html.escape(to)}">{html.escape(label)}</a></p>' for label, to in links.items())
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>"
-        f"<h1>{html.escape(title)}</h1>{paragraphs}{table}{sections}{others}<h2>How it was made</h2><dl>{facts}</dl>"
-        "</main></body></html>\n"
+    page = html(
+        PAGE,
+        style=_STYLE,
+        title=title,
+        paragraphs=introduction.split("\n\n"),
+        table=score_table(scores) if scores else "",
+        pictures=[(heading, _data_uri(picture)) for heading, picture in pictures],
+        links=links,
+        details=details,
     )
     Path(path).write_text(page, encoding="utf-8")
 
@@ -143,26 +158,17 @@ def score_table(report: Mapping[str, Any]) -> str:
     """The scores as HTML: one row per question, one column per condition, then the paired tests."""
     questions = report["questions"]
     conditions = list(questions["category"]["conditions"])
-    header = "".join(f"<th>{html.escape(_readable(name))}</th>" for name in conditions)
-    rows = ""
+    rows = []
     for question in QUESTIONS:
-        cells = "".join(_rate_cell(questions[question]["conditions"][name]) for name in conditions)
-        rows += (
-            f"<tr><th>{html.escape(_readable(question))}</th>{cells}<td>{questions[question]['chance']:.0%}</td></tr>"
-        )
+        rates = [questions[question]["conditions"][name] for name in conditions]
+        cells = [(f"{each['rate']:.0%}", f"[{each['low']:.0%}, {each['high']:.0%}]") for each in rates]
+        rows.append((_readable(question), "", cells, f"{questions[question]['chance']:.0%}"))
     if any(questions["mixing"].values()):
-        cells = "".join(f"<td>{own['rate']:.0%}</td>" if own else "<td></td>" for own in questions["mixing"].values())
-        rows += f"<tr><th>colour of another subject <small>(less is better)</small></th>{cells}<td></td></tr>"
-    tests = "".join(
-        f"<li>{html.escape(_test_line(question, test))}</li>"
-        for question in QUESTIONS
-        for test in questions[question]["tests"]
-    )
-    return (
-        f"<p><b>{report['subjects']} subjects in {report['pictures']} pictures.</b> "
-        "Share that the judge reads right, with a 95 % interval:</p>"
-        f"<table><tr><th></th>{header}<th>chance</th></tr>{rows}</table><ul>{tests}</ul>"
-    )
+        cells = [(f"{own['rate']:.0%}" if own else "", "") for own in questions["mixing"].values()]
+        rows.append(("colour of another subject ", "(less is better)", cells, ""))
+    tests = [_test_line(question, test) for question in QUESTIONS for test in questions[question]["tests"]]
+    how = {"subjects": report["subjects"], "pictures": report["pictures"]}
+    return html(SCORE_TABLE, header=[_readable(name) for name in conditions], rows=rows, tests=tests, **how)
 
 
 def format_p(value: float) -> str:
@@ -198,10 +204,6 @@ def _test_line(question: str, test: Mapping[str, Any]) -> str:
 
 def _readable(name: str) -> str:
     return {"color": "main colour", "body_color": "body colour"}.get(name, name.replace("_", " "))
-
-
-def _rate_cell(rate: Mapping[str, float]) -> str:
-    return f"<td>{rate['rate']:.0%} <small>[{rate['low']:.0%}, {rate['high']:.0%}]</small></td>"
 
 
 def _reference_cell(case: WorldCase) -> Image.Image:

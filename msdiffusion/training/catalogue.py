@@ -22,11 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.pairs_format import SWAPPED_SUFFIX
+from data_pipeline.safe_text import visible
 from msdiffusion.errors import DataError, MSDiffusionError, RequestError
 from msdiffusion.training.columns import Columns, bar, from_headers, from_index, open_shard
 from msdiffusion.training.damage import known_damage, verify, write_damage
 from msdiffusion.training.remote import ShardCache
-from msdiffusion.training.shards import SWAPPED_SUFFIX, OpenShard, Pair, PairLocation, read_pair, read_record
+from msdiffusion.training.shards import OpenShard, Pair, PairLocation, read_pair, read_record
 from msdiffusion.training.sources import Damage, Shard, locate
 from msdiffusion.training.tar_index import KeyColumn, ShardTable
 
@@ -246,7 +248,7 @@ def _warn_of(skipped: Sequence[Damage]) -> None:
         by_shard.setdefault(damage.shard, []).append(damage)
     for shard, damages in by_shard.items():
         lost = "an unknown number of" if damages[0].pairs is None else sum(damage.pairs or 0 for damage in damages)
-        warnings.warn(f"left out {lost} pairs of {shard}: {_told(damages)}", stacklevel=3)
+        warnings.warn(visible(f"left out {lost} pairs of {shard}: {_told(damages)}"), stacklevel=3)
 
 
 def _told(damages: Sequence[Damage]) -> str:
@@ -305,10 +307,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cache = ShardCache(options.cache, int(options.cache_gigabytes * 2**30))
         found = verify(options.dataset, deep=options.deep, cache=cache, workers=options.workers)
         for damage in found.damaged:
-            print(f"{damage.reason} ({'?' if damage.pairs is None else damage.pairs} pairs)")
+            print(f"{visible(damage.reason)} ({'?' if damage.pairs is None else damage.pairs} pairs)")
         print(f"{found.pairs} pairs in {len(found.shards)} shards, {len(found.damaged)} damages")
         if options.write:
-            print(f"written to {write_damage(found, cache)}")
+            print(f"written to {visible(write_damage(found, cache))}")
     except MSDiffusionError as error:
         print(error, file=sys.stderr)
         return 2

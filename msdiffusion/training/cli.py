@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from data_pipeline.safe_text import visible
 from msdiffusion.environment import prepare_environment
 
 
@@ -89,5 +90,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = told_by_lightning(error) if told is None else str(told)
         if text is None or os.environ.get("MSD_TRACEBACK"):
             raise
-        print(f"error: {text}", file=sys.stderr)
+        print(visible(f"error: {text}"), file=sys.stderr)
         raise SystemExit(1 if isinstance(told, TrainingError) else 2) from error

@@ -8,21 +8,24 @@ Shape letters: N pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
-from msdiffusion.errors import DataError, reason
+from data_pipeline.pairs_format import KEY_IN_WORDS, MOST_SIDE, check_texts, open_index
+from msdiffusion.errors import DataError, reason, shown
 from msdiffusion.training.data_files import DataFile, described, local_path
 from msdiffusion.training.remote import ShardCache
 from msdiffusion.training.shards import OpenShard, read_record
 from msdiffusion.training.sources import Shard, Source
 from msdiffusion.training.tar_index import KeyColumn, ShardTable
 
+ROWS_AT_ONCE = 10_000
+"""Of index.parquet, before their texts are looked at."""
 PATIENCE_SECONDS = 3.0
 """What takes longer shows a progress bar."""
 
@@ -92,7 +95,7 @@ def from_index(source: Source, cache: ShardCache | None) -> Columns | None:
         file = described(source.index.place)
     except FileNotFoundError:
         return None
-    names, codes, keys, sizes = _read_index(file, cache)
+    names, codes, keys, sizes = _read_index(file, cache, source)
     unknown = [name for name in names if name not in source.listed]
     if unknown:
         raise DataError(f"{file.place} names the shard {unknown[0]}, which build.json does not list: copy both again")
@@ -117,28 +120,52 @@ def from_index(source: Source, cache: ShardCache | None) -> Columns | None:
     return Columns(source.shards, shard, place, keys, sizes)
 
 
-def _read_index(file: DataFile, cache: ShardCache | None) -> tuple[list[str], np.ndarray, KeyColumn, np.ndarray]:
-    """(names of shards, number of each row's name, keys, int32 (N, 2) sizes) of an index.parquet."""
+def _read_index(
+    file: DataFile, cache: ShardCache | None, source: Source
+) -> tuple[list[str], np.ndarray, KeyColumn, np.ndarray]:
+    """(names of shards, number of each row's name, keys, int32 (N, 2) sizes) of an index.parquet.
+
+    Nothing that the file says is believed before it is compared: a small file can say that it has any number of rows,
+    and the same text in all of them.
+    """
     import pyarrow
-    import pyarrow.parquet
 
     columns = ("key", "shard", "width", "height")
     with open_file(file, cache) as content:
         try:
-            with pyarrow.parquet.ParquetFile(content, read_dictionary=["shard"]) as index:
-                there = set(index.schema_arrow.names)
-                table = index.read([name for name in columns if name in there])
+            with open_index(content, columns, sum(source.listed.values())) as index:
+                batches = list(_checked(index.iter_batches(ROWS_AT_ONCE, columns=list(columns))))
+                table = pyarrow.Table.from_batches(batches, batches[0].schema if batches else pyarrow.schema([]))
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{file.place} cannot be read ({reason(error)}): copy it again") from error
-    for name in columns:
-        if name not in table.column_names or table[name].null_count:
-            raise DataError(f"{file.place} has no complete column {name!r}: build the dataset again")
+        except ValueError as error:
+            raise DataError(f"{file.place} {error}: copy it again, or build the dataset again") from error
     if not table.num_rows:
         return [], np.zeros(0, np.int32), KeyColumn.of([]), np.zeros((0, 2), np.int32)
     shard = pyarrow.concat_arrays(table["shard"].unify_dictionaries().chunks)
-    keys = pyarrow.concat_arrays(table["key"].cast(pyarrow.large_string()).chunks)
-    sizes = np.stack([table[name].to_numpy().astype(np.int32) for name in ("width", "height")], axis=1)
-    return shard.dictionary.to_pylist(), shard.indices.to_numpy(), _key_column(keys), sizes
+    keys = _key_column(pyarrow.concat_arrays(table["key"].cast(pyarrow.large_string()).chunks))
+    if (row := keys.first_unlawful()) is not None:
+        raise DataError(f"{file.place} has the key {shown(keys[row])}, but keys are {KEY_IN_WORDS}")
+    sizes = np.stack([table[name].to_numpy() for name in ("width", "height")], axis=1)
+    if not ((sizes > 0) & (sizes <= MOST_SIDE)).all():
+        row = int(np.flatnonzero(~((sizes > 0) & (sizes <= MOST_SIDE)).all(axis=1))[0])
+        raise DataError(
+            f"{file.place} says that {shown(keys[row])} has {sizes[row][0]} x {sizes[row][1]} pixels: sides are 1 to "
+            f"{MOST_SIDE}"
+        )
+    return shard.dictionary.to_pylist(), shard.indices.to_numpy(), keys, sizes.astype(np.int32)
+
+
+def _checked(batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches of an index, texts no longer than any; of millions of different keys no dictionary is kept."""
+    import pyarrow
+
+    for batch in batches:
+        check_texts(batch)
+        for name in batch.schema.names:
+            if batch.column(name).null_count:
+                raise ValueError(f"has no complete column {name!r}")
+        yield batch.set_column(batch.schema.names.index("key"), "key", batch.column("key").cast(pyarrow.string()))
 
 
 def _key_column(keys: object) -> KeyColumn:

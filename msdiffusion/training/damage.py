@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data_pipeline.pairs_format import MOST_BUILD_BYTES
 from msdiffusion.errors import DataError, RequestError, shown
 from msdiffusion.training.columns import PATIENCE_SECONDS, from_index, open_shard
-from msdiffusion.training.data_files import is_remote, joined, local_path, sha256_of
+from msdiffusion.training.data_files import is_remote, joined, local_path, read_bytes, sha256_of
 from msdiffusion.training.remote import ShardCache
 from msdiffusion.training.shards import OpenShard, read_pair, read_record
 from msdiffusion.training.sources import Damage, Shard, Source, locate
@@ -118,10 +119,12 @@ def known_damage(source: Source, cache: ShardCache | None) -> tuple[Damage, ...]
         return None
     path = _place_of_list(source.folder, cache)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(str(path), MOST_BUILD_BYTES))
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}): remove it, or look for damage again") from error
     if not isinstance(content, dict) or content.get("schema") != DAMAGE_SCHEMA:
         schema = content.get("schema") if isinstance(content, dict) else None
@@ -147,7 +150,10 @@ def known_damage(source: Source, cache: ShardCache | None) -> tuple[Damage, ...]
 
 
 def _is_damage(entry: Any) -> bool:
-    return isinstance(entry, dict) and entry.keys() == {field.name for field in fields(Damage)}
+    if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(Damage)}:
+        return False
+    texts = isinstance(entry["shard"], str) and isinstance(entry["reason"], str)
+    return texts and isinstance(entry["key"], str | None) and isinstance(entry["pairs"], int | None)
 
 
 def write_damage(found: Verification, cache: ShardCache | None) -> Path:

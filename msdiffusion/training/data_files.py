@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from data_pipeline.safe_text import visible
 from msdiffusion.errors import DataError, RequestError, reason
 
 if TYPE_CHECKING:
@@ -127,27 +128,33 @@ def attempt(what: str, action: Callable[[], Result], attempts: int = 5, first_wa
             if number == attempts:
                 raise DataError(f"{what} could not be read in {attempts} attempts; the last one: {why}") from error
             wait = min(first_wait * 2 ** (number - 1), 30.0)
-            _log.warning("%s: attempt %d of %d failed (%s), next one in %.1f s", what, number, attempts, why, wait)
+            told = (visible(what), number, attempts, visible(why), wait)
+            _log.warning("%s: attempt %d of %d failed (%s), next one in %.1f s", *told)
             time.sleep(wait)
     raise RequestError(f"attempts must be at least 1, got {attempts}")
 
 
-def read_bytes(place: str) -> bytes:
-    """The whole content of a file, local or remote.
+def read_bytes(place: str, most: int) -> bytes:
+    """The whole content of a file, local or remote. most: bytes; a longer one is not read.
 
     Raises:
         FileNotFoundError: if there is none.
-        DataError: if it cannot be read.
+        DataError: if it cannot be read, or is longer.
     """
     if not is_remote(place):
         try:
-            return Path(local_path(place)).read_bytes()
+            with Path(local_path(place)).open("rb") as file:
+                content = file.read(most + 1)
         except FileNotFoundError:
             raise
         except OSError as error:
             raise DataError(f"{place} cannot be read: {error}") from error
-    system, path = filesystem(place)
-    return attempt(place, lambda: system.cat_file(path))
+    else:
+        system, path = filesystem(place)
+        content = attempt(place, lambda: system.cat_file(path, 0, most + 1))  # a server that knows ranges sends no more
+    if len(content) > most:
+        raise DataError(f"{place} has more than the {most:,} bytes that are read of such a file")
+    return content
 
 
 def described(place: str) -> DataFile:

@@ -246,7 +246,10 @@ class PairsDataset(Dataset[TrainingSample]):
 
         Raises:
             DataError: if the pair cannot be read.
+            IndexError: if there is no such pair.
         """
+        if not isinstance(item, tuple) and not 0 <= item < len(self):
+            raise IndexError(f"there are {len(self)} pairs, so no number {item}")
         number, index = item if isinstance(item, tuple) else (item, int(self.indices[item]))
         pair = self._resized(index)
         crop = self.size_of(index)

@@ -68,7 +68,10 @@ class ShardEncodings:
 
         Raises:
             DataError: if a file was removed or changed since the store was opened.
+            IndexError: if the catalogue has no such pair.
         """
+        if not 0 <= index < len(self._shard):
+            raise IndexError(f"there are encodings of {len(self._shard)} pairs, so none of number {index}")
         fields: dict[str, Any] = dict.fromkeys(EncodedSample.__dataclass_fields__)
         for part in self.folders:
             fields |= self._opened(part, int(self._shard[index])).read(int(self._place[index]))
@@ -126,7 +129,7 @@ def found_folders(root: Path, part: Part) -> list[Found]:
     for path in sorted(root.glob(f"{part}-*/{MANIFEST}")):
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path} cannot be read ({error}); remove {path.parent}, {ADVICE}") from error
         if not isinstance(manifest, dict):
             raise DataError(f"{path} is no manifest of encodings; remove {path.parent}, {ADVICE}")

@@ -34,7 +34,9 @@ class Mixture:
         return int(self.starts[-1])
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(number of the catalogue, index in it) of a pair."""
+        """(number of the catalogue, index in it) of a pair; IndexError if there is none of that number."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"there are {len(self)} pairs, so no number {index}")
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         return number, index - int(self.starts[number])
 

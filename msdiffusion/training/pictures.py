@@ -15,7 +15,9 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image, ImageDraw
 
-from msdiffusion.errors import RequestError
+from data_pipeline.pairs_format import KEY, KEY_IN_WORDS
+from data_pipeline.picture_formats import open_listed
+from msdiffusion.errors import DataError, RequestError
 from msdiffusion.training.every_n_steps import EveryNSteps
 from msdiffusion.training.inputs import make_condition
 from msdiffusion.training.run_folder import in_root, set_aside
@@ -252,11 +254,11 @@ def progress_strip(directory: Path, until: int, columns: int = 10) -> Image.Imag
     grids = {step: path for step, path in found if step <= until}
     if until not in grids:
         return None
-    with Image.open(grids[until]) as newest:
+    with open_listed(grids[until]) as newest:
         height = newest.height
     kept = []
     for step, path in grids.items():
-        with Image.open(path) as grid:
+        with open_listed(path) as grid:
             if grid.height == height:
                 kept.append((step, grid.convert("RGB")))
     if len(kept) < 2:
@@ -304,6 +306,8 @@ class PredictionPictures(pl.Callback):
         for row, (key, picture) in enumerate(zip(batch.keys, outputs, strict=True)):
             if not batch.weights[row]:
                 continue
+            if not KEY.fullmatch(key):  # data modules of others may have keys that lead out of the folder
+                raise DataError(f"the key {key!r} of a pair can name no picture: keys are {KEY_IN_WORDS}")
             picture.save(directory / f"{key}.png")
             if trainer.is_global_zero and len(self._cells) < self.grid:
                 boxes = [box.tolist() for box, here in zip(batch.boxes[row], batch.present[row], strict=True) if here]

@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from data_pipeline.safe_text import visible
 from msdiffusion.adapter_config import AdapterConfig
 from msdiffusion.errors import MSDiffusionError, RequestError, WeightsError, reason
 from msdiffusion.training.foreign_words import in_one_sentence
@@ -32,7 +33,7 @@ class RunParser(LightningArgumentParser):
         """Ends the command; exit status 2. The parsers of objects within raise, as ever, and are told by this one."""
         if not self.exit_on_error:
             super().error(message, ex)
-        sys.stderr.write(f"error: {in_one_sentence(message)}\n")
+        sys.stderr.write(visible(f"error: {in_one_sentence(message)}\n"))
         raise SystemExit(2)
 
 
@@ -311,4 +312,4 @@ def _tell_untrained(command: str, settings: Any) -> None:
 
 @rank_zero_only
 def _tell(message: str) -> None:
-    sys.stderr.write(f"note: {message}\n")
+    sys.stderr.write(visible(f"note: {message}\n"))

@@ -20,18 +20,18 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from data_pipeline.records import ClipError, decode_mask
+from data_pipeline.pairs_format import (
+    MOST_CAPTION,
+    MOST_PHRASE,
+    MOST_PIXELS,
+    MOST_SUBJECTS,
+    PAIRS_SCHEMA,
+    fault_of_text,
+)
+from data_pipeline.picture_formats import open_listed
+from data_pipeline.records import ClipError, decode_mask, mask_size
 from msdiffusion.errors import DataError, shown
 from msdiffusion.training.tar_index import ShardTable, walk_shard
-
-PAIRS_SCHEMA = "msdiffusion.pairs/1"
-"""The one schema that this reader knows."""
-
-SWAPPED_SUFFIX = "-swapped"
-"""Ends the key of a pair that is another pair the other way round: reference frame and target frame exchanged."""
-
-MAX_PIXELS = 64_000_000
-"""Of one picture, as in ``data_pipeline.importers``: a small file may say that it has any number of them."""
 
 _KINDS = {b"\xff\xd8\xff": JpegImageFile, b"\x89PNG\r\n\x1a\n": PngImageFile}
 
@@ -96,7 +96,9 @@ class OpenShard:
         return len(self.table)
 
     def location(self, place: int) -> PairLocation:
-        """Where pair number ``place`` of the shard lies."""
+        """Where pair number ``place`` of the shard lies; IndexError if there is none of that number."""
+        if not 0 <= place < len(self):
+            raise IndexError(f"{self.name} holds {len(self)} pairs, so no number {place}")
         return PairLocation(self.table.keys[place], self.name, self.table.members(place), self._file.fileno())
 
     def size_of_target(self, place: int) -> tuple[int, int]:
@@ -134,7 +136,8 @@ def read_record(location: PairLocation) -> dict[str, Any]:
     """The json of a pair, checked against the schema.
 
     Raises:
-        DataError: if it is not json, of another schema version, lacks a field, has no subject, or lacks a reference.
+        DataError: if it is not json, of another schema version, lacks a field, has no subject, more subjects or longer
+            texts than ``data_pipeline.pairs_format`` allows, or lacks a reference.
     """
     where = f"{location.shard}: pair {location.key!r}"
     try:
@@ -149,16 +152,19 @@ def read_record(location: PairLocation) -> dict[str, Any]:
         )
     if missing := [name for name in ("caption", "subjects") if name not in record]:
         raise DataError(f"{where} lacks {missing}")
-    if not isinstance(record["caption"], str):
-        raise DataError(f"{where} has the caption {shown(record['caption'])}, which is no text")
+    if fault := fault_of_text(record["caption"], MOST_CAPTION):
+        raise DataError(f"{where}: its caption {shown(record['caption'])} {fault}")
     if not isinstance(record["subjects"], list) or not record["subjects"]:
         raise DataError(f"{where} has no subject; a pair needs at least one")
+    if len(record["subjects"]) > MOST_SUBJECTS:
+        count = len(record["subjects"])
+        raise DataError(f"{where} has {count:,} subjects, more than the {MOST_SUBJECTS} that are read")
     for number, subject in enumerate(record["subjects"]):
         given = subject if isinstance(subject, dict) else {}
         if missing := [name for name in ("phrase", "target_box") if name not in given]:
             raise DataError(f"{where}, subject {number} lacks {missing}")
-        if not isinstance(subject["phrase"], str):
-            raise DataError(f"{where}, subject {number} has the phrase {shown(subject['phrase'])}, which is no text")
+        if fault := fault_of_text(subject["phrase"], MOST_PHRASE):
+            raise DataError(f"{where}, subject {number}: its phrase {shown(subject['phrase'])} {fault}")
         if f"reference_{number}.png" not in location.members:
             raise DataError(f"{where} has {len(record['subjects'])} subjects, but no reference_{number}.png")
         if not _is_box(subject["target_box"]):
@@ -187,7 +193,7 @@ def read_pair(location: PairLocation, reference_frame: str = "other") -> Pair:
             the target picture itself, as when there is no video.
 
     Raises:
-        DataError: as ``read_record``, or if a picture cannot be decoded or has more than ``MAX_PIXELS``, if the target
+        DataError: as ``read_record``, or if a picture cannot be decoded or has more than ``MOST_PIXELS``, if the target
             has another size than its record says, or if a mask that is needed is missing or of another size than the
             target.
     """
@@ -223,12 +229,14 @@ def _cut_from_target(location: PairLocation, record: dict[str, Any], target: Ima
         if "target_mask_rle" not in subject:
             raise DataError(f"{where} has no target_mask_rle, so it can't be cut out of the target")
         try:
+            size = mask_size(subject["target_mask_rle"])
+            if size != pixels.shape[:2]:  # before anything of that size is made
+                raise DataError(f"{where}: its mask is {size}; the target is {pixels.shape[:2]}")
             mask = decode_mask(subject["target_mask_rle"])
         except ClipError as error:
-            raise DataError(f"{where}: {error}") from error
-        if mask.shape != pixels.shape[:2] or not mask.any():
-            raise DataError(f"{where}: its mask is {mask.shape} with {int(mask.sum())} pixels set; the target is "
-                            f"{pixels.shape[:2]}")  # fmt: skip
+            raise DataError(f"{where}: {error.told}") from error
+        if not mask.any():
+            raise DataError(f"{where}: its mask is {mask.shape} with 0 pixels set")
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         cut = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         alpha = np.where(mask[cut], np.uint8(255), np.uint8(0))[..., None]
@@ -251,10 +259,10 @@ def _read_picture(location: PairLocation, suffix: str, mode: str) -> Image.Image
     try:
         picture = _opened(_read_member(location, suffix))
         width, height = picture.size
-        if width * height > MAX_PIXELS:
+        if width * height > MOST_PIXELS:
             raise DataError(
                 f"{location.shard}: {suffix} of pair {location.key!r} has {width:,} x {height:,} pixels, more than the "
-                f"{MAX_PIXELS:,} that are read; build the dataset again with smaller pictures"
+                f"{MOST_PIXELS:,} that are read; build the dataset again with smaller pictures"
             )
         return picture.convert(mode)
     # Pillow raises SyntaxError for a broken png chunk, ValueError for impossible contents, and many others
@@ -263,8 +271,8 @@ def _read_picture(location: PairLocation, suffix: str, mode: str) -> Image.Image
 
 
 def _opened(content: bytes) -> Image.Image:
-    """A picture whose header was read. By its class where that is known: ``Image.open`` warns of large pictures."""
-    kind = next((kind for start, kind in _KINDS.items() if content.startswith(start)), Image.open)
+    """A picture whose header was read. By its class where that is known: ``open_listed`` warns of large pictures."""
+    kind = next((kind for start, kind in _KINDS.items() if content.startswith(start)), open_listed)
     return kind(io.BytesIO(content))
 
 

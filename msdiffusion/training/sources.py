@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.pairs_format import BUILD_SCHEMA, MOST_BUILD_BYTES, SAMPLE_BYTES
 from msdiffusion.errors import DataError, RequestError, shown
 from msdiffusion.training.data_files import (
     DataFile,
@@ -27,9 +28,6 @@ from msdiffusion.training.data_files import (
     parent_of,
     read_bytes,
 )
-
-BUILD_SCHEMA = "data_pipeline.build/1"
-"""The one schema of build.json that this reader knows."""
 
 HOW_TO_MAKE_PAIRS = (
     "Give one with --data.init_args.pairs, or make it of captioned videos, for instance of these:\n"
@@ -234,7 +232,7 @@ def _read_build(folder: str) -> dict[str, Any] | None:
     """build.json of a folder, checked; None where there is none."""
     place = joined(folder, "build.json")
     try:
-        encoded = read_bytes(place)
+        encoded = read_bytes(place, MOST_BUILD_BYTES)
     except FileNotFoundError:
         return None
     try:
@@ -261,7 +259,8 @@ def _is_entry(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and all(isinstance(entry.get(name), str) for name in ("name", "sha256"))
-        and all(isinstance(entry.get(name), int) for name in ("samples", "bytes"))
+        and all(type(entry.get(name)) is int for name in ("samples", "bytes"))
+        and 0 <= entry["samples"] * SAMPLE_BYTES <= entry["bytes"] < 1 << 63
         and Path(entry["name"]).name == entry["name"]
     )
 

@@ -15,10 +15,13 @@ from typing import overload
 
 import numpy as np
 
-from msdiffusion.errors import DataError
+from data_pipeline.pairs_format import KEY, KEY_IN_WORDS, MOST_KEY, HeaderFile, most_bytes
+from msdiffusion.errors import DataError, shown
 
 BLOCK = tarfile.BLOCKSIZE
 _AT_ONCE = 100_000
+_IN_KEYS = np.array([KEY.fullmatch(chr(code)) is not None for code in range(256)])
+"""Per byte, whether it may stand in a key."""
 REFERENCE = ("reference_", ".png")
 """Before and after the number of a subject, in the name of the member that shows it."""
 
@@ -81,6 +84,13 @@ class KeyColumn(Sequence[str]):
             raise IndexError(f"there are {len(self)} keys, so no number {index}")
         index %= len(self)
         return self.content[self.ends[index] : self.ends[index + 1]].tobytes().decode("utf-8", "surrogateescape")
+
+    def first_unlawful(self) -> int | None:
+        """Number of the first string that can be no key of a pair, or None."""
+        lengths = np.diff(self.ends)
+        if not len(lengths) or (lengths.min() > 0 and lengths.max() <= MOST_KEY and _IN_KEYS[self.content].all()):
+            return None
+        return next(number for number, key in enumerate(self) if not KEY.fullmatch(key))
 
     def take(self, indices: np.ndarray) -> KeyColumn:
         """The strings of these numbers, in this order."""
@@ -174,8 +184,8 @@ def walk_shard(descriptor: int, name: str) -> ShardTable:
         name: what messages call the shard.
 
     Raises:
-        DataError: if it is not a tar file, is cut off or damaged between two members, holds no member, or holds one
-            twice.
+        DataError: if it is not a tar file, is cut off or damaged between two members, holds no member, holds one
+            twice, one that is larger than any of a pair, or one whose key is none.
     """
     size_of_file = os.fstat(descriptor).st_size
     try:
@@ -185,8 +195,8 @@ def walk_shard(descriptor: int, name: str) -> ShardTable:
     except ValueError as error:
         raise DataError(f"{name} {error}; copy it again or build the dataset again") from error
     end = max((offset + -(-size // BLOCK) * BLOCK for _, offset, size in rows), default=0)
-    mark = os.pread(descriptor, BLOCK, end)
-    if end > size_of_file or len(mark) < BLOCK:
+    mark = b"" if end > size_of_file else os.pread(descriptor, BLOCK, end)
+    if len(mark) < BLOCK:
         raise DataError(
             f"{name} is cut off: it has {size_of_file} bytes, and a tar file with its members would have more than "
             f"{end}; copy it again or build the dataset again"
@@ -195,7 +205,19 @@ def walk_shard(descriptor: int, name: str) -> ShardTable:
         raise DataError(f"{name} is damaged after byte {end}; copy it again or build the dataset again")
     if not rows:
         raise DataError(f"{name} holds no pair; build the dataset again, or remove the file")
-    return _table(rows, size_of_file, name)
+    table = _table(rows, size_of_file, name)
+    if (number := table.keys.first_unlawful()) is not None:
+        raise DataError(
+            f"{name} holds a pair with the key {shown(table.keys[number])}, but keys are {KEY_IN_WORDS}; build the "
+            "dataset again"
+        )
+    most = np.array([most_bytes(suffix) for suffix in table.suffixes])[table.suffix]
+    if len(rows := np.flatnonzero(table.sizes > most)):
+        raise DataError(
+            f"{name} holds a member {shown(table.suffixes[table.suffix[rows[0]]])} of {table.sizes[rows[0]]:,} bytes, "
+            f"more than the {most[rows[0]]:,} that are read; build the dataset again"
+        )
+    return table
 
 
 class _UnusualHeaderError(Exception):
@@ -247,9 +269,9 @@ def _walk_any(descriptor: int) -> list[tuple[str, int, int]]:
         file.seek(0)
         rows: list[tuple[str, int, int]] = []
         try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
+            with tarfile.open(fileobj=HeaderFile(file), mode="r:") as archive:
                 rows += ((m.name, m.offset_data, m.size) for m in archive if m.isreg())
-        except (tarfile.TarError, EOFError, ValueError):
+        except (tarfile.TarError, EOFError, ValueError, OSError, OverflowError):
             pass  # the walk ended too early, so what follows the last member is no end mark: the caller tells it
     return rows
 
@@ -261,9 +283,9 @@ def _table(rows: Sequence[tuple[str, int, int]], size_of_file: int, name: str) -
     suffix = np.empty(len(rows), dtype=np.int32)
     for row, (member, _, _) in enumerate(rows):
         # as WebDataset does: the key ends at the first dot of the file name
-        folder, _, file_name = member.rpartition("/")
+        folder, slash, file_name = member.rpartition("/")
         stem, _, end = file_name.partition(".")
-        pair[row] = keys.setdefault(f"{folder}/{stem}" if folder else stem, len(keys))
+        pair[row] = keys.setdefault(f"{folder}{slash}{stem}", len(keys))
         suffix[row] = suffixes.setdefault(end, len(suffixes))
     order = np.argsort(pair, kind="stable")  # members of one pair need not stand together
     seen = pair * len(suffixes) + suffix

@@ -104,7 +104,7 @@ def test_inspect_of_a_broken_mask(shard, tmp_path, capsys):
     wrong = b"9" if content[place : place + 1] != b"9" else b"1"
     shard.write_bytes(content[:place] + wrong + content[place + 1 :])
     assert main([str(shard), "--out", str(tmp_path / "a.png")]) == 2
-    assert "the sample clip has a mask that cannot be read" in capsys.readouterr().err
+    assert "subject 0 of clip.json: unreadable mask in the annotations" in capsys.readouterr().err
 
 
 def test_inspect_of_a_dataset_without_samples(tmp_path, capsys):

@@ -200,8 +200,11 @@ def test_a_build_file_with_a_schema_only(finished, capsys):
 def test_parts_of_two_datasets(finished):
     journal, files, build = finished
     keep_notes(journal, files)
-    with pytest.raises(InputError, match="names a shard 'pairs-000000.tar' that build.json does not list"):
+    with pytest.raises(InputError, match=r"index.parquet has 6 rows, and build.json says 0 samples"):
         render_report(journal.out, {**build, "shards": []})
+    others = [{**entry, "name": f"other-{entry['name']}"} for entry in build["shards"]]
+    with pytest.raises(InputError, match="names a shard 'pairs-000000.tar' that build.json does not list"):
+        render_report(journal.out, {**build, "shards": others})
     with pytest.raises(InputError, match="names a step 'read_videos' that build.json does not know"):
         render_report(journal.out, {**build, "settings": {"filter_pairs": {}}})
 

@@ -12,6 +12,7 @@ from data_pipeline import run_ray
 from data_pipeline.assemble import ShardPlan
 from data_pipeline.build import main
 from data_pipeline.journal import Journal
+from data_pipeline.pairs_format import tar_member
 from data_pipeline.records import InputError, OutputError, SettingsError, VideoFile
 from data_pipeline.run import split_finished
 from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_session, run_on_ray, write_on_ray
@@ -149,7 +150,7 @@ def test_weights_that_are_missing_stop_the_run(ray_steps, make_files, journal):
 @pytest.mark.slow
 def test_a_shard_that_cannot_be_written_stops_the_run(ray_steps, make_files, journal):
     [file] = make_files("a")
-    journal.commit(file, {"kept": True, "samples": [{}]}, blocks=b"x")
+    journal.commit(file, {"kept": True, "samples": [{}]}, blocks=tar_member("a.json", b"{}"))
     (journal.out / "pairs-000000.tar").mkdir()
     with pytest.raises(OutputError, match="cannot write .*pairs-000000.tar"):
         list(write_on_ray(journal, [ShardPlan("pairs-000000.tar", ("a",), 1)]))

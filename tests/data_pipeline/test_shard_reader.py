@@ -6,9 +6,10 @@ import tarfile
 import numpy as np
 import pytest
 
+from data_pipeline.pairs_format import tar_member
 from data_pipeline.records import InputError, TrainingPair
 from data_pipeline.shard_reader import Shard, index_rows, read_build, rejected_videos
-from data_pipeline.steps.write_shards import WriteShards, tar_member
+from data_pipeline.steps.write_shards import WriteShards
 
 MASK = np.zeros((40, 60), dtype=bool)
 MASK[10:30, 20:50] = True
@@ -216,7 +217,8 @@ def test_a_build_file_that_is_not_whole(shard, changes, lacks):
 
 
 def test_index_and_rejected_must_be_there_and_whole(tmp_path):
-    for read, name in ((rejected_videos, "rejected.jsonl"), (index_rows, "index.parquet")):
+    build = {"shards": []}
+    for read, name in ((rejected_videos, "rejected.jsonl"), (lambda path: index_rows(path, build), "index.parquet")):
         with pytest.raises(InputError, match=f"no .*{name}: the dataset is not complete"):
             list(read(tmp_path))
     entry = {"video": "a.mp4", "key": "a", "stage": "cut_shots", "reason": "a single frame", "evidence": {}}
@@ -237,4 +239,4 @@ def test_index_and_rejected_must_be_there_and_whole(tmp_path):
         list(rejected_videos(tmp_path))
     (tmp_path / "index.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(InputError, match="does not open"):
-        list(index_rows(tmp_path))
+        list(index_rows(tmp_path, build))

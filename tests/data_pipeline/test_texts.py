@@ -206,3 +206,11 @@ def test_a_clean_caption_can_be_written_anywhere(text):
 def test_a_file_that_cannot_be_read_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="^cannot read .*: Is a directory$"):
         read_text(tmp_path)
+
+
+def test_a_caption_of_a_megabyte_is_refused_before_anybody_reads_it():
+    assert as_caption("a" * 10_000, "caption") == "a" * 10_000
+    for text in ("a" * 1_000_000, ["a dog", "a" * 10_001], "[" * 500_000 + "]" * 500_000):
+        with pytest.raises(ClipError) as caught:
+            as_caption(text, "caption")
+        assert "characters, more than the 10,000 that are read" in caught.value.evidence["error"]

@@ -378,7 +378,7 @@ def test_random_damage_never_gets_past_us():
     ("content", "told"),
     [
         (b"", "the file is empty"),
-        (b"hello", "it is in no format that is known here"),
+        (b"hello", "it is in none of the formats that are read: JPEG, PNG, WebP, AVIF, GIF, BMP and TIFF"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is HEIC, as telephones write it: export it as JPEG or PNG"),
         (b"<!DOCTYPE html><html></html>", "it is a web page"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "it is a drawing in SVG"),

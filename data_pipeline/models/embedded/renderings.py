@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data_pipeline.picture_formats import open_listed
 from data_pipeline.records import SettingsError
 from data_pipeline.world.clips import sample_clip
 from data_pipeline.world.palette import CATEGORIES, COLORS, PATTERNS
@@ -171,7 +172,7 @@ def sample_twins(rng: np.random.Generator, split: str) -> list[Identity]:
 def _through_jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=int(rng.integers(60, 96)), subsampling="4:2:0")
-    return np.asarray(Image.open(file))
+    return np.asarray(open_listed(file))
 
 
 def _as_arrays(

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.importers.steps import OpenPictures, mention_of
-from data_pipeline.records import SettingsError
+from data_pipeline.importers.items import ImportItem, ImportSubject
+from data_pipeline.importers.steps import OpenPictures, ReadItems, mention_of
+from data_pipeline.records import ClipError, SettingsError
 
 WORDS = st.lists(st.text("abcdefgh", min_size=1, max_size=6), min_size=1, max_size=3)
 
@@ -38,3 +39,16 @@ def test_signs_in_a_phrase_are_taken_as_they_are():
 def test_wrong_settings(settings, message):
     with pytest.raises(SettingsError, match=re.escape(message)):
         OpenPictures(images=Path(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("phrases", "reason"),
+    [(["dog"] * 257, "too many subjects"), (["dog", "d" * 1_001], "phrase of too many characters")],
+)
+def test_items_that_no_reader_would_take(tmp_path, monkeypatch, phrases, reason):
+    item = ImportItem(
+        target="a.jpg", caption="a dog", subjects=tuple(ImportSubject(phrase=phrase, box=None) for phrase in phrases)
+    )
+    monkeypatch.setattr("data_pipeline.importers.steps.read_item", lambda file: item)
+    with pytest.raises(ClipError, match=reason):
+        ReadItems(importer="official").process(None)

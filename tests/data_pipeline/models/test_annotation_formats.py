@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.models.annotation_formats import decode_counts, draw_polygons, frame_number
+from data_pipeline.models.annotation_formats import decode_counts, draw_polygons, frame_number, read_numbers
 from data_pipeline.models.annotations import AnnotationSource, read_mask
 from data_pipeline.models.detector import AnnotationDetector, Question
 from data_pipeline.models.segmenter import AnnotationSegmenter
@@ -593,3 +593,21 @@ def test_the_formats_feed_detector_and_segmenter(tmp_path, make_pair, make_entit
     [[found]] = AnnotationSegmenter().segment([(pair.reference, AnnotationDetector().detect([question])[0])])
     assert found.entity.phrase == "brown dog"
     assert np.array_equal(found.mask, MASK)
+
+
+def test_polygons_without_end():
+    with pytest.raises(ClipError) as caught:
+        draw_polygons([[0, 0, 9, 0, 9, 9]] * 1_001, WIDTH, HEIGHT)
+    assert caught.value.evidence["error"] == "polygons must be a list of 1000 at most"
+    with pytest.raises(ClipError):
+        draw_polygons("0 0 9 0 9 9", WIDTH, HEIGHT)
+
+
+def test_a_picture_of_numbers_is_measured_before_it_is_decoded(tmp_path):
+    Image.new("1", (9_000, 9_000)).save(tmp_path / "a.png")
+    with pytest.raises(ClipError) as caught:
+        read_numbers(tmp_path / "a.png")
+    assert caught.value.evidence["error"] == "too many pixels"
+    (tmp_path / "b.png").write_bytes(b"P5 2 2 255 abcd")
+    with pytest.raises(ClipError, match="unreadable mask"):
+        read_numbers(tmp_path / "b.png")

@@ -326,6 +326,7 @@ def test_every_rule_rejects_a_clip_and_keeps_one_near_it(mine, name):
         ({"max_aspect": 0.5}, "max_aspect must be at least 1, got 0.5"),
         ({"min_subjects": 0}, "need 1 <= min_subjects <= max_subjects, got 0 and 4"),
         ({"min_subjects": 3, "max_subjects": 2}, "got 3 and 2"),
+        ({"max_subjects": 257}, "max_subjects is 256 at most, got 257"),
         ({"max_clipped": 1.5}, r"max_clipped must lie in \[0, 1\], got 1.5"),
         ({"min_sharpness": -0.1}, "min_sharpness must not be negative, got -0.1"),
         ({"min_pixels": 0}, "min_pixels must be at least 1, got 0"),

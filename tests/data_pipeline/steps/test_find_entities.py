@@ -506,3 +506,10 @@ def test_a_language_without_noun_chunks_is_refused(monkeypatch):
     monkeypatch.setattr(spacy, "load", lambda name, **options: polish)
     with pytest.raises(InputError, match="no noun chunks in the language of the model pl_core_news_sm"):
         NounChunker(("pl_core_news_sm",))
+
+
+def test_a_word_without_end_is_no_phrase(step, make_pair):
+    black = np.zeros((8, 8, 3), dtype=np.uint8)
+    rejected = step.process(make_pair(black, black, caption=f"a {'dog' * 400} on the beach"))
+    assert rejected.reason == "phrase of too many characters"
+    assert (rejected.evidence["characters"], rejected.evidence["most"]) == (1200, 1000)

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data_pipeline.pairs_format import SAMPLE_BYTES
 from msdiffusion.errors import DataError
 from msdiffusion.training.columns import Columns, check_shard, from_headers, from_index, open_file, open_shard
 from msdiffusion.training.data_files import DataFile
@@ -89,20 +91,22 @@ def test_an_index_of_many_keys_makes_no_python_object_of_each(tmp_path, monkeypa
     names = ["a.tar", "b.tar", "c.tar"]
     table = pyarrow.table(
         {"key": [f"key_{i:06d}" for i in range(N)], "shard": [names[i * 3 // N] for i in range(N)],
-         "width": pyarrow.array(np.arange(N), pyarrow.int32()), "height": pyarrow.array(np.ones(N), pyarrow.int32())}
+         "width": pyarrow.array(np.arange(1, N + 1), pyarrow.int32()),
+         "height": pyarrow.array(np.ones(N), pyarrow.int32())}
     )  # fmt: skip
     pyarrow.parquet.write_table(table, tmp_path / "index.parquet", row_group_size=1000)
     shards = []
     for name in names:
         (tmp_path / name).write_bytes(b"")
-        shards.append({"name": name, "samples": N // 3, "bytes": 0, "sha256": ""})
+        os.truncate(tmp_path / name, N // 3 * SAMPLE_BYTES)  # no byte on the disk
+        shards.append({"name": name, "samples": N // 3, "bytes": N // 3 * SAMPLE_BYTES, "sha256": ""})
     (tmp_path / "build.json").write_text(json.dumps({"schema": "data_pipeline.build/1", "shards": shards}))
     asked = []
     monkeypatch.setattr(KeyColumn, "__getitem__", lambda self, index: asked.append(index))
     columns = from_index(locate(str(tmp_path)), None)
     assert columns.keys.first_repeated() is None
     assert asked == []
-    assert columns.sizes[:, 0].tolist() == list(range(N))
+    assert columns.sizes[:, 0].tolist() == list(range(1, N + 1))
     assert np.bincount(columns.shard).tolist() == [N // 3] * 3
     assert columns.place.max() == N // 3 - 1
 

@@ -191,11 +191,21 @@ def test_a_list_of_remote_shards_that_were_changed_is_refused(finished_dir, serv
         known_damage(locate(server.url), cache)
 
 
+def listed(damage):
+    """A list with this damage, as json."""
+    return json.dumps({"schema": "msdiffusion.damaged/1", "shards": {}, "states": {}, "damaged": [damage]})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"schema": "msdiffusion.damaged/1", "shards": {}, "damaged": []}', "is not complete"),  # an older version's
         ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        (listed({"shard": "a", "key": None, "reason": "r", "pairs": "3"}), "is not complete"),
+        (listed({"shard": ["a"], "key": None, "reason": "r", "pairs": 3}), "is not complete"),
+        (listed({"shard": "a", "key": 3, "reason": "r", "pairs": 3}), "is not complete"),
+        (listed({"shard": "a", "key": None, "reason": None, "pairs": 3}), "is not complete"),
         ("[]", "schema None"),
         ('{"schema": "msdiffusion.damaged/2"}', "msdiffusion.damaged/2"),
         ('{"schema": "msdiffusion.damaged/1"}', "is not complete"),

@@ -96,18 +96,20 @@ def test_local_and_remote_files_read_the_same(tmp_path, serve):
     (tmp_path / "a.json").write_bytes(b"content")
     server = serve(tmp_path)
     for place in (str(tmp_path / "a.json"), f"file://{tmp_path}/a.json", f"{server.url}/a.json"):
-        assert read_bytes(place) == b"content"
+        assert read_bytes(place, 7) == b"content"
+        with pytest.raises(DataError, match="more than the 6 bytes"):
+            read_bytes(place, 6)
         assert described(place).bytes == 7
     for place in (str(tmp_path / "b.json"), f"{server.url}/b.json", "memory://b.json"):
         with pytest.raises(FileNotFoundError):
-            read_bytes(place)
+            read_bytes(place, 7)
         with pytest.raises(FileNotFoundError):
             described(place)
 
 
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
-        read_bytes(str(tmp_path))
+        read_bytes(str(tmp_path), 9)
 
 
 def test_a_tired_server_is_not_taken_for_one_without_the_file(tmp_path, serve, waits):

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
-from msdiffusion.errors import RequestError
+from msdiffusion.errors import DataError, RequestError
 from msdiffusion.training.datamodule import PairsDataModule
 from msdiffusion.training.dataset import TrainingSample
 from msdiffusion.training.module import MSDiffusionModule
@@ -253,6 +253,16 @@ def test_what_only_fills_up_a_batch_is_not_written(tmp_path):
     callback = PredictionPictures(directory=str(tmp_path / "there"))
     callback.on_predict_batch_end(trainer, None, [Image.new("RGB", (8, 8))] * 2, batch, 0)
     assert {path.name for path in (tmp_path / "there").iterdir()} == {"a.png", "grid.png"}
+
+
+@pytest.mark.parametrize("key", ["../up", "/abs", "a/b", "", "a.b", "\x1b[2J"])
+def test_no_picture_is_written_outside_its_folder(tmp_path, key):
+    """Data modules of others may have any keys; the reader of shards refuses them itself."""
+    batch = SimpleNamespace(keys=[key], weights=torch.ones(1))
+    trainer = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=True)
+    with pytest.raises(DataError, match="can name no picture: keys are 1 to 200 letters, digits, - and _"):
+        PredictionPictures().on_predict_batch_end(trainer, None, [Image.new("RGB", (8, 8))], batch, 0)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_pixels_become_pictures():

@@ -69,8 +69,8 @@ def test_missing_reference_is_refused(tmp_path, shard_writer, opened):
         ({"schema": None}, "schema None"),
         ({"subjects": {"phrase": "dog"}}, "has no subject"),
         ({"subjects": ["dog"]}, r"subject 0 lacks \['phrase', 'target_box'\]"),
-        ({"subjects": [{"phrase": 7, "target_box": BOX}]}, "the phrase 7, which is no text"),
-        ({"caption": None}, "the caption None, which is no text"),
+        ({"subjects": [{"phrase": 7, "target_box": BOX}]}, "its phrase 7 is no text"),
+        ({"caption": None}, "its caption None is no text"),
         *(
             ({"subjects": [{"phrase": "dog", "target_box": box}]}, "not a normalised xyxy box")
             for box in (
@@ -141,7 +141,7 @@ def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_pat
     (tmp_path / "p.tar").write_bytes(changed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(DataError, match=r"a' has 50,000 x 50,000 pixels, more than the 64,000,000 .* smaller"):
+        with pytest.raises(DataError, match=r"a' has 50,000 x 50,000 pixels, more than the 67,108,864 .* smaller"):
             read_pair(opened(tmp_path / "p.tar").location(0))
 
 

@@ -91,14 +91,15 @@ MEMBERS = st.lists(
 
 
 @given(members=MEMBERS, format=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
-       folder=st.sampled_from(["", "x/", "y" * 60 + "/" + "z" * 60 + "/"]), time=st.sampled_from([0, 1.5]))  # fmt: skip
-def test_members_of_any_order_and_dialect_are_found(members, format, folder, time, tmp_path_factory):
+       start=st.sampled_from(["", "x-", "y" * 120]), time=st.sampled_from([0, 1.5]))  # fmt: skip
+def test_members_of_any_order_and_dialect_are_found(members, format, start, time, tmp_path_factory):
     path = tmp_path_factory.mktemp("tar") / "p.tar"
+    start = start[:60] if format == tarfile.USTAR_FORMAT else start  # which has no long names
     mtime = time if format == tarfile.PAX_FORMAT else 0  # a fraction of a second makes an extended header there
-    write_tar(path, [(f"{folder}{k}.{suffix}", content) for k, suffix, content in members], format, mtime=mtime)
+    write_tar(path, [(f"{start}{k}.{suffix}", content) for k, suffix, content in members], format, mtime=mtime)
     expected = {}
     for key, suffix, content in members:
-        expected.setdefault(folder + key, {})[suffix] = content
+        expected.setdefault(start + key, {})[suffix] = content
     found = contents(path, walk(path))
     assert found == expected
     assert list(found) == list(expected)
@@ -107,14 +108,14 @@ def test_members_of_any_order_and_dialect_are_found(members, format, folder, tim
 def test_folders_and_links_are_no_members(tmp_path):
     path = tmp_path / "p.tar"
     with tarfile.open(path, "w") as archive:
-        for name, kind in (("f", tarfile.DIRTYPE), ("f/link.json", tarfile.SYMTYPE)):
+        for name, kind in (("f", tarfile.DIRTYPE), ("f/../link.json", tarfile.SYMTYPE)):
             member = tarfile.TarInfo(name)
             member.type = kind
             archive.addfile(member)
-        member = tarfile.TarInfo("f/a.json")
+        member = tarfile.TarInfo("a.json")
         member.size = 2
         archive.addfile(member, io.BytesIO(b"{}"))
-    assert contents(path, walk(path)) == {"f/a": {"json": b"{}"}}
+    assert contents(path, walk(path)) == {"a": {"json": b"{}"}}
 
 
 def test_incomplete_pairs_are_named(tmp_path):

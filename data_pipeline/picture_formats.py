@@ -1,0 +1,29 @@
+"""Which formats of pictures are opened: the one place where Pillow is given a file.
+
+Pillow knows dozens, and some of those run other programs to open a file. What a name says counts for nothing.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO
+
+from PIL import Image, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
+_KNOWN = [name for name in FORMATS if name != "AVIF" or find_spec("PIL.AvifImagePlugin")]
+"""Pillow before 11.3 reads no AVIF, and raises a KeyError if it is asked to."""
+NOT_LISTED = "it is in none of the formats that are read: JPEG, PNG, WebP, AVIF, GIF, BMP and TIFF"
+
+
+def open_listed(source: str | Path | IO[bytes]) -> Image.Image:
+    """A picture whose header was read, and no pixel yet.
+
+    UnidentifiedImageError for a file of another format; OSError if it cannot be read; at broken headers Pillow raises
+    many things.
+    """
+    try:
+        return Image.open(source, formats=_KNOWN)
+    except UnidentifiedImageError as error:
+        raise UnidentifiedImageError(NOT_LISTED) from error
