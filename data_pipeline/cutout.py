@@ -233,8 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
     except ClipError as error:
-        told = ", ".join(f"{name} {value}" for name, value in error.evidence.items())
-        _tell(f"msdiffusion cutout: error: {error.reason}: {told}")
+        _tell(f"msdiffusion cutout: error: {error.told}")
         return 2
     except MiningError as error:
         _tell(f"msdiffusion cutout: error: {error}")

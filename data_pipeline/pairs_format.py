@@ -119,34 +119,29 @@ def open_index(file: Any, columns: Iterable[str], rows: int) -> Any:
     file: path or open file. columns: that will be read. rows: build.json says, and the most there may be. ValueError,
     to be read after the file's name, for what is not as it should be; errors of pyarrow for a file that is no parquet.
     """
-    import pyarrow.parquet
+    from pyarrow.parquet import ParquetFile
 
-    texts = [name for name in columns if name in TEXTS]
-    lists = [f"{name}.list.element" for name in columns if name == "phrases"]
-    index = pyarrow.parquet.ParquetFile(file, read_dictionary=[*texts, *lists])
-    try:
-        schema = index.schema_arrow
-        for name in columns:
-            if name not in schema.names:
-                raise ValueError(f"has no complete column {name!r}")
-            if not _is_of_its_type(name, schema.field(name).type):
-                raise ValueError(f"has a column {name!r} of the type {schema.field(name).type}, which is none of its")
-        facts = index.metadata
-        if facts.num_rows > rows:
-            raise ValueError(f"has {facts.num_rows:,} rows, and build.json says {rows:,} samples")
-        for number in range(facts.num_row_groups):
-            group = facts.row_group(number)
-            for place in range(group.num_columns):
-                column = group.column(place)
-                if column.num_values > group.num_rows * MOST_SUBJECTS:
-                    raise ValueError(
-                        f"has {column.num_values:,} values of {column.path_in_schema} in {group.num_rows:,} rows, more "
-                        f"than {MOST_SUBJECTS} a row"
-                    )
-    except BaseException:
-        index.close()
-        raise
-    return index
+    with ParquetFile(file) as plain:
+        facts, schema = plain.metadata, plain.schema_arrow
+    for name in columns:
+        if name not in schema.names:
+            raise ValueError(f"has no complete column {name!r}")
+        if not _is_of_its_type(name, schema.field(name).type):
+            raise ValueError(f"has a column {name!r} of the type {schema.field(name).type}, which is none of its")
+    paths = [facts.schema.column(place).path for place in range(facts.num_columns)]
+    texts = [path for path in paths if path.partition(".")[0] in (*TEXTS, "phrases")]
+    if facts.num_rows > rows:
+        raise ValueError(f"has {facts.num_rows:,} rows, and build.json says {rows:,} samples")
+    for number in range(facts.num_row_groups):
+        group = facts.row_group(number)
+        for place in range(group.num_columns):
+            column = group.column(place)
+            if column.num_values > group.num_rows * MOST_SUBJECTS:
+                raise ValueError(
+                    f"has {column.num_values:,} values of {column.path_in_schema} in {group.num_rows:,} rows, more "
+                    f"than {MOST_SUBJECTS} a row"
+                )
+    return ParquetFile(file, metadata=facts, read_dictionary=texts)
 
 
 def check_texts(batch: Any) -> None:

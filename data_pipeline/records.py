@@ -69,6 +69,12 @@ class ClipError(MiningError):
         self.reason = reason
         self.evidence = evidence
 
+    @property
+    def told(self) -> str:
+        """The reason with the beginning of all that was measured, for a message."""
+        values = ", ".join(f"{name} {str(value)[:80]}" for name, value in self.evidence.items())
+        return visible(f"{self.reason}: {values}" if values else self.reason)
+
 
 # -------------------------------------------------------------------------------------------------------------- masks
 

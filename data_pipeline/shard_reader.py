@@ -99,7 +99,7 @@ class Shard:
             with self.path.open("rb") as file, tarfile.open(fileobj=HeaderFile(file), mode="r:") as archive:
                 members = archive.getmembers()
                 end = archive.offset
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
             if self._starts_like_a_tar():
                 raise InputError(f"{self.path} is damaged or cut short ({error}): mine or copy it again") from error
             raise InputError(f"{self.path} is no tar file ({error})") from error
@@ -161,7 +161,7 @@ class Shard:
                     )
                 yield None if rle is None else decode_mask(rle)
             except ClipError as error:
-                raise InputError(f"{self.path}: subject {number} of {key}.json: {error}") from error
+                raise InputError(f"{self.path}: subject {number} of {key}.json: {error.told}") from error
 
     def _content(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
         content = archive.extractfile(member)
@@ -194,6 +194,8 @@ class Shard:
                 if not is_size(*picture.size):
                     raise ValueError(f"it says that it has {picture.width:,} x {picture.height:,} pixels")
                 return picture.convert(mode)
+        except Image.DecompressionBombError:
+            raise InputError(f"{self.path}: {name} does not open (it says that it has too many pixels)") from None
         except Exception as error:  # decoders raise many things at broken files
             raise InputError(f"{self.path}: {name} does not open ({error or type(error).__name__})") from error
 

@@ -72,9 +72,7 @@ def make_sample(key: str, phrases: tuple[str, ...]) -> dict[str, Any]:
         "pipeline": {"version": "1"},
     }
     members: dict[str, Any] = {"target.jpg": encoded(Image.new("RGB", SIZE, "green"), "JPEG")}
-    members |= {
-        f"reference_{i}.png": encoded(Image.new("RGBA", (20, 10), "red"), "PNG") for i in range(len(phrases))
-    }
+    members |= {f"reference_{i}.png": encoded(Image.new("RGBA", (20, 10), "red"), "PNG") for i in range(len(phrases))}
     return {**members, "json": metadata}
 
 
@@ -87,7 +85,7 @@ class Dataset:
     )
     build: dict[str, Any] = field(default_factory=dict)
     """Changes of build.json."""
-    rows: Callable[[list[dict[str, Any]]], Any] = lambda rows: rows  # noqa: E731
+    rows: Callable[[list[dict[str, Any]]], Any] = lambda rows: rows
     """Rows of the index -> other rows, or a table of pyarrow."""
     rejected: list[Any] = field(default_factory=list)
     notes: dict[str, Any] | None = None
@@ -115,7 +113,12 @@ class Dataset:
         rows = self.rows([index_row(sample["json"], "pairs-000000.tar") for sample in good])
         table = rows if isinstance(rows, pyarrow.Table) else pyarrow.Table.from_pylist(rows)
         pyarrow.parquet.write_table(table, out / "index.parquet")
-        entry = {"name": "pairs-000000.tar", "samples": 2, "bytes": len(shard), "sha256": hashlib.sha256(shard).hexdigest()}
+        entry = {
+            "name": "pairs-000000.tar",
+            "samples": 2,
+            "bytes": len(shard),
+            "sha256": hashlib.sha256(shard).hexdigest(),
+        }
         build = {"schema": "data_pipeline.build/1", "settings": {"filter_pairs": {}}, "versions": {"numpy": "2"}}
         build |= {"counts": {"samples": 2}, "shards": [entry]} | self.build
         (out / "build.json").write_text(json.dumps(build))
@@ -192,7 +195,7 @@ def many_rows(count: int) -> Callable[[Dataset], None]:
     """So many rows in a file of a few hundred kilobytes, as they are all the same."""
 
     def rows(found: list[dict[str, Any]]) -> pyarrow.Table:
-        return pyarrow.concat_tables([pyarrow.Table.from_pylist(found[:1])] * count).combine_chunks()
+        return pyarrow.Table.from_pylist(found[:1]).take(np.zeros(count, dtype=np.int64))
 
     return lambda dataset: setattr(dataset, "rows", rows)
 
@@ -213,7 +216,6 @@ def entry_of(**changes: Any) -> Callable[[Dataset], None]:
 def renamed(key: str) -> Callable[[Dataset], None]:
     def change(dataset: Dataset) -> None:
         dataset.samples = {key: dataset.samples["a"], "b": dataset.samples["b"]}
-        dataset.first_key = key
         dataset.samples[key]["json"]["key"] = key
 
     return change
@@ -227,7 +229,7 @@ def header(name: str, **changes: Any) -> bytes:
 
 
 def shard_of(*headers: bytes) -> Callable[[Dataset], None]:
-    return lambda dataset: dataset.raw.update({"pairs-000000.tar": b"".join(headers) + bytes(1024)})
+    return lambda dataset: dataset.raw.update({"pairs-000000.tar": b"".join(headers) + bytes(8192)})
 
 
 def deep(levels: int) -> Any:
@@ -252,9 +254,12 @@ HOSTILE: dict[str, tuple[Callable[[Dataset], None], dict[str, str]]] = {
         for key in ("../up", "/abs", "x/../../y", "a b", "-\u202e", "x\\y", "n\nl", "\x1b[2J", "c:x", "é", "..", "")
     },
     # masks
-    "mask of 37 GiB": (rle(200_000, 200_000, [40_000_000_000]), {d: "mask" for d in ("report", "inspect", "train")}),
-    "mask of 10^400 pixels": (rle(10**200, 10**200, [1]), {d: "mask" for d in ("report", "inspect", "train")}),
-    "mask of counts beyond 64 bits": (rle(32, 48, [10**30]), {"inspect": "unreadable mask", "train": "unreadable mask"}),
+    "mask of 37 GiB": (rle(200_000, 200_000, [40_000_000_000]), dict.fromkeys(("report", "inspect", "train"), "mask")),
+    "mask of 10^400 pixels": (rle(10**200, 10**200, [1]), dict.fromkeys(("report", "inspect", "train"), "mask")),
+    "mask of counts beyond 64 bits": (
+        rle(32, 48, [10**30]),
+        {"inspect": "unreadable mask", "train": "unreadable mask"},
+    ),
     "mask of infinite size": (rle(float("inf"), 48, [1536]), {"inspect": "no size", "train": "no size"}),
     "mask of negative size": (rle(-32, -48, [1536]), {"inspect": "a mask of", "train": "its mask is"}),
     "mask of negative counts": (rle(32, 48, [-1, 1537]), {"inspect": "unreadable mask", "train": "unreadable mask"}),
@@ -270,7 +275,7 @@ HOSTILE: dict[str, tuple[Callable[[Dataset], None], dict[str, str]]] = {
     # texts
     "caption of a megabyte": (
         set_in("caption", value="a" * 1_000_000),
-        {d: "1,000,000 characters, more than the 10,000" for d in ("report", "inspect", "train")},
+        dict.fromkeys(("report", "inspect", "train"), "1,000,000 characters, more than the 10,000"),
     ),
     "caption that is a number": (set_in("caption", value=7), {"inspect": "caption is no text", "train": "is no text"}),
     "phrase of a megabyte": (
@@ -280,9 +285,9 @@ HOSTILE: dict[str, tuple[Callable[[Dataset], None], dict[str, str]]] = {
     # numbers of subjects
     "300 subjects": (
         lambda dataset: dataset.first.update(subjects=dataset.first["subjects"] * 150),
-        {"inspect": "but reference_10.png is missing", "train": "300 subjects, more than the 256"},
+        {"inspect": "300 subjects, needed are 1 to 256", "train": "300 subjects, more than the 256"},
     ),
-    "no subject": (set_in("subjects", value=[]), {"inspect": "belongs to no subject", "train": "no subject"}),
+    "no subject": (set_in("subjects", value=[]), {"inspect": "0 subjects, needed are 1 to 256", "train": "no subject"}),
     "a reference too many": (
         member("reference_2.png", encoded(Image.new("RGBA", (2, 2)), "PNG")),
         {"inspect": "reference_2.png belongs to no subject"},
@@ -292,7 +297,10 @@ HOSTILE: dict[str, tuple[Callable[[Dataset], None], dict[str, str]]] = {
     "width of 10^18": (set_in("width", value=10**18), {"inspect": "no picture has", "train": "its json says"}),
     "width that is true": (set_in("width", value=True), {"inspect": "no picture has True", "train": "its json says"}),
     "a subject that is a number": (set_in(*SUBJECT, value=3), {"inspect": "subject 0: no object", "train": "lacks"}),
-    "box of texts": (set_in(*SUBJECT, "target_box", value=["a"] * 4), {"inspect": "target_box is", "train": "is not a"}),
+    "box of texts": (
+        set_in(*SUBJECT, "target_box", value=["a"] * 4),
+        {"inspect": "target_box is", "train": "is not a"},
+    ),
     "box of NaN": (
         set_in(*SUBJECT, "target_box", value=[float("nan")] * 4),
         {"inspect": "target_box is", "train": "is not a normalised xyxy box"},
@@ -334,13 +342,9 @@ HOSTILE: dict[str, tuple[Callable[[Dataset], None], dict[str, str]]] = {
     },
     "280 million pixels in 40 kB": (
         member("target.jpg", BIG),
-        {"report": "20,000 x 14,000 pixels", "inspect": "20,000 x 14,000 pixels", "train": "20,000 x 14,000 pixels"},
+        {"report": "too many pixels", "inspect": "too many pixels", "train": "20,000 x 14,000 pixels"},
     ),
     # the tar file
-    "json of 200 MB": (
-        shard_of(header("a.json", size=200_000_000)),
-        {"report": "cut short", "inspect": "cut short", "train": "build.json says 2"},
-    ),
     "member of 10^18 bytes": (
         shard_of(header("a.target.jpg", size=10**18)),
         {"inspect": "cut short", "train": "is cut off"},
@@ -355,9 +359,9 @@ HOSTILE: dict[str, tuple[Callable[[Dataset], None], dict[str, str]]] = {
     ),
     "a link": (
         shard_of(header("a.json", type=tarfile.SYMTYPE, linkname="/etc/passwd")),
-        {"inspect": "is no shard of pairs", "train": "holds no pair"},
+        {"inspect": "is no shard of pairs", "train": "is damaged"},
     ),
-    "a device": (shard_of(header("a.json", type=tarfile.CHRTYPE)), {"inspect": "no shard", "train": "holds no pair"}),
+    "a device": (shard_of(header("a.json", type=tarfile.CHRTYPE)), {"inspect": "no shard", "train": "is damaged"}),
     "a member of another name": (shard_of(header("a.exe")), {"inspect": "no shard of pairs", "train": "says 2"}),
     # the index
     **{
@@ -421,7 +425,7 @@ HOSTILE: dict[str, tuple[Callable[[Dataset], None], dict[str, str]]] = {
     # build.json
     "a trillion samples": (
         entry_of(samples=10**12),
-        {"report": "for which it is too small", "train": "bytes, and build.json says"},
+        {"report": "for which it is too small", "train": "does not list the shards"},
     ),
     "samples of a text": (entry_of(samples="2"), {"report": "lacks shards", "train": "does not list the shards"}),
     "samples below 0": (entry_of(samples=-1), {"report": "lacks shards", "train": "does not list the shards"}),
@@ -483,6 +487,18 @@ def test_every_door_refuses_in_one_sentence(name, tmp_path, capsys):
     assert new <= {"report", "report.html"}
 
 
+@pytest.mark.parametrize(("suffix", "most"), [("json", "33,554,432"), ("target.jpg", "268,435,456")])
+def test_a_member_of_a_gigabyte_is_not_read(tmp_path, capsys, suffix, most):
+    """Though the file is as long as it says."""
+    dataset = Dataset(raw={"pairs-000000.tar": header(f"a.{suffix}", size=1 << 30)})
+    out = dataset.write(tmp_path / "pairs")
+    (out / "build.json").unlink()
+    with (out / "pairs-000000.tar").open("r+b") as file:
+        file.truncate((1 << 30) + 3 * 512)  # no byte on the disk
+    for door in ("inspect", "train"):
+        assert f"1,073,741,824 bytes, more than the {most} that are read" in through(door, out, capsys)
+
+
 def test_every_door_takes_the_dataset_that_the_table_changes(tmp_path, capsys):
     out = Dataset(rejected=[LINE], notes={"seconds": {"filter_pairs": 0.5}, "clips": [["HDR", 2]]}).write(
         tmp_path / "pairs"
@@ -496,7 +512,12 @@ def test_tags_reach_no_page(tmp_path, capsys):
     dataset = Dataset(
         build={"settings": {TAGS: {TAGS: TAGS}, "filter_pairs": {}}, "versions": {TAGS: TAGS}, "version": TAGS},
         rejected=[{**LINE, "video": TAGS, "reason": TAGS, "evidence": {TAGS: TAGS, "traceback": TAGS}, "template": 1}],
-        notes={"seconds": {TAGS: 1}, "dropped": [[TAGS, TAGS, 1]], "lost_pairs": [[TAGS, TAGS, 1]], "clips": [[TAGS, 1]]},
+        notes={
+            "seconds": {TAGS: 1},
+            "dropped": [[TAGS, TAGS, 1]],
+            "lost_pairs": [[TAGS, TAGS, 1]],
+            "clips": [[TAGS, 1]],
+        },
         rows=lambda rows: [{**rows[0], "phrases": [TAGS, TAGS + "2"], "caption": TAGS, "video": TAGS}, *rows[1:]],
     )
     out = dataset.write(tmp_path / "pairs")
@@ -558,5 +579,5 @@ def test_blank_references_stand_for_nothing(tmp_path, capsys):
     for out in (old, new):
         assert [through(door, out, capsys) for door in ("report", "inspect", "train")] == ["", "", ""]
         assert inspect.main([str(out), "--key", "b", "--out", str(out / "b.png")]) == 0
-    assert capsys.readouterr().out.count("b in ") == 2
+        assert "b in " in capsys.readouterr().out
     assert (old / "b.png").read_bytes() == (new / "b.png").read_bytes()

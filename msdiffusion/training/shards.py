@@ -234,7 +234,7 @@ def _cut_from_target(location: PairLocation, record: dict[str, Any], target: Ima
                 raise DataError(f"{where}: its mask is {size}; the target is {pixels.shape[:2]}")
             mask = decode_mask(subject["target_mask_rle"])
         except ClipError as error:
-            raise DataError(f"{where}: {error}") from error
+            raise DataError(f"{where}: {error.told}") from error
         if not mask.any():
             raise DataError(f"{where}: its mask is {mask.shape} with 0 pixels set")
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

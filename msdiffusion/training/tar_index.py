@@ -271,7 +271,7 @@ def _walk_any(descriptor: int) -> list[tuple[str, int, int]]:
         try:
             with tarfile.open(fileobj=HeaderFile(file), mode="r:") as archive:
                 rows += ((m.name, m.offset_data, m.size) for m in archive if m.isreg())
-        except (tarfile.TarError, EOFError, ValueError):
+        except (tarfile.TarError, EOFError, ValueError, OSError, OverflowError):
             pass  # the walk ended too early, so what follows the last member is no end mark: the caller tells it
     return rows
 
@@ -283,9 +283,9 @@ def _table(rows: Sequence[tuple[str, int, int]], size_of_file: int, name: str) -
     suffix = np.empty(len(rows), dtype=np.int32)
     for row, (member, _, _) in enumerate(rows):
         # as WebDataset does: the key ends at the first dot of the file name
-        folder, _, file_name = member.rpartition("/")
+        folder, slash, file_name = member.rpartition("/")
         stem, _, end = file_name.partition(".")
-        pair[row] = keys.setdefault(f"{folder}/{stem}" if folder else stem, len(keys))
+        pair[row] = keys.setdefault(f"{folder}{slash}{stem}", len(keys))
         suffix[row] = suffixes.setdefault(end, len(suffixes))
     order = np.argsort(pair, kind="stable")  # members of one pair need not stand together
     seen = pair * len(suffixes) + suffix

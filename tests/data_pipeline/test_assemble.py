@@ -7,14 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
-from data_pipeline.assemble import ShardPlanner, assemble, file_hashes, installed_versions, settings_hash, write_shard
+from data_pipeline.assemble import (
+    ShardPlanner,
+    assemble,
+    file_hashes,
+    installed_versions,
+    settings_hash,
+    with_blanks,
+    write_shard,
+)
 from data_pipeline.journal import Journal
-from data_pipeline.pairs_format import tar_member
-from data_pipeline.records import VideoFile
+from data_pipeline.pairs_format import BLANK_REFERENCE, tar_member
+from data_pipeline.records import TrainingPair, VideoFile
+from data_pipeline.shard_reader import Shard
 from data_pipeline.step import Step
+from data_pipeline.steps.write_shards import WriteShards
 
 
 @dataclass(kw_only=True)
@@ -203,3 +215,65 @@ assert "pandas" not in sys.modules
 assert pyarrow.parquet.read_table(file).to_pylist() == [row]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def of_many_subjects(tmp_path, make_pair, make_match):
+    """A dataset whose clips have 1, 3, 2, 1, 1, 1, 3 subjects; the second one gave two samples. Returns the folder."""
+    mask = np.zeros((24, 24), dtype=bool)
+    mask[4:16, 8:20] = True
+    rng = np.random.default_rng(0)
+    journal, files = Journal(tmp_path / "out"), []
+    journal.start({})
+    for number, count in enumerate((1, 3, 2, 1, 1, 1, 3)):
+        path = tmp_path / f"clip_{number}.mp4"
+        path.write_bytes(b"x")
+        files.append(VideoFile(name=path.name, key=path.stem, path=path, caption="a dog"))
+        pictures = rng.integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
+        frames = make_pair(*pictures, file=files[-1])
+        pair = TrainingPair(frames=frames, matches=tuple(make_match(mask, mask) for _ in range(count)))
+        encoded = WriteShards(both_directions=number == 1).process(pair)
+        journal.commit(files[-1], {"kept": True, "samples": list(encoded.samples), "dropped": []}, encoded.blocks)
+    assemble(journal, files, per_shard=4)
+    return journal.out
+
+
+def members_of(shard):
+    """key -> names of the sample's members, as they stand in the file."""
+    found = {}
+    with tarfile.open(shard) as archive:
+        for name in archive.getnames():
+            key, _, suffix = name.partition(".")
+            found.setdefault(key, []).append(suffix)
+    return found
+
+
+def test_all_samples_have_the_same_members(of_many_subjects):
+    shards = sorted(of_many_subjects.glob("*.tar"))
+    members = {key: names for shard in shards for key, names in members_of(shard).items()}
+    assert len(shards) == 2
+    assert list(members) == ["clip_0", "clip_1", "clip_1-swapped", *(f"clip_{i}" for i in range(2, 7))]
+    expected = ["target.jpg", "reference_0.png", "reference_1.png", "reference_2.png", "json"]
+    assert all(names == expected for names in members.values())
+    opened = Shard(shards[0])
+    for key, count in (("clip_0", 1), ("clip_1", 3), ("clip_1-swapped", 3), ("clip_2", 2)):
+        assert [each.size for each in opened.read(key).references] == [(12, 12)] * count
+    with Image.open(io.BytesIO(BLANK_REFERENCE)) as blank:
+        assert (blank.format, blank.mode, blank.size, blank.getpixel((0, 0))) == ("PNG", "RGBA", (1, 1), (0, 0, 0, 0))
+
+
+def test_samples_of_equal_numbers_of_subjects_get_nothing_more():
+    content = b"".join(tar_member(f"a.{suffix}", b"x") for suffix in ("target.jpg", "reference_0.png", "json"))
+    assert b"".join(with_blanks(content, 1)) == content
+    assert len(b"".join(with_blanks(content, 2))) == len(content) + 2 * tarfile.BLOCKSIZE
+
+
+def test_datasets_of_hugging_face_reads_our_shards(of_many_subjects, tmp_path):
+    """It takes only shards whose first samples have the same members: that test is above."""
+    why = "the library datasets is not among our dependencies: pip install datasets, for this test only"
+    datasets = pytest.importorskip("datasets", reason=why)
+    files = sorted(map(str, of_many_subjects.glob("*.tar")))
+    found = datasets.load_dataset("webdataset", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert found["__key__"] == ["clip_0", "clip_1", "clip_1-swapped", *(f"clip_{i}" for i in range(2, 7))]
+    assert [len(record["subjects"]) for record in found["json"]] == [1, 3, 3, 2, 1, 1, 1, 3]
+    assert [picture.size for picture in found["reference_1.png"]][:4] == [(1, 1), (12, 12), (12, 12), (12, 12)]
