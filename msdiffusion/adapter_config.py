@@ -82,7 +82,9 @@ class AdapterConfig:
         known = {"scale", "steps", "guidance_scale", "negative_prompt", "height", "width"}
         unknown = set(self.defaults) - known
         if unknown:
-            raise WeightsError(f"unknown defaults {shown(sorted(unknown), 300)} in an adapter's config; known: {sorted(known)}")
+            raise WeightsError(
+                f"unknown defaults {shown(sorted(unknown), 300)} in an adapter's config; known: {sorted(known)}"
+            )
         try:
             check_settings(self.defaults)
         except RequestError as error:

@@ -1,7 +1,8 @@
 """Damaged files for every reader of our own: each is read, or refused by an error of ours that says so shortly.
 
 ``make fuzz`` tries them for FUZZ_SECONDS (60) a reader, prints how many, and leaves what fell in ``found``; without it
-each reader gets its corpus and a few. What fell once lies in ``corpus/READER`` and is tried for ever; all of it is harmless.
+each reader gets its corpus and a few. What fell once lies in ``corpus/READER`` and is tried for ever; all of it is
+harmless.
 """
 
 from __future__ import annotations
