@@ -49,7 +49,9 @@ class ResamplerParams:
             if name == "grounding":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise WeightsError(f"resampler parameter {name} must be a whole number of at least 1, got {shown(value)}")
+                raise WeightsError(
+                    f"resampler parameter {name} must be a whole number of at least 1, got {shown(value)}"
+                )
 
     @property
     def grounding_width(self) -> int:
