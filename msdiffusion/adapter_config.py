@@ -57,14 +57,14 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         background = tuple(self.reference_background)
         if len(background) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in background):
-            raise WeightsError(f"reference_background must be three whole numbers in 0-255, got {background}")
+            raise WeightsError(f"reference_background must be three whole numbers in 0-255, got {shown(background)}")
         object.__setattr__(self, "reference_background", background)
         if self.reference_fit not in ("squash", "pad"):
-            raise WeightsError(f'reference_fit must be "squash" or "pad", got {self.reference_fit!r}')
+            raise WeightsError(f'reference_fit must be "squash" or "pad", got {shown(self.reference_fit)}')
         if self.projector not in ("resampler", "global"):
-            raise WeightsError(f'projector must be "resampler" or "global", got {self.projector!r}')
+            raise WeightsError(f'projector must be "resampler" or "global", got {shown(self.projector)}')
         if self.regions not in ("boxes", "everywhere"):
-            raise WeightsError(f'regions must be "boxes" or "everywhere", got {self.regions!r}')
+            raise WeightsError(f'regions must be "boxes" or "everywhere", got {shown(self.regions)}')
         for name in ("largest_side", "most_subjects"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -82,7 +82,9 @@ class AdapterConfig:
         known = {"scale", "steps", "guidance_scale", "negative_prompt", "height", "width"}
         unknown = set(self.defaults) - known
         if unknown:
-            raise WeightsError(f"unknown defaults {sorted(unknown)} in an adapter's config; known: {sorted(known)}")
+            raise WeightsError(
+                f"unknown defaults {shown(sorted(unknown), 300)} in an adapter's config; known: {sorted(known)}"
+            )
         try:
             check_settings(self.defaults)
         except RequestError as error:
@@ -125,14 +127,14 @@ class AdapterConfig:
             raise WeightsError(f"{source} is not JSON: {error}") from None
         schema = record.pop("schema", None) if isinstance(record, dict) else None
         if schema != SCHEMA:
-            raise WeightsError(f"{source} has schema {schema!r}; this version reads {SCHEMA!r}")
+            raise WeightsError(f"{source} has schema {shown(schema)}; this version reads {SCHEMA!r}")
         unknown = set(record) - {item.name for item in fields(cls)}
         if unknown:
-            raise WeightsError(f"{source} has unknown keys {sorted(unknown)}")
+            raise WeightsError(f"{source} has unknown keys {shown(sorted(unknown), 300)}")
         try:
             return cls(**{**record, "resampler": ResamplerParams(**record["resampler"])})
         except (KeyError, TypeError) as error:
-            raise WeightsError(f"{source} is incomplete or of another version: {error}") from None
+            raise WeightsError(f"{source} is incomplete or of another version: {str(error)[:300]}") from None
 
 
 def read_checkpoint(path: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from msdiffusion.errors import WeightsError
+from msdiffusion.errors import WeightsError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,14 @@ class ResamplerParams:
 
     def __post_init__(self) -> None:
         if not isinstance(self.grounding, bool):
-            raise WeightsError(f"resampler parameter grounding must be true or false, got {self.grounding!r}")
+            raise WeightsError(f"resampler parameter grounding must be true or false, got {shown(self.grounding)}")
         for name, value in vars(self).items():
             if name == "grounding":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise WeightsError(f"resampler parameter {name} must be a whole number of at least 1, got {value!r}")
+                raise WeightsError(
+                    f"resampler parameter {name} must be a whole number of at least 1, got {shown(value)}"
+                )
 
     @property
     def grounding_width(self) -> int:
