@@ -43,7 +43,12 @@ _PARTS: Mapping[str, Mapping[str, Collection[str]]] = {
     "scheduler": {"diffusers": (_SCHEDULER,)},
     "image_encoder": {"transformers": ("CLIPVisionModelWithProjection",)},
     "feature_extractor": {
-        "transformers": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
+        "transformers": (
+            "CLIPImageProcessor",
+            "CLIPImageProcessorFast",
+            "CLIPImageProcessorPil",
+            "CLIPFeatureExtractor",
+        )
     },
     "safety_checker": {"stable_diffusion": ("StableDiffusionSafetyChecker",)},
 }
@@ -91,15 +96,19 @@ def read_json(path: Path) -> Any:
     Raises:
         InputError: it is no ordinary file, is too large, or is not JSON in UTF-8.
     """
+    _check_file(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():  # a pipe or a device would be read for ever
         raise InputError(f"{path} is no ordinary file")
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise InputError(f"{path} has {size / 1e6:.0f} MB: at most {MAX_BYTES // 1_000_000} are read of a model's json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
 
 
 def check_pipeline(folder: Path) -> None:
@@ -159,9 +168,10 @@ def check_network(folder: Path, model_types: Collection[str] = (), class_name: s
     if (folder / "adapter_config.json").exists():  # transformers would load the model that it names instead
         raise InputError(f"{folder / 'adapter_config.json'}: this is a PEFT adapter of another model, not a whole one")
     for path in sorted(folder.glob("*.json")):
+        if path.name in ("vocab.json", "added_tokens.json"):  # words, which may be called anything
+            _check_file(path)
+            continue
         content = read_json(path)
-        if path.name in ("vocab.json", "added_tokens.json"):
-            continue  # words, which may be called anything
         if path.name == "tokenizer.json":
             _check_padding(path, content)
             continue
@@ -196,9 +206,7 @@ def _check_layers(path: Path, config: Mapping[str, Any]) -> None:
         return
     if len(stages) > _MOST_STAGES:
         raise InputError(f"{path}: block_out_channels has {len(stages)} stages: at most {_MOST_STAGES} are built")
-    blocks, transformers = (
-        _most(config.get(name), 1) for name in ("layers_per_block", "transformer_layers_per_block")
-    )
+    blocks, transformers = (_most(config.get(name), 1) for name in ("layers_per_block", "transformer_layers_per_block"))
     if len(stages) * blocks * transformers > _MOST_LAYERS:
         raise InputError(
             f"{path}: {len(stages)} stages of {blocks} layers_per_block with {transformers} "
@@ -243,7 +251,11 @@ def _check_index(path: Path, content: Mapping[str, Any]) -> None:
 
 def _check_values(path: Path, content: Mapping[str, Any]) -> None:
     """Keys that bring code, and numbers beyond the limits, at any depth."""
-    for key, value in _entries(content):
+    try:
+        entries = list(_entries(content))
+    except RecursionError:
+        raise InputError(f"{path} is nested too deep for settings") from None
+    for key, value in entries:
         if key in _CODE and value not in (None, False, "", {}, []):
             raise InputError(
                 f"{path}: {key} is {_shown(value)}, which asks for {_CODE[key]}: nothing of a model's folder is run, "
@@ -299,7 +311,8 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _plain(pattern: str) -> str:
-    return {_SCHEDULER: "a ...Scheduler", r"\w+": "any class"}.get(pattern, pattern)
+    told = {_SCHEDULER: "a ...Scheduler", r"\w+": "any class"}
+    return told.get(pattern, pattern.replace("(Fast|Pil)?", ""))
 
 
 def _shown(value: Any) -> str:
