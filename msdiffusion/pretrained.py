@@ -30,7 +30,7 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import deprecation_utils
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from torch import nn
@@ -42,7 +42,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from data_pipeline.models.model_claims import CLIP_TEXT, CLIP_VISION, check_network, check_pipeline, read_json
+from data_pipeline.models.model_claims import (
+    CLIP_TEXT,
+    CLIP_VISION,
+    check_network,
+    check_pipeline,
+    configs_here,
+    read_json,
+)
 from data_pipeline.models.weights import check_finite, check_names, load_network, state_of
 from data_pipeline.records import InputError
 from msdiffusion import pixel_autoencoder
@@ -91,7 +98,7 @@ def load_pipeline(
         return _with_vocabulary(pipeline, str(base_config))
     name = str(base_model)
     try:
-        folder, version = _configs_here(name)
+        folder, version = configs_here(name)
         kind = _kind_of(folder, name)
         with _old_news_withheld():
             pipeline = _with_variant(PIPELINES[kind], name, dtype, {**_options(kind), **version}, folder)
@@ -198,7 +205,7 @@ def encoder_widths(
         phrase_width = read_single_file(base_model).phrase_width
     else:
         try:
-            folder, version = _configs_here(str(base_model), "text_encoder")
+            folder, version = configs_here(str(base_model), "text_encoder")
             check_network(folder, CLIP_TEXT if folder.is_dir() else ())
             config = CLIPTextConfig.from_pretrained(str(base_model), subfolder="text_encoder", **version)
             phrase_width = config.hidden_size
@@ -267,7 +274,7 @@ def _load_single_file(
     file: SingleFile, dtype: torch.dtype, base_config: str | Path | None, vae_dtype: torch.dtype | None
 ) -> DiffusionPipeline:
     source = _config_source(file, base_config)
-    folder, version = _configs_here(source)
+    folder, version = configs_here(source)
     check_unet_shapes(file, _meta_unet(source, _configs_of(file)), source)
     if _index_of(folder).get("vae") == ["diffusers", AutoencoderKL.__name__]:
         check_vae_shapes(file, _on_meta(AutoencoderKL, source, "vae", _configs_of(file)), source)
@@ -318,7 +325,7 @@ def _config_source(file: SingleFile, base_config: str | Path | None) -> str:
         )
     source = str(base_config)
     try:
-        kind = _kind_of(_configs_here(source)[0], source)
+        kind = _kind_of(configs_here(source)[0], source)
     except _LOADING_ERRORS as error:
         raise _not_loaded(_configs_of(file), source, error) from error
     if kind != file.kind:
@@ -395,23 +402,6 @@ def _configs_of(file: SingleFile) -> str:
     return f"configs and tokenizers for {file.path} (base_config= takes any folder or hub name of such a pipeline)"
 
 
-def _configs_here(source: str, inside: str = "") -> tuple[Path, dict[str, str]]:
-    """Where the configs of a model are on this machine, those of a hub repository after fetching them.
-
-    Args:
-        source: folder or hub name.
-        inside: a folder in it; empty: all of it.
-
-    Returns:
-        That folder, and the version of the repository as an option of ``from_pretrained``: what was looked at is what
-        is loaded.
-    """
-    if Path(source).is_dir():
-        return Path(source) / inside, {}
-    folder = Path(snapshot_download(source, allow_patterns=[f"{inside}/*.json" if inside else "*.json"]))
-    return folder / inside, {"revision": folder.name}
-
-
 def _index_of(folder: Path) -> Mapping[str, Any]:
     """The model_index.json of a pipeline, after a look at all that its folder claims."""
     path = folder / "model_index.json"
@@ -435,7 +425,7 @@ def _on_meta(kind: type[ModelMixin], source: str | Path, part: str, what: str) -
         inside = next((f"; {found.parents[1]} has it" for found in Path(source).glob(f"*/{part}/config.json")), "")
         raise WeightsError(f"cannot load the {what} from {str(source)!r}: no {part}/config.json there{inside}")
     try:
-        folder, version = _configs_here(str(source), part)
+        folder, version = configs_here(str(source), part)
         check_network(folder, (), kind.__name__)
         config = kind.load_config(str(source), subfolder=part, **version)
         with torch.device("meta"):
@@ -516,13 +506,13 @@ def _vae(kind: type[ModelMixin], name: str, dtype: torch.dtype, folder: Path, ve
 
 
 def _encoder_folder(name: str, options: Mapping[str, str]) -> tuple[Path, dict[str, str]]:
-    """The folder of an image encoder on this machine, seen to be a CLIP's, and its version; see ``_configs_here``."""
+    """The folder of an image encoder on this machine, seen to be a CLIP's, and its version; see ``configs_here``."""
     if Path(name).is_file():
         raise WeightsError(
             f"cannot load the image encoder from the file {name!r}: give its folder, or "
             "open_clip:MODEL@FILE.safetensors"
         )
-    folder, version = _configs_here(name, options.get("subfolder", ""))
+    folder, version = configs_here(name, options.get("subfolder", ""))
     if not (folder / "config.json").is_file():  # transformers would give its defaults
         raise WeightsError(f"cannot load the image encoder from {name!r}: no config.json there")
     check_network(folder, CLIP_VISION)

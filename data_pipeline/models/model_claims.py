@@ -83,11 +83,12 @@ _LIMITS = (
     (r"vocab_size|.*_token_id|num_class_embeds|type_vocab_size", 1_000_000),
     (r".*timesteps|.*inference_steps|steps_offset", 10_000),
     (r".*layers.*|.*depths?|num_stages|num_hidden_groups", 200),
-    (r"shortest_edge|longest_edge|height|width|max_height|max_width|image_size|crop_size|pad_size", 4096),
+    (r"shortest_edge|longest_edge|height|width|max_height|max_width|(image|crop|pad|picture)_size", 4096),
     (r".*(size|dim|channels?|width|heads|hidden|length|positions|embeddings|queries|len|factor|input_dim)s?", 65_536),
     (r".*", 10**9),
 )
 _MOST_STAGES, _MOST_LAYERS = 12, 400
+_PER_STAGE = r"widths|depths|hidden_sizes|num_heads|heads|(block_out|conv|neck_hidden)_?\w*channels|.*_block_types"
 
 
 def read_json(path: Path) -> Any:
@@ -109,6 +110,43 @@ def _check_file(path: Path) -> None:
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise InputError(f"{path} has {size / 1e6:.0f} MB: at most {MAX_BYTES // 1_000_000} are read of a model's json")
+
+
+def configs_here(source: str, inside: str = "") -> tuple[Path, dict[str, str]]:
+    """Where the configs of a model are on this machine, those of a hub repository after fetching them.
+
+    Args:
+        source: folder or hub name.
+        inside: a folder in it; empty: all of it.
+
+    Returns:
+        That folder, and the version of the repository as an option of ``from_pretrained``: what was looked at is what
+        is loaded.
+    """
+    if Path(source).is_dir():
+        return Path(source) / inside, {}
+    import huggingface_hub
+
+    patterns = [f"{inside}/*.json" if inside else "*.json"]
+    folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+    return folder / inside, {"revision": folder.name}
+
+
+def read_sizes(path: Path) -> dict[str, Any]:
+    """A json file of whole numbers by their names, or lists of them, within the limits.
+
+    Raises:
+        InputError: anything else; names the entry.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no sizes by name, but {_shown(content)}")
+    for key, value in content.items():
+        numbers = value if isinstance(value, list) else [value]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise InputError(f"{path}: {key} is {_shown(value)}: needed are whole numbers")
+    _check_values(path, content)
+    return content
 
 
 def check_pipeline(folder: Path) -> None:
@@ -204,8 +242,6 @@ def _check_layers(path: Path, config: Mapping[str, Any]) -> None:
     stages = config.get("block_out_channels")
     if not isinstance(stages, list):
         return
-    if len(stages) > _MOST_STAGES:
-        raise InputError(f"{path}: block_out_channels has {len(stages)} stages: at most {_MOST_STAGES} are built")
     blocks, transformers = (_most(config.get(name), 1) for name in ("layers_per_block", "transformer_layers_per_block"))
     if len(stages) * blocks * transformers > _MOST_LAYERS:
         raise InputError(
@@ -273,6 +309,8 @@ def _check_values(path: Path, content: Mapping[str, Any]) -> None:
             raise InputError(f"{path}: {key} is {_shown(value)}: allowed is an image processor of transformers")
         if key == "image_std" and isinstance(value, list) and not all(value):
             raise InputError(f"{path}: image_std is {_shown(value)}: pictures are divided by it, so no number may be 0")
+        if isinstance(value, list) and len(value) > _MOST_STAGES and re.fullmatch(_PER_STAGE, key):
+            raise InputError(f"{path}: {key} has {len(value)} entries: at most {_MOST_STAGES}")
         for number in _numbers(value):
             _check_number(path, key, number)
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data_pipeline.models.model_claims import check_network, read_json
+from data_pipeline.models.model_claims import check_network, configs_here, read_json
 from data_pipeline.reasons import reason
 from data_pipeline.records import InputError
 
@@ -99,32 +99,61 @@ def fill(
     may_lack: Sequence[str] = (),
     left_out: Sequence[str] = (),
     assign: bool = False,
-) -> list[str]:
-    """Give a network its weights, after all of them were looked at.
+) -> None:
+    """Give a network its weights, after all of them were looked at (``check_weights``, which see).
 
     Args:
         network: on the meta device or with any weights.
         weights: by the names of its ``state_dict``.
         source: the file, for messages.
-        may_lack: parts of names of tensors that need not be there, beside ``COUNTERS``.
+        may_lack: as there.
+        left_out: as there.
+        assign: take the tensors themselves, with their dtype, not copies; for networks on the meta device, which may
+            then lack nothing.
+
+    Raises:
+        InputError: names file and tensor.
+    """
+    check_weights(network, weights, source, may_lack=may_lack, left_out=left_out, counters=not assign)
+    own = network.state_dict()
+    network.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False, assign=assign)
+
+
+def check_weights(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str | Path,
+    *,
+    may_lack: Sequence[str] = (),
+    left_out: Sequence[str] = (),
+    counters: bool = True,
+) -> None:
+    """Raise unless these are the weights of a network, which may be on the meta device: nothing is changed.
+
+    Args:
+        network: whose names, shapes and dtypes count.
+        weights: by the names of its ``state_dict``.
+        source: the file, for messages.
+        may_lack: parts of names of tensors that need not be there.
         left_out: beginnings of names of tensors that have no place in the network and are known, such as the head of
             a classifier.
-        assign: take the tensors themselves, with their dtype, not copies; for networks on the meta device.
-
-    Returns:
-        Names of what the file lacks, all of them allowed.
+        counters: whether ``COUNTERS`` may be lacking, too.
 
     Raises:
         InputError: names file and tensor.
     """
     check_plain(weights, source)
     own = network.state_dict()
-    extra = [name for name in weights if name not in own]
-    missing = [name for name in own if name not in weights]
     check_names(
         source,
-        [name for name in missing if not is_counter(name) and not any(part in name for part in may_lack)],
-        [name for name in extra if not is_counter(name) and not name.startswith(tuple(left_out))],
+        [
+            name
+            for name in own
+            if name not in weights
+            and not (counters and is_counter(name))
+            and not any(part in name for part in may_lack)
+        ],
+        [name for name in weights if name not in own and not is_counter(name) and not name.startswith(tuple(left_out))],
     )
     kept = {name: tensor for name, tensor in weights.items() if name in own}
     for name, tensor in kept.items():
@@ -136,8 +165,6 @@ def fill(
         if own[name].is_floating_point() != tensor.is_floating_point() or own[name].is_complex() != tensor.is_complex():
             raise _wrong_dtype(source, name, str(tensor.dtype))
     check_finite(kept.items(), source)
-    network.load_state_dict(kept, strict=False, assign=assign)
-    return missing
 
 
 def check_names(source: str | Path, missing: Collection[str], extra: Collection[str] = ()) -> None:
@@ -223,7 +250,7 @@ def load_network(
         kind: the class, whose ``from_pretrained`` reads it; one of transformers' Auto classes too.
         place: what ``from_pretrained`` gets: folder or hub name.
         what: the network, for messages.
-        folder: where its files are on this machine; None: ``place``.
+        folder: where its configs are on this machine; None: ``place``, or fetched from the hub.
         model_types: see ``check_network``.
         may_lack: parts of names of tensors that may be missing, beside ``COUNTERS``.
         left_out: beginnings of names of tensors that have no place in it and are known.
@@ -233,7 +260,9 @@ def load_network(
     Raises:
         InputError: names file or network, and tensor.
     """
-    folder = Path(place) if folder is None else folder
+    if folder is None:
+        folder, version = configs_here(str(place), options.get("subfolder", ""))
+        options |= version
     diffusers = hasattr(kind, "load_config")
     check_network(folder, model_types, kind.__name__ if diffusers else None)
     headings = read_headings(folder, "diffusion_pytorch_model" if diffusers else "model", variant)

@@ -204,7 +204,7 @@ def test_half_precision_takes_the_variant_where_there_is_one(tiny_model_dir, tmp
     snapshot = tmp_path / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
     (snapshot / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
-    monkeypatch.setattr("msdiffusion.pretrained.snapshot_download", lambda name, allow_patterns: str(snapshot))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(snapshot))
 
     def hub(cls, name, **options):
         asked.append((options.get("variant"), options["revision"]))
