@@ -18,6 +18,8 @@ from msdiffusion.resampler import ResamplerParams
 SCHEMA = "msdiffusion.adapter/1"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "adapter.safetensors"
+MAX_BYTES = 1_000_000
+"""Of a config.json; those that are written have fewer than a thousand."""
 CHECKPOINT_SUFFIX = ".ckpt"
 CHECKPOINT_PREFIXES = ("averaged.module.", "adapter.")
 """Where an adapter's weights are in a checkpoint's state_dict: the average before what it is the average of."""
@@ -65,10 +67,13 @@ class AdapterConfig:
             raise WeightsError(f'projector must be "resampler" or "global", got {self.projector!r}')
         if self.regions not in ("boxes", "everywhere"):
             raise WeightsError(f'regions must be "boxes" or "everywhere", got {self.regions!r}')
-        for name in ("largest_side", "most_subjects"):
+        for name, most in (("training_resolution", 16384), ("largest_side", 16384), ("most_subjects", 1000)):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise WeightsError(f"{name} in an adapter's config must be a whole number above 0, got {shown(value)}")
+            told = value is not None or name == "training_resolution"
+            if told and (type(value) is not int or not 1 <= value <= most):
+                raise WeightsError(
+                    f"{name} in an adapter's config must be a whole number from 1 to {most}, got {shown(value)}"
+                )
         if self.closed_vocabulary not in (None, True, False):
             raise WeightsError(
                 f"closed_vocabulary in an adapter's config must be true or false, got {shown(self.closed_vocabulary)}"
@@ -107,6 +112,8 @@ class AdapterConfig:
         """
         source = str(path) if source is None else source
         try:
+            if Path(path).stat().st_size > MAX_BYTES:
+                raise OSError(f"it is larger than the {MAX_BYTES} bytes that are read")
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise WeightsError(f"{source} cannot be read as text in UTF-8: {error}") from None

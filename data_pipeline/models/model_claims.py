@@ -145,7 +145,7 @@ def read_sizes(path: Path) -> dict[str, Any]:
         numbers = value if isinstance(value, list) else [value]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise InputError(f"{path}: {key} is {_shown(value)}: needed are whole numbers")
-    _check_values(path, content)
+    check_values(path, content)
     return content
 
 
@@ -166,7 +166,7 @@ def check_pipeline(folder: Path) -> None:
             f"{path}: _class_name is {_shown(index['_class_name'])}, a class in a file of its own: allowed is the name "
             "of a pipeline of diffusers, as text"
         )
-    _check_values(path, index)
+    check_values(path, index)
     for part, entry in index.items():
         if part.startswith("_") or not isinstance(entry, (list, dict)):
             continue
@@ -218,7 +218,7 @@ def check_network(folder: Path, model_types: Collection[str] = (), class_name: s
         if path.name.endswith(".index.json"):
             _check_index(path, content)
             continue
-        _check_values(path, content)
+        check_values(path, content)
         if path.name == "config.json":
             _check_kind(path, content, model_types, class_name)
             _check_layers(path, content)
@@ -285,8 +285,12 @@ def _check_index(path: Path, content: Mapping[str, Any]) -> None:
             raise InputError(f"{path}: {_shown(tensor)} lies in {_shown(part)}: needed is a file beside it")
 
 
-def _check_values(path: Path, content: Mapping[str, Any]) -> None:
-    """Keys that bring code, and numbers beyond the limits, at any depth."""
+def check_values(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise where settings have a key that brings code, or a number beyond the limits, at any depth.
+
+    Raises:
+        InputError: with file, entry, and what is allowed.
+    """
     try:
         entries = list(_entries(content))
     except RecursionError:
