@@ -50,7 +50,7 @@ from data_pipeline.models.model_claims import (
     configs_here,
     read_json,
 )
-from data_pipeline.models.weights import check_finite, check_names, load_network, state_of
+from data_pipeline.models.weights import check_finite, check_names, load_network, skeleton, state_of
 from data_pipeline.records import InputError
 from msdiffusion import pixel_autoencoder
 from msdiffusion.errors import WeightsError, reason, refused_weights
@@ -425,11 +425,9 @@ def _on_meta(kind: type[ModelMixin], source: str | Path, part: str, what: str) -
         inside = next((f"; {found.parents[1]} has it" for found in Path(source).glob(f"*/{part}/config.json")), "")
         raise WeightsError(f"cannot load the {what} from {str(source)!r}: no {part}/config.json there{inside}")
     try:
-        folder, version = configs_here(str(source), part)
+        folder, _ = configs_here(str(source), part)
         check_network(folder, (), kind.__name__)
-        config = kind.load_config(str(source), subfolder=part, **version)
-        with torch.device("meta"):
-            return kind.from_config(config)
+        return skeleton(kind, folder)
     except _LOADING_ERRORS as error:
         raise _not_loaded(what, source, error) from error
 
