@@ -11,12 +11,12 @@
 Catch ``MSDiffusionError`` to catch them all; those that blame a value are also a ``ValueError``.
 """
 
+import collections.abc
+import contextlib
 import pathlib
 import re
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from data_pipeline.reasons import reason as reason
 
@@ -91,8 +91,8 @@ class TrainingError(MSDiffusionError):
     """A training run cannot go on, though its settings, data and weights were fine: the message names the batch."""
 
 
-@contextmanager
-def refused_weights() -> Iterator[None]:
+@contextlib.contextmanager
+def refused_weights() -> collections.abc.Iterator[None]:
     """What the common door for weights (``data_pipeline.models.weights``) refuses in this block is a WeightsError."""
     from data_pipeline.records import InputError
 

@@ -111,7 +111,7 @@ def read_package_config(path: Path) -> dict[str, Any]:
             f"cannot read the Grounding DINO configuration {path}: it must hold plain assignments, as "
             f"GroundingDINO_SwinT_OGC.py does ({reason(error)})"
         ) from error
-    check_values(path, settings)
+    check_values(path, {name: value for name, value in settings.items() if name != "backbone"})  # a name of its own
     return settings
 
 

@@ -115,9 +115,9 @@ def read_mobile_params(model: str) -> MobileSamParams:
     try:
         content = read_sizes(Path(model))
         return MobileSamParams(**{key: tuple(v) if isinstance(v, list) else v for key, v in content.items()})
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        if isinstance(error, SettingsError):
-            raise
+    except (SettingsError, InputError):
+        raise
+    except (TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(
             f"cannot read the sizes of a MobileSAM from {model}: {type(error).__name__}: {error}"
         ) from error

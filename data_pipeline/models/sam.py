@@ -98,7 +98,9 @@ def read_params(model: str) -> SamParams:
     try:
         content = read_sizes(Path(model))
         return SamParams(**{**content, "global_attention": tuple(content["global_attention"])})
-    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+    except (SettingsError, InputError):
+        raise
+    except (KeyError, TypeError, ArithmeticError) as error:
         raise InputError(f"cannot read the sizes of a SAM from {model}: {type(error).__name__}: {error}") from error
 
 

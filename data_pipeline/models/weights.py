@@ -62,9 +62,12 @@ def read_tensors(path: Path, inside: Sequence[str] = ()) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no such file: {path}")
-    try:
-        if path.suffix.lower() == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
+        try:
             return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{path} is not a safetensors file: {error}") from None
+    try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # pickle, zip, header and runtime errors, according to what the file is
         raise InputError(f"{path} is no file of tensors alone: {reason(error)}") from error

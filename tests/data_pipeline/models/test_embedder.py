@@ -100,10 +100,10 @@ def test_timm_with_local_weights(tmp_path):
     with pytest.raises(InputError, match="cannot create the timm model 'no_such_net'"):
         load_embedder("timm:no_such_net", path, "cpu")
     torch.save({"conv1.0.weight": torch.zeros(1)}, path)
-    with pytest.raises(InputError, match="cannot load .* into the timm model 'test_resnet'"):
+    with pytest.raises(InputError, match="cannot load the timm model 'test_resnet': .*pt is incomplete"):
         load_embedder("timm:test_resnet", path, "cpu")
     torch.save({"other.weight": torch.zeros(1)}, path)
-    with pytest.raises(InputError, match="lacks .* tensors of 'test_resnet'"):
+    with pytest.raises(InputError, match="there are others, such as other.weight, which have no place in it"):
         load_embedder("timm:test_resnet", path, "cpu")
 
 
@@ -199,5 +199,5 @@ def test_gaps_in_the_weights_are_refused_and_a_missing_pooler_is_not_made_up(tmp
     )
     without.popitem()
     save_file(without, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="--embedder: .* lacks 1 tensors of its model"):
+    with pytest.raises(InputError, match="--embedder: .* its files lack layernorm.weight"):
         load_embedder(f"transformers:{tmp_path}", None, "cpu")
