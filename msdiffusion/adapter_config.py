@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from msdiffusion.errors import RequestError, WeightsError, reason, shown
+from data_pipeline.models.weights import load_pickle
+from msdiffusion.errors import RequestError, WeightsError, refused_weights, shown
 from msdiffusion.request import check_settings
 from msdiffusion.resampler import ResamplerParams
 
@@ -159,10 +159,8 @@ def read_checkpoint(path: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"no such file: {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and torch each have exceptions of their own for a file that is none
-        raise WeightsError(f"{path} is no checkpoint that can be read: {reason(error)}") from error
+    with refused_weights():
+        checkpoint = load_pickle(path)
     record = checkpoint if isinstance(checkpoint, dict) else {}
     weights, config = record.get("state_dict"), record.get("adapter_config")
     if not isinstance(weights, dict) or not isinstance(config, str):

@@ -8,7 +8,6 @@ tokens have no effect on any output, so they are left behind, and written as zer
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdiffusion.errors import WeightsError, reason, shown, warn_caller
+from data_pipeline.models.weights import load_pickle
+from msdiffusion.errors import WeightsError, refused_weights, shown, warn_caller
 from msdiffusion.resampler import ResamplerParams
 from msdiffusion.subjects import whole_number
 
@@ -75,11 +75,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"no such file: {path}")
-    try:
-        # mapped: what it holds is told before gigabytes are read
-        record = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # zip, pickle and torch each have exceptions of their own for a file that is none
-        raise WeightsError(f"{path} is not a file of tensors only, so it is not opened: {reason(error)}") from None
+    with refused_weights():
+        record = load_pickle(path)  # mapped: what it holds is told before gigabytes are read
     if not isinstance(record, dict) or not {"image_proj", "ms_adapter"} <= record.keys():
         if isinstance(record, dict) and "state_dict" in record:
             raise WeightsError(

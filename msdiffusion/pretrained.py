@@ -32,6 +32,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import deprecation_utils
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -346,6 +347,12 @@ def _with_vocabulary(pipeline: DiffusionPipeline, source: str) -> DiffusionPipel
             continue
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise WeightsError(f"the {name} of {source} has no vocabulary: its files are missing")
+        ends = getattr(encoder.config, "eos_token_id", None)
+        if ends not in (2, tokenizer.eos_token_id):  # 2: configs from before transformers 4.31
+            raise WeightsError(
+                f"the {reader} of {source} takes token {ends} for the end of a text, but its {name} writes "
+                f"{tokenizer.eos_token_id}: they belong to different models"
+            )
         last, known = max(tokenizer.get_vocab().values()), getattr(encoder.config, "vocab_size", None)
         if known is not None and last >= known:
             raise WeightsError(
@@ -373,6 +380,12 @@ def _check_fit(pipeline: DiffusionPipeline, source: str | Path) -> None:
         WeightsError: names both widths.
     """
     unet = pipeline.unet.config
+    for setting in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if unet.get(setting) is not None:
+            raise WeightsError(
+                f"the UNet of {source} has {setting} {unet[setting]!r}, so it asks for more than text: it is of "
+                "another kind"
+            )
     encoders = [pipeline.text_encoder]
     if isinstance(pipeline, StableDiffusionXLPipeline):
         encoders.append(pipeline.text_encoder_2)
@@ -553,11 +566,15 @@ def _image_processor(
         processor = CLIPImageProcessor.from_pretrained(name, **options)
     except _LOADING_ERRORS:  # the released image encoders come without preprocessor_config.json
         return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    crop = processor.crop_size
-    if processor.do_center_crop and (crop["height"], crop["width"]) != (side, side):
+    try:
+        pixels = processor(images=[Image.new("RGB", (9, 9), "grey")], return_tensors="pt").pixel_values
+    except _LOADING_ERRORS as error:
+        raise WeightsError(f"{folder / 'preprocessor_config.json'} prepares no picture: {reason(error)}") from error
+    if tuple(pixels.shape) != (1, 3, side, side) or not pixels.isfinite().all():
+        found = " x ".join(map(str, pixels.shape[1:]))
         raise WeightsError(
-            f"the image encoder {folder} looks at {side} x {side} pixels, but its preprocessor_config.json gives "
-            f"{crop['height']} x {crop['width']}: they belong to different models"
+            f"the image encoder {folder} looks at 3 x {side} x {side} pixels, but its preprocessor_config.json gives "
+            f"{found}{'' if pixels.isfinite().all() else ', not all of them numbers'}: they belong to different models"
         )
     return processor
 

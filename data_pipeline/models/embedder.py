@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from data_pipeline.models.model_claims import VISION, check_network
+from data_pipeline.models.model_claims import VISION, check_network, three_numbers
 from data_pipeline.models.model_files import IMAGE_SETTINGS, TRANSFORMERS_MODEL, check_model_directory
 from data_pipeline.models.quiet import quiet_loading
 from data_pipeline.reasons import reason
@@ -185,14 +185,17 @@ def load_transformers(name: str, device: str) -> NetworkEmbedder:
                 may_lack=("pooler.",), left_out=CLASSIFIERS, dtype=torch.float32, use_safetensors=True,
             )  # fmt: skip
             processor = AutoImageProcessor.from_pretrained(folder)
+            mean, std = (
+                three_numbers(getattr(processor, key), f"{key} of {name}") for key in ("image_mean", "image_std")
+            )
+            sizes = getattr(processor, "crop_size", None) or processor.size
+            size = int(sizes.get("height") or sizes.get("shortest_edge"))
             # A ViT saved by a classifier has no pooler, which is random then: its first token will do.
             held, own = read_headings(folder, "model"), model.state_dict()
             pooled = any("pooler." in key for key in held) or not any(key.startswith("pooler.") for key in own)
     except Exception as error:
         raise InputError(f"--embedder: cannot load the vision model {name!r}: {reason(error)}") from error
     model = model.to(device).eval()
-    sizes = getattr(processor, "crop_size", None) or processor.size
-    size = sizes.get("height") or sizes.get("shortest_edge")
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
         if hasattr(model, "get_image_features"):
@@ -206,7 +209,7 @@ def load_transformers(name: str, device: str) -> NetworkEmbedder:
                 return getattr(output, kind).flatten(1)
         return output.last_hidden_state[:, 0]
 
-    return NetworkEmbedder(features, size=size, mean=processor.image_mean, std=processor.image_std, device=device)
+    return NetworkEmbedder(features, size=size, mean=mean, std=std, device=device)
 
 
 def hub_name(name: str) -> str:

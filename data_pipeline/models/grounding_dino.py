@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from data_pipeline.models.grounding import GroundingDetector, Preprocessing
 from data_pipeline.models.model_claims import MAX_BYTES, check_network, check_values, configs_here
@@ -168,12 +169,21 @@ def load_grounding_dino(config: Path, checkpoint: Path, text_encoder: str, devic
     named = str(beside) if beside.is_dir() else str(settings.get("text_encoder_type", "bert-base-uncased"))
     weights = read_weights(checkpoint)
     encoder = _text_encoder_folder(text_encoder or named)
-    with torch.device("meta"):  # a configuration can ask for any size
+    with torch.device("meta"), _RowsOnTheProcessor():  # a configuration can ask for any size
         skeleton = build_from_config(settings, encoder, "cpu")
     check_weights(skeleton, weights, checkpoint, may_lack=DISPENSABLE, left_out=LEFT_OVER)
     model = build_from_config(settings, encoder, device)
     fill(model, weights, checkpoint, may_lack=DISPENSABLE, left_out=LEFT_OVER)
     return model.to(device).eval()
+
+
+class _RowsOnTheProcessor(TorchFunctionMode):
+    """Rows of numbers are real ones on the meta device too: the package's Swin reads them while it is built."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See TorchFunctionMode."""
+        known = {"device": "cpu"} if function is torch.linspace else {}
+        return function(*args, **{**(kwargs or {}), **known})
 
 
 def _text_encoder_folder(name: str) -> str:

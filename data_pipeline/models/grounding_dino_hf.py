@@ -13,6 +13,7 @@ import torch
 
 from data_pipeline.models.grounding import GroundingDetector, Preprocessing
 from data_pipeline.models.hub import model_folder
+from data_pipeline.models.model_claims import three_numbers
 from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, check_model_directory
 from data_pipeline.models.quiet import quiet_loading
 from data_pipeline.models.weights import load_network
@@ -41,19 +42,18 @@ def load_grounding_dino_hf(name: str, device: str) -> tuple[torch.nn.Module, Any
             )  # fmt: skip
             tokenizer = AutoTokenizer.from_pretrained(folder)
             processor = GroundingDinoImageProcessorPil.from_pretrained(folder)
+            preprocessing = Preprocessing(
+                shortest=int(processor.size.shortest_edge),
+                longest=int(processor.size.longest_edge),
+                mean=three_numbers(processor.image_mean, f"image_mean of {name}"),
+                std=three_numbers(processor.image_std, f"image_std of {name}"),
+            )
     except Exception as error:  # what is broken decides which of many unrelated errors comes out
         raise InputError(f"{OPTION}: cannot load a Grounding DINO from {name}: {reason(error)}") from error
     longest, places = model.config.max_text_len, model.config.text_config.max_position_embeddings
     if longest > places:
         raise InputError(f"{OPTION}: {name}: max_text_len is {longest}, but its text encoder has {places} positions")
     use_special_tokens_of(model, tokenizer)
-    side = processor.size
-    preprocessing = Preprocessing(
-        shortest=int(side.shortest_edge),
-        longest=int(side.longest_edge),
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-    )
     return model.to(device).eval(), tokenizer, preprocessing
 
 

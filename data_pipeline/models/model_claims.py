@@ -81,12 +81,14 @@ _FILE_NAMES = ("vocab_file", "merges_file", "tokenizer_file")
 # Largest numbers by key, first fitting; what no row names may be as large as the last says.
 _LIMITS = (
     (r"vocab_size|.*_token_id|num_class_embeds|type_vocab_size", 1_000_000),
+    (r"num_beams|num_beam_groups|num_return_sequences", 16),
     (r".*timesteps|.*inference_steps|steps_offset", 10_000),
     (r".*layers.*|.*depths?|num_stages|num_hidden_groups", 200),
     (r"shortest_edge|longest_edge|height|width|max_height|max_width|(image|crop|pad|picture)_size", 4096),
     (r".*(size|dim|channels?|width|heads|hidden|length|positions|embeddings|queries|len|factor|input_dim)s?", 65_536),
     (r".*", 10**9),
 )
+_FEWEST_TOKENS = 8
 _MOST_STAGES, _MOST_LAYERS = 12, 400
 _PER_STAGE = r"widths|depths|hidden_sizes|num_heads|heads|(block_out|conv|neck_hidden)_?\w*channels|.*_block_types"
 
@@ -147,6 +149,13 @@ def read_sizes(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: {key} is {_shown(value)}: needed are whole numbers")
     check_values(path, content)
     return content
+
+
+def three_numbers(values: Any, what: str) -> tuple[float, float, float]:
+    """Red, green and blue of an image processor's setting; InputError for anything else, which ``what`` names."""
+    if not isinstance(values, (list, tuple)) or len(values) != 3 or not all(type(v) in (int, float) for v in values):
+        raise InputError(f"{what} is {_shown(values)}: needed are three numbers")
+    return tuple(float(value) for value in values)
 
 
 def check_pipeline(folder: Path) -> None:
@@ -259,9 +268,11 @@ def _most(value: Any, least: int) -> int:
 
 
 def _check_tokenizer(path: Path, config: Mapping[str, Any]) -> None:
-    limit = config.get("model_max_length", 1)
-    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit < 1:
-        raise InputError(f"{path}: model_max_length is {_shown(limit)}: needed is a number of tokens, at least 1")
+    limit = config.get("model_max_length", _FEWEST_TOKENS)
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit < _FEWEST_TOKENS:
+        raise InputError(
+            f"{path}: model_max_length is {_shown(limit)}: needed is a number of tokens, at least {_FEWEST_TOKENS}"
+        )
     name = config.get("tokenizer_class")
     if name is not None and name not in _TOKENIZERS:
         raise InputError(f"{path}: tokenizer_class is {_shown(name)}: allowed is {', '.join(_TOKENIZERS)}")
@@ -311,8 +322,9 @@ def check_values(path: Path, content: Mapping[str, Any]) -> None:
             raise InputError(f"{path}: model_type is {value}, a network of timm: give timm:NAME")
         if key == "image_processor_type" and not (isinstance(value, str) and re.fullmatch(_IMAGE_PROCESSOR, value)):
             raise InputError(f"{path}: {key} is {_shown(value)}: allowed is an image processor of transformers")
-        if key == "image_std" and isinstance(value, list) and not all(value):
-            raise InputError(f"{path}: image_std is {_shown(value)}: pictures are divided by it, so no number may be 0")
+        divides = key in ("image_std", "latents_std") and isinstance(value, list) and not all(value)
+        if divides or (key == "scaling_factor" and value == 0):
+            raise InputError(f"{path}: {key} is {_shown(value)}: pictures are divided by it, so no number may be 0")
         if isinstance(value, list) and len(value) > _MOST_STAGES and re.fullmatch(_PER_STAGE, key):
             raise InputError(f"{path}: {key} has {len(value)} entries: at most {_MOST_STAGES}")
         for number in _numbers(value):

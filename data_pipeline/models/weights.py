@@ -67,14 +67,31 @@ def read_tensors(path: Path, inside: Sequence[str] = ()) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path} is not a safetensors file: {error}") from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # pickle, zip, header and runtime errors, according to what the file is
-        raise InputError(f"{path} is no file of tensors alone: {reason(error)}") from error
+    content = load_pickle(path)
     if isinstance(content, Mapping):
         content = next((content[key] for key in inside if isinstance(content.get(key), Mapping)), content)
     check_plain(content, path)
     return dict(content)
+
+
+def load_pickle(path: Path) -> Any:
+    """What a file of torch holds, mapped where it is a zip; nothing but tensors and plain values is unpickled.
+
+    Raises:
+        InputError: it holds more, or would grow while it is read.
+    """
+    try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            with zipfile.ZipFile(path) as file:
+                grown = [entry for entry in file.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            if grown:  # torch stores, so that it can map; a few bytes can be packed that grow to gigabytes
+                raise InputError(f"{path}: {grown[0].filename[:80]} in it is compressed: torch writes no such files")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except InputError:
+        raise
+    except Exception as error:  # pickle, zip and runtime errors, according to what the file is
+        raise InputError(f"{path} is no file of tensors alone: {reason(error)}") from error
 
 
 def check_plain(content: Any, source: str | Path) -> None:

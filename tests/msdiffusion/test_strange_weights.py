@@ -5,6 +5,7 @@ that are none: the name of file and tensor. Nothing here is run by the files: fl
 import json
 import shutil
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -38,7 +39,9 @@ def load_adapter(folder):
 
 def instrument(name):
     def load(folder):
-        from msdiffusion.evaluation.measures import Judge, Locator, Recognizer
+        from msdiffusion.evaluation.judge import Judge
+        from msdiffusion.evaluation.locator import Locator
+        from msdiffusion.evaluation.recognizer import Recognizer
 
         {"judge": Judge, "locator": Locator, "recognizer": Recognizer}[name].from_pretrained(folder / name)
 
@@ -148,7 +151,9 @@ def test_a_config_of_gigabytes_is_refused_before_they_are_asked_for(door, model)
         "segmenter": {"encoder_width": 65536, "encoder_depth": 100},
     }
     path.write_text(json.dumps({**config, **large[door]}))
-    with pytest.raises((WeightsError, InputError), match="asks for [0-9,]+ numbers, the files hold|has shape|asks for"):
+    with pytest.raises(
+        (WeightsError, InputError), match="asks for [0-9,]+ numbers, the files hold|has shape|asks for|files lack"
+    ):
         load(model)
 
 
@@ -248,11 +253,49 @@ def test_parts_of_different_models_are_refused(tiny_model_dir, tiny_sd1_model_di
         load_pipeline(tmp_path / "c")
 
 
-def test_preprocessing_of_another_encoder_is_refused(tiny_model_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "entries", "message"),
+    [
+        (
+            "text_encoder/config.json",
+            {"eos_token_id": 7},
+            "takes token 7 for the end of a text, but its tokenizer writ",
+        ),
+        ("unet/config.json", {"class_embed_type": "identity"}, "class_embed_type 'identity', so it asks for more than"),
+        ("vae/config.json", {"scaling_factor": 0}, "scaling_factor is 0: pictures are divided by it"),
+        ("unet/config.json", {"attention_head_dim": 0}, "cannot load the base model .* unet: "),
+        ("unet/config.json", {"block_out_channels": []}, "cannot load the base model .* unet: "),
+        ("unet/config.json", {"down_block_types": ["Own"] * 3}, "cannot load the base model .* unet: .*Own"),
+        ("text_encoder/config.json", {"hidden_act": "own"}, "cannot load the base model .* text_encoder: "),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "own"}, "cannot load the base model .*own"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}, "cannot load the base model "),
+    ],
+)
+def test_settings_that_no_library_can_build_are_told_shortly(file, entries, message, tiny_model_dir, tmp_path):
+    from msdiffusion.pretrained import load_pipeline
+
+    shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
+    path = tmp_path / "base" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    with pytest.raises(WeightsError, match=message) as told:
+        load_pipeline(tmp_path / "base")
+    assert len(str(told.value)) < 900
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"crop_size": {"height": 32, "width": 32}}, "looks at 3 x 64 x 64 pixels, but its .* gives 3 x 32 x 32"),
+        ({"do_resize": False, "do_center_crop": False}, "gives 3 x 9 x 9: they belong to different models"),
+        ({"image_std": [1e-45, 1e-45, 1e-45]}, "gives 3 x 64 x 64, not all of them numbers|prepares no picture"),
+        ({"image_mean": [0.5]}, "prepares no picture"),
+    ],
+)
+def test_preprocessing_of_another_encoder_is_refused(entries, message, tiny_model_dir, tmp_path):
     shutil.copytree(tiny_model_dir / "image_encoder", tmp_path / "image_encoder")
     path = tmp_path / "image_encoder/preprocessor_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "crop_size": {"height": 32, "width": 32}}))
-    with pytest.raises(WeightsError, match="looks at 64 x 64 pixels, but its preprocessor_config.json gives 32 x 32"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    with pytest.raises(WeightsError, match=message):
         load_encoder(tmp_path)
 
 
@@ -323,3 +366,19 @@ def test_numbers_of_an_adapters_config_have_limits(entries, message, tiny_model_
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
     with pytest.raises(WeightsError, match=message):
         load_adapter(tmp_path)
+
+
+def test_a_packed_checkpoint_is_not_unpacked(tiny_model_dir, tmp_path):
+    """A few bytes can be packed that grow to gigabytes; torch packs nothing."""
+    from msdiffusion.adapter import MSAdapter
+
+    torch.save({"state_dict": {}, "adapter_config": ""}, tmp_path / "plain.ckpt")
+    with zipfile.ZipFile(tmp_path / "plain.ckpt") as plain:
+        with zipfile.ZipFile(tmp_path / "packed.ckpt", "w", zipfile.ZIP_DEFLATED) as packed:
+            for name in plain.namelist():
+                packed.writestr(name, plain.read(name))
+    with pytest.raises(WeightsError, match=r"packed\.ckpt: .* in it is compressed: torch writes no such files"):
+        MSAdapter.from_checkpoint(tmp_path / "packed.ckpt")
+    (tmp_path / "packed.ckpt").rename(tmp_path / "ms_adapter.bin")
+    with pytest.raises(WeightsError, match=r"ms_adapter\.bin: .* in it is compressed"):
+        MSAdapter.from_official(tmp_path / "ms_adapter.bin", None)

@@ -150,7 +150,7 @@ def test_weights_that_do_not_fit_or_are_none(files, tmp_path):
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        ("not json", InputError, "cannot read the sizes of a SAM from"),
+        ("not json", InputError, r"sizes\.json is not JSON"),
         ('{"encoder_width": 48}', InputError, "cannot read the sizes of a SAM from .*KeyError"),
         (json.dumps({**TINY, "encoder_width": 49}), InputError, "must be multiples of its heads"),
         (json.dumps({**TINY, "image_size": 100}), InputError, "image_size 100 is not a multiple of patch_size 16"),

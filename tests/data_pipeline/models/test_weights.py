@@ -59,9 +59,7 @@ def test_counters_may_be_lacking_or_left_over_but_not_where_they_would_stay_empt
 
 def test_what_a_caller_allows_may_lack_or_is_left_out():
     given = weights(**{"0.bias": None, "head.weight": torch.zeros(2)})
-    with pytest.raises(
-        InputError, match=r"^f is incomplete: its files lack 0.bias; there are others, such as head"
-    ):
+    with pytest.raises(InputError, match=r"^f is incomplete: its files lack 0.bias; there are others, such as head"):
         fill(network(), given, "f")
     fill(network(), given, "f", may_lack=("bias",), left_out=("head.",))
 
@@ -214,9 +212,7 @@ def test_a_config_of_more_than_its_files_hold_is_refused_at_once(tower):
     for large in ({"hidden_size": 65536, "num_hidden_layers": 20}, {"intermediate_size": 65536, "hidden_size": 8192}):
         (tower / "config.json").write_text(json.dumps({**config, **large}))
         began = time.perf_counter()
-        with pytest.raises(
-            InputError, match=r"tower does not fit its config: that asks for [\d,]+ numbers, the"
-        ):
+        with pytest.raises(InputError, match=r"tower does not fit its config: that asks for [\d,]+ numbers, the"):
             load(tower)
         assert time.perf_counter() - began < 5
     (tower / "config.json").write_text(json.dumps({**config, "intermediate_size": 16}))
