@@ -178,7 +178,8 @@ def _check_shapes(
         raise WeightsError(
             f"{file.path} has no {error.args[0]}, which the config of {config_source} asks for: {advice}"
         ) from None
-    for name, weight in network.state_dict().items():
+    own = network.state_dict()
+    for name, weight in own.items():
         if theirs.get(name) != tuple(weight.shape):
             raise WeightsError(
                 f"the {what} of {file.path} is not the one that {config_source} describes: {name} has shape "
@@ -186,6 +187,6 @@ def _check_shapes(
             )
     used = {id(tensor) for each in converted.values() for tensor in (each, each._base)}
     extra = [name for name, tensor in held.items() if id(tensor) not in used]
-    unknown = [name for name in theirs if name not in network.state_dict()]
+    unknown = [name for name in theirs if name not in own]
     with refused_weights():
         check_names(f"the {what} of {file.path}", (), [*extra, *unknown])

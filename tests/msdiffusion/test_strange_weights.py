@@ -288,7 +288,7 @@ def test_settings_that_no_library_can_build_are_told_shortly(file, entries, mess
         ({"crop_size": {"height": 32, "width": 32}}, "looks at 3 x 64 x 64 pixels, but its .* gives 3 x 32 x 32"),
         ({"do_resize": False, "do_center_crop": False}, "gives 3 x 9 x 9: they belong to different models"),
         ({"image_std": [1e-45, 1e-45, 1e-45]}, "gives 3 x 64 x 64, not all of them numbers|prepares no picture"),
-        ({"image_mean": [0.5]}, "prepares no picture"),
+        ({"image_mean": [0.5, 0.5]}, "prepares no picture"),
     ],
 )
 def test_preprocessing_of_another_encoder_is_refused(entries, message, tiny_model_dir, tmp_path):
