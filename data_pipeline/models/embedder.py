@@ -15,8 +15,8 @@ from data_pipeline.models.quiet import quiet_loading
 from data_pipeline.reasons import reason
 from data_pipeline.records import InputError, SettingsError
 
-CLASSIFIERS = ("classifier.", "cls_classifier.", "distillation_classifier.", "head.", "fc.")
-"""Beginnings of names of tensors that classifiers have on top of the network that is wanted."""
+HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "head.", "fc.", "lm_head.", "decoder.")
+"""Beginnings of names of tensors that models saved whole have on top of the network that is wanted."""
 HUES, SATURATIONS, GREYS, ORIENTATIONS = 16, 3, 6, 6
 COLOUR_SHARE = 0.75
 SHORT_NAMES = {
@@ -182,7 +182,7 @@ def load_transformers(name: str, device: str) -> NetworkEmbedder:
             projected = "CLIPVisionModelWithProjection" in (AutoConfig.from_pretrained(folder).architectures or ())
             model = load_network(
                 CLIPVisionModelWithProjection if projected else AutoModel, folder, f"vision model {name}",
-                may_lack=("pooler.",), left_out=CLASSIFIERS, dtype=torch.float32, use_safetensors=True,
+                may_lack=("pooler.",), left_out=HEADS, dtype=torch.float32, use_safetensors=True,
             )  # fmt: skip
             processor = AutoImageProcessor.from_pretrained(folder)
             mean, std = (

@@ -107,6 +107,38 @@ def test_timm_with_local_weights(tmp_path):
         load_embedder("timm:test_resnet", path, "cpu")
 
 
+def test_timm_takes_no_strangers_and_repeats_no_advice(tmp_path):
+    import timm
+    import torch
+
+    class Flag:
+        def __reduce__(self):
+            return (setattr, (Flag, "is_set", True))
+
+    path = tmp_path / "weights.pt"
+    for name in ("hf-hub:owner/name", "hf_hub:owner/name", f"local-dir:{tmp_path}", "../x"):
+        with pytest.raises(InputError, match="it is none of timm's own"):
+            load_embedder(f"timm:{name}", path, "cpu")
+    torch.save({"state_dict": {"conv1.weight": Flag()}}, path)
+    with pytest.raises(InputError, match="it is a pickle of more than tensors, which could run code") as told:
+        load_embedder("timm:test_resnet", path, "cpu")
+    assert "weights_only" not in str(told.value)
+    assert not hasattr(Flag, "is_set")
+    weights = timm.create_model("test_resnet", pretrained=False).state_dict()
+    for name, value, message in (
+        ("bn1.bias", float("nan"), "bn1.bias holds 1 of"),
+        ("bn1.running_var", float("inf"), "bn1.running_var holds 1 of"),
+    ):
+        spoilt = {key: tensor.clone() for key, tensor in weights.items()}
+        spoilt[name][0] = value
+        torch.save(spoilt, path)
+        with pytest.raises(InputError, match=rf"weights\.pt: {message}"):
+            load_embedder("timm:test_resnet", path, "cpu")
+    torch.save({**weights, "bn1.bias": weights["bn1.bias"].int()}, path)
+    with pytest.raises(InputError, match="bn1.bias is int32: weights are floating-point numbers"):
+        load_embedder("timm:test_resnet", path, "cpu")
+
+
 def prepared(cutouts, size):
     """The pixels that the networks get, worked out by another way."""
     import torch

@@ -229,3 +229,36 @@ def test_the_folder_is_looked_at_first(tower):
     (tower / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="is of model_type 'clip_vision_model': needed is siglip"):
         load(tower, model_types=("siglip",))
+
+
+def test_names_of_older_diffusers_are_all_known(tmp_path):
+    """The autoencoder of Stable Diffusion 1.5 has the names of its first release."""
+    from diffusers import AutoencoderKL
+    from safetensors.torch import load_file
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    network = AutoencoderKL(block_out_channels=(4,), **blocks, norm_num_groups=2)
+    network.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    renamed = (("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn."))
+    held = load_file(path)
+    for new, old in renamed:
+        held = {name.replace(new, old): tensor for name, tensor in held.items()}
+    save_file(held, path, metadata={"format": "pt"})
+    loaded = load_network(AutoencoderKL, tmp_path, "vae").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in network.state_dict().items())
+
+
+def test_of_a_whole_clip_the_text_tower_is_taken(tmp_path):
+    from transformers import CLIPConfig, CLIPModel, CLIPTextModel
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = {**sizes, "image_size": 8, "patch_size": 8}
+    whole = CLIPModel(CLIPConfig(text_config={**sizes, "vocab_size": 20}, vision_config=vision, projection_dim=4))
+    whole.save_pretrained(tmp_path)
+    others = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+    tower = load_network(CLIPTextModel, tmp_path, "text encoder", left_out=others)
+    ours, theirs = tower.get_input_embeddings().weight, whole.text_model.get_input_embeddings().weight
+    assert torch.equal(ours, theirs)
+    with pytest.raises(InputError, match="no place in this network: logit_scale, text_projection.weight, vision_model"):
+        load_network(CLIPTextModel, tmp_path, "text encoder")
