@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from data_pipeline.models.weights import load_pickle
+from data_pipeline.models.weights import check_plain, load_pickle
 from msdiffusion.errors import RequestError, WeightsError, refused_weights, shown
 from msdiffusion.request import check_settings
 from msdiffusion.resampler import ResamplerParams
@@ -173,4 +173,6 @@ def read_checkpoint(path: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]
     if prefix is None:
         raise WeightsError(f"{path} holds no weights of an adapter, but {shown(sorted(weights))}")
     own = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
+    with refused_weights():
+        check_plain(own, path)
     return AdapterConfig.from_json(config, f"adapter_config in {path}"), own

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.models.weights import load_pickle
+from data_pipeline.models.weights import check_plain, load_pickle
 from msdiffusion.errors import WeightsError, refused_weights, shown, warn_caller
 from msdiffusion.resampler import ResamplerParams
 from msdiffusion.subjects import whole_number
@@ -90,6 +90,9 @@ def read_record(path: str | Path) -> dict[str, Any]:
     more = sorted(map(str, record.keys() - {"image_proj", "ms_adapter", "dummy_image_tokens"}))
     if more:
         warn_caller(f"{path} also holds {shown(more, 200)}, which an adapter has no place for: left out")
+    with refused_weights():
+        for part in ("image_proj", "ms_adapter"):
+            check_plain(record[part], f"{path}: {part}")
     return record
 
 

@@ -7,6 +7,7 @@ noise without a word. An error names file and tensor.
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ def load_pickle(path: Path) -> Any:
     except InputError:
         raise
     except Exception as error:  # pickle, zip and runtime errors, according to what the file is
-        raise InputError(f"{path} is no file of tensors alone: {reason(error)}") from error
+        told = reason(error) if isinstance(error, (RuntimeError, OSError, pickle.UnpicklingError)) else "it is none"
+        raise InputError(f"{path} is not a file of tensors only, so it is not opened: {told}") from error
 
 
 def check_plain(content: Any, source: str | Path) -> None:
@@ -166,7 +168,6 @@ def check_weights(
     Raises:
         InputError: names file and tensor.
     """
-    check_plain(weights, source)
     own = network.state_dict()
     check_names(
         source,

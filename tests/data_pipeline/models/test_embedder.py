@@ -107,13 +107,16 @@ def test_timm_with_local_weights(tmp_path):
         load_embedder("timm:test_resnet", path, "cpu")
 
 
+class Flag:
+    """Would set a flag when it is unpickled."""
+
+    def __reduce__(self):
+        return (setattr, (Flag, "is_set", True))
+
+
 def test_timm_takes_no_strangers_and_repeats_no_advice(tmp_path):
     import timm
     import torch
-
-    class Flag:
-        def __reduce__(self):
-            return (setattr, (Flag, "is_set", True))
 
     path = tmp_path / "weights.pt"
     for name in ("hf-hub:owner/name", "hf_hub:owner/name", f"local-dir:{tmp_path}", "../x"):

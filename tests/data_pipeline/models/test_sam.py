@@ -136,7 +136,7 @@ def test_weights_that_do_not_fit_or_are_none(files, tmp_path):
         InputError, match=r"are not those of vit_b: .*its files lack image_encoder(?s:.*)Do --segmenter"
     ):
         load_sam("vit_b", files[1], "cpu")
-    for name, message in (("broken.pth", "is no file of tensors alone"), ("broken.safetensors", "not a safetensors")):
+    for name, message in (("broken.pth", "is not a file of tensors only"), ("broken.safetensors", "not a safetensors")):
         broken = tmp_path / name
         broken.write_bytes(b"not weights")
         with pytest.raises(InputError, match=message):
