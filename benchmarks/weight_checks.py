@@ -36,8 +36,8 @@ def counted_anew(function: Callable[..., Any], known: dict[Any, int]) -> Callabl
     """The function, without what it knows from an earlier loading; of a UNet it is known, as its skeleton is built."""
 
     def call(kind: type, *arguments: Any) -> None:
-        if kind.__name__ != "UNet2DConditionModel":
-            known.clear()
+        for key in [key for key in known if key[0] is kind and kind.__name__ != "UNet2DConditionModel"]:
+            del known[key]
         function(kind, *arguments)
 
     return call
