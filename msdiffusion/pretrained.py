@@ -343,7 +343,7 @@ def _with_vocabulary(pipeline: DiffusionPipeline, source: str) -> DiffusionPipel
     """The pipeline, unless a tokenizer was not there: transformers makes an empty one then, without a word."""
     for name, reader in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
         tokenizer, encoder = getattr(pipeline, name, None), getattr(pipeline, reader, None)
-        if tokenizer is None:
+        if tokenizer is None or encoder is None:  # told below
             continue
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise WeightsError(f"the {name} of {source} has no vocabulary: its files are missing")
@@ -379,6 +379,13 @@ def _check_fit(pipeline: DiffusionPipeline, source: str | Path) -> None:
     Raises:
         WeightsError: names both widths.
     """
+    second = ("tokenizer_2", "text_encoder_2") if isinstance(pipeline, StableDiffusionXLPipeline) else ()
+    needed = ("unet", "vae", "scheduler", "tokenizer", "text_encoder", *second)
+    if lacking := [name for name in needed if getattr(pipeline, name, None) is None]:  # a refiner, for example
+        raise WeightsError(
+            f"the base model {source} has no {', '.join(lacking)}: a {type(pipeline).__name__} with all of its parts "
+            "is needed"
+        )
     unet = pipeline.unet.config
     for setting in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
         if unet.get(setting) is not None:

@@ -232,6 +232,20 @@ def test_code_in_an_encoder_is_named(config, tiny_model_dir, tmp_path):
 # ---- parts of different makes
 
 
+@pytest.mark.parametrize("parts", [("tokenizer", "text_encoder"), ("unet",), ("vae",), ("scheduler",)])
+def test_a_base_without_a_part_is_refused(parts, tiny_model_dir, tmp_path):
+    """As SDXL's refiner is, which has one text encoder of two."""
+    from msdiffusion.pretrained import load_pipeline
+
+    shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
+    path = tmp_path / "base/model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **{part: [None, None] for part in parts}}))
+    with pytest.raises(
+        WeightsError, match=f"has no {', '.join(parts)}: a StableDiffusionXLPipeline with all|cannot load"
+    ):
+        load_pipeline(tmp_path / "base")
+
+
 def test_parts_of_different_models_are_refused(tiny_model_dir, tiny_sd1_model_dir, tmp_path):
     from msdiffusion.pretrained import load_pipeline
 
