@@ -268,7 +268,8 @@ def _most(value: Any, least: int) -> int:
 
 
 def _check_tokenizer(path: Path, config: Mapping[str, Any]) -> None:
-    limit = config.get("model_max_length", _FEWEST_TOKENS)
+    limit = config.get("model_max_length")
+    limit = _FEWEST_TOKENS if limit is None else limit  # none is told: the encoder has its own
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit < _FEWEST_TOKENS:
         raise InputError(
             f"{path}: model_max_length is {_shown(limit)}: needed is a number of tokens, at least {_FEWEST_TOKENS}"

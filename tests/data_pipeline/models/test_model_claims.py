@@ -70,6 +70,8 @@ def test_what_released_models_claim_is_taken(pipeline):
     change(pipeline, "tokenizer/tokenizer_config.json", model_max_length=10**30, special_tokens_map_file="/a/b.json")
     change(pipeline, "text_encoder/config.json", quantization_config=None, attn_implementation="sdpa")
     check_pipeline(pipeline)
+    change(pipeline, "tokenizer/tokenizer_config.json", model_max_length=None)
+    check_pipeline(pipeline)
 
 
 CODE = "nothing of a model's folder is run"
