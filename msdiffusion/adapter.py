@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from data_pipeline.models.weights import fill, read_tensors
 from msdiffusion.adapter_config import CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig, read_checkpoint
 from msdiffusion.attention import (
     Backend,
@@ -29,7 +28,7 @@ from msdiffusion.attention import (
 )
 from msdiffusion.auto_layout import AutoLayout
 from msdiffusion.condition import SubjectCondition
-from msdiffusion.errors import LayoutError, RequestError, WeightsError, reason
+from msdiffusion.errors import LayoutError, RequestError, WeightsError, reason, refused_weights
 from msdiffusion.official import from_record, read_record, to_record, write_record
 from msdiffusion.own_memory import give_own_memory
 from msdiffusion.resampler import GlobalProjector, GroundingResampler, ResamplerParams
@@ -289,10 +288,8 @@ class MSAdapter(nn.Module):
             if not (directory / name).is_file():
                 raise WeightsError(f"{directory} holds no {name}: an adapter is {CONFIG_NAME} and {WEIGHTS_NAME}")
         config = AdapterConfig.read(directory / CONFIG_NAME)
-        try:
-            weights = load_file(directory / WEIGHTS_NAME)
-        except SafetensorError as error:
-            raise WeightsError(f"{directory / WEIGHTS_NAME} is not a safetensors file: {error}") from None
+        with refused_weights():
+            weights = read_tensors(directory / WEIGHTS_NAME)
         return cls._from_weights(config, weights, str(directory / WEIGHTS_NAME))
 
     @classmethod
@@ -409,17 +406,8 @@ class MSAdapter(nn.Module):
             raise WeightsError(f"{source}: no layer can be called so: {error.args[0]}") from None
         except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond what a tensor can have
             raise WeightsError(f"{source}: no adapter has the sizes of its config: {reason(error)}") from None
-        expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
-        missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-        if missing or unexpected:
-            raise WeightsError(f"{source}: missing {_some(missing)}, unexpected {_some(unexpected)}")
-        for name, shape in expected.items():
-            if tuple(weights[name].shape) != shape:
-                raise WeightsError(
-                    f"{source}: {name} has shape {tuple(weights[name].shape)}, but the config asks for {shape}: "
-                    "weights and config belong to different adapters"
-                )
-        adapter.load_state_dict(weights, assign=True)
+        with refused_weights():
+            fill(adapter, weights, source, assign=True)
         give_own_memory(adapter)
         return adapter
 

@@ -8,16 +8,18 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from msdiffusion.errors import RequestError, WeightsError, reason, shown
+from data_pipeline.models.weights import check_plain, load_pickle
+from msdiffusion.errors import RequestError, WeightsError, refused_weights, shown
 from msdiffusion.request import check_settings
 from msdiffusion.resampler import ResamplerParams
 
 SCHEMA = "msdiffusion.adapter/1"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "adapter.safetensors"
+MAX_BYTES = 1_000_000
+"""Of a config.json; those that are written have fewer than a thousand."""
 CHECKPOINT_SUFFIX = ".ckpt"
 CHECKPOINT_PREFIXES = ("averaged.module.", "adapter.")
 """Where an adapter's weights are in a checkpoint's state_dict: the average before what it is the average of."""
@@ -65,10 +67,13 @@ class AdapterConfig:
             raise WeightsError(f'projector must be "resampler" or "global", got {shown(self.projector)}')
         if self.regions not in ("boxes", "everywhere"):
             raise WeightsError(f'regions must be "boxes" or "everywhere", got {shown(self.regions)}')
-        for name in ("largest_side", "most_subjects"):
+        for name, most in (("training_resolution", 16384), ("largest_side", 16384), ("most_subjects", 1000)):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise WeightsError(f"{name} in an adapter's config must be a whole number above 0, got {shown(value)}")
+            told = value is not None or name == "training_resolution"
+            if told and (type(value) is not int or not 1 <= value <= most):
+                raise WeightsError(
+                    f"{name} in an adapter's config must be a whole number from 1 to {most}, got {shown(value)}"
+                )
         if self.closed_vocabulary not in (None, True, False):
             raise WeightsError(
                 f"closed_vocabulary in an adapter's config must be true or false, got {shown(self.closed_vocabulary)}"
@@ -109,6 +114,8 @@ class AdapterConfig:
         """
         source = str(path) if source is None else source
         try:
+            if Path(path).stat().st_size > MAX_BYTES:
+                raise OSError(f"it is larger than the {MAX_BYTES} bytes that are read")
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise WeightsError(f"{source} cannot be read as text in UTF-8: {error}") from None
@@ -154,10 +161,8 @@ def read_checkpoint(path: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"no such file: {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and torch each have exceptions of their own for a file that is none
-        raise WeightsError(f"{path} is no checkpoint that can be read: {reason(error)}") from error
+    with refused_weights():
+        checkpoint = load_pickle(path)
     record = checkpoint if isinstance(checkpoint, dict) else {}
     weights, config = record.get("state_dict"), record.get("adapter_config")
     if not isinstance(weights, dict) or not isinstance(config, str):
@@ -170,4 +175,6 @@ def read_checkpoint(path: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]
     if prefix is None:
         raise WeightsError(f"{path} holds no weights of an adapter, but {shown(sorted(weights))}")
     own = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
+    with refused_weights():
+        check_plain(own, path)
     return AdapterConfig.from_json(config, f"adapter_config in {path}"), own

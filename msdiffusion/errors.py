@@ -11,27 +11,17 @@
 Catch ``MSDiffusionError`` to catch them all; those that blame a value are also a ``ValueError``.
 """
 
+import collections.abc
+import contextlib
 import pathlib
-import pickle
 import re
 import sys
 import warnings
 
+from data_pipeline.reasons import reason as reason
 from data_pipeline.safe_text import visible
 
 _MODEL_FILES = (".bin", ".ckpt", ".safetensors", ".pt", ".pth")
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what another library says, without escape codes.
-
-    Of a pickle that is not opened, our own words: torch's and diffusers' go on to say how to run it all the same.
-    """
-    text = str(error)
-    if isinstance(error, pickle.UnpicklingError) or re.search("weights[_ ]only", text, re.IGNORECASE):
-        return "it is a pickle of more than tensors, which could run code when it is read"
-    lines = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def warn_caller(message: str) -> None:
@@ -105,3 +95,14 @@ class WeightsError(MSDiffusionError):
 
 class TrainingError(MSDiffusionError):
     """A training run cannot go on, though its settings, data and weights were fine: the message names the batch."""
+
+
+@contextlib.contextmanager
+def refused_weights() -> collections.abc.Iterator[None]:
+    """What the common door for weights (``data_pipeline.models.weights``) refuses in this block is a WeightsError."""
+    from data_pipeline.records import InputError
+
+    try:
+        yield
+    except InputError as error:
+        raise WeightsError(str(error)) from None

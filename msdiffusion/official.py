@@ -7,9 +7,7 @@ tokens have no effect on any output, so they are left behind, and written as zer
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdiffusion.errors import WeightsError, reason, shown, warn_caller
+from data_pipeline.models.weights import check_plain, load_pickle
+from msdiffusion.errors import WeightsError, refused_weights, shown, warn_caller
 from msdiffusion.resampler import ResamplerParams
 from msdiffusion.subjects import whole_number
 
@@ -76,11 +75,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"no such file: {path}")
-    try:
-        # mapped: what it holds is told before gigabytes are read
-        record = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise WeightsError(f"{path} is not a file of tensors only, so it is not opened: {reason(error)}") from None
+    with refused_weights():
+        record = load_pickle(path)  # mapped: what it holds is told before gigabytes are read
     if not isinstance(record, dict) or not {"image_proj", "ms_adapter"} <= record.keys():
         if isinstance(record, dict) and "state_dict" in record:
             raise WeightsError(
@@ -94,6 +90,9 @@ def read_record(path: str | Path) -> dict[str, Any]:
     more = sorted(map(str, record.keys() - {"image_proj", "ms_adapter", "dummy_image_tokens"}))
     if more:
         warn_caller(f"{path} also holds {shown(more, 200)}, which an adapter has no place for: left out")
+    with refused_weights():
+        for part in ("image_proj", "ms_adapter"):
+            check_plain(record[part], f"{path}: {part}")
     return record
 
 

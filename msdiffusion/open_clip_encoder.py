@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from msdiffusion.errors import WeightsError
+from data_pipeline.models.weights import check_finite, fill, state_of
+from msdiffusion.errors import WeightsError, reason, refused_weights
 
 PREFIX = "open_clip:"
 _WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -146,18 +147,12 @@ class OpenClipVisionEncoder(nn.Module):
         name = name if isinstance(name, OpenClipName) else OpenClipName.parse(name)
         config, release = vision_config(name), _release(name)
         path = name.file if name.file is not None else _download(name, release)
-        weights = {key: tensor.to(dtype) for key, tensor in _read_visual(path).items()}
         with torch.device("meta"):
             visual = _build(config)
-        expected = {key: tuple(tensor.shape) for key, tensor in visual.state_dict().items()}
-        for key in sorted(expected.keys() | weights.keys()):
-            found = tuple(weights[key].shape) if key in weights else "nothing"
-            if found != expected.get(key, "nothing"):
-                raise WeightsError(
-                    f"{path} is not the {name.model} of open_clip: visual.{key} has shape {found}, the model "
-                    f"{expected.get(key, 'nothing')}"
-                )
-        visual.load_state_dict(weights, assign=True)
+        with refused_weights():
+            source = f"{path}, read as the {name.model} of open_clip"
+            fill(visual, _read_visual(path), source, assign=True)
+            check_finite(state_of(visual.to(dtype)).items(), source)
         return cls(visual, config, _processor(config, release))
 
     @property
@@ -232,9 +227,8 @@ def _download(name: OpenClipName, release: Mapping[str, Any]) -> Path:
     try:
         return Path(hf_hub_download(repository, _WEIGHTS_NAME))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(
-            f"cannot load the image encoder {name}: {_WEIGHTS_NAME} of {repository}: {reason}"
+            f"cannot load the image encoder {name}: {_WEIGHTS_NAME} of {repository}: {reason(error)}"
         ) from error
 
 

@@ -7,18 +7,17 @@ open_clip's. Configs can be read apart from weights, to see what fits before any
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import pickle
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -33,6 +32,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import deprecation_utils
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -43,22 +43,35 @@ from transformers import (
     PreTrainedModel,
 )
 
-from msdiffusion.errors import WeightsError, reason
+from data_pipeline.models.model_claims import (
+    CLIP_TEXT,
+    CLIP_VISION,
+    check_network,
+    check_pipeline,
+    configs_here,
+    read_json,
+)
+from data_pipeline.models.weights import check_finite, check_names, load_network, skeleton, state_of
+from data_pipeline.records import InputError
+from msdiffusion import pixel_autoencoder
+from msdiffusion.errors import WeightsError, reason, refused_weights
 from msdiffusion.open_clip_encoder import OpenClipName, OpenClipVisionEncoder, names_open_clip, vision_config
-
-# diffusers loads a component of a pipeline only from a module that is already imported: the embedded base has this one
 from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
 from msdiffusion.single_file import SingleFile, check_unet_shapes, check_vae_shapes, names_single_file, read_single_file
 
 PIPELINES: Mapping[str, type[DiffusionPipeline]] = {"sdxl": StableDiffusionXLPipeline, "sd1": StableDiffusionPipeline}
 """Kind of base model to the pipeline that it is loaded as."""
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers, pixel_autoencoder.__name__: pixel_autoencoder}
 # What a missing or broken folder, hub name or file raises inside diffusers, transformers and huggingface_hub.
 _LOADING_ERRORS = (
-    OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError, HFValidationError, SafetensorError,
-    pickle.UnpicklingError,
+    OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError, AssertionError, ImportError,
+    RuntimeError, HfHubHTTPError, HFValidationError, SafetensorError, pickle.UnpicklingError,
 )  # fmt: skip
-_HARMLESS = ("position_ids",)
-"""Last names of tensors that a file may lack: constants, which some versions of transformers write."""
+# Beginnings of names in the file of a whole CLIP, of which one tower is taken.
+_OTHER_TOWER = {
+    "text": ("vision_model.", "visual_projection.", "text_projection.", "logit_scale"),
+    "vision": ("text_model.", "text_projection.", "logit_scale"),
+}
 # diffusers renamed its keyword after 0.39, and warns of the old name.
 _DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
 
@@ -86,11 +99,12 @@ def load_pipeline(
         return _with_vocabulary(pipeline, str(base_config))
     name = str(base_model)
     try:
-        kind = _kind_of(name)
+        folder, version = configs_here(name)
+        kind = _kind_of(folder, name)
         with _old_news_withheld():
-            pipeline = _with_variant(PIPELINES[kind], name, dtype, _options(kind))
+            pipeline = _with_variant(PIPELINES[kind], name, dtype, {**_options(kind), **version}, folder)
             if vae_dtype not in (None, dtype):
-                pipeline.register_modules(vae=_vae(type(pipeline.vae), name, vae_dtype))
+                pipeline.register_modules(vae=_vae(type(pipeline.vae), name, vae_dtype, folder, version))
     except _LOADING_ERRORS as error:
         raise _not_loaded("base model", base_model, error) from error
     return _with_vocabulary(pipeline, name)
@@ -144,7 +158,7 @@ def native_side(base_model: str | Path, base_config: str | Path | None = None) -
     source = base_config if names_single_file(base_model) else base_model
     sample_size = _config_of(source, "unet").get("sample_size")
     stages = _config_of(source, "vae").get("block_out_channels")
-    if not isinstance(sample_size, int) or not isinstance(stages, list):
+    if not isinstance(sample_size, int) or not isinstance(stages, list) or len(stages) > 12:
         return None
     return sample_size * 2 ** (len(stages) - 1)
 
@@ -192,16 +206,19 @@ def encoder_widths(
         phrase_width = read_single_file(base_model).phrase_width
     else:
         try:
-            phrase_width = CLIPTextConfig.from_pretrained(str(base_model), subfolder="text_encoder").hidden_size
+            folder, version = configs_here(str(base_model), "text_encoder")
+            check_network(folder, CLIP_TEXT if folder.is_dir() else ())
+            config = CLIPTextConfig.from_pretrained(str(base_model), subfolder="text_encoder", **version)
+            phrase_width = config.hidden_size
         except _LOADING_ERRORS as error:
             raise _not_loaded("text encoder of the base model", base_model, error) from error
     if names_open_clip(image_encoder):
         vision = vision_config(OpenClipName.parse(str(image_encoder)))
     else:
         name, options = _split_hub_folder(image_encoder)
-        _check_encoder_folder(name)
         try:
-            vision = CLIPVisionConfig.from_pretrained(name, **options)  # also the part of a whole CLIP's config
+            _, version = _encoder_folder(name, options)
+            vision = CLIPVisionConfig.from_pretrained(name, **options, **version)  # also out of a whole CLIP's config
         except _LOADING_ERRORS as error:
             raise _not_loaded("image encoder", image_encoder, error) from error
     return phrase_width, vision.projection_dim if features == "global" else vision.hidden_size
@@ -225,49 +242,16 @@ def load_image_encoder(
         encoder = OpenClipVisionEncoder.from_pretrained(str(image_encoder), dtype)
         return encoder, encoder.processor
     name, options = _split_hub_folder(image_encoder)
-    _check_encoder_folder(name)
     try:
-        encoder = load_complete(
-            CLIPVisionModelWithProjection, name, f"image encoder {image_encoder}", dtype=dtype, **options
-        )
+        folder, version = _encoder_folder(name, options)
+        options |= version
+        encoder = load_network(
+            CLIPVisionModelWithProjection, name, f"image encoder {image_encoder}", folder=folder, dtype=dtype,
+            left_out=_OTHER_TOWER["vision"], **options,
+        )  # fmt: skip
     except _LOADING_ERRORS as error:
         raise _not_loaded("image encoder", image_encoder, error) from error
-    return encoder, _image_processor(name, options, encoder.config)
-
-
-def load_complete(kind: type[nn.Module], place: str | Path, what: str, **options: Any) -> nn.Module:
-    """A network of diffusers or transformers, if its files hold all of it: what they lack would be random otherwise.
-
-    Args:
-        kind: the class, whose ``from_pretrained`` reads it.
-        place: folder or hub name.
-        what: the network, for the message.
-        options: of ``from_pretrained``.
-
-    Raises:
-        WeightsError: tensors are missing, or have other shapes than the config asks for; names some of each.
-    """
-    network, report = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    missing = [name for name in report["missing_keys"] if name.rpartition(".")[2] not in _HARMLESS]
-    _check_missing(what, missing, sorted(report["unexpected_keys"]))
-    for name, found, expected in sorted(report["mismatched_keys"]):
-        raise WeightsError(
-            f"the {what} does not fit its config: {name} has shape {tuple(found)}, the config asks for "
-            f"{tuple(expected)}: weights and config belong to different models"
-        )
-    return network
-
-
-def _check_missing(what: str, missing: Iterable[str], unexpected: Sequence[str] = ()) -> None:
-    missing = sorted(missing)
-    if not missing:
-        return
-    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    instead = f"; there are others, such as {unexpected[0]}, which have no place in it" if unexpected else ""
-    raise WeightsError(
-        f"the {what} is incomplete: its files lack {', '.join(missing[:3])}{more}{instead}. What is missing would be "
-        "random: get the files anew, or the ones of that kind of model"
-    )
+    return encoder, _image_processor(name, options, encoder.config, folder)
 
 
 def is_local(source: str | Path) -> bool:
@@ -291,18 +275,22 @@ def _load_single_file(
     file: SingleFile, dtype: torch.dtype, base_config: str | Path | None, vae_dtype: torch.dtype | None
 ) -> DiffusionPipeline:
     source = _config_source(file, base_config)
+    folder, version = configs_here(source)
     check_unet_shapes(file, _meta_unet(source, _configs_of(file)), source)
-    if _index_of(source).get("vae") == ["diffusers", AutoencoderKL.__name__]:
+    if _index_of(folder).get("vae") == ["diffusers", AutoencoderKL.__name__]:
         check_vae_shapes(file, _on_meta(AutoencoderKL, source, "vae", _configs_of(file)), source)
     try:
         with _old_news_withheld():
             pipeline = PIPELINES[file.kind].from_single_file(
-                str(file.path), config=source, **{_DTYPE: dtype}, **_options(file.kind)
+                str(file.path), config=source, **{_DTYPE: dtype}, **_options(file.kind), **version
             )
             if vae_dtype not in (None, dtype):
-                options = {"config": source, "subfolder": "vae", _DTYPE: vae_dtype}
+                options = {"config": source, "subfolder": "vae", _DTYPE: vae_dtype, **version}
                 pipeline.register_modules(vae=type(pipeline.vae).from_single_file(str(file.path), **options))
             pipeline.register_modules(scheduler=_scheduler_of(file, pipeline.scheduler, source))
+            for part, network in pipeline.components.items():
+                if isinstance(network, nn.Module):
+                    check_finite(state_of(network).items(), f"the {part} of {file.path}")
             return _with_weights(pipeline, file.path)
     except (*_LOADING_ERRORS, SingleFileComponentError) as error:
         raise _not_loaded(f"{_configs_of(file)}, or its weights,", source, error) from error
@@ -338,7 +326,7 @@ def _config_source(file: SingleFile, base_config: str | Path | None) -> str:
         )
     source = str(base_config)
     try:
-        kind = _kind_of(source)
+        kind = _kind_of(configs_here(source)[0], source)
     except _LOADING_ERRORS as error:
         raise _not_loaded(_configs_of(file), source, error) from error
     if kind != file.kind:
@@ -353,36 +341,98 @@ def _config_source(file: SingleFile, base_config: str | Path | None) -> str:
 
 def _with_vocabulary(pipeline: DiffusionPipeline, source: str) -> DiffusionPipeline:
     """The pipeline, unless a tokenizer was not there: transformers makes an empty one then, without a word."""
-    for name in ("tokenizer", "tokenizer_2"):
-        tokenizer = getattr(pipeline, name, None)
-        if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
+    for name, reader in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        tokenizer, encoder = getattr(pipeline, name, None), getattr(pipeline, reader, None)
+        if tokenizer is None or encoder is None:  # told below
+            continue
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise WeightsError(f"the {name} of {source} has no vocabulary: its files are missing")
+        ends = getattr(encoder.config, "eos_token_id", None)
+        if ends not in (2, tokenizer.eos_token_id):  # 2: configs from before transformers 4.31
+            raise WeightsError(
+                f"the {reader} of {source} takes token {ends} for the end of a text, but its {name} writes "
+                f"{tokenizer.eos_token_id}: they belong to different models"
+            )
+        last, known = max(tokenizer.get_vocab().values()), getattr(encoder.config, "vocab_size", None)
+        if known is not None and last >= known:
+            raise WeightsError(
+                f"the {name} of {source} numbers its tokens up to {last}, but the {reader} knows {known}: they belong "
+                "to different models"
+            )
     return _with_weights(pipeline, source)
 
 
 def _with_weights(pipeline: DiffusionPipeline, source: str | Path) -> DiffusionPipeline:
-    """The pipeline, unless weights were not there: diffusers leaves those on the meta device."""
+    """The pipeline, unless weights were not there (diffusers leaves those on the meta device), or parts don't fit."""
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             missing = [key for key, weight in part.state_dict().items() if weight.device.type == "meta"]
-            _check_missing(f"{name} of {source}", missing)
+            with refused_weights():
+                check_names(f"the {name} of {source}", missing)
+    _check_fit(pipeline, source)
     return pipeline
+
+
+def _check_fit(pipeline: DiffusionPipeline, source: str | Path) -> None:
+    """Raise unless text encoders, UNet and autoencoder are made for one another; torch would say it while drawing.
+
+    Raises:
+        WeightsError: names both widths.
+    """
+    second = ("tokenizer_2", "text_encoder_2") if isinstance(pipeline, StableDiffusionXLPipeline) else ()
+    needed = ("unet", "vae", "scheduler", "tokenizer", "text_encoder", *second)
+    if lacking := [name for name in needed if getattr(pipeline, name, None) is None]:  # a refiner, for example
+        raise WeightsError(
+            f"the base model {source} has no {', '.join(lacking)}: a {type(pipeline).__name__} with all of its parts "
+            "is needed"
+        )
+    unet = pipeline.unet.config
+    for setting in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if unet.get(setting) is not None:
+            raise WeightsError(
+                f"the UNet of {source} has {setting} {unet[setting]!r}, so it asks for more than text: it is of "
+                "another kind"
+            )
+    encoders = [pipeline.text_encoder]
+    if isinstance(pipeline, StableDiffusionXLPipeline):
+        encoders.append(pipeline.text_encoder_2)
+        pooled = encoders[1].config.projection_dim
+        sizes = 6 * (unet.addition_time_embed_dim or 0)
+        if unet.projection_class_embeddings_input_dim != pooled + sizes:
+            raise WeightsError(
+                f"the parts of {source} are of different models: text_encoder_2 pools to {pooled} numbers, which with "
+                f"{sizes} for the picture's sizes are {pooled + sizes}, but the UNet takes "
+                f"{unet.projection_class_embeddings_input_dim}"
+            )
+    widths, taken = [encoder.config.hidden_size for encoder in encoders], unet.cross_attention_dim
+    if isinstance(taken, int) and sum(widths) != taken:
+        raise WeightsError(
+            f"the parts of {source} are of different models: the text is {' + '.join(map(str, widths))} wide, but the "
+            f"UNet reads text {taken} wide"
+        )
+    channels = getattr(pipeline.vae.config, "latent_channels", unet.out_channels)
+    if channels != unet.out_channels:
+        raise WeightsError(
+            f"the parts of {source} are of different models: the UNet makes latents of {unet.out_channels} channels, "
+            f"the vae reads {channels}"
+        )
 
 
 def _configs_of(file: SingleFile) -> str:
     return f"configs and tokenizers for {file.path} (base_config= takes any folder or hub name of such a pipeline)"
 
 
-def _index_of(source: str) -> Mapping[str, Any]:
-    index = DiffusionPipeline.load_config(source)
-    if not isinstance(index, Mapping):
-        raise WeightsError(f"the model_index.json of {source!r} is no list of a pipeline's parts")
-    return index
+def _index_of(folder: Path) -> Mapping[str, Any]:
+    """The model_index.json of a pipeline, after a look at all that its folder claims."""
+    path = folder / "model_index.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no model_index.json there, so it is no pipeline of diffusers ({folder})")
+    check_pipeline(folder)
+    return read_json(path)
 
 
-def _kind_of(source: str) -> str:
-    name = _index_of(source).get("_class_name", "")
-    return kind_of_class(name[-1] if isinstance(name, list) else name, source)  # a list: somebody's file, and the class
+def _kind_of(folder: Path, source: str) -> str:
+    return kind_of_class(_index_of(folder).get("_class_name", ""), source)
 
 
 def _meta_unet(source: str | Path, what: str) -> UNet2DConditionModel:
@@ -395,9 +445,9 @@ def _on_meta(kind: type[ModelMixin], source: str | Path, part: str, what: str) -
         inside = next((f"; {found.parents[1]} has it" for found in Path(source).glob(f"*/{part}/config.json")), "")
         raise WeightsError(f"cannot load the {what} from {str(source)!r}: no {part}/config.json there{inside}")
     try:
-        config = kind.load_config(str(source), subfolder=part)
-        with torch.device("meta"):
-            return kind.from_config(config)
+        folder, _ = configs_here(str(source), part)
+        check_network(folder, (), kind.__name__)
+        return skeleton(kind, folder)
     except _LOADING_ERRORS as error:
         raise _not_loaded(what, source, error) from error
 
@@ -409,32 +459,35 @@ def _options(kind: str) -> dict[str, Any]:
 
 
 def _with_variant(
-    pipeline: type[DiffusionPipeline], name: str, dtype: torch.dtype, options: Mapping[str, Any]
+    pipeline: type[DiffusionPipeline], name: str, dtype: torch.dtype, options: Mapping[str, Any], folder: Path
 ) -> DiffusionPipeline:
     """The pipeline from its half-precision files, half the download, where it has them and they are asked for."""
     half = dtype in (torch.float16, torch.bfloat16)
+    version = {key: value for key, value in options.items() if key == "revision"}
     if half and (not Path(name).is_dir() or any(Path(name).rglob("*.fp16.safetensors"))):
         try:
-            networks = _networks(name, dtype, variant="fp16")
+            networks = _networks(pipeline, name, dtype, folder, variant="fp16", **version)
             return pipeline.from_pretrained(name, variant="fp16", **{_DTYPE: dtype, **options, **networks})
+        except InputError:
+            raise
         except (OSError, ValueError, HfHubHTTPError):  # no such variant, or not of every part
             logging.getLogger(__name__).info("%s has no complete variant fp16", name)
-    return pipeline.from_pretrained(name, **{_DTYPE: dtype, **options, **_networks(name, dtype)})
+    networks = _networks(pipeline, name, dtype, folder, **version)
+    return pipeline.from_pretrained(name, **{_DTYPE: dtype, **options, **networks})
 
 
-def _networks(name: str, dtype: torch.dtype, **options: Any) -> dict[str, nn.Module]:
-    """The networks of a pipeline, each seen to be complete: the pipeline's own loading doesn't tell.
-
-    Those of other libraries, and what the pipeline does without, are left to the pipeline.
-    """
+def _networks(
+    pipeline: type[DiffusionPipeline], name: str, dtype: torch.dtype, folder: Path, **options: Any
+) -> dict[str, nn.Module]:
+    """The networks of a pipeline, each seen to be complete: the pipeline's own loading doesn't tell."""
     networks = {}
-    for part, entry in _index_of(name).items():
-        if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in ("diffusers", "transformers"):
+    for part, entry in _index_of(folder).items():
+        if part not in inspect.signature(pipeline.__init__).parameters or part == "safety_checker":
             continue
-        kind = getattr(sys.modules[entry[0]], str(entry[1]), None)
+        kind = getattr(_LIBRARIES.get(entry[0]), str(entry[1]), None) if isinstance(entry, list) else None
         if isinstance(kind, type) and issubclass(kind, (ModelMixin, PreTrainedModel)):
             try:
-                networks[part] = _network(kind, name, part, dtype, **options)
+                networks[part] = _network(kind, name, part, dtype, folder, **options)
             except _LOADING_ERRORS as error:
                 if "variant" in options:
                     raise
@@ -442,42 +495,46 @@ def _networks(name: str, dtype: torch.dtype, **options: Any) -> dict[str, nn.Mod
     return networks
 
 
-def _network(kind: type[nn.Module], name: str, part: str, dtype: torch.dtype, **options: Any) -> nn.Module:
+def _network(
+    kind: type[nn.Module], name: str, part: str, dtype: torch.dtype, folder: Path, **options: Any
+) -> nn.Module:
     """A network of a pipeline by itself."""
     options[_DTYPE if issubclass(kind, ModelMixin) else "dtype"] = dtype
-    folder = Path(name) / part
+    if part.startswith("text_encoder"):
+        options["left_out"] = _OTHER_TOWER["text"]
+    elif part == "image_encoder":
+        options["left_out"] = _OTHER_TOWER["vision"]
     if not Path(name).is_dir():
-        return load_complete(kind, name, f"{part} of {name}", subfolder=part, **options)
-    if not folder.is_dir():
-        raise WeightsError(f"the base model {name} is incomplete: its {part} is missing, there is no folder {folder}")
-    return load_complete(kind, str(folder), f"{part} of {name}", **options)
+        return load_network(kind, name, f"{part} of {name}", folder=folder / part, subfolder=part, **options)
+    if not (folder / part).is_dir():
+        raise WeightsError(
+            f"the base model {name} is incomplete: its {part} is missing, there is no folder {folder / part}"
+        )
+    return load_network(kind, str(folder / part), f"{part} of {name}", **options)
 
 
-def _vae(kind: type[ModelMixin], name: str, dtype: torch.dtype) -> ModelMixin:
+def _vae(kind: type[ModelMixin], name: str, dtype: torch.dtype, folder: Path, version: Mapping[str, str]) -> ModelMixin:
     """A pipeline's autoencoder by itself, from its files of full precision where there are any."""
     try:
-        return _network(kind, name, "vae", dtype)
+        return _network(kind, name, "vae", dtype, folder, **version)
+    except InputError:
+        raise
     except (OSError, ValueError, HfHubHTTPError):
-        return _network(kind, name, "vae", dtype, variant="fp16")
+        return _network(kind, name, "vae", dtype, folder, variant="fp16", **version)
 
 
-def _check_encoder_folder(name: str) -> None:
+def _encoder_folder(name: str, options: Mapping[str, str]) -> tuple[Path, dict[str, str]]:
+    """The folder of an image encoder on this machine, seen to be a CLIP's, and its version; see ``configs_here``."""
     if Path(name).is_file():
         raise WeightsError(
             f"cannot load the image encoder from the file {name!r}: give its folder, or "
             "open_clip:MODEL@FILE.safetensors"
         )
-    config = Path(name) / "config.json"
-    if Path(name).is_dir() and not config.is_file():  # transformers would give its defaults
+    folder, version = configs_here(name, options.get("subfolder", ""))
+    if not (folder / "config.json").is_file():  # transformers would give its defaults
         raise WeightsError(f"cannot load the image encoder from {name!r}: no config.json there")
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else "clip"
-    except (ValueError, AttributeError) as error:
-        raise WeightsError(f"cannot load the image encoder from {name!r}: its config.json: {reason(error)}") from None
-    if not str(kind).startswith("clip"):  # transformers would fill in the rest of a CLIP
-        raise WeightsError(
-            f"cannot load the image encoder from {name!r}: its config.json is of model_type {kind!r}, not of a CLIP"
-        )
+    check_network(folder, CLIP_VISION)
+    return folder, version
 
 
 @contextmanager
@@ -507,13 +564,26 @@ def _old_news_withheld() -> AbstractContextManager[None]:
     return withheld(loggers, PixelUnshuffleAutoencoder.__name__, "kept in float32: []")
 
 
-def _image_processor(name: str, options: Mapping[str, str], config: CLIPVisionConfig) -> CLIPImageProcessor:
+def _image_processor(
+    name: str, options: Mapping[str, str], config: CLIPVisionConfig, folder: Path
+) -> CLIPImageProcessor:
     """The encoder's own preprocessing where the folder has one, else CLIP's at the encoder's size."""
+    side = config.image_size
     try:
-        return CLIPImageProcessor.from_pretrained(name, **options)
+        processor = CLIPImageProcessor.from_pretrained(name, **options)
     except _LOADING_ERRORS:  # the released image encoders come without preprocessor_config.json
-        side = config.image_size
         return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    try:
+        pixels = processor(images=[Image.new("RGB", (9, 9), "grey")], return_tensors="pt").pixel_values
+    except _LOADING_ERRORS as error:
+        raise WeightsError(f"{folder / 'preprocessor_config.json'} prepares no picture: {reason(error)}") from error
+    if tuple(pixels.shape) != (1, 3, side, side) or not pixels.isfinite().all():
+        found = " x ".join(map(str, pixels.shape[1:]))
+        raise WeightsError(
+            f"the image encoder {folder} looks at 3 x {side} x {side} pixels, but its preprocessor_config.json gives "
+            f"{found}{'' if pixels.isfinite().all() else ', not all of them numbers'}: they belong to different models"
+        )
+    return processor
 
 
 def _split_hub_folder(name: str | Path) -> tuple[str, dict[str, str]]:
@@ -528,6 +598,8 @@ def _split_hub_folder(name: str | Path) -> tuple[str, dict[str, str]]:
 def _not_loaded(what: str, name: str | Path, error: Exception, part: str = "") -> WeightsError:
     if isinstance(error, WeightsError):
         return error
+    if isinstance(error, InputError):  # which names the file
+        return WeightsError(f"cannot load the {what} from {str(name)!r}: {part}{error}")
     told = reason(error).partition(" If you want to instead")[0]  # load it with random weights
     if not Path(name).exists() and "base_config=" not in what:  # the library speaks of the hub, even of a lost folder
         option = "image_encoder=" if what == "image encoder" else "base_model="

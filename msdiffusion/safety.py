@@ -10,14 +10,12 @@ colour by more than a few steps.)
 from __future__ import annotations
 
 import binascii
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from safetensors import SafetensorError
 
 from msdiffusion.errors import RequestError, WeightsError, reason, warn_caller
 from msdiffusion.own_memory import give_own_memory
@@ -61,21 +59,21 @@ class SafetyChecker:
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
         from transformers import CLIPImageProcessor
 
+        from data_pipeline.models.model_claims import check_network
+        from data_pipeline.models.weights import load_network
+
         folder = Path(place)
         whole = (folder / "safety_checker").is_dir()
         try:
-            checker, loading = StableDiffusionSafetyChecker.from_pretrained(
-                folder / "safety_checker" if whole else place, output_loading_info=True
-            )
+            checker = load_network(
+                StableDiffusionSafetyChecker, folder / "safety_checker" if whole else place, f"safety checker {place}",
+                model_types=("clip",),
+            )  # fmt: skip
+            if whole:
+                check_network(folder / "feature_extractor")
             processor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor" if whole else place)
-        except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        except Exception as error:  # what is broken decides which of many unrelated errors comes out
             raise WeightsError(f"no safety checker can be read from {place}: {reason(error)}") from error
-        lacking = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
-        if lacking:
-            raise WeightsError(
-                f"the safety checker in {place} is incomplete, so it could not be relied on: {len(lacking)} weights "
-                f"are missing or of another shape, such as {lacking[0]}"
-            )
         checker.to("cpu" if device is None else device)
         give_own_memory(checker)
         return cls(checker, processor)

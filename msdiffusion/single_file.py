@@ -5,6 +5,7 @@ Only safetensors are taken: the older formats (.ckpt) are pickles, which run cod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from msdiffusion.errors import WeightsError
+from data_pipeline.models.weights import check_dtypes, check_names, file_headings
+from msdiffusion.errors import WeightsError, refused_weights
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -28,6 +30,9 @@ _TEXT_ENCODERS = {
 _MORE = {"sdxl": (("conditioner.embedders.1.", "second text encoder"),), "sd1": ()}
 # Tensors that fine-tunes carry to say how they were trained, as ComfyUI reads them; the last two are Playground's.
 _MARKS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
+_MOST_OF_A_MARK = 64
+# Beginnings of the names of all networks; what else is in such files (schedules, averages) is not read.
+_NETWORKS = (UNET_PREFIX, VAE_PREFIX, "conditioner.embedders.", "cond_stage_model.")
 _WEIGHT_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -82,9 +87,20 @@ def read_single_file(path: str | Path) -> SingleFile:
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            large = [name for name in _MARKS if math.prod(shapes.get(name, ())) > _MOST_OF_A_MARK]
+            if large:
+                raise WeightsError(
+                    f"the base model {path} is broken: {large[0]} is no mark, its shape is {shapes[large[0]]}"
+                )
             sampling = _sampling({name: file.get_tensor(name) for name in _MARKS if name in shapes}, file.metadata())
     except SafetensorError as error:
         raise WeightsError(f"the base model {path} is not a safetensors file: {error}") from None
+    with refused_weights():
+        headings = file_headings(path)
+        check_dtypes(
+            f"the base model {path}",
+            {name: heading for name, heading in headings.items() if name.startswith(_NETWORKS)},
+        )
     matrices = (
         name for name in shapes if name.endswith("attn2.to_k.weight") or name in sum(_TEXT_ENCODERS.values(), ())
     )
@@ -156,14 +172,21 @@ def _check_shapes(
     }
     advice = "base_config= names the pipeline that the checkpoint was made from"
     try:
-        theirs = {name: tuple(t.shape) for name, t in convert(held, dict(network.config)).items()}
+        converted = convert(dict(held), dict(network.config))
+        theirs = {name: tuple(t.shape) for name, t in converted.items()}
     except KeyError as error:
         raise WeightsError(
             f"{file.path} has no {error.args[0]}, which the config of {config_source} asks for: {advice}"
         ) from None
-    for name, weight in network.state_dict().items():
+    own = network.state_dict()
+    for name, weight in own.items():
         if theirs.get(name) != tuple(weight.shape):
             raise WeightsError(
                 f"the {what} of {file.path} is not the one that {config_source} describes: {name} has shape "
                 f"{theirs.get(name, 'nothing')}, the config asks for {tuple(weight.shape)}: {advice}"
             )
+    used = {id(tensor) for each in converted.values() for tensor in (each, each._base)}
+    extra = [name for name, tensor in held.items() if id(tensor) not in used]
+    unknown = [name for name in theirs if name not in own]
+    with refused_weights():
+        check_names(f"the {what} of {file.path}", (), [*extra, *unknown])

@@ -65,8 +65,9 @@ RANKS = {
 STRANGERS = {("training", "generate")}
 # The only parts of data_pipeline that msdiffusion may know.
 SHARED_WITH_MSDIFFUSION = (
-    *("data_pipeline.records", "data_pipeline.world", "data_pipeline.pairs_format"),
+    *("data_pipeline.records", "data_pipeline.reasons", "data_pipeline.world", "data_pipeline.pairs_format"),
     *("data_pipeline.picture_formats", "data_pipeline.safe_text"),
+    *("data_pipeline.models.model_claims", "data_pipeline.models.weights"),
 )
 # What a step may know of data_pipeline: records, the base class, lists of words, and the wrappers round the libraries.
 KNOWN_TO_STEPS = (

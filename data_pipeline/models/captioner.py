@@ -9,8 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data_pipeline.models.hub import model_folder
 from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, check_model_directory
 from data_pipeline.models.quiet import quiet_loading
+from data_pipeline.models.weights import load_network
+from data_pipeline.reasons import reason
 from data_pipeline.records import InputError
 
 OPTION = "--caption-model"
@@ -57,15 +60,12 @@ def load_captioner(name: str, device: str, *, max_tokens: int, batch_size: int) 
     check_model_directory(name, OPTION, TEXT_AND_IMAGE_MODEL)
     try:
         with quiet_loading():
-            processor = BlipProcessor.from_pretrained(name)
-            model, report = BlipForConditionalGeneration.from_pretrained(
-                name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
+            folder = model_folder(name, TEXT_AND_IMAGE_MODEL)
+            model = load_network(
+                BlipForConditionalGeneration, folder, f"BLIP {name}", model_types=("blip",), dtype=torch.float32,
+                use_safetensors=True,
+            )  # fmt: skip
+            processor = BlipProcessor.from_pretrained(folder)
     except Exception as error:  # what is broken decides which of many unrelated errors comes out
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{OPTION}: cannot load a BLIP from {name}: {first}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(
-            f"{OPTION}: {name} lacks {len(missing)} tensors of a BLIP that captions: {', '.join(missing[:3])} ..."
-        )
+        raise InputError(f"{OPTION}: cannot load a BLIP from {name}: {reason(error)}") from error
     return BlipCaptioner(model.to(device).eval(), processor, max_tokens=max_tokens, batch_size=batch_size)

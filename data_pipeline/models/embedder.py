@@ -9,10 +9,14 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from data_pipeline.models.model_claims import VISION, check_network, three_numbers
 from data_pipeline.models.model_files import IMAGE_SETTINGS, TRANSFORMERS_MODEL, check_model_directory
 from data_pipeline.models.quiet import quiet_loading
+from data_pipeline.reasons import reason
 from data_pipeline.records import InputError, SettingsError
 
+HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "head.", "fc.", "lm_head.", "decoder.")
+"""Beginnings of names of tensors that models saved whole have on top of the network that is wanted."""
 HUES, SATURATIONS, GREYS, ORIENTATIONS = 16, 3, 6, 6
 COLOUR_SHARE = 0.75
 SHORT_NAMES = {
@@ -136,35 +140,25 @@ def load_timm(name: str, checkpoint: Path | None, device: str) -> NetworkEmbedde
     """
     import timm
 
+    from data_pipeline.models.weights import check_finite, fill, read_tensors, state_of
+
+    if not timm.is_model(name.partition(".")[0]):  # "hf-hub:..." would be somebody's repository
+        raise InputError(f"cannot create the timm model {name!r}: it is none of timm's own (timm.list_models())")
     try:
         model = timm.create_model(name, pretrained=checkpoint is None, num_classes=0)
-    except Exception as error:  # unknown names and failed downloads have no common parent
-        raise InputError(f"cannot create the timm model {name!r}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # unknown releases and failed downloads have no common parent
+        raise InputError(f"cannot create the timm model {name!r}: {reason(error)}") from error
     if checkpoint is not None:
+        heads = model.pretrained_cfg.get("classifier") or ()
+        heads = (heads,) if isinstance(heads, str) else tuple(heads)  # the classifier of the file is not needed
         try:
-            report = model.load_state_dict(_read_tensors(checkpoint), strict=False)
-        except Exception as error:
-            raise InputError(
-                f"cannot load {checkpoint} into the timm model {name!r}: {str(error).splitlines()[0]}"
-            ) from error
-        if report.missing_keys:  # the classifier of the file is not needed; everything of the model is
-            raise InputError(
-                f"{checkpoint} lacks {len(report.missing_keys)} tensors of {name!r}: {report.missing_keys[:3]}"
-            )
+            fill(model, read_tensors(checkpoint, ("state_dict",)), checkpoint, left_out=[f"{head}." for head in heads])
+        except InputError as error:
+            raise InputError(f"cannot load the timm model {name!r}: {error}") from None
+    check_finite(state_of(model).items(), f"the timm model {name}")
     config = timm.data.resolve_model_data_config(model)
     model = model.to(device).eval()
     return NetworkEmbedder(model, size=config["input_size"][-1], mean=config["mean"], std=config["std"], device=device)
-
-
-def _read_tensors(checkpoint: Path) -> Any:
-    if checkpoint.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(checkpoint)
-    import torch
-
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    return content.get("state_dict", content)
 
 
 def load_transformers(name: str, device: str) -> NetworkEmbedder:
@@ -176,25 +170,32 @@ def load_transformers(name: str, device: str) -> NetworkEmbedder:
     import torch
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
 
-    check_model_directory(name, "--embedder", {**TRANSFORMERS_MODEL, **IMAGE_SETTINGS})
+    from data_pipeline.models.hub import model_folder
+    from data_pipeline.models.weights import load_network, read_headings
+
+    needed = {**TRANSFORMERS_MODEL, **IMAGE_SETTINGS}
+    check_model_directory(name, "--embedder", needed)
     try:
         with quiet_loading():
-            processor = AutoImageProcessor.from_pretrained(name)
-            projected = "CLIPVisionModelWithProjection" in (AutoConfig.from_pretrained(name).architectures or ())
-            loader = CLIPVisionModelWithProjection if projected else AutoModel
-            model, report = loader.from_pretrained(
-                name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            folder = model_folder(name, needed)
+            check_network(folder, VISION)
+            projected = "CLIPVisionModelWithProjection" in (AutoConfig.from_pretrained(folder).architectures or ())
+            model = load_network(
+                CLIPVisionModelWithProjection if projected else AutoModel, folder, f"vision model {name}",
+                may_lack=("pooler.",), left_out=HEADS, dtype=torch.float32, use_safetensors=True,
+            )  # fmt: skip
+            processor = AutoImageProcessor.from_pretrained(folder)
+            mean, std = (
+                three_numbers(getattr(processor, key), f"{key} of {name}") for key in ("image_mean", "image_std")
             )
+            sizes = getattr(processor, "crop_size", None) or processor.size
+            size = int(sizes.get("height") or sizes.get("shortest_edge"))
+            # A ViT saved by a classifier has no pooler, which is random then: its first token will do.
+            held, own = read_headings(folder, "model"), model.state_dict()
+            pooled = any("pooler." in key for key in held) or not any(key.startswith("pooler.") for key in own)
     except Exception as error:
-        raise InputError(f"cannot load the vision model {name!r}: {str(error).splitlines()[0]}") from error
-    # transformers fills gaps with random weights. A ViT saved by a classifier has no pooler: its first token will do.
-    missing = sorted(report["missing_keys"])
-    pooled = not any(key.startswith("pooler.") for key in missing)
-    if gaps := [key for key in missing if not key.startswith("pooler.")]:
-        raise InputError(f"--embedder: {name} lacks {len(gaps)} tensors of its model: {', '.join(gaps[:3])} ...")
+        raise InputError(f"--embedder: cannot load the vision model {name!r}: {reason(error)}") from error
     model = model.to(device).eval()
-    sizes = getattr(processor, "crop_size", None) or processor.size
-    size = sizes.get("height") or sizes.get("shortest_edge")
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
         if hasattr(model, "get_image_features"):
@@ -208,7 +209,7 @@ def load_transformers(name: str, device: str) -> NetworkEmbedder:
                 return getattr(output, kind).flatten(1)
         return output.last_hidden_state[:, 0]
 
-    return NetworkEmbedder(features, size=size, mean=processor.image_mean, std=processor.image_std, device=device)
+    return NetworkEmbedder(features, size=size, mean=mean, std=std, device=device)
 
 
 def hub_name(name: str) -> str:

@@ -22,12 +22,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from data_pipeline.models.grounding import GroundingDetector, Preprocessing
+from data_pipeline.models.model_claims import MAX_BYTES, check_network, check_values, configs_here
+from data_pipeline.models.weights import check_weights, fill, read_tensors
+from data_pipeline.reasons import reason
 from data_pipeline.records import InputError
 
 # Tensors that the network works out for itself, or has no use for: a checkpoint may lack them.
 DISPENSABLE = ("relative_position_index", "bert.pooler.", "bert.embeddings.position_ids")
+# Beginnings of names of what training has left in the released checkpoints.
+LEFT_OVER = ("label_enc.",)
 
 
 def _bert_with_float_masks(bert_model: Any) -> Any:
@@ -92,6 +98,8 @@ def read_package_config(path: Path) -> dict[str, Any]:
     They are read, not run: such a file may come from a stranger. InputError if it holds anything else.
     """
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has {path.stat().st_size / 1e6:.0f} MB")
         lines = ast.parse(path.read_text(encoding="utf-8")).body
         settings = {}
         for line in lines:
@@ -99,11 +107,12 @@ def read_package_config(path: Path) -> dict[str, Any]:
                 continue  # a docstring
             [target] = line.targets
             settings[target.id] = ast.literal_eval(line.value)
-    except (OSError, SyntaxError, ValueError, AttributeError) as error:
+    except (OSError, SyntaxError, ValueError, AttributeError, TypeError, RecursionError, MemoryError) as error:
         raise InputError(
             f"cannot read the Grounding DINO configuration {path}: it must hold plain assignments, as "
-            f"GroundingDINO_SwinT_OGC.py does ({error})"
+            f"GroundingDINO_SwinT_OGC.py does ({reason(error)})"
         ) from error
+    check_values(path, {name: value for name, value in settings.items() if name != "backbone"})  # a name of its own
     return settings
 
 
@@ -143,18 +152,9 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     InputError if the file is something else.
     """
     try:
-        if checkpoint.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(checkpoint)
-        else:
-            content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            content = content.get("model", content)
-        return {name.removeprefix("module."): tensor for name, tensor in content.items()}
-    except Exception as error:  # pickle, zip and runtime errors, according to what the file is
-        raise InputError(
-            f"cannot read Grounding DINO weights from {checkpoint}: {(str(error).splitlines() or [''])[0]}"
-        ) from error
+        return {name.removeprefix("module."): tensor for name, tensor in read_tensors(checkpoint, ("model",)).items()}
+    except InputError as error:
+        raise InputError(f"cannot read Grounding DINO weights from {checkpoint}: {error}") from error
 
 
 def load_grounding_dino(config: Path, checkpoint: Path, text_encoder: str, device: str) -> torch.nn.Module:
@@ -168,17 +168,32 @@ def load_grounding_dino(config: Path, checkpoint: Path, text_encoder: str, devic
     beside = config.parent / "text_encoder"
     named = str(beside) if beside.is_dir() else str(settings.get("text_encoder_type", "bert-base-uncased"))
     weights = read_weights(checkpoint)
-    model = build_from_config(settings, text_encoder or named, device)
-    try:
-        report = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # names the tensors and both shapes
-        raise InputError(f"the weights in {checkpoint} do not fit {config}: {error}") from error
-    # Extra tensors are harmless (training leftovers, position ids of older transformers); missing ones are not.
-    missing = [name for name in report.missing_keys if not any(part in name for part in DISPENSABLE)]
-    if missing:
-        shown = ", ".join(missing[:5])
-        raise InputError(f"{checkpoint} lacks {len(missing)} tensors of the model of {config}: {shown} ...")
+    encoder = _text_encoder_folder(text_encoder or named)
+    with torch.device("meta"), _RowsOnTheProcessor():  # a configuration can ask for any size
+        skeleton = build_from_config(settings, encoder, "cpu")
+    check_weights(skeleton, weights, checkpoint, may_lack=DISPENSABLE, left_out=LEFT_OVER)
+    model = build_from_config(settings, encoder, device)
+    fill(model, weights, checkpoint, may_lack=DISPENSABLE, left_out=LEFT_OVER)
     return model.to(device).eval()
+
+
+class _RowsOnTheProcessor(TorchFunctionMode):
+    """Rows of numbers are real ones on the meta device too: the package's Swin reads them while it is built."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See TorchFunctionMode."""
+        known = {"device": "cpu"} if function is torch.linspace else {}
+        return function(*args, **{**(kwargs or {}), **known})
+
+
+def _text_encoder_folder(name: str) -> str:
+    """Where a BERT's configuration and tokenizer are, seen to be those of a BERT; a name that is nowhere stays."""
+    try:
+        folder, _ = configs_here(name)
+    except (OSError, ValueError):  # building says what to do
+        return name
+    check_network(folder, ("bert",))
+    return name
 
 
 class GroundingDino(GroundingDetector):

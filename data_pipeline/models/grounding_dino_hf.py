@@ -12,8 +12,12 @@ from typing import Any
 import torch
 
 from data_pipeline.models.grounding import GroundingDetector, Preprocessing
+from data_pipeline.models.hub import model_folder
+from data_pipeline.models.model_claims import three_numbers
 from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, check_model_directory
 from data_pipeline.models.quiet import quiet_loading
+from data_pipeline.models.weights import load_network
+from data_pipeline.reasons import reason
 from data_pipeline.records import InputError
 
 OPTION = "--detector-model"
@@ -29,29 +33,27 @@ def load_grounding_dino_hf(name: str, device: str) -> tuple[torch.nn.Module, Any
     check_model_directory(name, OPTION, TEXT_AND_IMAGE_MODEL)
     try:
         with quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            processor = GroundingDinoImageProcessorPil.from_pretrained(name)
+            folder = model_folder(name, TEXT_AND_IMAGE_MODEL)
             # The custom kernel is a download of compiled code; the plain one gives the same on every device.
-            model, report = GroundingDinoForObjectDetection.from_pretrained(
-                name, dtype=torch.float32, use_safetensors=True, disable_custom_kernels=True, output_loading_info=True
+            # Swin's last norm is not used, and released weights have none.
+            model = load_network(
+                GroundingDinoForObjectDetection, folder, f"Grounding DINO {name}", model_types=("grounding-dino",),
+                may_lack=(".swin.layernorm.",), dtype=torch.float32, use_safetensors=True, disable_custom_kernels=True,
+            )  # fmt: skip
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            processor = GroundingDinoImageProcessorPil.from_pretrained(folder)
+            preprocessing = Preprocessing(
+                shortest=int(processor.size.shortest_edge),
+                longest=int(processor.size.longest_edge),
+                mean=three_numbers(processor.image_mean, f"image_mean of {name}"),
+                std=three_numbers(processor.image_std, f"image_std of {name}"),
             )
     except Exception as error:  # what is broken decides which of many unrelated errors comes out
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{OPTION}: cannot load a Grounding DINO from {name}: {first}") from error
-    # Swin's last norm is not used, and released weights have none.
-    if missing := sorted(name for name in report["missing_keys"] if ".swin.layernorm." not in name):
-        raise InputError(
-            f"{OPTION}: {name} lacks {len(missing)} tensors of a Grounding DINO: {', '.join(missing[:3])} ...; give a "
-            "model of the type grounding-dino"
-        )
+        raise InputError(f"{OPTION}: cannot load a Grounding DINO from {name}: {reason(error)}") from error
+    longest, places = model.config.max_text_len, model.config.text_config.max_position_embeddings
+    if longest > places:
+        raise InputError(f"{OPTION}: {name}: max_text_len is {longest}, but its text encoder has {places} positions")
     use_special_tokens_of(model, tokenizer)
-    side = processor.size
-    preprocessing = Preprocessing(
-        shortest=int(side.shortest_edge),
-        longest=int(side.longest_edge),
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-    )
     return model.to(device).eval(), tokenizer, preprocessing
 
 

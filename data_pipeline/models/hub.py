@@ -150,6 +150,11 @@ def place_of(model: HubModel) -> Path:
     return place
 
 
+def model_folder(name: str, needed: Needed) -> Path:
+    """The folder of a model in the layout of transformers: a directory, or by a hub id, from the cache."""
+    return place_of(transformers_model(name, needed)) if is_hub_id(name) else Path(name)
+
+
 def find_files(name: str, option: str, needed: Needed) -> dict[str, Path]:
     """The files of a model, meaning -> path, in a directory or, by a hub id, on the hub.
 

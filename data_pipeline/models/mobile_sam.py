@@ -7,19 +7,19 @@ and 7, a last merging that keeps the resolution (so that 1024 pixels give 64 x 6
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from segment_anything.modeling import Sam
 from segment_anything.modeling.common import LayerNorm2d
 from timm.models.tiny_vit import TinyVit
 
-from data_pipeline.models.sam import SamParams, build_prompted, put_weights, read_weights
+from data_pipeline.models.model_claims import read_sizes
+from data_pipeline.models.sam import SamParams, build_prompted, put_weights
+from data_pipeline.models.weights import read_tensors
 from data_pipeline.records import InputError, SettingsError
 
 # The classifier that the encoder was pre-trained with: checkpoints carry it, masks never see it.
@@ -113,11 +113,11 @@ def read_mobile_params(model: str) -> MobileSamParams:
     if model == "vit_t":
         return MobileSamParams()
     try:
-        content: dict[str, Any] = json.loads(Path(model).read_text(encoding="utf-8"))
+        content = read_sizes(Path(model))
         return MobileSamParams(**{key: tuple(v) if isinstance(v, list) else v for key, v in content.items()})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, SettingsError):
-            raise
+    except (SettingsError, InputError):
+        raise
+    except (TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(
             f"cannot read the sizes of a MobileSAM from {model}: {type(error).__name__}: {error}"
         ) from error
@@ -146,6 +146,5 @@ def load_mobile_sam(model: str, checkpoint: Path, device: str) -> Sam:
     """The MobileSAM of ``read_mobile_params(model)`` with the weights of a checkpoint, in the release's names; every
     tensor must fit, InputError if not.
     """
-    sam = build_mobile_sam(read_mobile_params(model))
-    put_weights(sam, our_names(read_weights(checkpoint)), checkpoint, f"MobileSAM {model}")
-    return sam.to(device)
+    params, weights = read_mobile_params(model), our_names(read_tensors(checkpoint))
+    return put_weights(lambda: build_mobile_sam(params), weights, checkpoint, f"MobileSAM {model}").to(device)

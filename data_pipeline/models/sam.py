@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.utils.transforms import ResizeLongestSide
 
+from data_pipeline.models.model_claims import read_sizes
+from data_pipeline.models.weights import check_weights, read_tensors
+from data_pipeline.reasons import reason
 from data_pipeline.records import Detection, Frame, InputError, SettingsError
 
 
@@ -96,50 +96,36 @@ def read_params(model: str) -> SamParams:
     if model in RELEASED:
         return RELEASED[model]
     try:
-        content: dict[str, Any] = json.loads(Path(model).read_text(encoding="utf-8"))
+        content = read_sizes(Path(model))
         return SamParams(**{**content, "global_attention": tuple(content["global_attention"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (SettingsError, InputError):
+        raise
+    except (KeyError, TypeError, ArithmeticError) as error:
         raise InputError(f"cannot read the sizes of a SAM from {model}: {type(error).__name__}: {error}") from error
 
 
-def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file, or of a PyTorch file of which nothing but tensors is unpickled. InputError
-    for any other content.
-    """
+def put_weights(build: Callable[[], Sam], weights: Mapping[str, torch.Tensor], checkpoint: Path, model: str) -> Sam:
+    """A SAM with these weights, all of them and no others; InputError if they don't fit, before it has any memory."""
     try:
-        if checkpoint.suffix == ".safetensors":
-            return load_file(checkpoint)
-        weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip, header and runtime errors, according to what the file is
-        # Not the message itself: that of torch advises to run what is in the file.
+        with torch.device("meta"):
+            skeleton = build()
+        check_weights(skeleton, weights, checkpoint)
+    except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
         raise InputError(
-            f"cannot read SAM weights from {checkpoint} ({type(error).__name__}): needed is a .safetensors file, or a "
-            ".pth file that holds tensors only"
+            f"the weights in {checkpoint} are not those of {model}: {reason(error)}\nDo --segmenter (sam or "
+            "mobile-sam) and --segmenter-model fit the file?"
         ) from error
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise InputError(f"cannot read SAM weights from {checkpoint}: needed is a dictionary of tensors by name")
-    return weights
-
-
-def put_weights(sam: Sam, weights: Mapping[str, torch.Tensor], checkpoint: Path, model: str) -> None:
-    """Loads the weights, all of them and no others; InputError if they don't fit."""
-    try:
-        sam.load_state_dict(weights)
-    except RuntimeError as error:  # names hundreds of tensors
-        first = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"the weights in {checkpoint} are not those of {model}: {first} ...\nDo --segmenter (sam or mobile-sam) "
-            "and --segmenter-model fit the file?"
-        ) from error
+    sam = build()
+    sam.load_state_dict(weights, strict=False)  # counters may be lacking
+    return sam
 
 
 def load_sam(model: str, checkpoint: Path, device: str) -> Sam:
-    """The SAM of ``read_params(model)`` with the weights of a checkpoint (``read_weights``). InputError if they don't
+    """The SAM of ``read_params(model)`` with the weights of a checkpoint (``read_tensors``). InputError if they don't
     fit.
     """
-    sam = build_sam(read_params(model))
-    put_weights(sam, read_weights(checkpoint), checkpoint, model)
-    return sam.to(device)
+    params = read_params(model)
+    return put_weights(lambda: build_sam(params), read_tensors(checkpoint), checkpoint, model).to(device)
 
 
 class SamSegmenter:

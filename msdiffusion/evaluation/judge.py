@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from data_pipeline.models.model_claims import check_network, read_json
+from data_pipeline.models.weights import fill, read_tensors
+from data_pipeline.records import InputError
 from msdiffusion.errors import DataError, WeightsError
+from msdiffusion.own_memory import give_own_memory
 from msdiffusion.weight_files import write_weights
 
 if TYPE_CHECKING:
@@ -200,12 +203,7 @@ class Judge(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and model.safetensors; the directory is made if need be."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"model_type": "msdiffusion.judge", **dataclasses.asdict(self.params)}
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_weights(weights, folder / WEIGHTS_NAME)
+        save_instrument(self, "msdiffusion.judge", directory)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Judge:
@@ -214,26 +212,48 @@ class Judge(nn.Module):
         Raises:
             WeightsError: a file is missing, the directory holds something else, or the weights don't fit the config.
         """
-        folder = Path(directory)
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not (folder / name).is_file():
-                raise WeightsError(
-                    f"no judge at {folder}: {name} is missing; lightning fit -c configs/embedded/judge.yaml trains one"
-                )
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        if config.pop("model_type", None) != "msdiffusion.judge":
+        return load_instrument(cls, JudgeParams, "msdiffusion.judge", directory)
+
+
+def save_instrument(network: nn.Module, model_type: str, directory: str | Path) -> None:
+    """Writes a network with `params` (a dataclass) as config.json and model.safetensors."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": model_type, **dataclasses.asdict(network.params)}
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    write_weights(weights, folder / WEIGHTS_NAME)
+
+
+def load_instrument(network_type: type, params_type: type, model_type: str, directory: str | Path) -> nn.Module:
+    """Loads what `save_instrument` wrote, in evaluation mode.
+
+    Raises:
+        WeightsError: a file is missing, the directory holds something else, or the weights don't fit the config, or
+            are no finite numbers.
+    """
+    folder = Path(directory)
+    kind = model_type.removeprefix("msdiffusion.")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
             raise WeightsError(
-                f"{folder / CONFIG_NAME} doesn't describe a judge (its model_type isn't msdiffusion.judge)"
+                f"no {kind} at {folder}: {name} is missing; lightning fit -c configs/embedded/{kind}.yaml trains one"
             )
-        try:
-            params = JudgeParams(
-                **{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-            )
-            judge = cls(params)
-            judge.load_state_dict(load_file(folder / WEIGHTS_NAME))
-        except (TypeError, DataError, RuntimeError) as error:
-            raise WeightsError(f"the judge at {folder} can't be loaded: {error}") from error
-        return judge.eval()
+    try:
+        check_network(folder)
+        config = read_json(folder / CONFIG_NAME)
+        if config.pop("model_type", None) != model_type:
+            raise InputError(f"{folder / CONFIG_NAME} doesn't describe a {kind} (its model_type isn't {model_type})")
+        params = params_type(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+        )
+        with torch.device("meta"):
+            network = network_type(params)
+        fill(network, read_tensors(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME, assign=True)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+        raise WeightsError(f"the {kind} at {folder} can't be loaded: {error}") from error
+    give_own_memory(network)
+    return network.eval()
 
 
 def crop_boxes(pictures: Tensor, boxes: Tensor, owners: Tensor, margin: float, size: int) -> Tensor:

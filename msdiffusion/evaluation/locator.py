@@ -9,8 +9,6 @@ Letters: B pictures, G side of the grid, K boxes found in one picture.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +16,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from msdiffusion.errors import DataError, WeightsError
-from msdiffusion.evaluation.judge import CONFIG_NAME, WEIGHTS_NAME, _Stage, as_pixels
-from msdiffusion.weight_files import write_weights
+from msdiffusion.errors import DataError
+from msdiffusion.evaluation.judge import _Stage, as_pixels, load_instrument, save_instrument
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -176,43 +171,3 @@ def box_ious(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     areas = [np.prod(np.clip(boxes[:, 2:] - boxes[:, :2], 0, None), -1) for boxes in (first, second)]
     union = areas[0][:, None] + areas[1][None] - shared
     return np.where(union > 0, shared / np.where(union > 0, union, 1), 0.0)
-
-
-def save_instrument(network: nn.Module, model_type: str, directory: str | Path) -> None:
-    """Writes a network with `params` (a dataclass) as config.json and model.safetensors."""
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": model_type, **dataclasses.asdict(network.params)}
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_weights(weights, folder / WEIGHTS_NAME)
-
-
-def load_instrument(network_type: type, params_type: type, model_type: str, directory: str | Path) -> nn.Module:
-    """Loads what `save_instrument` wrote, in evaluation mode.
-
-    Raises:
-        WeightsError: a file is missing, the directory holds something else, or the weights don't fit the config.
-    """
-    folder = Path(directory)
-    kind = model_type.removeprefix("msdiffusion.")
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise WeightsError(
-                f"no {kind} at {folder}: {name} is missing; lightning fit -c configs/embedded/{kind}.yaml trains one"
-            )
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise WeightsError(f"{folder / CONFIG_NAME} is not JSON: {error}") from error
-    if config.pop("model_type", None) != model_type:
-        raise WeightsError(f"{folder / CONFIG_NAME} doesn't describe a {kind} (its model_type isn't {model_type})")
-    try:
-        params = params_type(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-        )
-        network = network_type(params)
-        network.load_state_dict(load_file(folder / WEIGHTS_NAME))
-    except (TypeError, DataError, RuntimeError, SafetensorError) as error:
-        raise WeightsError(f"the {kind} at {folder} can't be loaded: {error}") from error
-    return network.eval()

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from msdiffusion.errors import DataError
-from msdiffusion.evaluation.judge import _Reader, as_pixels, crop_boxes
-from msdiffusion.evaluation.locator import load_instrument, save_instrument
+from msdiffusion.evaluation.judge import _Reader, as_pixels, crop_boxes, load_instrument, save_instrument
 
 if TYPE_CHECKING:
     from PIL.Image import Image

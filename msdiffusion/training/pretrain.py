@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.world import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS, write_caption
 from data_pipeline.world.renderings import Renderings, RenderingSettings, identity_labels, load_or_render
-from msdiffusion.errors import WeightsError
+from msdiffusion.errors import WeightsError, reason
 from msdiffusion.training.budget import BudgetedTraining
 from msdiffusion.training.embedded import build_base, build_image_encoder, build_tokenizer
 from msdiffusion.training.local_sgd import process_rank
@@ -317,15 +317,16 @@ def load_weights(pipeline: Any, directory: str) -> None:
     Raises:
         WeightsError: there is no base, or it has another architecture.
     """
-    from diffusers import StableDiffusionXLPipeline
+    from msdiffusion.pretrained import load_pipeline
 
     try:
-        saved = StableDiffusionXLPipeline.from_pretrained(directory, local_files_only=True)
+        if not Path(directory).is_dir():
+            raise FileNotFoundError("no such folder")
+        saved = load_pipeline(directory)
         for name in ("unet", "text_encoder", "text_encoder_2"):
             getattr(pipeline, name).load_state_dict(getattr(saved, name).state_dict())
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise WeightsError(f"initial={directory!r} holds no base of this architecture: {reason}") from error
+    except (OSError, ValueError, RuntimeError, AttributeError, WeightsError) as error:
+        raise WeightsError(f"initial={directory!r} holds no base of this architecture: {reason(error)}") from error
 
 
 def draw_samples(pipeline: Any, path: Path, count: int = 24, steps: int = 20, guidance_scale: float = 3.0) -> None:

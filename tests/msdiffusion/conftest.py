@@ -68,9 +68,9 @@ def loaded_once(request, monkeypatch, networks_by_files):
 
     from msdiffusion import pretrained
 
-    read = pretrained.load_complete
+    read = pretrained.load_network
 
-    def load_complete(kind, place, what, **options):
+    def load_network(kind, place, what, **options):
         folder = Path(place)
         if not folder.is_dir():
             return read(kind, place, what, **options)
@@ -81,7 +81,7 @@ def loaded_once(request, monkeypatch, networks_by_files):
         with torch._C.DisableTorchFunction():  # Lightning looks at every call while it makes a model
             return copy.deepcopy(networks_by_files[key])
 
-    monkeypatch.setattr(pretrained, "load_complete", load_complete)
+    monkeypatch.setattr(pretrained, "load_network", load_network)
 
 
 RESNET = (

@@ -136,14 +136,14 @@ def edited(official_adapter_file, tmp_path, edit):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda r: r["ms_adapter"].pop("1.to_k_ip.weight"), r"missing \['layers.down_blocks/1/.*to_k.weight"),
+        (lambda r: r["ms_adapter"].pop("1.to_k_ip.weight"), r"files lack layers.down_blocks/1/.*to_k.weight"),
         (lambda r: r["ms_adapter"].update({"layer.weight": torch.zeros(1)}), "unknown key layer.weight"),
         (
             lambda r: [r["ms_adapter"].pop(k) for k in list(r["ms_adapter"]) if k.startswith("1.")],
             "cross-attention layers",
         ),
-        (lambda r: r["image_proj"].pop("proj_in.bias"), r"missing \['resampler.image_projection.bias'\]"),
-        (lambda r: r["image_proj"].update({"pos_emb": torch.zeros(1)}), r"unexpected \['resampler.pos_emb'\]"),
+        (lambda r: r["image_proj"].pop("proj_in.bias"), r"files lack resampler.image_projection.bias"),
+        (lambda r: r["image_proj"].update({"pos_emb": torch.zeros(1)}), r"no place in this network: resampler.pos_emb"),
     ],
 )
 def test_incomplete_official_files_are_refused(unet, official_adapter_file, tmp_path, edit, message):
@@ -379,7 +379,7 @@ def test_missing_and_broken_adapter_files(adapter, tmp_path):
         with pytest.raises(WeightsError, match=r"adapter\.safetensors: no layer can be called so"):
             MSAdapter.from_pretrained(tmp_path)
     save_file({"layers.a.to_k.weight": torch.tensor(1.0)}, tmp_path / "adapter.safetensors")
-    with pytest.raises(WeightsError, match="missing"):
+    with pytest.raises(WeightsError, match="missing|its files lack"):
         MSAdapter.from_pretrained(tmp_path)
     for content, message in (
         (b"{", "not JSON"),

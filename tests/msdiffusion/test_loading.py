@@ -363,7 +363,7 @@ def test_a_file_that_is_no_checkpoint_is_told(tmp_path):
         load_adapter(tmp_path / "none.ckpt")
     path = tmp_path / "text.ckpt"
     path.write_text("not a checkpoint")
-    with pytest.raises(WeightsError, match=r"text\.ckpt is no checkpoint that can be read"):
+    with pytest.raises(WeightsError, match=r"text\.ckpt is not a file of tensors only"):
         load_adapter(path)
     torch.save([1, 2], path)
     with pytest.raises(WeightsError, match="it has no state_dict"):
@@ -376,7 +376,9 @@ def test_a_malicious_checkpoint_never_runs(tmp_path):
             return (open, (str(tmp_path / "broken_into"), "w"))
 
     torch.save({"state_dict": Malicious()}, tmp_path / "evil.ckpt")
-    with pytest.raises(WeightsError, match=r"evil\.ckpt is no checkpoint that can be read: it is a pickle"):
+    with pytest.raises(
+        WeightsError, match=r"evil\.ckpt is not a file of tensors only, so it is not opened: it is a pickle"
+    ):
         load_adapter(tmp_path / "evil.ckpt")
     assert not (tmp_path / "broken_into").exists()
 
@@ -486,5 +488,5 @@ def test_a_folder_given_in_place_of_another_is_told(tiny_model_dir):
     """Each has a config.json; the libraries would fill in the rest of a CLIP, or of a UNet, from their own defaults."""
     with pytest.raises(WeightsError, match=r"cannot load the UNet of the base model .*: no unet/config.json there"):
         load_adapter(tiny_model_dir, base_model=tiny_model_dir)
-    with pytest.raises(WeightsError, match=r"cannot load the image encoder .* of model_type None, not of a CLIP"):
+    with pytest.raises(WeightsError, match=r"cannot load the image encoder .* of model_type None: needed is clip"):
         load_adapter(tiny_model_dir, image_encoder=tiny_model_dir)

@@ -109,13 +109,13 @@ def test_the_released_layout_loads_strictly_at_full_size(sdxl_unet):
     ("part", "key", "shape", "message"),
     [
         ("image_proj", "proj_in.weight", None, "no image_projection.weight: not the official grounding resampler"),
-        ("image_proj", "norm_out.bias", None, r"missing \['resampler.output_norm.bias'\]"),
-        ("image_proj", "pos_emb.weight", (257, 1280), r"unexpected \['resampler.pos_emb.weight'\]"),
-        ("ms_adapter", "139.to_v_ip.weight", None, "missing"),
+        ("image_proj", "norm_out.bias", None, r"files lack resampler.output_norm.bias"),
+        ("image_proj", "pos_emb.weight", (257, 1280), r"no place in this network: resampler.pos_emb.weight"),
+        ("ms_adapter", "139.to_v_ip.weight", None, "its files lack"),
         ("ms_adapter", "2.to_k_ip.weight", (640, 2048), "71 cross-attention layers .* the UNet has 70"),
         ("ms_adapter", "1.to_q_ip.weight", (640, 640), "unknown key 1.to_q_ip.weight"),
-        ("ms_adapter", "1.to_k_ip.weight", (640, 1024), r"shape \(640, 1024\), but the config asks for \(640, 2048\)"),
-        ("image_proj", "layers.2.0.to_kv.weight", (2560, 1000), r"shape \(2560, 1000\), but"),
+        ("ms_adapter", "1.to_k_ip.weight", (640, 1024), r"shape \(640, 1024\), the network needs \(640, 2048\)"),
+        ("image_proj", "layers.2.0.to_kv.weight", (2560, 1000), r"shape \(2560, 1000\), the"),
     ],
 )
 def test_any_other_layout_is_refused(sdxl_unet, part, key, shape, message):
@@ -137,7 +137,7 @@ def test_any_other_layout_is_refused(sdxl_unet, part, key, shape, message):
         (lambda r: r["image_proj"].update(grounding_latents=torch.zeros(16)), "a weight has other axes than"),
         (lambda r: r["image_proj"].update(grounding_latents=torch.zeros(1, 16, 0)), "a weight has other axes than"),
         (lambda r: r["image_proj"].update({"proj_in.weight": torch.zeros(8)}), "a weight has other axes than"),
-        (lambda r: r["image_proj"].update({"layers.x.0.to_q.weight": torch.zeros(8)}), "unexpected|other axes"),
+        (lambda r: r["image_proj"].update({"layers.x.0.to_q.weight": torch.zeros(8)}), "no place in|other axes"),
         (lambda r: r["ms_adapter"].update({"1.to_k_ip.weight": torch.tensor(1.0)}), r"has shape \(\), but|has shape"),
     ],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from data_pipeline.models.model_claims import check_network
 from data_pipeline.records import InputError
 from data_pipeline.world.palette import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS
 
@@ -64,6 +65,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder; InputError if its special tokens are not where Grounding DINO looks for
     them.
     """
+    check_network(folder)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     for token in ("[CLS]", "[SEP]", ".", "?"):
         if tokenizer.convert_tokens_to_ids(token) != SPECIAL[token]:

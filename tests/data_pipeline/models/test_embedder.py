@@ -100,10 +100,45 @@ def test_timm_with_local_weights(tmp_path):
     with pytest.raises(InputError, match="cannot create the timm model 'no_such_net'"):
         load_embedder("timm:no_such_net", path, "cpu")
     torch.save({"conv1.0.weight": torch.zeros(1)}, path)
-    with pytest.raises(InputError, match="cannot load .* into the timm model 'test_resnet'"):
+    with pytest.raises(InputError, match="cannot load the timm model 'test_resnet': .*pt is incomplete"):
         load_embedder("timm:test_resnet", path, "cpu")
     torch.save({"other.weight": torch.zeros(1)}, path)
-    with pytest.raises(InputError, match="lacks .* tensors of 'test_resnet'"):
+    with pytest.raises(InputError, match="there are others, such as other.weight, which have no place in it"):
+        load_embedder("timm:test_resnet", path, "cpu")
+
+
+class Flag:
+    """Would set a flag when it is unpickled."""
+
+    def __reduce__(self):
+        return (setattr, (Flag, "is_set", True))
+
+
+def test_timm_takes_no_strangers_and_repeats_no_advice(tmp_path):
+    import timm
+    import torch
+
+    path = tmp_path / "weights.pt"
+    for name in ("hf-hub:owner/name", "hf_hub:owner/name", f"local-dir:{tmp_path}", "../x"):
+        with pytest.raises(InputError, match="it is none of timm's own"):
+            load_embedder(f"timm:{name}", path, "cpu")
+    torch.save({"state_dict": {"conv1.weight": Flag()}}, path)
+    with pytest.raises(InputError, match="it is a pickle of more than tensors, which could run code") as told:
+        load_embedder("timm:test_resnet", path, "cpu")
+    assert "weights_only" not in str(told.value)
+    assert not hasattr(Flag, "is_set")
+    weights = timm.create_model("test_resnet", pretrained=False).state_dict()
+    for name, value, message in (
+        ("bn1.bias", float("nan"), "bn1.bias holds 1 of"),
+        ("bn1.running_var", float("inf"), "bn1.running_var holds 1 of"),
+    ):
+        spoilt = {key: tensor.clone() for key, tensor in weights.items()}
+        spoilt[name][0] = value
+        torch.save(spoilt, path)
+        with pytest.raises(InputError, match=rf"weights\.pt: {message}"):
+            load_embedder("timm:test_resnet", path, "cpu")
+    torch.save({**weights, "bn1.bias": weights["bn1.bias"].int()}, path)
+    with pytest.raises(InputError, match="bn1.bias is int32: weights are floating-point numbers"):
         load_embedder("timm:test_resnet", path, "cpu")
 
 
@@ -199,5 +234,5 @@ def test_gaps_in_the_weights_are_refused_and_a_missing_pooler_is_not_made_up(tmp
     )
     without.popitem()
     save_file(without, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="--embedder: .* lacks 1 tensors of its model"):
+    with pytest.raises(InputError, match="--embedder: .* its files lack layernorm.weight"):
         load_embedder(f"transformers:{tmp_path}", None, "cpu")

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from data_pipeline.models.detector import Question
 from data_pipeline.models.grounding import Preprocessing
@@ -186,8 +187,35 @@ def test_files_that_do_not_serve(dino_files, tmp_path):
     with pytest.raises(InputError, match="cannot read Grounding DINO weights from"):
         load_grounding_dino(config, tmp_path / "bad.safetensors", bert, "cpu")
     torch.save({"model": {}}, bad)
-    with pytest.raises(InputError, match="lacks .* tensors of the model"):
+    with pytest.raises(InputError, match=r"bad\.pth is incomplete: its files lack"):
         load_grounding_dino(config, bad, bert, "cpu")
     torch.save({"model": {"feat_map.bias": torch.zeros(3)}}, bad)
-    with pytest.raises(InputError, match="do not fit"):
+    with pytest.raises(InputError, match=r"bad\.pth is incomplete"):
         load_grounding_dino(config, bad, bert, "cpu")
+
+
+def test_strange_weights_and_sizes_are_refused_before_they_are_built(dino_files, tmp_path):
+    config, bert, bad = dino_files.config, str(dino_files.bert), tmp_path / "bad.safetensors"
+    weights = {name: tensor.clone() for name, tensor in read_weights(dino_files.weights).items()}
+    for name, change, message in (
+        ("feat_map.bias", lambda tensor: tensor / 0, "feat_map.bias holds .* numbers that are NaN or infinite"),
+        ("feat_map.bias", lambda tensor: tensor.int(), "feat_map.bias is int32"),
+        ("strange.weight", lambda tensor: torch.zeros(1), "no place in this network: strange.weight"),
+    ):
+        save_file({**weights, name: change(weights.get(name))}, bad)
+        with pytest.raises(InputError, match=rf"bad\.safetensors:? .*{message}|{message}"):
+            load_grounding_dino(config, bad, bert, "cpu")
+    text = config.read_text()
+    for setting, message in (
+        ("hidden_dim = 65536", "has shape"),
+        ("hidden_dim = 10**9", "it must hold plain assignments"),
+        ("num_queries = 10_000_000", "num_queries is 10000000: at most 65536"),
+        ("enc_layers = 5_000", "enc_layers is 5000: at most 200"),
+    ):
+        (tmp_path / "config.py").write_text(f"{text}\n{setting}\n")
+        with pytest.raises(InputError, match=message):
+            load_grounding_dino(tmp_path / "config.py", dino_files.weights, bert, "cpu")
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt/config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(InputError, match="is of model_type 'gpt2': needed is bert"):
+        load_grounding_dino(config, dino_files.weights, str(tmp_path / "gpt"), "cpu")

@@ -132,23 +132,25 @@ def test_released_sizes_are_those_of_the_package():
 
 
 def test_weights_that_do_not_fit_or_are_none(files, tmp_path):
-    with pytest.raises(InputError, match=r"are not those of vit_b: .*Missing key(?s:.*)Do --segmenter"):
+    with pytest.raises(
+        InputError, match=r"are not those of vit_b: .*its files lack image_encoder(?s:.*)Do --segmenter"
+    ):
         load_sam("vit_b", files[1], "cpu")
-    for name in ("broken.pth", "broken.safetensors"):
+    for name, message in (("broken.pth", "is not a file of tensors only"), ("broken.safetensors", "not a safetensors")):
         broken = tmp_path / name
         broken.write_bytes(b"not weights")
-        with pytest.raises(InputError, match="cannot read SAM weights from"):
+        with pytest.raises(InputError, match=message):
             load_sam(str(files[0]), broken, "cpu")
     other = tmp_path / "other.pth"
     torch.save({"model": {"weight": torch.zeros(1)}}, other)
-    with pytest.raises(InputError, match="needed is a dictionary of tensors by name"):
+    with pytest.raises(InputError, match="'model' is a dict: needed are tensors by name"):
         load_sam(str(files[0]), other, "cpu")
 
 
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        ("not json", InputError, "cannot read the sizes of a SAM from"),
+        ("not json", InputError, r"sizes\.json is not JSON"),
         ('{"encoder_width": 48}', InputError, "cannot read the sizes of a SAM from .*KeyError"),
         (json.dumps({**TINY, "encoder_width": 49}), InputError, "must be multiples of its heads"),
         (json.dumps({**TINY, "image_size": 100}), InputError, "image_size 100 is not a multiple of patch_size 16"),

@@ -1,0 +1,19 @@
+"""What other libraries say, in words that a message may repeat. Standard library only."""
+
+from __future__ import annotations
+
+import pickle
+import re
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what another library says, without escape codes, cut off after 500 characters.
+
+    Of a pickle that is not opened, our own words: torch's, timm's and diffusers' go on to say how to run it all the
+    same.
+    """
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError) or re.search("weights[_ ]only|unpickl", text, re.IGNORECASE):
+        return "it is a pickle of more than tensors, which could run code when it is read"
+    lines = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).strip().splitlines()
+    return lines[0][:500] if lines else type(error).__name__
