@@ -59,9 +59,15 @@ def check_place(model: object, name: str, *, inside: bool = False) -> None:
         inside: a hub name may go on with a folder inside its repository.
 
     Raises:
-        WeightsError: it can only be a place on this machine, and nothing is there; or it is an address.
+        WeightsError: it can only be a place on this machine, and nothing is there; or it is an address, or no text.
     """
-    text = "" if model is None else str(model)
+    if model is None:
+        return
+    text = str(model)
+    if not isinstance(model, (str, pathlib.Path)) or not text.strip():
+        raise WeightsError(f"{name} is given by its folder, file or hub name, got {shown(model)}")
+    if "\0" in text or max(len(part.encode(errors="replace")) for part in text.split("/")) > 255:
+        raise WeightsError(f"{name}: nothing can have the name {shown(text)}")
     hub = re.match(r"(?:(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/|hf://)([^/?#]+/[^/?#]+)", text)
     if (hub or "://" in text) and not pathlib.Path(text).exists():
         here = f", here {hub[1]}" if hub else ""
