@@ -111,10 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     from msdiffusion.training.encoded import PARTS  # with torch, which the environment must be ready for
 
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m msdiffusion.training.precompute",
         description="Encodes the pairs of a training run ahead of it. Further options are settings of the config, as "
         "for lightning fit.",
-        allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", required=True, help="config of lightning fit")
     parser.add_argument("--pairs", metavar="DIR", help="dataset to encode in place of the config's")
