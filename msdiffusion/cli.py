@@ -53,28 +53,30 @@ class _Parser(argparse.ArgumentParser):
         if rest:  # told by the command's own parser, which knows its flags
             near = difflib.get_close_matches(rest[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.7)
             blanks = self._blanks(list(args or ()), rest[0])
-            hint = f": did you mean {near[0]}?" if near else f": {blanks}" if blanks else ""
+            hint = f": {blanks}" if blanks else f": did you mean {near[0]}?" if near else ""
             self.error(f"there is no {shown(rest[0])}{hint}")
         return found, rest
 
     def _blanks(self, arguments: list[str], left: str) -> str:
         """What to say where an option's value was cut at its blanks by the shell; ``left``: its first other word."""
-        if left.startswith("--") or left not in arguments:
+        known = self._option_string_actions
+        places = [place for place, word in enumerate(arguments) if word == left and arguments[place - 1] not in known]
+        if left.startswith("--") or not places:
             return ""
-        end = first = arguments.index(left)
-        while first and arguments[first - 1] not in self._option_string_actions:
+        end = first = places[0]
+        while first and arguments[first - 1] not in known:
             first -= 1
-        while end < len(arguments) and arguments[end] not in self._option_string_actions:
+        while end < len(arguments) and arguments[end] not in known:
             end += 1
         words = [shown(word)[1:-1] for word in arguments[first:end]]
         if not first or len(words) < 2:
             return ""
         flag = arguments[first - 1]
-        action = self._option_string_actions[flag]
+        action = known[flag]
         if action.nargs == 0:
             return ""
         if all(re.fullmatch(r"[-+.\d,]+", word) for word in words):
-            return f"numbers with commas and without blanks, {flag} {','.join(word.strip(',') for word in words)}"
+            return f"numbers go with commas and without blanks, {flag} {','.join(word.strip(',') for word in words)}"
         quoted = f'{flag} "{" ".join(words)}"'
         if isinstance(action, argparse._AppendAction) or getattr(action, "repeated", False):
             return f"{flag} takes one: {' '.join(f'{flag} {word}' for word in words)}, or with its blanks {quoted}"
@@ -186,12 +188,10 @@ def _check_convert(options: argparse.Namespace) -> None:
     for name in ("model", "base_model", "base_config", "image_encoder"):
         flag = name if name == "model" else "--" + name.replace("_", "-")
         check_place(getattr(options, name), flag, inside=name == "image_encoder")
-    if options.to == "official" and (options.out.suffix != ".bin" or options.out.is_dir()):
+    if options.to == "official" and options.out.suffix != ".bin":
         raise RequestError(f"--to official writes one file: --out must end in .bin, got {options.out}")
     if options.to == "official" and options.license is not None:
         raise RequestError("--license is for the model card, which --to official does not write")
-    if options.to == "folder" and options.out.is_file():
-        raise RequestError(f"--out must be a folder, but {options.out} is a file (--to official writes files)")
     (check_folder if options.to == "folder" else check_file)(options.out, "--out")
 
 

@@ -32,13 +32,14 @@ def place_of(text: str) -> Path:
     return Path(text)
 
 
-def check_folder(folder: str | Path, name: str, inside: str = "") -> Path:
+def check_folder(folder: str | Path, name: str, inside: str = "", *, holds: bool = False) -> Path:
     """Say at once that a folder cannot be made or written in. Nothing is left there, no folder either.
 
     Args:
         folder: that will be made if it is missing.
         name: of the flag or argument.
         inside: the longest name of a file that will be written there.
+        holds: what was named is a file, and this the folder that it lies in.
 
     Returns:
         The folder as a path.
@@ -51,7 +52,8 @@ def check_folder(folder: str | Path, name: str, inside: str = "") -> Path:
         there = next(each for each in (place, *place.absolute().parents) if each.exists() or each.is_symlink())
         if not there.is_dir():
             what = "is a file" if there.is_file() else "is no folder"
-            raise RequestError(f"{name} must be a folder, but {shown(str(there), 300)} {what}: give another place")
+            need = "must lie in a folder" if holds else "must be a folder"
+            raise RequestError(f"{name} {need}, but {shown(str(there), 300)} {what}: give another place")
         parts = (*place.absolute().relative_to(there.absolute()).parts, inside)
         if any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
@@ -72,7 +74,7 @@ def check_file(path: str | Path, name: str) -> Path:
         RequestError: as check_folder; or a folder stands there.
     """
     place = _path(path, name)
-    check_folder(place.parent, f"the folder of {name}", unfinished(place).name)
+    check_folder(place.parent, name, unfinished(place).name, holds=True)
     if place.is_dir():
         raise RequestError(f"{name} must be a file, but {shown(str(place), 300)} is a folder: give the name of a file")
     return place

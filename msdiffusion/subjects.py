@@ -16,7 +16,7 @@ from PIL import Image
 
 from msdiffusion.errors import LayoutError, PhraseError, RequestError, shown, warn_caller
 from msdiffusion.layout import Box, as_number, check_box, is_truth
-from msdiffusion.phrases import find_in_prompt, find_phrases
+from msdiffusion.phrases import find_in_prompt, find_phrases, occurs
 from msdiffusion.pictures import Room, open_reference, open_upright
 
 AUTO_LAYOUT_START, FREE_LAYOUT_START = 5, 2
@@ -128,6 +128,12 @@ def check_subjects(
         auto_layout_start = whole_number(auto_layout_start, "auto_layout_start", 1, 2 * MAX_STEPS)
     texts = _check_phrases(named, prompt, count)
     occurrences = _occurrences(texts, layout)
+    missing = [] if prompt is None else [text for text in dict.fromkeys(texts) if not occurs(prompt, text)]
+    if missing and not auto_layout and all(box is not None for box in layout):
+        warn_caller(
+            f"the prompt does not hold {', '.join(map(shown, missing))}, so the base model is not told of it: name "
+            "every subject in the prompt as in phrases"
+        )
     free = [box is None for box in layout]
     automatic = [auto_layout or is_free for is_free in free]
     for index in range(count):

@@ -11,6 +11,7 @@ from msdiffusion.outputs import check_file, check_folder, place_of
 from msdiffusion.places import DEFAULT_MODEL, REPOSITORY
 
 DEFAULT_OUT = Path("runs") / "world_benchmark"
+MAX_JOBS = 256
 DEFAULT_PAIRS = REPOSITORY / "data" / "world" / "pairs"
 
 
@@ -75,11 +76,13 @@ def run_world(options: argparse.Namespace) -> None:
         RequestError: a number is out of range, a seed is named twice, or nothing can be written.
         DataError: there are no pairs in a folder that was given.
     """
-    _check(options, ("pictures", "steps", "train_batch", "jobs"))
+    from msdiffusion.bench.world import check_pairs, run
+    from msdiffusion.subjects import whole_number
+
+    _check(options, ("pictures", "steps", "train_batch"))
+    whole_number(options.jobs, "--jobs", 1, MAX_JOBS)
     if len(set(options.training_seeds)) != len(options.training_seeds) or min(options.training_seeds) < 0:
         raise RequestError(f"--training-seeds must be different and not below 0, got {options.training_seeds}")
-    from msdiffusion.bench.world import check_pairs, run
-
     check_pairs(options.pairs, may_mine=options.pairs.resolve() == DEFAULT_PAIRS.resolve())
     run(options)
 

@@ -106,11 +106,11 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         WeightsError: the model or an instrument can't be loaded.
     """
+    check_model(options.model)
     from msdiffusion.backbone import quiet_loading
     from msdiffusion.evaluation.measures import Gallery, Instruments
     from msdiffusion.generate import MSDiffusion
 
-    check_model(options.model)
     quiet_loading()
     instruments = Instruments.from_pretrained(options.model)
     studio = Studio(

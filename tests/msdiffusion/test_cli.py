@@ -252,7 +252,7 @@ def test_convert_refuses_places_and_ablations(tiny_model_dir, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for arguments, message in (
         ([str(tiny_model_dir), "--to", "official", "--out", str(tmp_path / "folder")], "--out must end in .bin"),
-        ([str(tiny_model_dir), "--out", str(tmp_path / "file")], "is a file (--to official writes files)"),
+        ([str(tiny_model_dir), "--out", str(tmp_path / "file")], "--out must be a folder, but"),
         (
             [str(tiny_model_dir), "--head-width", "16", "--out", str(tmp_path / "folder")],
             "head_width is for the official ms_adapter.bin",

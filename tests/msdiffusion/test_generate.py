@@ -258,7 +258,7 @@ def test_schedulers_that_do_not_draw_are_refused(model, monkeypatch, kind):
 
 def test_a_model_is_not_saved_over_a_file(model, tmp_path):
     (tmp_path / "cat.png").touch()
-    with pytest.raises(WeightsError, match="it is a file; give a folder"):
+    with pytest.raises(RequestError, match="directory must be a folder, but '.*cat.png' is a file: give another place"):
         model.save_pretrained(tmp_path / "cat.png")
 
 
