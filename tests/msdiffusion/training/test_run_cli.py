@@ -176,3 +176,24 @@ def test_a_folder_that_another_process_has_made_stays(refused):
         (folder / "config.yaml").touch()
 
     assert refused(MINE, before=other) == ["config.yaml", MINE]
+
+
+@pytest.mark.parametrize(
+    ("changes", "lacking"),
+    [
+        ({"loops": None}, ["loops"]),
+        ({"loops": 3}, ["loops"]),
+        ({"optimizer_states": None, "epoch": None}, ["epoch", "optimizer_states"]),
+        ({"lr_schedulers": {}}, ["lr_schedulers"]),
+        ({"pytorch-lightning_version": 2}, ["pytorch-lightning_version"]),
+        ({"global_step": "5"}, ["global_step"]),
+        ({}, []),
+    ],
+)
+def test_what_a_run_needs_to_go_on_is_looked_for(changes, lacking, tmp_path):
+    record = {
+        "state_dict": {}, "pytorch-lightning_version": "2.5", "epoch": 0, "global_step": 5, "loops": {},
+        "optimizer_states": [], "lr_schedulers": [], **changes,
+    }  # fmt: skip
+    torch.save({name: value for name, value in record.items() if value is not None}, tmp_path / "a.ckpt")
+    assert read_settings(tmp_path / "a.ckpt")["lacks"] == lacking
