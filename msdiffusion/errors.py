@@ -44,7 +44,7 @@ def warn_caller(message: str) -> None:
 def shown(value: object, limit: int = 80) -> str:
     """How a message quotes a value that somebody gave: on one line, and cut off after ``limit`` characters."""
     try:
-        text = repr(value)
+        text = re.sub(r"\s*\n\s*", " ", repr(value))
     except ValueError:  # Python writes whole numbers of thousands of digits only when told to
         text = f"{type(value).__name__} of more digits than can be written"
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -143,7 +143,7 @@ class MSDiffusion:
             raise RequestError(f"from_pretrained takes no {name!r}: {_elsewhere(name)}")
         torch_dtype, device = weights_dtype(torch_dtype), usable_device(device)
         if model is None:
-            raise WeightsError(f"an adapter is given by its folder, file or hub name, got {model}")
+            raise WeightsError(f"the adapter is given by its folder, file or hub name, got {model}")
         check_place(model, "the adapter")
         found = load_adapter(model, base_model, image_encoder, base_config)
         backbone = Backbone.from_pretrained(

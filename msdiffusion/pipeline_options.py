@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -104,21 +105,21 @@ def refusal(error: Exception, pipeline: Any, options: Mapping[str, Any]) -> Requ
         pipeline: of diffusers.
         options: that were handed on.
     """
-    given = [name for name, value in options.items() if value is not None]
+    given = [name for name, value in options.items() if value is not None and not name.startswith("callback")]
     if not given or not isinstance(error, (ValueError, TypeError, AttributeError, RuntimeError)):
         return None
-    if isinstance(error, torch.OutOfMemoryError) or not _raised_in(error.__traceback__, "diffusers"):
+    if isinstance(error, torch.OutOfMemoryError) or not _raised_by_libraries(error.__traceback__):
         return None
     return RequestError(
         f"{type(pipeline).__name__} cannot be called with {', '.join(given)} as given: {reason(error)[:300]}"
     )
 
 
-def _raised_in(trace: TracebackType | None, package: str) -> bool:
-    """Whether the last line of a traceback is a package's."""
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] == package
+def _raised_by_libraries(trace: TracebackType | None) -> bool:
+    """Whether below the line that called the pipeline there is none of ours, and none of a user's hook or callback."""
+    lines = [] if trace is None else [frame for frame, _ in traceback.walk_tb(trace)][1:]
+    packages = {str(frame.f_globals.get("__name__")).partition(".")[0] for frame in lines}
+    return packages <= {"diffusers", "torch", "transformers", "huggingface_hub"} and "diffusers" in packages
 
 
 def _check_scheduler(pipeline: Any) -> None:

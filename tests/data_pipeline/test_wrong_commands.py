@@ -40,8 +40,8 @@ WRONG = [
         ("cutout {t}/a.png --out {t}/c", "--segmente", "--segmenter"), ("build --videos {t}", "--worker", "--workers"),
         ("build --videos {t}", "--clip-time", "--clip-timeout"), ("inspect {t}", "--numb", "--number"),
         ("import --from images {t} --out {t}/i", "--max-pixel", "--max-pixels"),
-        ("convert groundingdino --to hf a b", "--checkpoin", "--checkpoint"),
     )),
+    ("convert groundingdino --to hf a b --checkpoin 3", "unrecognized arguments: --checkpoin 3"),
     ("report {t} --x", "unrecognized arguments: --x"),
     # numbers
     *((f"world --out {{t}}/w {options}", told) for options, told in (
@@ -169,7 +169,7 @@ def test_a_place_is_tried_and_left_as_it_was(tmp_path, monkeypatch):
     check_folder(tmp_path / "a" / "b")
     check_file(tmp_path / "a" / "b.png")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(OutputError, match="--out: no folder can have a name of more than 255 bytes"):
+    with pytest.raises(OutputError, match="--out: .*(name of more than 255 bytes|File name too long)"):
         check_folder(tmp_path / ("x" * 300) / "y")
     with pytest.raises(InputError, match="no folder can have this name"):
         check_folder(tmp_path / "a\0b")
