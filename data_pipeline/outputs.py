@@ -17,6 +17,8 @@ def check_folder(folder: Path, flag: str = "--out") -> None:
 
     Nothing is left there, no folder either. flag: of the command line.
     """
+    if "\0" in str(folder):
+        raise InputError(f"{flag}: no folder can have this name: {str(folder)[:300]!r}")
     try:
         there = next(each for each in (folder, *folder.absolute().parents) if each.exists() or each.is_symlink())
         if not there.is_dir():
@@ -29,10 +31,6 @@ def check_folder(folder: Path, flag: str = "--out") -> None:
         trial.unlink()
     except OSError as error:
         raise OutputError(f"{flag}: cannot write in {str(folder)[:300]}: {error.strerror or error}") from error
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{flag}: no folder can have this name ({error})") from error
 
 
 def check_file(path: Path, flag: str = "--out") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from msdiffusion.adapter import MSAdapter
@@ -29,7 +31,7 @@ from msdiffusion.drawing import (
     warn_beyond_training,
     with_own_scheduler,
 )
-from msdiffusion.errors import RequestError, WeightsError, check_place, shown
+from msdiffusion.errors import RequestError, WeightsError, check_place, reason, shown
 from msdiffusion.loading import Sources, check_encoders, load_adapter
 from msdiffusion.model_card import CARD_NAME, is_generated, write_card
 from msdiffusion.outputs import check_folder
@@ -454,11 +456,17 @@ class MSDiffusion:
         directory = check_folder(directory, "directory")
         if true_or_false(include_backbone, "include_backbone"):
             self._check_savable()
-            self.pipeline.save_pretrained(directory / BASE_FOLDER)
-            self.backbone.image_encoder.save_pretrained(directory / ENCODER_FOLDER)
-            self.backbone.image_processor.save_pretrained(directory / ENCODER_FOLDER)
-            for written in (BASE_FOLDER, ENCODER_FOLDER):
-                share(directory / written)
+            new = [directory / name for name in (BASE_FOLDER, ENCODER_FOLDER) if not (directory / name).exists()]
+            try:
+                self.pipeline.save_pretrained(directory / BASE_FOLDER)
+                self.backbone.image_encoder.save_pretrained(directory / ENCODER_FOLDER)
+                self.backbone.image_processor.save_pretrained(directory / ENCODER_FOLDER)
+            except (OSError, SafetensorError) as error:  # of a full disk
+                for folder in new:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise RequestError(f"{directory} cannot be written: {reason(error)}") from error
+            for folder in (BASE_FOLDER, ENCODER_FOLDER):
+                share(directory / folder)
             sources = Sources(BASE_FOLDER, ENCODER_FOLDER)
         elif self.sources is None:
             raise WeightsError("this model's backbone was built in memory: save it with include_backbone=True")

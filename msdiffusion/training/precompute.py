@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from msdiffusion.environment import prepare_environment
 from msdiffusion.errors import MSDiffusionError, RequestError
+from msdiffusion.outputs import check_folder
 
 if TYPE_CHECKING:
     from msdiffusion.training.datamodule import PairsDataModule
@@ -138,6 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.pairs is not None:
         rest += ["--data.init_args.pairs", options.pairs]
     try:
+        if options.out is not None:
+            check_folder(options.out, "--out")
         from msdiffusion.training.precomputation import Precomputation
         from msdiffusion.training.setting_names import check_arguments
 

@@ -51,8 +51,10 @@ WRONG = [
         ("--size 7", "size must be even, at least 16 and at most 2048 pixels, got 7"),
         ("--size 100000000", "at most 2048 pixels, got 100000000"),
         ("--num-frames 0", "need at least one frame and one frame per second"),
-        ("--num-frames 100000000", "100000000 frames of 128 x 128 have 1,638,400,000,000 pixels; a clip is drawn in memory"),
-        ("--num-subjects 9", "a scene holds 1 to 4 subjects, got 9"), ("--num-subjects 0", "a scene holds 1 to 4 subjects"),
+        ("--num-frames 100000000",
+         "100000000 frames of 128 x 128 have 1,638,400,000,000 pixels; a clip is drawn in memory"),
+        ("--num-subjects 9", "a scene holds 1 to 4 subjects, got 9"), ("--num-subjects 0",
+         "a scene holds 1 to 4 subjects"),
         ("--seed -1", "seed must be at least 0"), ("--fps 0", "at 0 fps"), ("--fps 100000", "240 at most"),
         ("--workers -1", "workers must be at least 0 and at most 256, got -1"),
         ("--workers 1000000", "workers must be at least 0 and at most 256"), ("--split foo", "invalid choice: 'foo'"),
@@ -64,9 +66,12 @@ WRONG = [
     ("build --videos {t} --batch-clips 2", "--batch-clips is for a run on Ray"),
     *((f"import --from images {{t}} --out {{t}}/i {options}", told) for options, told in (
         ("--workers -1", "--workers must be 0 or more, and 1024 at most, got -1"),
-        ("--workers 1000000", "1024 at most, got 1000000"), ("--mask-threshold 0", "--mask-threshold must be at least 1"),
-        ("--item-timeout nan", "needs an ordinary number, got nan"), ("--item-timeout 0", "--item-timeout must lie above 0"),
-        ("--images x", "--images belongs to --from official, not to --from images"), ("--boxes a", "invalid choice: 'a'"),
+        ("--workers 1000000", "1024 at most, got 1000000"), ("--mask-threshold 0",
+         "--mask-threshold must be at least 1"),
+        ("--item-timeout nan", "needs an ordinary number, got nan"), ("--item-timeout 0",
+         "--item-timeout must lie above 0"),
+        ("--images x", "--images belongs to --from official, not to --from images"), ("--boxes a",
+         "invalid choice: 'a'"),
     )),
     ("inspect {t}/folder --number -1", "--number counts from 0, got -1"),
     ("inspect {t}/folder --number x", "argument --number: invalid int value: 'x'"),
@@ -74,7 +79,8 @@ WRONG = [
     ("cutout {t}/a.png --out {t}/c --device tpu", "--device is cpu, cuda, cuda:1 or mps, got 'tpu'"),
     ("cutout {t}/a.png --out {t}/c --device cuda:99999", "--device is cpu, cuda, cuda:1 or mps, got 'cuda:99999'"),
     # boxes
-    ("cutout {t}/a.png --out {t}/c --box 0 0 1 1", "numbers that belong together have commas between them and no blanks"),
+    ("cutout {t}/a.png --out {t}/c --box 0 0 1 1",
+     "numbers that belong together have commas between them and no blanks"),
     ("cutout {t}/a.png --out {t}/c --box 0,0,2,1", "needed are fractions with 0 <= x1 < x2 <= 1"),
     # places to write to
     *((f"{command} --out {{t}}/{place}", A_FILE) for command in (

@@ -126,3 +126,17 @@ def test_what_a_system_refuses_of_any_command_is_one_sentence(tmp_path, monkeypa
     monkeypatch.setenv("MSD_TRACEBACK", "1")
     with pytest.raises(OSError, match="No space"):
         run(OSError(errno.ENOSPC, "No space left on device"))
+
+
+def test_a_full_disk_leaves_nothing_of_a_base_model(new_model, tmp_path, monkeypatch):
+    model = new_model()
+
+    def save(place, **_):
+        Path(place).mkdir()
+        (place / "half").write_bytes(b"half")
+        full()
+
+    monkeypatch.setattr(model.pipeline, "save_pretrained", save)
+    with pytest.raises(RequestError, match="cannot be written: .*No space left on device"):
+        model.save_pretrained(tmp_path, include_backbone=True)
+    assert not list(tmp_path.iterdir())

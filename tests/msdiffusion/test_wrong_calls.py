@@ -51,11 +51,13 @@ def check(call, told):
 SCHEDULER = "DDIMScheduler takes no {}: take another scheduler, for instance EulerDiscreteScheduler"
 GENERATE = [
     # true or false
-    *(("auto_layout", value, "auto_layout must be true or false, got ") for value in ("no", "True", 1, None, [], Odd())),
+    *(("auto_layout", value, "auto_layout must be true or false, got ") for value in ("no", "True", 1, None, [],
+     Odd())),
     *(("progress", value, "progress must be true or false, got ") for value in ("no", 0, None)),
     # functions
     *(("callback_on_step_end", value, "callback_on_step_end must be a function of") for value in ("x", 3, [1], Odd())),
-    *(("callback_on_step_end_tensor_inputs", value, "must be a list of latents, prompt_embeds") for value in ("x", [1], 3)),
+    *(("callback_on_step_end_tensor_inputs", value, "must be a list of latents, prompt_embeds") for value in ("x", [1],
+     3)),
     # numbers
     *(("guidance_scale", value, f"guidance_scale must be a number in [0, 1000], got {value!r}")
       for value in (1e30, 1001, "7", True, -1)),
@@ -74,7 +76,8 @@ GENERATE = [
     ("height", 8200, "height must be at most 8192"),
     *((name, value, f"{name} must be a number in [0, 1], got {value!r}")
       for name in ("guidance_rescale", "eta") for value in ("x", -3, 5, [1, 2], math.nan)),
-    *(("denoising_end", value, "denoising_end must be a number in [1e-06, 1], got") for value in ("x", -3, 2.0, 0.0, [1])),
+    *(("denoising_end", value, "denoising_end must be a number in [1e-06, 1], got") for value in ("x", -3, 2.0, 0.0,
+     [1])),
     *((name, value, f"{name} must be two whole numbers, of rows and of columns, got")
       for name in ("original_size", "target_size", "crops_coords_top_left", "negative_original_size")
       for value in ("x", 5, (1,), (1, 2, 3))),
@@ -93,13 +96,15 @@ GENERATE = [
     # what other methods need
     *(("cross_attention_kwargs", value, "cross_attention_kwargs must be a mapping of names to values, without subjects")
       for value in ("x", 3, ["subjects"], {"subjects": 3})),
-    *(("ip_adapter_image", value, "ip_adapter_image is for an IP-Adapter, and none is loaded") for value in ("x", 3, DOG)),
+    *(("ip_adapter_image", value, "ip_adapter_image is for an IP-Adapter, and none is loaded") for value in ("x", 3,
+     DOG)),
     ("ip_adapter_image_embeds", [1], "none is loaded: model.pipeline.load_ip_adapter(...) first"),
     ("prompt_embeds", torch.zeros(1, 40, 48), "prompt_embeds needs pooled_prompt_embeds beside it"),
     ("negative_prompt_embeds", torch.zeros(1, 40, 48), "negative_prompt_embeds needs negative_pooled_prompt_embeds"),
     ("pooled_prompt_embeds", "x", "pooled_prompt_embeds must be of one prompt, with 1 as first size, got str"),
     # pictures
-    ("masks", [np.ones((8193, 8193), bool)], "masks[0] has 8193 x 8193 pixels, with which the masks have more than 67,108,864 "
+    ("masks", [np.ones((8193, 8193), bool)],
+     "masks[0] has 8193 x 8193 pixels, with which the masks have more than 67,108,864 "
      "together, the most that are read: make them smaller"),
     ("images", (DOG for _ in range(2)), "images must be a list with one item per subject, got generator"),
     ("boxes", {0: 1}, "boxes must be a list of boxes"),
@@ -138,7 +143,8 @@ REQUESTS = [
     ([{**REQUEST, "batch_size": 2}], "requests[0]: batch_size are of the whole call"),
     ([{**REQUEST, "auto_layout": "no"}], "auto_layout must be true or false, got 'no'"),
     ([{**REQUEST, "self": 1}], "generate takes no 'self'"),
-    ([{**REQUEST, "height": 4096, "width": 4096}] * 8, "8 pictures of 4096 x 4096 (width x height) have 134,217,728 pixels; "
+    ([{**REQUEST, "height": 4096, "width": 4096}] * 8,
+     "8 pictures of 4096 x 4096 (width x height) have 134,217,728 pixels; "
      "67,108,864 are drawn at once at most: 4 such pictures, which the batch size says"),
 ]  # fmt: skip
 
@@ -185,7 +191,8 @@ def test_condition(changes, told, model):
 @pytest.mark.parametrize(
     ("place", "options", "told"),
     [
-        *((value, {}, "the adapter is given by its folder, file or hub name, got") for value in (None, Odd(), 3, "", b"x", [], "\n")),
+        *((value, {}, "the adapter is given by its folder, file or hub name, got") for value in (None, Odd(), 3, "",
+         b"x", [], "\n")),
         ("a\0b", {}, "nothing can have the name"),
         ("x" * 5000, {}, "nothing can have the name 'xxx"),
         *((None, {name: value}, f"{name}= is given by its folder, file or hub name, got")
@@ -194,7 +201,8 @@ def test_condition(changes, told, model):
           for name in ("base_model", "image_encoder", "base_config")),
         *((None, {"device": value}, f"device {value!r} cannot be used here (")
           for value in ("tpu", "hpu", "xla", "mps", "", b"cpu", [], "cuda:-1", "meta", {})),
-        *((None, {"torch_dtype": value}, "torch_dtype must be torch.float32") for value in (3, "", "int8", b"float16", float)),
+        *((None, {"torch_dtype": value}, "torch_dtype must be torch.float32") for value in (3, "", "int8", b"float16",
+         float)),
     ],
 )  # fmt: skip
 def test_from_pretrained(place, options, told, tiny_model_dir):
@@ -245,10 +253,13 @@ def condition(**changes):
         (lambda: condition(num_images="x"), "num_images must be a whole number of at least 1, got 'x'"),
         (lambda: condition(num_images=0), "num_images must be a whole number of at least 1, got 0"),
         (lambda: condition(guidance="yes"), "guidance must be true or false, got 'yes'"),
-        (lambda: condition(boxes=torch.rand(2, 2, 4), keys={}, values={}, num_images=3), "layouts for 2 pictures do not fit"),
-        (lambda: condition(auto_layout=AutoLayout(torch.zeros(1, 3, 2), 0.5, 5)), "spans must be (1, 2, 2) for these boxes"),
+        (lambda: condition(boxes=torch.rand(2, 2, 4), keys={}, values={}, num_images=3),
+         "layouts for 2 pictures do not fit"),
+        (lambda: condition(auto_layout=AutoLayout(torch.zeros(1, 3, 2), 0.5, 5)),
+         "spans must be (1, 2, 2) for these boxes"),
         (lambda: condition().layout_maps(), "there are no layout maps: they are gathered by a run with auto_layout"),
-        (lambda: condition().bind(torch.zeros(3, 4, 8, 8), 1), "the UNet's batch should be 1, or 2 with guidance, but it is 3"),
+        (lambda: condition().bind(torch.zeros(3, 4, 8, 8), 1),
+         "the UNet's batch should be 1, or 2 with guidance, but it is 3"),
     ],
 )  # fmt: skip
 def test_subject_condition(call, told):

@@ -21,13 +21,16 @@ HEAVY = ("diffusers", "pytorch_lightning", "spacy", "torch", "transformers")
 DRAW = "generate --prompt dog --image {t}/a.png --phrase dog --box 0,0,1,1"
 WRONG = [
     # words that the shell has cut at their blanks
-    ("generate --prompt a cat --image {t}/a.png --out {t}/o.png", "there is no 'cat': what has blanks in it needs quotes, "
+    ("generate --prompt a cat --image {t}/a.png --out {t}/o.png",
+     "there is no 'cat': what has blanks in it needs quotes, "
      '--prompt "a cat"'),
     ("generate --image {t}/a.png --out {t}/o.png --prompt a cat on the beach", '--prompt "a cat on the beach"'),
     ("generate --prompt dog --image {t}/a.png --box 0 0 .5 .5 --out {t}/o.png", "--box 0,0,.5,.5"),
     ("generate --prompt dog --image {t}/a.png --box 0, 0, .5, .5 --out {t}/o.png", "--box 0,0,.5,.5"),
-    ("generate --prompt dog --image {t}/a.png {t}/b.png --out {t}/o.png", "--image takes one: --image {t}/a.png --image"),
-    ("generate --prompt dog --image {t}/a.png --phrase red dog --out {t}/o.png", '--phrase red --phrase dog, or with its '
+    ("generate --prompt dog --image {t}/a.png {t}/b.png --out {t}/o.png",
+     "--image takes one: --image {t}/a.png --image"),
+    ("generate --prompt dog --image {t}/a.png --phrase red dog --out {t}/o.png",
+     '--phrase red --phrase dog, or with its '
      'blanks --phrase "red dog"'),
     ("generate --prompt dog --negative-prompt bad cat --out {t}/o.png", '--negative-prompt "bad cat"'),
     ("evaluate --model my model --out {t}/e", '--model "my model"'),
@@ -68,7 +71,8 @@ WRONG = [
      "pixels; 16,777,216 are drawn at most: draw a smaller one"),
     (f"{DRAW} --out {{t}}/o.png --seed -1", "seed must be a whole number of at least 0, got -1"),
     (f"{DRAW} --out {{t}}/o.png --seed 1.5", "--seed: invalid int value: '1.5'"),
-    (f"{DRAW} --out {{t}}/o.png --auto-layout-threshold 2", "auto_layout_threshold must be a number in [0, 1], got 2.0"),
+    (f"{DRAW} --out {{t}}/o.png --auto-layout-threshold 2",
+     "auto_layout_threshold must be a number in [0, 1], got 2.0"),
     (f"{DRAW} --out {{t}}/o.png --auto-layout-start 0", "auto_layout_start must be a whole number of at least 1"),
     ("evaluate --out {t}/e --subjects 0", "--subjects must be a whole number of at least 1, got 0"),
     ("evaluate --out {t}/e --subjects 1000000000", "--subjects must be at most 100000, got 1000000000"),
@@ -83,7 +87,8 @@ WRONG = [
     ("evaluate --out {t}/e --seed -1", "--seed must be a whole number of at least 0, got -1"),
     ("evaluate --out {t}/e --seed 99999999999999999999", "--seed must be at most 4611686018427387904"),
     ("evaluate --out {t}/e --precision half", "--precision: invalid choice: 'half'"),
-    *((f"bench world --out {{t}}/b {option} {number}", f"{option} must be {told}, got {number}") for option, number, told in (
+    *((f"bench world --out {{t}}/b {option} {number}", f"{option} must be {told}, got {number}") for option, number,
+     told in (
         ("--steps", 0, "a whole number of at least 1"), ("--steps", 10**9, "at most 100000"),
         ("--jobs", 0, "a whole number of at least 1"), ("--jobs", 1000, "at most 256"),
         ("--pictures", 10**9, "at most 100000"), ("--draw-batch", 0, "a whole number of at least 1"),
@@ -105,7 +110,8 @@ WRONG = [
     *((f"{command} --out {out}", told) for command in (
         "evaluate", "bench world", "bench explore", "demo", "convert {t}/folder", "generate --request {t}/no.yaml",
     ) for out, told in (
-        ("{t}/file", "--out must be a folder, but "), ("{t}/file/x/y", "--out must be a folder, but '{t}/file' is a file"),
+        ("{t}/file", "--out must be a folder, but "), ("{t}/file/x/y",
+         "--out must be a folder, but '{t}/file' is a file"),
         ("''", "'' is no path: was a variable of the shell empty?"), ("/dev/null/x", "--out must be a folder"),
         (f"{{t}}/{'x' * 300}", "cannot be written: File name too long"),
     )),
@@ -128,31 +134,39 @@ WRONG = [
     ("evaluate --out {t}/e --judge {t}/nope", "no such file or folder: '{t}/nope' (--judge)"),
     ("convert '' --out {t}/c", "model is given by its folder, file or hub name, got ''"),
     ("convert {t}/folder --out {t}/c --base-model {t}/nope", "no such file or folder: '{t}/nope' (--base-model)"),
-    ("bench world --pairs TYPO --out {t}/b", "--pairs must be a dataset that data_pipeline.build has finished, but TYPO "
+    ("bench world --pairs TYPO --out {t}/b",
+     "--pairs must be a dataset that data_pipeline.build has finished, but TYPO "
      "is no folder; without --pairs it is mined from 6000 clips"),
     ("bench world --pairs {t}/file --out {t}/b", "file is a file; without --pairs"),
     ("bench world --pairs {t}/folder --out {t}/b", "folder holds no build.json"),
     ("bench world --out {t}/b --model {t}/nope", "nope/base/model_index.json is missing"),
     ("bench explore --out {t}/b --model {t}/nope", "nope/base/model_index.json is missing"),
     ("demo --out {t}/d --model {t}/nope", "nope/adapter.safetensors is missing"),
-    ("generate --prompt dog --image '' --phrase dog --out {t}/o.png", "images[0] must be the path of a picture, got ''"),
-    ("generate --prompt dog --image {t}/folder --phrase dog --out {t}/o.png", "is a folder: give the file of one picture"),
+    ("generate --prompt dog --image '' --phrase dog --out {t}/o.png",
+     "images[0] must be the path of a picture, got ''"),
+    ("generate --prompt dog --image {t}/folder --phrase dog --out {t}/o.png",
+     "is a folder: give the file of one picture"),
     ("generate --prompt dog --image {t}/a.png --phrase '' --out {t}/o.png", "phrases[0] is ''"),
     ("generate --request {t}/nope.yaml --out {t}/o", "no such file: {t}/nope.yaml"),
     ("generate --request {t}/folder --out {t}/o", "no such file: {t}/folder"),
     ("generate --request {t}/a.png --out {t}/o", "a.png cannot be read as text in UTF-8"),
-    ("generate --request {t}/tab.yaml --out {t}/o", "tab.yaml, line 2: a tab is there, which YAML takes neither for blanks "
+    ("generate --request {t}/tab.yaml --out {t}/o",
+     "tab.yaml, line 2: a tab is there, which YAML takes neither for blanks "
      "nor in front: put blanks in its place"),
-    ("generate --request {t}/many.json --out {t}/o", "pictures has 100001 entries; 100000 are drawn at most: use several"),
-    ("generate --request {t}/long.yaml --out {t}/o", "of YAML 262,144 are read at most: put what repeats under defaults, or "
+    ("generate --request {t}/many.json --out {t}/o",
+     "pictures has 100001 entries; 100000 are drawn at most: use several"),
+    ("generate --request {t}/long.yaml --out {t}/o",
+     "of YAML 262,144 are read at most: put what repeats under defaults, or "
      "write it as .json"),
     ("generate --request '' --out {t}/o", "'' is no path"),
     ("generate --from-png {t}/nope.png --out {t}/o.png", "no such file: {t}/nope.png"),
     ("generate --from-png {t}/a.png --out {t}/o.png", "has no metadata of msdiffusion"),
     ("generate --from-png {t}/file --out {t}/o.png", "is not a PNG that can be read"),
     ("generate --from-png {t}/batch.png --out {t}/o.png", "batch.size is 1024, more than 256"),
-    ("generate --from-png {t}/large.png --out {t}/o.png", "a picture of 16384 x 16384 (width x height) has 268,435,456"),
-    ("generate --from-png {t}/both.png --out {t}/o.png", "256 pictures of 1024 x 1024 (width x height) have 268,435,456 "
+    ("generate --from-png {t}/large.png --out {t}/o.png",
+     "a picture of 16384 x 16384 (width x height) has 268,435,456"),
+    ("generate --from-png {t}/both.png --out {t}/o.png",
+     "256 pictures of 1024 x 1024 (width x height) have 268,435,456 "
      "pixels; 67,108,864 are drawn at once at most: 64 such pictures, which the batch size says"),
     ("generate --from-png {t}/steps.png --out {t}/o.png", "steps must be at most 1000, got 2000"),
     ("generate --from-png {t}/guidance.png --out {t}/o.png", "guidance_scale must be a number in [0, 1000], got 1e+30"),

@@ -157,10 +157,12 @@ def test_places_are_numbers_of_the_shard(tmp_path):
         ({"subjects": None}, "is damaged: it has no subjects"),
         ({"caption": None}, "is damaged: it has no caption"),
         ({"places": torch.tensor([0.0, 1.0])}, "places must be one row of int32, it is F32"),
-        ({"places": torch.zeros(1, 2, dtype=torch.int32)}, r"places must be one row of int32, it is I32 of shape \[1, 2\]"),
+        ({"places": torch.zeros(1, 2, dtype=torch.int32)},
+         r"places must be one row of int32, it is I32 of shape \[1, 2\]"),
         ({"places": torch.tensor([1, 0], dtype=torch.int32)}, "its places do not increase"),
         ({"places": torch.tensor([-1, 0], dtype=torch.int32)}, "places holds numbers below 0"),
-        ({"caption": torch.tensor([-1, 0], dtype=torch.int32)}, "caption holds numbers below 0"),  # the last one, unseen
+        ({"caption": torch.tensor([-1, 0], dtype=torch.int32)}, "caption holds numbers below 0"),
+         # the last one, unseen
         ({"phrase": torch.tensor([0, -2], dtype=torch.int32)}, "phrase holds numbers below 0"),
     ],
 )  # fmt: skip
