@@ -55,8 +55,9 @@ def check_folder(folder: str | Path, name: str, inside: str = "", *, holds: bool
             need = "must lie in a folder" if holds else "must be a folder"
             raise RequestError(f"{name} {need}, but {shown(str(there), 300)} {what}: give another place")
         parts = (*place.absolute().relative_to(there.absolute()).parts, inside)
-        if any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        if long := next((part for part in parts if len(os.fsencode(part)) > LONGEST_NAME), None):
+            told = f"{os.strerror(errno.ENAMETOOLONG)}, {LONGEST_NAME} bytes are the most: {shown(long)}"
+            raise OSError(errno.ENAMETOOLONG, told)
         trial = there / f".{uuid4().hex}.tmp"
         trial.touch()
         trial.unlink()
