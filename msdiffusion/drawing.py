@@ -257,7 +257,7 @@ class BatchDrawing:
         pipeline.set_progress_bar_config(
             disable=not self.progress, desc=f"pictures {done + 1}-{done + len(batch)} of {len(self.pictures)}"
         )
-        options = dict(request.pipeline_options)
+        options = {name: value for name, value in request.pipeline_options.items() if value is not None}
         settings = self._settings(request)
         # As numbers, so that NaN is seen: in a picture it is black. Pasting into another picture needs pictures.
         if settings["output_type"] in ("pil", "np") and options.get("padding_mask_crop") is None:

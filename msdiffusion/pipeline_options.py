@@ -159,9 +159,13 @@ def _check_embeddings(name: str, value: Any) -> None:
 
 
 def _check_pair(name: str, value: Any, least: int) -> None:
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) != 2:
+    try:
+        numbers = as_sequence(value, name, 1)
+    except RequestError:
+        numbers = ()
+    if len(numbers) != 2:
         raise RequestError(f"{name} must be two whole numbers, of rows and of columns, got {shown(value)}")
-    for number in value:
+    for number in numbers:
         whole_number(number, f"{name} {shown(value)}: each", least, MAX_SIDE)
 
 

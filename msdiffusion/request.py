@@ -156,7 +156,7 @@ def check_request(
             "negative_prompt": negative_prompt,
         }
     )
-    if output_type not in OUTPUT_TYPES:
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise RequestError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {shown(output_type)}")
     if latents is not None and (getattr(latents, "ndim", None) != 4 or latents.shape[0] != num_images):
         shape = tuple(latents.shape) if hasattr(latents, "shape") else type(latents).__name__

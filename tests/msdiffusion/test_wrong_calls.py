@@ -81,6 +81,8 @@ GENERATE = [
     *((name, value, f"{name} must be two whole numbers, of rows and of columns, got")
       for name in ("original_size", "target_size", "crops_coords_top_left", "negative_original_size")
       for value in ("x", 5, (1,), (1, 2, 3))),
+    ("original_size", {1, 2}, "original_size must be two whole numbers"),
+    ("output_type", np.zeros(3), "output_type must be one of pil, np, pt, latent, got array([0., 0., 0.])"),
     ("original_size", (0, 64), "each must be a whole number of at least 1, got 0"),
     ("original_size", ("a", "b"), "each must be a whole number of at least 1, got 'a'"),
     ("target_size", (1e9, 1e9), "each must be a whole number of at least 1, got 1000000000.0"),
@@ -321,7 +323,8 @@ def test_what_the_pipeline_refuses_itself_is_told_with_the_options(new_model):
 def test_none_is_as_good_as_left_out(new_model):
     model = new_model()
     expected = model.generate(**GOOD, output_type="pt")
-    nothing = dict.fromkeys(
+    also = ("eta", "guidance_rescale", "callback_on_step_end_tensor_inputs", "original_size", "clip_skip")
+    nothing = dict.fromkeys(also) | dict.fromkeys(
         ("prompt_embeds", "callback_on_step_end", "ip_adapter_image", "cross_attention_kwargs", "sigmas")
     )
     assert torch.equal(model.generate(**GOOD, **nothing, output_type="pt"), expected)
