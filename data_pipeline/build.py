@@ -23,7 +23,8 @@ from data_pipeline.assemble import (
 )
 from data_pipeline.journal import Journal, write_atomically
 from data_pipeline.languages import OTHER_LANGUAGE, SPACY_MODELS
-from data_pipeline.options import make_parser, make_steps
+from data_pipeline.options import MAX_WORKERS, make_parser, make_steps
+from data_pipeline.outputs import check_folder
 from data_pipeline.pairs_format import BUILD_SCHEMA
 from data_pipeline.records import InputError, MiningError, MissingModelError, ModelNeededError, SettingsError, VideoFile
 from data_pipeline.run import run
@@ -107,6 +108,8 @@ def say(notes: Sequence[str]) -> None:
 def build(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the pipeline and writes the dataset; returns the content of build.json."""
     cluster = check_machines(arguments)
+    if not (arguments.out / "build.json").is_file():  # of a finished dataset nothing is written
+        check_folder(arguments.out)
     if cluster:  # the workers may stand in another folder
         arguments.videos, arguments.out = arguments.videos.resolve(), arguments.out.resolve()
     notes: list[str] = []
@@ -213,8 +216,8 @@ def default_out(videos: Path) -> Path:
 
 def check_machines(arguments: argparse.Namespace) -> RayOptions | None:
     """What to run on: None for this machine. SettingsError for a wrong number, InputError for Ray without Ray."""
-    if arguments.workers < 0:
-        raise SettingsError(f"--workers must be 0 or more, got {arguments.workers}")
+    if not 0 <= arguments.workers <= MAX_WORKERS:
+        raise SettingsError(f"--workers must be 0 or more, and {MAX_WORKERS} at most, got {arguments.workers}")
     if not 0 < arguments.clip_timeout <= LONGEST_TIMEOUT:
         raise SettingsError(
             f"--clip-timeout must lie above 0 and up to {LONGEST_TIMEOUT} s, got {arguments.clip_timeout}"

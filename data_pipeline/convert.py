@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from data_pipeline.options import Parser, path_of
+from data_pipeline.outputs import check_folder
 from data_pipeline.records import InputError, MiningError, SettingsError
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = Parser(
         prog="python -m data_pipeline.convert",
         description="Converts weights between libraries. Nothing is overwritten.",
     )
@@ -25,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     dino.add_argument("--to", choices=("hf", "package"), required=True, help="the library to convert for")
     dino.add_argument("source", metavar="IN", help="directory or hub id of the model to read")
-    dino.add_argument("out", metavar="OUT", type=Path, help="directory to write; it must be new or empty")
+    dino.add_argument("out", metavar="OUT", type=path_of, help="directory to write; it must be new or empty")
     dino.add_argument("--config", metavar="NAME", default="*.py", help="with --to hf: which configuration in IN")
     dino.add_argument("--checkpoint", metavar="NAME", default="", help="with --to hf: which weights in IN")
     dino.add_argument(
@@ -38,6 +38,7 @@ def convert(arguments: argparse.Namespace) -> None:
     """Does what the command line says. SettingsError or InputError before anything is written."""
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise InputError(f"{arguments.out} exists and is not empty: choose a new directory")
+    check_folder(arguments.out, "OUT")
     if arguments.to == "package":
         if arguments.config != "*.py" or arguments.checkpoint or arguments.text_encoder:
             raise SettingsError("--config, --checkpoint and --text-encoder belong to --to hf")

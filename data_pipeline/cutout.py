@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from data_pipeline.journal import atomic_file
+from data_pipeline.options import Parser, check_device_name, path_of
+from data_pipeline.outputs import check_folder
 from data_pipeline.places import SEGMENTER_SIZES, SEGMENTER_WEIGHTS
 from data_pipeline.records import (
     Box,
@@ -39,15 +42,14 @@ SPILL = 0.05
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = Parser(
         prog="msdiffusion cutout",
         description="Cuts one thing out of each photograph: DIR/PHOTO.png with transparency, a reference for "
         "msdiffusion generate. Nothing is overwritten.",
     )
     add = parser.add_argument
-    add("photos", nargs="+", type=Path, metavar="PHOTO", help="JPEG, PNG, WebP, BMP or TIFF, opaque, 8 bits")
-    add("--out", type=Path, required=True, metavar="DIR", help="made if it is missing")
+    add("photos", nargs="+", type=path_of, metavar="PHOTO", help="JPEG, PNG, WebP, BMP or TIFF, opaque, 8 bits")
+    add("--out", type=path_of, required=True, metavar="DIR", help="made if it is missing")
     add(
         "--box",
         action="append",
@@ -62,7 +64,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="mobile-sam (41 MB, downloaded at the first run; default), sam (375 MB, finer edges), or embedded (comes "
         "with the repository, for pictures of the procedural world only)",
     )
-    add("--segmenter-checkpoint", type=Path, metavar="FILE", help="its weights, where they lie on this machine already")
+    add(
+        "--segmenter-checkpoint",
+        type=path_of,
+        metavar="FILE",
+        help="its weights, where they lie on this machine already",
+    )
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     return parser
 
@@ -104,8 +111,7 @@ def _box(text: str) -> Box:
 
 def places_of(photos: Sequence[Path], out: Path) -> list[Path]:
     """Where each cut-out is written; InputError for a photo that is not there, and for a place that is taken."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out must be a folder, but {out} is a file")
+    check_folder(out)
     taken: dict[str, Path] = {}
     for photo in photos:
         if not photo.is_file():
@@ -124,8 +130,6 @@ def load_segmenter(name: str, checkpoint: Path | None, device: str) -> Segmenter
     """The network; its released weights are downloaded where there is no checkpoint. InputError or MissingModelError
     if they are not to be had.
     """
-    if checkpoint is not None and not checkpoint.is_file():
-        raise InputError(f"--segmenter-checkpoint: no file at {checkpoint}")
     if name == "embedded":
         model, checkpoint = str(SEGMENTER_SIZES), checkpoint or SEGMENTER_WEIGHTS
     else:
@@ -197,6 +201,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     boxes = boxes_of(arguments.box, len(arguments.photos))
     places = places_of(arguments.photos, arguments.out)
+    check_device_name(arguments.device)
+    if arguments.segmenter_checkpoint is not None and not arguments.segmenter_checkpoint.is_file():
+        raise InputError(f"--segmenter-checkpoint: no file at {arguments.segmenter_checkpoint}")
     for photo in arguments.photos:  # all, before the first is cut out
         try:
             open_picture(photo, str(photo), MAX_PIXELS, "apply")
@@ -213,7 +220,8 @@ def run(arguments: argparse.Namespace) -> None:
             mask, score = find_mask(segmenter, pixels, box)
         except ClipError as error:
             raise ClipError(error.reason, picture=str(photo), **error.evidence) from error
-        Image.fromarray(cut_out(pixels, mask)).save(place)
+        with atomic_file(place) as file:
+            Image.fromarray(cut_out(pixels, mask)).save(file, "PNG")
         _tell(f"{photo}: {mask.mean():.0%} of the photo, the network's own score {score:.2f}")
         if is_cut(mask, box):
             _tell(

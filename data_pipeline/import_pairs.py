@@ -23,7 +23,8 @@ from data_pipeline.importers.official import check_items_file, read_official
 from data_pipeline.importers.pictures import EXIF
 from data_pipeline.importers.steps import CutSubjects, OpenPictures, ReadItems, WritePairs
 from data_pipeline.journal import Journal, atomic_file, write_atomically
-from data_pipeline.options import HelpFormatter, Parser, default_workers, finite, path_of
+from data_pipeline.options import MAX_WORKERS, HelpFormatter, Parser, default_workers, finite, path_of
+from data_pipeline.outputs import check_folder
 from data_pipeline.pairs_format import BUILD_SCHEMA
 from data_pipeline.records import InputError, MiningError, SettingsError
 from data_pipeline.run import run
@@ -53,7 +54,6 @@ NOTES = {
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
-        allow_abbrev=False,
         prog="python -m data_pipeline.import_pairs",
         description="Brings pairs of others into the format that training reads (docs/importing_pairs.md).",
         formatter_class=HelpFormatter,
@@ -109,8 +109,10 @@ def check(arguments: argparse.Namespace) -> None:
     for name, flag in ONLY_FOR[other].items():
         if getattr(arguments, name):
             raise SettingsError(f"{flag} belongs to --from {other}, not to --from {arguments.importer}")
-    if arguments.workers < 0:
-        raise SettingsError(f"--workers must be 0 or more, got {arguments.workers}")
+    if not (arguments.out / "build.json").is_file():  # of a finished dataset nothing is written
+        check_folder(arguments.out)
+    if not 0 <= arguments.workers <= MAX_WORKERS:
+        raise SettingsError(f"--workers must be 0 or more, and {MAX_WORKERS} at most, got {arguments.workers}")
     if not 0 < arguments.item_timeout <= LONGEST_TIMEOUT:
         raise SettingsError(
             f"--item-timeout must lie above 0 and up to {LONGEST_TIMEOUT} s, got {arguments.item_timeout}"

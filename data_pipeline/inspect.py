@@ -6,7 +6,6 @@ memory and never extracted to the disk.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.drawing import contact_sheet, draw_cut_out, draw_frame
+from data_pipeline.options import Parser, path_of
+from data_pipeline.outputs import check_file
 from data_pipeline.records import Box, InputError, MiningError, box_in_pixels
 from data_pipeline.safe_text import printable, visible, visible_line
 from data_pipeline.shard_reader import Sample, Shard, read_build
@@ -166,27 +167,31 @@ def _references_in_place(sample: Sample, boxes: Sequence[Box]) -> np.ndarray:
 
 def save(picture: Image.Image, out: Path) -> None:
     """Writes a picture; the suffix chooses the format. InputError if that is unknown or the folder is missing."""
+    there = out.exists()
     try:
         picture.save(out)
     except (OSError, ValueError) as error:
+        if not there:  # half a picture, of a full disk
+            out.unlink(missing_ok=True)
         raise InputError(f"--out: cannot write {out} ({error}); give a name like picture.png") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 the sample was shown, 2 wrong input or a damaged shard."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = Parser(
         prog="python -m data_pipeline.inspect",
         description="Prints and draws one sample of a pairs dataset, and checks its shard (docs/data_format.md).",
     )
-    parser.add_argument("path", type=Path, metavar="SHARD_OR_DATASET", help="a tar file, or the folder of a dataset")
+    parser.add_argument("path", type=path_of, metavar="SHARD_OR_DATASET", help="a tar file, or the folder of a dataset")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--key", help="key of the sample")
     which.add_argument("--number", type=int, default=0, help="number of the sample, from 0 (default: 0)")
     which.add_argument("--list", action="store_true", help="print the keys of all samples instead")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the picture goes (default: KEY.png, here)")
+    parser.add_argument("--out", type=path_of, metavar="FILE", help="where the picture goes (default: KEY.png, here)")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.out is not None:
+            check_file(arguments.out)
         if arguments.list:
             for shard in open_shards(arguments.path):
                 print("\n".join(shard.keys))  # noqa: T201

@@ -27,6 +27,9 @@ from data_pipeline.steps.segment_masks import SEGMENTERS, SegmentMasks
 from data_pipeline.steps.write_captions import CAPTIONERS, WriteCaptions
 from data_pipeline.steps.write_shards import WriteShards
 
+MAX_WORKERS = 1024
+"""Processes of one machine."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -258,12 +261,15 @@ def path_of(text: str) -> Path:
     """A path at which there is something, or may be: not one that is too long, goes in a circle or is forbidden, which
     would be an error wherever it is looked at first.
     """
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is no path: was a variable of the shell empty?")
     try:
         os.stat(text)  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot look at {text[:200]!r}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"cannot look at {text[:200]!r}: {why}") from error
     return Path(text)
 
 
@@ -278,12 +284,19 @@ def finite(text: str) -> float:
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in a line or two, with a likely option for a misspelled one, instead of all there are."""
 
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        """As argparse's, but options are not to be abbreviated."""
+        super().__init__(*arguments, **{"allow_abbrev": False, **settings})
+
     def error(self, message: str) -> NoReturn:
         """Exits with 2."""
         known = list(self._option_string_actions)
         for word in re.findall(r"--[\w-]+", message.partition("unrecognized arguments:")[2]):
             if near := difflib.get_close_matches(word, known, n=1):
                 message += f"\ndid you mean {near[0]} for {word}?"
+        left = message.partition("unrecognized arguments:")[2].split()
+        if left and all(re.fullmatch(r"[-+.,\d]+", word) for word in left):
+            message += "\nnumbers that belong together have commas between them and no blanks: --box 0,0,0.5,1"
         if "--caption:" in message:
             message += "\na table of captions is given with --captions FILE"
         self.exit(2, f"error: {message}\n{self.prog} --help lists all options\n")
@@ -305,7 +318,6 @@ def default_workers() -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
-        allow_abbrev=False,
         prog="python -m data_pipeline.build",
         description="From captioned videos to a dataset of multi-subject pairs (docs/mining.md, docs/data_format.md).",
         formatter_class=HelpFormatter,
@@ -351,6 +363,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_device_name(device: str) -> None:
+    """SettingsError for a word that names no device of ours; whether it is here is asked of torch later."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?|mps", device):
+        raise SettingsError(f"--device is cpu, cuda, cuda:1 or mps, got {device[:80]!r}")
+
+
 def make_steps(arguments: argparse.Namespace) -> list[Step]:
     """The whole pipeline, in order. SettingsError or InputError if the options don't make sense; nothing heavy is
     loaded.
@@ -363,8 +381,7 @@ def make_steps(arguments: argparse.Namespace) -> list[Step]:
         )
     if arguments.annotations is not None and not annotated:
         raise SettingsError(f"--annotations is for the detectors auto and annotations, not for {arguments.detector}")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", arguments.device):
-        raise SettingsError(f"--device is cpu, cuda, cuda:1 or mps, got {arguments.device!r}")
+    check_device_name(arguments.device)
     if arguments.detector == "embedded" and arguments.segmenter == "auto":
         arguments.segmenter = "embedded"
     device = {"device": arguments.device}

@@ -7,7 +7,6 @@ that were left out, pictures of rejected clips) it leaves in ``report/notes.json
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import shutil
@@ -21,6 +20,7 @@ import numpy as np
 
 from data_pipeline.drawing import HEIGHT, Tile, beside, contact_sheet, draw_cut_out, draw_frame
 from data_pipeline.journal import Journal, write_atomically
+from data_pipeline.options import Parser, path_of
 from data_pipeline.picture_formats import open_listed
 from data_pipeline.records import InputError, MiningError, OutputError, VideoFile
 from data_pipeline.report_page import Tally, in_words, page
@@ -247,12 +247,11 @@ def _save_sheet(out: Path, name: str, tiles: Sequence[Tile | str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 the report was written, 2 wrong input."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = Parser(
         prog="python -m data_pipeline.report",
         description="Writes report.html and report/*.png of a finished dataset anew, from the dataset alone.",
     )
-    parser.add_argument("dataset", type=Path, metavar="DATASET", help="folder that data_pipeline.build wrote")
+    parser.add_argument("dataset", type=path_of, metavar="DATASET", help="folder that data_pipeline.build wrote")
     arguments = parser.parse_args(argv)
     try:
         tally = render_report(arguments.dataset, read_build(arguments.dataset))

@@ -30,6 +30,7 @@ from msdiffusion.auto_layout import AutoLayout
 from msdiffusion.condition import SubjectCondition
 from msdiffusion.errors import LayoutError, RequestError, WeightsError, reason, refused_weights
 from msdiffusion.official import from_record, read_record, to_record, write_record
+from msdiffusion.outputs import written
 from msdiffusion.own_memory import give_own_memory
 from msdiffusion.resampler import GlobalProjector, GroundingResampler, ResamplerParams
 from msdiffusion.weight_files import write_weights
@@ -267,14 +268,15 @@ class MSAdapter(nn.Module):
         Args:
             directory: is made if it is missing.
             config: fields of AdapterConfig to write with other values.
+
+        Raises:
+            RequestError: they cannot be written.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_weights(weights, directory / WEIGHTS_NAME, {"format": "pt", "schema": SCHEMA})
-        partial = directory / f"{CONFIG_NAME}.tmp"
-        partial.write_text(replace(self.config, **config).to_json(), encoding="utf-8")
-        partial.replace(directory / CONFIG_NAME)
+        with written(directory / CONFIG_NAME) as partial:
+            partial.write_text(replace(self.config, **config).to_json(), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> MSAdapter:

@@ -371,9 +371,11 @@ def usable_device(device: str | int | torch.device | None) -> torch.device:
     if device is None:
         return default_device()
     try:
+        if isinstance(device, bytes):
+            raise TypeError("it is no text")
         found = torch.device(device)
         torch.zeros(1, device=found).item()
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ImportError, ValueError, AttributeError) as error:
         many = torch.cuda.device_count()
         here = ", ".join(["cpu", *(f"cuda:{number}" for number in range(many))])
         hint = "; an NVIDIA GPU is called cuda" if "gpu" in str(device).lower() else ""

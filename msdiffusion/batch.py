@@ -22,7 +22,7 @@ from msdiffusion.environment import arithmetic
 from msdiffusion.errors import RequestError
 from msdiffusion.layout_drawing import draw_layout
 from msdiffusion.provenance import SCHEMA, read_record, request_record, same_request, save_at_once, save_png
-from msdiffusion.request import FALLBACKS, check_auto_layout_start, check_request
+from msdiffusion.request import FALLBACKS, check_auto_layout_start, check_request, check_size
 from msdiffusion.request_file import ARGUMENTS, Embedded, Entry, open_request, picture_names
 from msdiffusion.safety import FLAGGED
 
@@ -208,6 +208,14 @@ def check_sizes(pictures: Sequence[Picture], hooks: Sequence[Any], side: int | N
                 check(width, height)
             except RequestError as error:
                 raise RequestError(f"{picture.path.name}: {error}") from None
+
+
+def check_batches(batches: Sequence[Sequence[Picture]]) -> None:
+    """Raise RequestError where pictures that are drawn at once have too many pixels; of known sizes only."""
+    for batch in batches:
+        height, width = (batch[0].arguments[name] for name in ("height", "width"))
+        if height is not None and width is not None:
+            check_size(height, width, len(batch))
 
 
 def without_finished(pictures: Sequence[Picture], *, overwrite: bool = False) -> list[Picture]:

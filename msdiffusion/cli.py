@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from msdiffusion import __version__, demo, evaluate, generate_command
 from msdiffusion.bench import command as bench
 from msdiffusion.environment import prepare_environment
 from msdiffusion.errors import MSDiffusionError, RequestError, check_place, shown
+from msdiffusion.outputs import REFUSALS, check_file, check_folder, place_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -45,14 +46,42 @@ class _Parser(argparse.ArgumentParser):
     """Tells wrong calls in one line, with the nearest right name, in place of all usage."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **{"formatter_class": _Formatter, **options})
+        super().__init__(*arguments, **{"formatter_class": _Formatter, "allow_abbrev": False, **options})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         found, rest = super().parse_known_args(args, namespace)
         if rest:  # told by the command's own parser, which knows its flags
             near = difflib.get_close_matches(rest[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.7)
-            self.error(f"there is no {shown(rest[0])}{f': did you mean {near[0]}?' if near else ''}")
+            blanks = self._blanks(list(args or ()), rest[0])
+            hint = f": {blanks}" if blanks else f": did you mean {near[0]}?" if near else ""
+            self.error(f"there is no {shown(rest[0])}{hint}")
         return found, rest
+
+    def _blanks(self, arguments: list[str], left: str) -> str:
+        """What to say where an option's value was cut at its blanks by the shell; ``left``: its first other word."""
+        known = self._option_string_actions
+        places = [place for place, word in enumerate(arguments) if word == left and arguments[place - 1] not in known]
+        if left.startswith("--") or not places:
+            return ""
+        end = first = places[0]
+        while first and arguments[first - 1] not in known:
+            first -= 1
+        while end < len(arguments) and arguments[end] not in known:
+            end += 1
+        words = [shown(word)[1:-1] for word in arguments[first:end]]
+        if not first or len(words) < 2:
+            return ""
+        flag = arguments[first - 1]
+        action = known[flag]
+        if action.nargs == 0:
+            return ""
+        if all(re.fullmatch(r"[-+.\d,]+", word) for word in words):
+            return f"numbers go with commas and without blanks, {flag} {','.join(word.strip(',') for word in words)}"
+        quoted = f'{flag} "{" ".join(words)}"'
+        if isinstance(action, argparse._AppendAction) or getattr(action, "repeated", False):
+            return f"{flag} takes one: {' '.join(f'{flag} {word}' for word in words)}, or with its blanks {quoted}"
+        # a file name that is whole is followed by something else
+        return "" if "." in words[0] else f"what has blanks in it needs quotes, {quoted}"
 
     def error(self, message: str) -> NoReturn:
         if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
@@ -77,6 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except MSDiffusionError as error:
         print(f"msdiffusion: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in REFUSALS or os.environ.get("MSD_TRACEBACK"):
+            raise
+        place = shown(str(error.filename), 300) if error.filename else "a file"
+        print(f"msdiffusion: error: {place} cannot be written or read: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 
@@ -112,7 +147,9 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     add = commands.add_parser("convert", help=summary, description=_sentence(summary))
     add.add_argument("model", help="ms_adapter.bin, or an adapter's folder, or a hub repository with one of them")
     add.add_argument("--to", choices=("folder", "official"), default="folder", help="what is written")
-    add.add_argument("--out", required=True, type=Path, metavar="PLACE", help="folder, or file such as ms_adapter.bin")
+    add.add_argument(
+        "--out", required=True, type=place_of, metavar="PLACE", help="folder, or file such as ms_adapter.bin"
+    )
     add.add_argument("--base-model", help="the SDXL pipeline it was trained on; only configs are read")
     add.add_argument("--base-config", help="configs for a base model in one .safetensors file")
     add.add_argument("--image-encoder", help="the image encoder it was trained on; only configs are read")
@@ -151,12 +188,11 @@ def _check_convert(options: argparse.Namespace) -> None:
     for name in ("model", "base_model", "base_config", "image_encoder"):
         flag = name if name == "model" else "--" + name.replace("_", "-")
         check_place(getattr(options, name), flag, inside=name == "image_encoder")
-    if options.to == "official" and (options.out.suffix != ".bin" or options.out.is_dir()):
+    if options.to == "official" and options.out.suffix != ".bin":
         raise RequestError(f"--to official writes one file: --out must end in .bin, got {options.out}")
     if options.to == "official" and options.license is not None:
         raise RequestError("--license is for the model card, which --to official does not write")
-    if options.to == "folder" and options.out.is_file():
-        raise RequestError(f"--out must be a folder, but {options.out} is a file (--to official writes files)")
+    (check_folder if options.to == "folder" else check_file)(options.out, "--out")
 
 
 def _tell_what_is_lost(config: AdapterConfig) -> None:

@@ -26,6 +26,7 @@ from msdiffusion.attention import (
 from msdiffusion.auto_layout import AutoLayout, TextMaps, to_unit_range
 from msdiffusion.errors import LayoutError, RequestError
 from msdiffusion.layout import grid_of, patch_masks, pool_masks
+from msdiffusion.subjects import true_or_false, whole_number
 
 Masks = Sequence[Sequence[Tensor | None]]
 NULL_TOKENS = 8
@@ -77,7 +78,15 @@ class SubjectCondition:
 
         Raises:
             LayoutError: shapes of boxes, masks, spans and keys do not go together.
+            RequestError: ``num_images`` or ``guidance`` cannot be that.
         """
+        if not isinstance(boxes, Tensor) or boxes.ndim != 3 or boxes.shape[-1] != 4 or 0 in boxes.shape:
+            shape = tuple(boxes.shape) if isinstance(boxes, Tensor) else type(boxes).__name__
+            raise LayoutError(f"boxes must be (pictures, subjects, 4), got {shape}")
+        if num_images is not None:
+            num_images = whole_number(num_images, "num_images", 1)
+        if guidance is not None:
+            guidance = true_or_false(guidance, "guidance")
         B, S = boxes.shape[:2]
         if isinstance(masks, Tensor):
             fitting = masks.ndim == 4 and masks.shape[:2] == boxes.shape[:2]

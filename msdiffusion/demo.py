@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from msdiffusion.errors import DataError, MSDiffusionError, RequestError, WeightsError
+from msdiffusion.errors import DataError, MSDiffusionError, WeightsError
+from msdiffusion.outputs import check_folder, place_of
 from msdiffusion.places import DEFAULT_MODEL, REPOSITORY, shown
 
 MARKER = ".msdiffusion-demo"
@@ -67,8 +68,10 @@ class Plan:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msdiffusion demo`; imports nothing heavy."""
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="an earlier demo in it is replaced")
-    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="folder of the adapter to start from")
+    parser.add_argument(
+        "--out", type=place_of, required=True, metavar="FOLDER", help="an earlier demo in it is replaced"
+    )
+    parser.add_argument("--model", type=place_of, default=DEFAULT_MODEL, help="folder of the adapter to start from")
     parser.add_argument("--clips", type=int, default=60, help="clips to write and mine (default 60)")
     parser.add_argument("--train-steps", type=int, default=30, help="fine-tuning steps (default 30)")
     parser.add_argument(
@@ -82,20 +85,17 @@ def run(options: argparse.Namespace) -> None:
     """Runs all stages and leaves index.html, grid.png and scores.json in `options.out`.
 
     Raises:
-        RequestError: a number is out of range.
+        RequestError: a number is out of range, or nothing can be written to ``--out``.
         WeightsError: there are no weights to start from.
         DataError: the folder holds something that no demo made.
         MSDiffusionError: a stage failed; the message holds its command.
     """
-    for name, value in {
-        "--clips": options.clips,
-        "--train-steps": options.train_steps,
-        "--subjects": options.subjects,
-    }.items():
-        if value < 1:
-            raise RequestError(f"{name} must be at least 1, got {value}")
-    if options.seed < 0:
-        raise RequestError(f"--seed must be at least 0, got {options.seed}")
+    from msdiffusion.evaluate import MAX_SEED, check_counts
+    from msdiffusion.subjects import whole_number
+
+    check_counts({"--clips": options.clips, "--train-steps": options.train_steps, "--subjects": options.subjects})
+    whole_number(options.seed, "--seed", 0, MAX_SEED)
+    check_folder(options.out, "--out")
     plan = Plan(
         out=options.out.resolve(),
         model=options.model.resolve(),
@@ -153,10 +153,8 @@ def clear(out: Path) -> None:
     """Makes `out` an empty folder of a demo; an earlier demo in it is removed, anything else is left alone.
 
     Raises:
-        DataError: `out` is a file, or a folder with something in it that no demo made.
+        DataError: `out` is a folder with something in it that no demo made.
     """
-    if out.exists() and not out.is_dir():
-        raise DataError(f"--out must be a folder, but {shown(out)} is a file")
     if out.is_dir() and any(out.iterdir()):
         if not (out / MARKER).is_file():
             raise DataError(f"{shown(out)} isn't empty and no demo made it: give another --out, or empty it yourself")

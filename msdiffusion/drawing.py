@@ -9,27 +9,26 @@ import copy
 import inspect
 import re
 import secrets
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
 
 import numpy as np
 import torch
-from diffusers.pipelines.pag.pag_utils import PAGMixin
 from PIL import Image
 from torch import Tensor
 
 from msdiffusion.errors import RequestError, shown, warn_caller
 from msdiffusion.phrases import beyond_limit
+from msdiffusion.pipeline_options import Watched, check_options, check_steps, refusal
 from msdiffusion.pretrained import withheld
-from msdiffusion.request import FALLBACKS, GenerationRequest, check_auto_layout_start, unknown_argument
+from msdiffusion.request import FALLBACKS, GenerationRequest, check_auto_layout_start, check_size, unknown_argument
 from msdiffusion.safety import FLAGGED
 from msdiffusion.subject_batch import Model as EncodingModel
 from msdiffusion.subject_batch import SubjectBatch, check_numbers, check_weights, check_windows, written_out
-from msdiffusion.subjects import Subjects, whole_number
+from msdiffusion.subjects import Subjects
 
 PictureHook = Callable[[list[Image.Image]], list[Image.Image]]
 
@@ -123,6 +122,8 @@ class BatchDrawing:
             for seed in [secrets.randbelow(2**31) if request.seed is None else request.seed]
             for number in range(request.num_images)
         ]
+        for batch in self.batches():
+            check_size(*self._size(requests[batch[0].request]), len(batch))
 
     def _check(self, request: GenerationRequest) -> None:
         pipeline = self.pipeline
@@ -137,14 +138,9 @@ class BatchDrawing:
             raise RequestError(
                 f'picture_hooks take PIL pictures, but output_type is {request.output_type!r}: use "pil", or no hooks'
             )
-        for name, value in request.pipeline_options.items():
-            embeddings = name.endswith("prompt_embeds") and value is not None
-            if embeddings and isinstance(value, Tensor) and not torch.isfinite(value).all():
-                raise RequestError(f"{name} holds values that are no numbers (NaN or infinite)")
-            if embeddings and not (isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == 1):
-                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise RequestError(f"{name} must be of one prompt, with 1 as first size, got {shape}")
-        self._check_options(request.pipeline_options)
+        layers = pipeline.text_encoder.config.num_hidden_layers
+        check_options(pipeline, request.pipeline_options, layers if self.model.backbone.kind == "sd1" else layers - 1)
+        check_steps(pipeline.scheduler, self._settings(request)["num_inference_steps"])
         height, width = self._size(request)
         for hook in self.model.picture_hooks:
             if hasattr(hook, "check_size"):
@@ -171,41 +167,6 @@ class BatchDrawing:
                 warn_caller(
                     f"the {name} is longer than the {tokenizer.model_max_length} tokens that the text encoder reads; "
                     f"ignored: {shown(rest, 120)}"
-                )
-
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        """Refuse what the pipeline would fail at midway, or take for something else."""
-        pipeline = self.pipeline
-        scheduler = pipeline.scheduler
-        step = inspect.signature(scheduler.step).parameters.values()
-        needed = [each for each in step if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
-        if (
-            not hasattr(scheduler, "init_noise_sigma")
-            or not hasattr(scheduler, "order")
-            or "Inverse" in type(scheduler).__name__
-            or len(needed) > 3  # output, timestep, sample
-        ):
-            raise RequestError(
-                f"{type(scheduler).__name__} is not made for drawing with this pipeline: take another scheduler, for "
-                "instance DDIMScheduler.from_config(model.pipeline.scheduler.config)"
-            )
-        if isinstance(pipeline, PAGMixin) and options.get("pag_scale", 3.0) > 0:  # its own default
-            raise RequestError("PAG gives the UNet batches of three parts, which subjects don't know: say pag_scale=0")
-        if options.get("clip_skip") is not None:
-            layers = pipeline.text_encoder.config.num_hidden_layers
-            most = layers if self.model.backbone.kind == "sd1" else layers - 1
-            whole_number(options["clip_skip"], "clip_skip", 0, most)
-        start = options.get("image")
-        for image in start if isinstance(start, (list, tuple)) else [start]:
-            if isinstance(image, (str, Path)):
-                raise RequestError(f"image must be a picture, got the path {shown(str(image))}: open it with PIL")
-            found = image.mode if isinstance(image, Image.Image) else None
-            if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.shape[-1] in (2, 4):
-                found = f"an array of {image.shape[-1]} channels"
-            if found is not None and found != "RGB":
-                raise RequestError(
-                    f"image is {found}, but the pipeline wants RGB (it takes four channels for latents): image.convert"
-                    '("RGB"), or paste a cut-out on a background'
                 )
 
     def _size(self, request: GenerationRequest) -> tuple[int, int]:
@@ -296,7 +257,7 @@ class BatchDrawing:
         pipeline.set_progress_bar_config(
             disable=not self.progress, desc=f"pictures {done + 1}-{done + len(batch)} of {len(self.pictures)}"
         )
-        options = dict(request.pipeline_options)
+        options = {name: value for name, value in request.pipeline_options.items() if value is not None}
         settings = self._settings(request)
         # As numbers, so that NaN is seen: in a picture it is black. Pasting into another picture needs pictures.
         if settings["output_type"] in ("pil", "np") and options.get("padding_mask_crop") is None:
@@ -304,7 +265,7 @@ class BatchDrawing:
         watched = "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters
         callback = options.get("callback_on_step_end")
         if watched and not hasattr(callback, "tensor_inputs"):  # diffusers' own say by it what they want to see
-            options["callback_on_step_end"] = partial(self._after_step, callback)
+            callback = options["callback_on_step_end"] = Watched(callback, partial(self._check_numbers, part="UNet"))
         kwargs = {**(options.pop("cross_attention_kwargs", None) or {}), "subjects": condition}
         encoder = getattr(pipeline.text_encoder, "_orig_mod", pipeline.text_encoder)
         # diffusers looks for the last norm where transformers had it before 5.6. Not for longer than this call: by the
@@ -323,10 +284,16 @@ class BatchDrawing:
                     cross_attention_kwargs=kwargs,
                     **options,
                 )
-        except RuntimeError as error:
-            parts = {name: getattr(getattr(pipeline, name, None), "dtype", None) for name in _COMPUTING}
-            if "dtype" not in str(error) or len(set(parts.values()) - {None}) < 2:
+        except Exception as error:
+            if getattr(callback, "error", None) is error:
                 raise
+            parts = {name: getattr(getattr(pipeline, name, None), "dtype", None) for name in _COMPUTING}
+            mixed = isinstance(error, RuntimeError) and "dtype" in str(error) and len(set(parts.values()) - {None}) > 1
+            if not mixed:
+                refused = refusal(error, pipeline, request.pipeline_options)
+                if refused is None:
+                    raise
+                raise refused from error
             told = ", ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in parts.items() if dtype)
             raise RequestError(
                 f"the parts of the pipeline compute in types that do not fit together: {told}; move all of them, "
@@ -356,18 +323,6 @@ class BatchDrawing:
         height, width = self._size(request)
         maps = condition.layout_maps(height // factor, width // factor).cpu()
         return drawn, maps.expand(len(batch), -1, -1, -1)
-
-    def _after_step(
-        self, callback: Callable[..., Any] | None, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """A callback of the pipeline: a broken network is told before the other steps are computed in vain.
-
-        callback: the user's; one that returns nothing changes nothing.
-        """
-        if step == 0 and "latents" in tensors:
-            self._check_numbers(tensors["latents"], "UNet")
-        changed = None if callback is None else callback(pipeline, step, timestep, tensors)
-        return tensors if changed is None else changed
 
     def _check_numbers(self, values: Tensor, part: str) -> None:
         """Raise WeightsError where a run gave NaN: names the first network with broken weights, else ``part``."""
@@ -403,8 +358,8 @@ class BatchDrawing:
             return {"prompt": [request.prompt for request in requests], "negative_prompt": negative}
         given = requests[0].pipeline_options
         return {
-            "prompt": None if "prompt_embeds" in given else requests[0].prompt,
-            "negative_prompt": None if "negative_prompt_embeds" in given else negatives[0],
+            "prompt": requests[0].prompt if given.get("prompt_embeds") is None else None,
+            "negative_prompt": negatives[0] if given.get("negative_prompt_embeds") is None else None,
             "num_images_per_prompt": len(batch),
         }
 

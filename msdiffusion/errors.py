@@ -36,7 +36,7 @@ def warn_caller(message: str) -> None:
 def shown(value: object, limit: int = 80) -> str:
     """How a message quotes a value that somebody gave: on one line, and cut off after ``limit`` characters."""
     try:
-        text = repr(value)
+        text = re.sub(r"\s*\n\s*", " ", repr(value))
     except ValueError:  # Python writes whole numbers of thousands of digits only when told to
         text = f"{type(value).__name__} of more digits than can be written"
     return text if len(text) <= limit else text[: limit - 3] + "..."
@@ -51,9 +51,15 @@ def check_place(model: object, name: str, *, inside: bool = False) -> None:
         inside: a hub name may go on with a folder inside its repository.
 
     Raises:
-        WeightsError: it can only be a place on this machine, and nothing is there; or it is an address.
+        WeightsError: it can only be a place on this machine, and nothing is there; or it is an address, or no text.
     """
-    text = "" if model is None else str(model)
+    if model is None:
+        return
+    text = str(model)
+    if not isinstance(model, (str, pathlib.Path)) or not text.strip():
+        raise WeightsError(f"{name} is given by its folder, file or hub name, got {shown(model)}")
+    if "\0" in text or max(len(part.encode(errors="replace")) for part in text.split("/")) > 255:
+        raise WeightsError(f"{name}: nothing can have the name {shown(text)}")
     hub = re.match(r"(?:(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/|hf://)([^/?#]+/[^/?#]+)", text)
     if (hub or "://" in text) and not pathlib.Path(text).exists():
         here = f", here {hub[1]}" if hub else ""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msdiffusion.errors import RequestError, check_place
+from msdiffusion.outputs import check_folder, place_of, written
 from msdiffusion.places import DEFAULT_MODEL, shown
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 ON, OFF = "adapter_on", "adapter_off"
 GRID_CASES = 12
+MAX_COUNT = 100_000
+"""Pictures, clips, steps of one run: all pictures are kept in memory until the end."""
+MAX_SEED = 2**62
+"""Others follow from it by counting on."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--subjects", type=int, default=200, help="least number of held-out subjects (default 200)")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="scores, report and pictures go there"
+        "--out", type=place_of, required=True, metavar="FOLDER", help="scores, report and pictures go there"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the subject sets and of the noise")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the adapter's")
@@ -62,30 +67,21 @@ def run(options: argparse.Namespace) -> None:
     """Runs the evaluation and writes scores.json, grid.png, index.html and every picture under `options.out`.
 
     Raises:
-        RequestError: a number is out of range; before anything is loaded.
+        RequestError: a number is out of range, or nothing can be written; before anything is loaded.
         WeightsError: the model or the judge can't be loaded.
     """
-    for name, value in {
-        "--subjects": options.subjects,
-        "--batch-size": options.batch_size,
-        "--steps": options.steps,
-    }.items():
-        if value is not None and value < 1:
-            raise RequestError(f"{name} must be at least 1, got {value}")
-    if options.scale is not None and options.scale <= 0:
-        raise RequestError(f"--scale must be above 0, got {options.scale}: 0 is the adapter off, which is drawn anyway")
-    for name, place in (("--model", options.model), ("--judge", options.judge)):
-        check_place(place, name)
+    check(options)
     print("loading the model and the judge", file=sys.stderr, flush=True)
-    from msdiffusion.backbone import quiet_loading
+    from msdiffusion.backbone import quiet_loading, usable_device
     from msdiffusion.evaluation.judge import Judge
     from msdiffusion.evaluation.world import draw_cases, evaluate_world
     from msdiffusion.generate import MSDiffusion
 
     quiet_loading()
+    device = usable_device(options.device)
     started = time.monotonic()
     judge = Judge.from_pretrained(options.judge)
-    model = MSDiffusion.from_pretrained(options.model, device=options.device)
+    model = MSDiffusion.from_pretrained(options.model, device=device)
     cases = draw_cases(options.subjects, seed=options.seed, size=picture_side(model))
     settings = {
         "steps": options.steps or model.adapter.config.defaults.get("steps", 30),
@@ -123,6 +119,37 @@ def run(options: argparse.Namespace) -> None:
         introduction="No training of the model has seen any of these combinations of colours and pattern.",
         facts=facts,
     )
+
+
+def check(options: argparse.Namespace) -> None:
+    """Say what is wrong with the options before anything heavy is loaded.
+
+    Raises:
+        RequestError: a number is out of range, or nothing can be written to ``--out``.
+        WeightsError: a model is not there.
+    """
+    from msdiffusion.request import MAX_BATCH, check_settings
+    from msdiffusion.subjects import MAX_STEPS, whole_number
+
+    check_counts({"--subjects": options.subjects})
+    whole_number(options.batch_size, "--batch-size", 1, MAX_BATCH)
+    whole_number(options.seed, "--seed", 0, MAX_SEED)
+    if options.steps is not None:
+        whole_number(options.steps, "--steps", 1, MAX_STEPS)
+    check_settings({"guidance_scale": options.guidance_scale, "scale": options.scale})
+    if options.scale == 0:
+        raise RequestError(f"--scale must be above 0, got {options.scale}: 0 is the adapter off, which is drawn anyway")
+    for name, place in (("--model", options.model), ("--judge", options.judge)):
+        check_place(place, name)
+    check_folder(options.out, "--out")
+
+
+def check_counts(counts: Mapping[str, int]) -> None:
+    """Raise RequestError unless each is a number of things that one run can do, 1 to MAX_COUNT; by their flags."""
+    from msdiffusion.subjects import whole_number
+
+    for flag, count in counts.items():
+        whole_number(count, flag, 1, MAX_COUNT)
 
 
 def picture_maker(
@@ -254,12 +281,14 @@ def write_results(
 
     out.mkdir(parents=True, exist_ok=True)
     scores = {**{key: report[key] for key in report if key != "questions"}, **facts, "questions": report["questions"]}
-    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    with written(out / "scores.json") as file:
+        file.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     for condition, made in pictures.items():
         folder = out / "pictures" / condition
         folder.mkdir(parents=True, exist_ok=True)
         for index, picture in enumerate(made):
-            picture.save(folder / f"{index:04d}.png")
+            with written(folder / f"{index:04d}.png") as file:
+                picture.save(file)
     chosen = varied(cases, GRID_CASES)
     columns = [cases[index] for index in chosen]
     rows = []
@@ -268,16 +297,18 @@ def write_results(
         readings = read_pictures(judge, columns, shown_pictures)
         rows.append(GridRow(condition.replace("_", " "), shown_pictures, readings))
     grid = draw_grid(columns, rows)
-    grid.save(out / "grid.png", optimize=True)
-    write_page(
-        out / "index.html",
-        title=title,
-        introduction=introduction,
-        scores=report,
-        pictures=[("Pictures: what the judge reads is green where it is right", grid)],
-        details={label: value if isinstance(value, str) else json.dumps(value) for label, value in facts.items()},
-        links=links or {},
-    )
+    with written(out / "grid.png") as file:
+        grid.save(file, optimize=True)
+    with written(out / "index.html") as file:
+        write_page(
+            file,
+            title=title,
+            introduction=introduction,
+            scores=report,
+            pictures=[("Pictures: what the judge reads is green where it is right", grid)],
+            details={label: value if isinstance(value, str) else json.dumps(value) for label, value in facts.items()},
+            links=links or {},
+        )
     print(summarize(report))
     for name in ("index.html", "grid.png", "scores.json"):
         print(shown(out / name))

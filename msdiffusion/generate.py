@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
-import math
+import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from huggingface_hub import HfApi
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from msdiffusion.adapter import MSAdapter
@@ -29,12 +31,22 @@ from msdiffusion.drawing import (
     warn_beyond_training,
     with_own_scheduler,
 )
-from msdiffusion.errors import RequestError, WeightsError
+from msdiffusion.errors import RequestError, WeightsError, check_place, reason, shown
 from msdiffusion.loading import Sources, check_encoders, load_adapter
 from msdiffusion.model_card import CARD_NAME, is_generated, write_card
-from msdiffusion.request import FALLBACKS, MISSING, OTHER_NAMES, GenerationRequest, OutputType, check_request
+from msdiffusion.outputs import check_folder
+from msdiffusion.request import (
+    FALLBACKS,
+    MAX_BATCH,
+    MAX_IMAGES,
+    MISSING,
+    OTHER_NAMES,
+    GenerationRequest,
+    OutputType,
+    check_request,
+)
 from msdiffusion.subject_batch import SubjectBatch
-from msdiffusion.subjects import check_subjects, number_between, whole_number
+from msdiffusion.subjects import MAX_WEIGHT, check_subjects, number_between, true_or_false, whole_number
 from msdiffusion.turns import Turns, turns_of
 from msdiffusion.weight_files import share
 
@@ -73,6 +85,30 @@ class MSDiffusion:
         self._offloaded = False
         self.adapter = adapter.to(backbone.device, backbone.dtype).eval().requires_grad_(False)
 
+    def __copy__(self) -> MSDiffusion:
+        """Another object on the same networks."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MSDiffusion:
+        """A model with networks of its own."""
+        other = memo[id(self)] = object.__new__(type(self))
+        with self._turns.take():
+            other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Pickling: hooks of the networks have no names that a pickle could hold.
+
+        Raises:
+            RequestError: says what to do.
+        """
+        raise RequestError(
+            "a model is not pickled: for a file, save_pretrained(folder) and from_pretrained(folder); for another "
+            "process, load it there with from_pretrained"
+        )
+
     @classmethod
     def from_pretrained(
         cls,
@@ -108,6 +144,9 @@ class MSDiffusion:
         for name in others:
             raise RequestError(f"from_pretrained takes no {name!r}: {_elsewhere(name)}")
         torch_dtype, device = weights_dtype(torch_dtype), usable_device(device)
+        if model is None:
+            raise WeightsError(f"the adapter is given by its folder, file or hub name, got {model}")
+        check_place(model, "the adapter")
         found = load_adapter(model, base_model, image_encoder, base_config)
         backbone = Backbone.from_pretrained(
             found.sources.base_model,
@@ -238,8 +277,9 @@ class MSDiffusion:
                 auto_layout_threshold=auto_layout_threshold,
                 auto_layout_start=auto_layout_start,
             )
-        whole_number(num_images, "num_images", 1)
-        chosen = self.scale_of(None if scale is None else number_between(scale, "scale", 0.0, math.inf))
+        whole_number(num_images, "num_images", 1, MAX_IMAGES)
+        guidance = None if guidance is None else true_or_false(guidance, "guidance")
+        chosen = self.scale_of(None if scale is None else number_between(scale, "scale", 0.0, MAX_WEIGHT))
         scheduler = self.pipeline.scheduler
         with self._turns.take():
             warn_beyond_training(self, [subjects], [prompt])  # the tokenizer serves one at a time
@@ -325,7 +365,7 @@ class MSDiffusion:
         Raises:
             RequestError, LayoutError, PhraseError: an argument cannot be honoured.
         """
-        whole_number(batch_size, "batch_size", 1)
+        _check_drawing(progress, batch_size)
         _check_given({"images": images, "boxes": boxes, "prompt": prompt}, pipeline_options)
         with _CHECKING:
             request = check_request(
@@ -380,12 +420,19 @@ class MSDiffusion:
         Raises:
             RequestError, LayoutError, PhraseError: a request cannot be honoured; before anything is drawn.
         """
+        if isinstance(requests, (str, bytes, Mapping)) or not isinstance(requests, Iterable):
+            raise RequestError(
+                "requests must be a list with a mapping of generate's arguments for each request, got "
+                f"{shown(requests)}"
+            )
+        if on_result is not None and not callable(on_result):
+            raise RequestError(f"on_result must be a function of (index, result), got {shown(on_result)}")
+        _check_drawing(progress, batch_size)
         with _CHECKING:
             checked = [
                 request if isinstance(request, GenerationRequest) else _checked(request, index)
                 for index, request in enumerate(requests)
             ]
-        batch_size = whole_number(batch_size, "batch_size", 1)
         pipeline = with_own_scheduler(self.pipeline)  # as it is when the call comes, not when its turn does
         with self._turns.take():
             return BatchDrawing(self, pipeline, checked, batch_size, progress).draw(on_result)
@@ -401,20 +448,25 @@ class MSDiffusion:
                 it the config points to where they were loaded from.
 
         Raises:
-            WeightsError: the directory is a file; ``include_backbone`` is off, and the backbone was not loaded from
+            RequestError: nothing can be written there.
+            WeightsError: ``include_backbone`` is off, and the backbone was not loaded from
                 anywhere; or it is on, and something was put into the networks that their files have no place for (a
                 LoRA, an IP-Adapter).
         """
-        directory = Path(directory)
-        if directory.exists() and not directory.is_dir():
-            raise WeightsError(f"cannot save to {directory}: it is a file; give a folder")
-        if include_backbone:
+        directory = check_folder(directory, "directory")
+        if true_or_false(include_backbone, "include_backbone"):
             self._check_savable()
-            self.pipeline.save_pretrained(directory / BASE_FOLDER)
-            self.backbone.image_encoder.save_pretrained(directory / ENCODER_FOLDER)
-            self.backbone.image_processor.save_pretrained(directory / ENCODER_FOLDER)
-            for written in (BASE_FOLDER, ENCODER_FOLDER):
-                share(directory / written)
+            new = [directory / name for name in (BASE_FOLDER, ENCODER_FOLDER) if not (directory / name).exists()]
+            try:
+                self.pipeline.save_pretrained(directory / BASE_FOLDER)
+                self.backbone.image_encoder.save_pretrained(directory / ENCODER_FOLDER)
+                self.backbone.image_processor.save_pretrained(directory / ENCODER_FOLDER)
+            except (OSError, SafetensorError) as error:  # of a full disk
+                for folder in new:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise RequestError(f"{directory} cannot be written: {reason(error)}") from error
+            for folder in (BASE_FOLDER, ENCODER_FOLDER):
+                share(directory / folder)
             sources = Sources(BASE_FOLDER, ENCODER_FOLDER)
         elif self.sources is None:
             raise WeightsError("this model's backbone was built in memory: save it with include_backbone=True")
@@ -489,8 +541,19 @@ def _check_given(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> No
         raise RequestError(f"generate needs {name}{given}")
 
 
+def _check_drawing(progress: Any, batch_size: Any) -> None:
+    """Raise RequestError for what says how pictures are drawn, not which."""
+    true_or_false(progress, "progress")
+    whole_number(batch_size, "batch_size", 1, MAX_BATCH)
+
+
 def _checked(arguments: Mapping[str, Any], index: int) -> GenerationRequest:
     """A request of generate_batch from a mapping; ``boxes`` may be left out."""
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        raise RequestError(
+            f"requests[{index}] must be a mapping of generate's arguments, such as {{'images': [...], 'prompt': ...}}, "
+            f"got {shown(arguments)}"
+        )
     wrong = sorted({"progress", "batch_size"} & arguments.keys())
     if wrong:
         raise RequestError(f"requests[{index}]: {' and '.join(wrong)} are of the whole call, not of one request")

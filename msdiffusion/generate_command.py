@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.safe_text import visible
 from msdiffusion.environment import DTYPES
 from msdiffusion.errors import LayoutError, RequestError, check_place, shown
+from msdiffusion.outputs import check_file, check_folder, place_of
 from msdiffusion.places import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ PICTURE_FLAGS = (
 class _View(argparse.Action):
     """Another picture of the subject of the last --image."""
 
+    repeated = True
+
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
         if not namespace.image:
             parser.error("--view FILE is a further view of the subject before it: give its --image first")
@@ -43,6 +46,8 @@ class _View(argparse.Action):
 
 class _Image(argparse.Action):
     """The first picture of the next subject."""
+
+    repeated = True
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
         namespace.image = [*(namespace.image or []), [values]]
@@ -89,8 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--seed", type=int, help="of the noise; default: a new one each time, which the PNG tells")
     add = parser.add_argument_group("in place of these").add_argument
-    add("--request", type=Path, metavar="FILE", help="many pictures: a YAML or JSON file, see docs/inference.md")
-    add("--from-png", type=Path, metavar="FILE", help="draw a PNG of this command again, exactly")
+    add("--request", type=place_of, metavar="FILE", help="many pictures: a YAML or JSON file, see docs/inference.md")
+    add("--from-png", type=place_of, metavar="FILE", help="draw a PNG of this command again, exactly")
     add = parser.add_argument_group("what draws").add_argument
     add("--model", default=str(DEFAULT_MODEL), metavar="PLACE",
         help="adapter: folder, hub name, ms_adapter.bin, a run or checkpoint (default: checkpoints/tiny)")  # fmt: skip
@@ -103,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--safety-checker", metavar="PLACE", help="folder or hub name; pictures that it flags become black")
     add("--watermark", metavar="TEXT", help="invisible, at most 16 bytes")
     add = parser.add_argument_group("where to").add_argument
-    add("--out", required=True, type=Path, metavar="PLACE",
+    add("--out", required=True, type=place_of, metavar="PLACE",
         help="file (several pictures get numbers: FILE_0, ...); with --request a folder")  # fmt: skip
     add("--overwrite", action="store_true", help="with --request: replace pictures of other requests")
     add("--embed-references", action="store_true", help="put the references into the PNG, to draw it again anywhere")
@@ -158,6 +163,7 @@ def run(options: argparse.Namespace) -> None:
     batches = batch.in_batches(pictures, BATCH_SIZE if options.batch_size is None else options.batch_size)
     if record is not None and options.batch_size is None:
         batches = [batch.repeated(pictures[0], **record["batch"])]
+    batch.check_batches(batches)
     _draw(options, device, dtype, batches, watermark)
 
 
@@ -206,8 +212,11 @@ def _check_sources(options: argparse.Namespace) -> None:
     if len(sources) > 1 or (sources and given):
         also = ", ".join([*sources[1:], *given])
         raise RequestError(f"{sources[0]} says all of what is drawn: leave out {also}")
-    if options.batch_size is not None and options.batch_size < 1:
-        raise RequestError(f"--batch-size must be at least 1, got {options.batch_size}")
+    if options.batch_size is not None:
+        from msdiffusion.request import MAX_BATCH
+        from msdiffusion.subjects import whole_number
+
+        whole_number(options.batch_size, "--batch-size", 1, MAX_BATCH)
     if not sources and options.prompt is None:
         raise RequestError("--prompt is missing (or give --request or --from-png)")
     if not sources and options.image is None:
@@ -224,8 +233,18 @@ def _entries(options: argparse.Namespace) -> tuple[list[Entry], dict[str, Any] |
         from msdiffusion.provenance import entry_of, read_record
 
         record = read_record(options.from_png)
+        _check_png_size(record, options)
         return [replace(entry_of(options.from_png, record), name=options.out.stem)], record
     return [_entry_of_flags(options)], None
+
+
+def _check_png_size(record: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Raise RequestError where a PNG, which may be a stranger's, asks for more pixels at once than are drawn."""
+    from msdiffusion.request import check_size
+
+    request, pictures = record["request"], record["batch"]["size"] if options.batch_size is None else 1
+    if type(request["height"]) is int and type(request["width"]) is int:
+        check_size(request["height"], request["width"], pictures)
 
 
 def _entry_of_flags(options: argparse.Namespace) -> Entry:
@@ -257,18 +276,12 @@ def _entry_of_flags(options: argparse.Namespace) -> Entry:
 
 def _check_out(options: argparse.Namespace, many: bool) -> None:
     out = options.out
-    try:
-        there, is_folder = out.exists(), out.is_dir()
-    except (OSError, ValueError) as error:  # a name that no file can have
-        raise RequestError(f"--out can't be a place here: {getattr(error, 'strerror', None) or error}") from None
-    if many and there and not is_folder:
-        raise RequestError(f"--out must be a folder for --request, but {out} is a file")
     if many:
+        check_folder(out, "--out")
         return
     if out.suffix.lower() not in PICTURE_TYPES:
-        raise RequestError(f"--out must end in one of {', '.join(PICTURE_TYPES)}, got {out}")
-    if is_folder:
-        raise RequestError(f"--out is the folder {out}: give the name of a file")
+        raise RequestError(f"--out must end in one of {', '.join(PICTURE_TYPES)}, got {shown(str(out), 300)}")
+    check_file(out, "--out")
     if out.suffix.lower() != ".png":
         if options.embed_references:
             raise RequestError(f"--embed-references needs a PNG; --out is {out}")
@@ -301,7 +314,6 @@ def _check_pictures(
     """
     from msdiffusion import batch
     from msdiffusion.pretrained import native_side
-    from msdiffusion.provenance import check_writable
 
     if watermark is not None:
         side = native_side(identity.sources.base_model, identity.sources.base_config)
@@ -313,9 +325,7 @@ def _check_pictures(
         if path.resolve() in written:
             raise RequestError(f"{path} is what is drawn from, and would be written over: give another --out")
     longest = max((picture.path for picture in pictures), key=lambda path: len(os.fsencode(path.name)))
-    check_writable(longest)
-    if layouts:
-        check_writable(batch.layout_path(longest))
+    check_file(batch.layout_path(longest) if layouts else longest, "--out")
 
 
 def _safety_checker(options: argparse.Namespace, device: Any) -> SafetyChecker | None:

@@ -7,6 +7,7 @@ tokens have no effect on any output, so they are left behind, and written as zer
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.models.weights import check_plain, load_pickle
-from msdiffusion.errors import WeightsError, refused_weights, shown, warn_caller
+from msdiffusion.errors import WeightsError, reason, refused_weights, shown, warn_caller
+from msdiffusion.outputs import written
 from msdiffusion.resampler import ResamplerParams
 from msdiffusion.subjects import whole_number
 
@@ -163,12 +165,13 @@ def to_record(
 def write_record(record: Mapping[str, Any], path: str | Path) -> None:
     """Write the file: tensors only, so that ``torch.load(path, weights_only=True)`` reads it."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A run killed while it writes must not leave half a file in place of a whole one.
-    partial = path.with_name(path.name + ".tmp")
     # Clones: of a tensor that is part of a larger storage, torch.save would write the whole storage.
-    torch.save(_map_tensors(record, lambda tensor: tensor.cpu().clone(memory_format=torch.contiguous_format)), partial)
-    partial.replace(path)
+    clones = _map_tensors(record, lambda tensor: tensor.cpu().clone(memory_format=torch.contiguous_format))
+    with written(path, f"{path.name}.tmp") as partial:  # torch.save writes the name into the file
+        try:
+            torch.save(clones, partial)
+        except RuntimeError as error:  # of a full disk
+            raise OSError(errno.EIO, reason(error)) from None
 
 
 def _map_tensors(record: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:

@@ -276,6 +276,15 @@ def find_in_prompt(prompt: str, phrase: str, occurrence: int = 0) -> tuple[int, 
     )
 
 
+def occurs(prompt: str, phrase: str) -> bool:
+    """Whether the phrase stands in the prompt, as ``find_in_prompt`` looks for it."""
+    try:
+        find_in_prompt(prompt, phrase)
+    except PhraseError:
+        return False
+    return True
+
+
 def token_span(tokenizer: PreTrainedTokenizerBase, prompt: str, phrase: str, occurrence: int = 0) -> tuple[int, int]:
     """The tokens [start, end) of a phrase in the tokenized prompt, the start token counted.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import threading
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +32,47 @@ _UPRIGHT = {
 """EXIF orientation to what turns the picture upright."""
 SRGB_TOLERANCE = 2
 """Steps of 255 by which a profile may change colours and still be sRGB under another name."""
+
+
+class Room:
+    """Pixels that several pictures may have together, taken by each before it is decoded."""
+
+    def __init__(self, what: str, pixels: int) -> None:
+        """``what``: of the pictures, for the message; ``pixels``: at most."""
+        self.what, self.most, self.left = what, pixels, pixels
+
+    def take(self, size: tuple[int, ...], name: str) -> None:
+        """Take the pixels of a picture of (width, height).
+
+        Raises:
+            RequestError: there are no more so many; ``name`` is what the message calls the picture.
+        """
+        self.left -= math.prod(size)
+        if self.left < 0:
+            raise RequestError(
+                f"{name} has {' x '.join(map(str, size))} pixels, with which the {self.what} have more than "
+                f"{self.most:,} together, the most that are read: make them smaller; 2048 a side are plenty"
+            )
+
+
 _DECODING = threading.Lock()
 """Taken where warnings are held back, which is done for all threads."""
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
 
-def open_reference(image: Any, name: str = "image") -> Image.Image:
+def open_reference(image: Any, name: str = "image", room: Room | None = None) -> Image.Image:
     """A reference as sRGB: mode RGB, or RGBA (straight alpha) where it has transparency.
 
     Args:
         image: a picture of PIL, or the path of one; see ``open_upright``. An embedded colour profile is applied; one
             that cannot be used is warned of, and the colours are taken for sRGB.
         name: what messages call it.
+        room: see ``open_upright``.
 
     Raises:
         RequestError: as open_upright; or it is wholly transparent, or nearly so.
     """
-    picture = open_upright(image, name)
+    picture = open_upright(image, name, room)
     colours, alpha = _to_srgb(picture, name), None
     if picture.has_transparency_data:
         alpha = picture.convert("RGBA").getchannel("A")
@@ -61,7 +87,7 @@ def open_reference(image: Any, name: str = "image") -> Image.Image:
     return colours
 
 
-def open_upright(image: Any, name: str = "image") -> Image.Image:
+def open_upright(image: Any, name: str = "image", room: Room | None = None) -> Image.Image:
     """A picture of 8 bits in its own mode and colour space, turned as its EXIF orientation says.
 
     Grey pictures of 16 bits are scaled from 0-65535, with a warning where they hold 10 or 12 bits at most, those of
@@ -71,12 +97,13 @@ def open_upright(image: Any, name: str = "image") -> Image.Image:
     Args:
         image: a picture of PIL, or the path of one.
         name: what messages call it.
+        room: what it shares with other pictures.
 
     Raises:
         RequestError: no such file, not a picture, damaged, of too many pixels, or of values without a known range.
     """
     if isinstance(image, (str, Path)):
-        return _decoded(_existing(image, name), name, f"{name}: {shown(str(image), 300)}")
+        return _decoded(_existing(image, name), name, f"{name}: {shown(str(image), 300)}", room)
     if not isinstance(image, Image.Image):
         hint = ": PIL.Image.fromarray(array) makes one of an array (rows, columns, 3) uint8"
         raise RequestError(
@@ -85,7 +112,7 @@ def open_upright(image: Any, name: str = "image") -> Image.Image:
         )
     if 0 in image.size:
         raise RequestError(f"{name} has no pixels: its size is {image.size}")
-    return _decoded(image, name, name)
+    return _decoded(image, name, name, room)
 
 
 def open_content(content: bytes, name: str) -> Image.Image:
@@ -117,17 +144,19 @@ def _existing(image: str | Path, name: str) -> Path:
     return path
 
 
-def _decoded(source: Path | io.BytesIO | Image.Image, name: str, called: str) -> Image.Image:
+def _decoded(source: Path | io.BytesIO | Image.Image, name: str, called: str, room: Room | None = None) -> Image.Image:
     """``called``: name and path, for messages about the file itself."""
     notes = list[str]()
     try:
         with _DECODING, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pillow's, of many pixels and of EXIF data that nobody asks for
-            if isinstance(source, Image.Image):
-                decoded = _upright(source, name, notes)
-            else:
-                with open_listed(source) as file:
-                    decoded = _upright(file, name, notes)
+            with nullcontext(source) if isinstance(source, Image.Image) else open_listed(source) as file:
+                if room is not None:
+                    room.take(file.size, called)
+                # telephones put a small second picture into their JPEGs, which is MPO
+                if file.format != "MPO" and getattr(file, "is_animated", False) and not file.tell():
+                    notes.append(f"{called} holds several pictures, of which the first is taken")
+                decoded = _upright(file, name, notes)
     except RequestError:
         raise
     except Image.DecompressionBombError:

@@ -21,6 +21,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from msdiffusion.environment import DTYPES
 from msdiffusion.errors import MSDiffusionError, RequestError, shown
+from msdiffusion.outputs import written
+from msdiffusion.request import MAX_BATCH
 from msdiffusion.request_file import (
     ARGUMENTS,
     Embedded,
@@ -38,7 +40,6 @@ SCHEMA = "msdiffusion.picture/2"
 MAX_EMBEDDED_BYTES = 16 * 2**20
 """Of all embedded references of a picture together. Pillow reads at most 64 MiB of text."""
 MAX_RECORD_CHARACTERS = MAX_EMBEDDED_BYTES * 4 // 3 + 2**20
-MAX_BATCH = 1024
 MAX_PNG_BYTES = 512 * 2**20
 REQUEST_KEYS = tuple(name for name in ARGUMENTS if name != "num_images")  # a file holds one picture
 _SHAPE: Mapping[str, Mapping[str, tuple[type, ...]]] = {
@@ -127,33 +128,8 @@ def save_at_once(picture: Image.Image, path: Path, **options: Any) -> None:
     Raises:
         RequestError: it cannot be written.
     """
-    unfinished = _unfinished(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with written(path) as unfinished:
         picture.save(unfinished, **options)
-        unfinished.replace(path)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be written: {error}") from None
-
-
-def check_writable(path: Path) -> None:
-    """Make the folder of a picture that will be written, and try whether a file can be made there.
-
-    Raises:
-        RequestError: it cannot.
-    """
-    unfinished = _unfinished(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.touch()
-        unfinished.unlink()
-    except OSError as error:
-        raise RequestError(f"{shown(str(path), 600)} cannot be written: {error.strerror}") from None
-
-
-def _unfinished(path: Path) -> Path:
-    """What a picture is called while it is written; always the same: a rerun replaces what a killed run left."""
-    return path.with_name(f".{path.stem}.unfinished{path.suffix}")
 
 
 def read_record(source: str | Path | Image.Image) -> dict[str, Any]:

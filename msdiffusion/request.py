@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from msdiffusion.errors import RequestError, shown, warn_caller
-from msdiffusion.subjects import MAX_STEPS, Subjects, check_subjects, check_text, number_between, whole_number
+from msdiffusion.subjects import (
+    MAX_STEPS,
+    MAX_WEIGHT,
+    Subjects,
+    check_subjects,
+    check_text,
+    number_between,
+    whole_number,
+)
 
 MISSING: Any = object()
 """Stands for an argument that must be given, so that its lack is told after a wrong name of it."""
@@ -61,8 +68,14 @@ FALLBACKS: Mapping[str, Any] = {"steps": 30, "guidance_scale": 7.5, "scale": 1.0
 """For what neither a request nor the adapter's config says."""
 SIZE_STEP = 8
 """Pixels that height and width must be a multiple of, as in every Stable Diffusion pipeline."""
-MAX_SIDE = 16384
+MAX_SIDE = 8192
 """Pixels of height and width."""
+MAX_PIXELS, MAX_BATCH_PIXELS = 2**24, 2**26
+"""Of one picture (4096 x 4096), and of all that are drawn at once (64 of 1024 x 1024)."""
+MAX_IMAGES = 1000
+"""Of one request: all of them are kept in memory."""
+MAX_BATCH = 256
+"""Pictures drawn at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +141,7 @@ def check_request(
         )
     if not isinstance(prompt, str) or not prompt.strip():
         raise RequestError(f"the prompt is empty ({shown(prompt)}): say what the picture shows, naming each subject")
-    num_images = whole_number(num_images, "num_images", 1)
+    num_images = whole_number(num_images, "num_images", 1, MAX_IMAGES)
     if seed is not None:
         seed = whole_number(seed, "seed", 0, MAX_SEED)
         if seed + num_images > MAX_SEED:
@@ -143,8 +156,7 @@ def check_request(
             "negative_prompt": negative_prompt,
         }
     )
-    steps = settings["steps"]
-    if output_type not in OUTPUT_TYPES:
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise RequestError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {shown(output_type)}")
     if latents is not None and (getattr(latents, "ndim", None) != 4 or latents.shape[0] != num_images):
         shape = tuple(latents.shape) if hasattr(latents, "shape") else type(latents).__name__
@@ -214,8 +226,31 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         elif name == "negative_prompt":
             check_text(value, name)
         else:
-            found[name] = number_between(value, name, 0.0, math.inf)
+            found[name] = number_between(value, name, 0.0, MAX_WEIGHT)
+    if found.get("height") and found.get("width"):
+        check_size(found["height"], found["width"])
     return found
+
+
+def check_size(height: int, width: int, pictures: int = 1) -> None:
+    """Raise RequestError where pictures that are drawn at once have too many pixels, before anything is allocated.
+
+    Args:
+        height: pixels.
+        width: pixels.
+        pictures: of the batch.
+    """
+    if height * width > MAX_PIXELS:
+        raise RequestError(
+            f"a picture of {width} x {height} (width x height) has {height * width:,} pixels; {MAX_PIXELS:,} are drawn "
+            "at most: draw a smaller one, and enlarge it"
+        )
+    if pictures * height * width > MAX_BATCH_PIXELS:
+        raise RequestError(
+            f"{pictures} pictures of {width} x {height} (width x height) have {pictures * height * width:,} pixels; "
+            f"{MAX_BATCH_PIXELS:,} are drawn at once at most: {MAX_BATCH_PIXELS // (height * width)} such pictures, "
+            "which the batch size says"
+        )
 
 
 def check_auto_layout_start(subjects: Subjects, steps: int) -> None:

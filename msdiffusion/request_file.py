@@ -35,6 +35,8 @@ ARGUMENTS = (
 )  # fmt: skip
 """Arguments of MSDiffusion.generate that say what is drawn; the others say how it is handed over."""
 MAX_FILE_BYTES = 16 * 2**20
+MAX_YAML_BYTES = 2**18
+"""YAML is read slowly: some 0.05 MB a second."""
 MAX_NAME, MAX_NAME_BYTES = 100, 200
 """Letters of a name, and bytes in UTF-8; file systems take 255, with number, suffix and mark of unfinished files."""
 MAX_PICTURES = 100_000
@@ -90,6 +92,10 @@ def read_request_file(path: str | Path) -> list[Entry]:
     _check_keys(defaults, ARGUMENTS, f"{path}: defaults")
     if not isinstance(pictures, list) or not pictures:
         raise RequestError(f"{path}: pictures must be a list with an entry per request, got {shown(pictures)}")
+    if len(pictures) > MAX_PICTURES:
+        raise RequestError(
+            f"{path}: pictures has {len(pictures)} entries; {MAX_PICTURES} are drawn at most: use several files"
+        )
     entries, errors, taken = [], [], {}
     for index, picture in enumerate(pictures):
         where = f"pictures[{index}]"
@@ -134,14 +140,10 @@ def check_entry(arguments: Mapping[str, Any], folder: Path, where: str, name: st
             raise RequestError(f"{key} is missing")
     if not isinstance(given["prompt"], str):
         raise RequestError(f"prompt must be text, got {shown(given['prompt'])}: quote it")
-    if not isinstance(given.get("auto_layout", False), bool):
-        raise RequestError(f"auto_layout must be true or false, got {shown(given['auto_layout'])}")
     for key in ("images", "masks"):
         if key in given:
             given[key] = _references(given[key], folder, key)
     request = open_request(given)
-    if request.num_images > MAX_PICTURES:
-        raise RequestError(f"num_images must be at most {MAX_PICTURES}, got {request.num_images}")
     given["phrases"] = _per_subject(request.subjects.phrases, given["images"])
     return Entry(where, name, given)
 
@@ -195,13 +197,19 @@ def is_file(path: Path) -> bool:
 def _parse(path: Path) -> Any:
     if not is_file(path):
         raise RequestError(f"no such file: {path}")
-    if path.stat().st_size > MAX_FILE_BYTES:
+    is_json, size = path.suffix.lower() == ".json", path.stat().st_size
+    if size > MAX_FILE_BYTES:
         raise RequestError(f"{path} has more than {MAX_FILE_BYTES // 2**20} MiB, which is no request file")
+    if size > MAX_YAML_BYTES and not is_json:
+        raise RequestError(
+            f"{path} has {size:,} bytes; of YAML {MAX_YAML_BYTES:,} are read at most: put what repeats under defaults, "
+            f"or write it as .json, of which {MAX_FILE_BYTES:,} are read"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} cannot be read as text in UTF-8: {error}") from None
-    return parse_json(text, str(path)) if path.suffix.lower() == ".json" else _parse_yaml(text, path)
+    return parse_json(text, str(path)) if is_json else _parse_yaml(text, path)
 
 
 def parse_json(text: str, source: str) -> Any:
@@ -273,6 +281,12 @@ def _parse_yaml(text: str, path: Path) -> Any:
     except RequestError:
         raise
     except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        if mark is not None and "'\\t'" in str(error):
+            raise RequestError(
+                f"{path}, line {mark.line + 1}: a tab is there, which YAML takes neither for blanks nor in front: put "
+                "blanks in its place"
+            ) from None
         raise RequestError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except Exception as error:  # of values that aren't what their tag says (!!bool x), PyYAML raises many things
         raise RequestError(f"{path} is not YAML: {' '.join(f'{type(error).__name__}: {error}'.split())}") from None
@@ -312,7 +326,10 @@ def picture_names(entry: Entry) -> list[str]:
 
 
 def _claim_names(entry: Entry, taken: dict[str, str]) -> None:
-    for name in picture_names(entry):
+    names = picture_names(entry)
+    if len(taken) + len(names) > MAX_PICTURES:
+        raise RequestError(f"with its {len(names)} the file asks for more than {MAX_PICTURES} pictures: use several")
+    for name in names:
         other = taken.setdefault(name.casefold(), entry.where)  # Beach.png and beach.png are one file on some systems
         if other != entry.where:
             raise RequestError(f"its picture would be called {name!r}, as that of {other}: give another name")

@@ -16,15 +16,22 @@ from PIL import Image
 
 from msdiffusion.errors import LayoutError, PhraseError, RequestError, shown, warn_caller
 from msdiffusion.layout import Box, as_number, check_box, is_truth
-from msdiffusion.phrases import find_in_prompt, find_phrases
-from msdiffusion.pictures import open_reference, open_upright
+from msdiffusion.phrases import find_in_prompt, find_phrases, occurs
+from msdiffusion.pictures import Room, open_reference, open_upright
 
 AUTO_LAYOUT_START, FREE_LAYOUT_START = 5, 2
 """First step, counted from 1, that follows the text's attention: for subjects with a box (official), and without."""
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 MAX_SUBJECTS = 256
 """Of one picture, all views counted."""
-MAX_STEPS = 10_000
+MAX_REFERENCE_PIXELS = 2**28
+"""Of all references of a picture together: eleven photographs of 24 megapixels, 0.8 GB in memory."""
+MAX_MASK_PIXELS = 2**26
+"""Of all masks of a picture together: 64 of 1024 x 1024."""
+MAX_STEPS = 1000
+"""Timesteps of the noise schedule that every base model was trained on."""
+MAX_WEIGHT = 1000.0
+"""Of scales and guidance: far beyond it networks give values that are no numbers."""
 MAX_TEXT = 10_000
 """Characters of a prompt or a phrase; the text encoders read some 75 words."""
 
@@ -88,19 +95,23 @@ def check_subjects(
     Raises:
         RequestError, LayoutError, PhraseError: as for check_request.
     """
-    images = _sequence(images, "images")
+    images = as_sequence(images, "images")
     count = len(images)
     if count == 0:
         raise RequestError("no images: give at least one reference image per subject")
     pictures = sum(len(image) if isinstance(image, (list, tuple)) else 1 for image in images)
     if max(count, pictures) > MAX_SUBJECTS:
-        raise RequestError(f"{max(count, pictures)} references: a picture can have {MAX_SUBJECTS} at most")
+        raise RequestError(
+            f"{max(count, pictures)} references: a picture can have {MAX_SUBJECTS} at most, all views counted; leave "
+            "some out"
+        )
     if prompt is not None:
         check_text(prompt, "the prompt")
     layout: tuple[Any, ...] = (None,) * count if boxes is None else _boxes(boxes)
-    named = None if phrases is None else _sequence(phrases, "phrases", 1)
+    named = None if phrases is None else as_sequence(phrases, "phrases", 1)
     _check_counts(count, None if boxes is None else len(layout), None if named is None else len(named))
-    views = [_views(image, f"images[{index}]") for index, image in enumerate(images)]
+    room = Room("references", MAX_REFERENCE_PIXELS)
+    views = [_views(image, f"images[{index}]", room) for index, image in enumerate(images)]
     regions = _check_masks(masks, count)
     layout = tuple(
         _mask_box(mask) if box is None and mask is not None else box for box, mask in zip(layout, regions, strict=True)
@@ -110,11 +121,19 @@ def check_subjects(
             warn_caller(f"boxes[{index}] has no area, so that subject is left out")
     scales = _check_scales(subject_scales, count)
     windows = _check_windows(subject_windows, count)
+    auto_layout = true_or_false(auto_layout, "auto_layout")
     number_between(auto_layout_threshold, "auto_layout_threshold", 0.0, 1.0)
     if auto_layout_start is not None:
-        auto_layout_start = whole_number(auto_layout_start, "auto_layout_start", 1, MAX_STEPS)
+        # samplers of second order count twice a step
+        auto_layout_start = whole_number(auto_layout_start, "auto_layout_start", 1, 2 * MAX_STEPS)
     texts = _check_phrases(named, prompt, count)
     occurrences = _occurrences(texts, layout)
+    missing = [] if prompt is None else [text for text in dict.fromkeys(texts) if not occurs(prompt, text)]
+    if missing and not auto_layout and all(box is not None for box in layout):
+        warn_caller(
+            f"the prompt does not hold {', '.join(map(shown, missing))}, so the base model is not told of it: name "
+            "every subject in the prompt as in phrases"
+        )
     free = [box is None for box in layout]
     automatic = [auto_layout or is_free for is_free in free]
     for index in range(count):
@@ -146,7 +165,7 @@ def check_subjects(
     )
 
 
-def _sequence(values: Any, name: str, axes: int | None = None) -> tuple[Any, ...]:
+def as_sequence(values: Any, name: str, axes: int | None = None) -> tuple[Any, ...]:
     """The values as a tuple; an array or a tensor counts if it has so many axes."""
     if axes is not None and getattr(values, "ndim", None) == axes:
         values = values.tolist()
@@ -175,28 +194,31 @@ def _check_counts(images: int, boxes: int | None, phrases: int | None) -> None:
         raise RequestError(f"each subject needs one of each, but there are {listed}")
 
 
-def _views(image: Any, name: str) -> tuple[Image.Image, ...]:
+def _views(image: Any, name: str, room: Room) -> tuple[Image.Image, ...]:
     """A reference, or the several views of a subject, opened."""
     if isinstance(image, (list, tuple)):
         if not image:
             raise RequestError(f"{name} is an empty list: a subject needs at least one view")
-        return tuple(open_reference(view, f"{name}[{index}]") for index, view in enumerate(image))
-    return (open_reference(image, name),)
+        return tuple(open_reference(view, f"{name}[{index}]", room) for index, view in enumerate(image))
+    return (open_reference(image, name, room),)
 
 
 def _check_masks(masks: Any, count: int) -> tuple[np.ndarray | None, ...]:
     if masks is None:
         return (None,) * count
-    masks = _sequence(masks, "masks", 3)
+    masks = as_sequence(masks, "masks", 3)
     if len(masks) != count:
         raise LayoutError(f"masks must hold one mask, or None, per subject ({count}), got {len(masks)}")
-    return tuple(None if mask is None else _check_mask(mask, f"masks[{index}]") for index, mask in enumerate(masks))
+    room = Room("masks", MAX_MASK_PIXELS)
+    return tuple(
+        None if mask is None else _check_mask(mask, f"masks[{index}]", room) for index, mask in enumerate(masks)
+    )
 
 
-def _check_mask(mask: Any, name: str) -> np.ndarray:
+def _check_mask(mask: Any, name: str, room: Room) -> np.ndarray:
     need = "a mask is a bool array (rows, columns), or a picture that is black and white"
     if isinstance(mask, (str, Path, Image.Image)):
-        picture = open_upright(mask, name)
+        picture = open_upright(mask, name, room)
         if picture.has_transparency_data:
             raise LayoutError(f"{name} has transparency, so it is not clear what is inside: {need}")
         values = np.asarray(picture.convert("RGB"))
@@ -210,6 +232,7 @@ def _check_mask(mask: Any, name: str) -> np.ndarray:
             raise LayoutError(f"{name} cannot be read ({shown(str(error), 200)}): {need}") from None
         if array.ndim != 2 or array.dtype != bool:
             raise LayoutError(f"{name} is {array.dtype} of shape {array.shape}: {need}")
+        room.take(array.shape[::-1], name)
     if not array.any():
         raise LayoutError(f"{name} is empty: no pixel belongs to the subject; to leave it out, give it scale 0")
     return array
@@ -230,16 +253,18 @@ def _mask_box(mask: np.ndarray) -> Box:
 def _check_scales(subject_scales: Sequence[float] | None, count: int) -> tuple[float, ...]:
     if subject_scales is None:
         return (1.0,) * count
-    scales = _sequence(subject_scales, "subject_scales", 1)
+    scales = as_sequence(subject_scales, "subject_scales", 1)
     if len(scales) != count:
         raise RequestError(f"subject_scales must hold one number per subject ({count}), got {len(scales)}")
-    return tuple(number_between(value, f"subject_scales[{index}]", 0.0, math.inf) for index, value in enumerate(scales))
+    return tuple(
+        number_between(value, f"subject_scales[{index}]", 0.0, MAX_WEIGHT) for index, value in enumerate(scales)
+    )
 
 
 def _check_windows(windows: Any, count: int) -> tuple[tuple[float, float], ...]:
     if windows is None:
         return ((0.0, 1.0),) * count
-    windows = _sequence(windows, "subject_windows", 2)
+    windows = as_sequence(windows, "subject_windows", 2)
     if len(windows) != count:
         raise RequestError(
             f"subject_windows must hold one (start, end), or None, per subject ({count}), got {len(windows)}"
@@ -318,13 +343,19 @@ def whole_number(value: Any, name: str, least: int, most: int | None = None) -> 
     return number
 
 
+def true_or_false(value: Any, name: str) -> bool:
+    """The value as a bool, if it is True or False, of any library; else RequestError: "no" would count as true."""
+    if not is_truth(value) or getattr(value, "ndim", 0):
+        raise RequestError(f"{name} must be true or false, got {shown(value)}")
+    return bool(value)
+
+
 def number_between(value: Any, name: str, least: float, most: float) -> float:
     """The value as a float, if it is a finite number in [least, most]; else RequestError."""
-    span = f"in [{least:g}, {most:g}]" if math.isfinite(most) else f"of at least {least:g}"
     try:
         number = as_number(value)
     except ValueError:
         number = math.nan
     if not math.isfinite(number) or not least <= number <= most:
-        raise RequestError(f"{name} must be a number {span}, got {shown(value)}")
+        raise RequestError(f"{name} must be a number in [{least:g}, {most:g}], got {shown(value)}")
     return number

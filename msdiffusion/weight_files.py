@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from uuid import uuid4
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from msdiffusion.errors import reason
+from msdiffusion.outputs import written
 
 
 def write_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors on the CPU by their names, in place of a file of that name, which who reads it keeps as it was.
 
     A run that is killed meanwhile leaves the earlier file.
+
+    Raises:
+        RequestError: it cannot be written, as on a full disk.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.tmp")
-    try:
-        save_file(dict(weights), partial, metadata=None if metadata is None else dict(metadata))
+    with written(path, f"{path.name}.tmp") as partial:
+        try:
+            save_file(dict(weights), partial, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:
+            raise OSError(errno.EIO, reason(error)) from None
         share(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def share(place: str | Path) -> None:

@@ -6,16 +6,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from data_pipeline.options import Parser, path_of
+from data_pipeline.records import MiningError
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status (2 for wrong arguments)."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = Parser(
         prog="python -m data_pipeline.world",
         description="Writes H.264 clips of the procedural world, each with a caption (.txt) and exact annotations.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", required=True, help="folder to write to; a rerun continues it")
+    parser.add_argument(
+        "--out", type=path_of, required=True, metavar="DIR", help="folder to write to; a rerun continues it"
+    )
     parser.add_argument("--count", type=int, default=100, help="number of clips")
     parser.add_argument("--split", choices=("train", "held_out", "all"), default="train", help="identities to show")
     parser.add_argument("--seed", type=int, default=0, help="of the whole set")
@@ -30,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         paths = write_clips(options.pop("out"), options.pop("count"), **options)
-    except (ValueError, FileExistsError) as error:
+    except (MiningError, ValueError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{len(paths)} clips in {paths[0].parent}")

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_pipeline.records import encode_mask
+from data_pipeline.outputs import check_folder
+from data_pipeline.records import OutputError, encode_mask
 from data_pipeline.world.palette import BACKGROUNDS
 from data_pipeline.world.scenes import (
     compose,
@@ -32,6 +33,9 @@ from data_pipeline.world.scenes import (
 from data_pipeline.world.subjects import Identity, render_subject
 
 ANNOTATIONS_SCHEMA = "data_pipeline.annotations/1"
+MAX_SIZE, MAX_FPS, MAX_CLIP_PIXELS = 2048, 240, 2**28
+"""Side of a frame, frames per second, and pixels of all frames of a clip: 1.9 GB with masks of four subjects."""
+MAX_CLIPS, MAX_WORKERS = 1_000_000, 256
 POSES = 3
 """Pictures drawn of each subject of a clip; frames reuse them, resized."""
 
@@ -77,12 +81,19 @@ def sample_clip(
         fps: frames per second.
 
     Raises:
-        ValueError: for an odd size (H.264 halves the colour planes) or no frames.
+        ValueError: for an odd size (H.264 halves the colour planes), no frames, or more than fit in memory.
     """
-    if size < 16 or size % 2:
-        raise ValueError(f"size must be even and at least 16 pixels, got {size}")
-    if num_frames < 1 or fps < 1:
-        raise ValueError(f"need at least one frame and one frame per second, got {num_frames} frames at {fps} fps")
+    if not 16 <= size <= MAX_SIZE or size % 2:
+        raise ValueError(f"size must be even, at least 16 and at most {MAX_SIZE} pixels, got {size}")
+    if num_frames < 1 or not 1 <= fps <= MAX_FPS:
+        raise ValueError(
+            f"need at least one frame and one frame per second, {MAX_FPS} at most, got {num_frames} frames at {fps} fps"
+        )
+    if num_frames * size**2 > MAX_CLIP_PIXELS:
+        raise ValueError(
+            f"{num_frames} frames of {size} x {size} have {num_frames * size**2:,} pixels; a clip is drawn in memory "
+            f"and may have {MAX_CLIP_PIXELS:,}: ask for fewer or smaller frames"
+        )
     subjects = sample_subjects(rng, sample_count(rng) if num_subjects is None else num_subjects, split)
     background = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     ground = render_background(background, rng, size, size + size // 6)
@@ -191,10 +202,15 @@ def _write_one(job: tuple[Path, int, int, dict]) -> str:
         return name
     clip = sample_clip(np.random.default_rng([seed, index]), **settings)
     partial = folder / f".{name}.mp4"
-    write_video(partial, clip.frames, clip.fps)
-    (folder / f"{name}.txt").write_text(clip.caption + "\n")
-    (folder / f"{name}.annotations.json").write_text(json.dumps(annotate(clip), separators=(",", ":")))
-    partial.rename(path)
+    try:
+        write_video(partial, clip.frames, clip.fps)
+        (folder / f"{name}.txt").write_text(clip.caption + "\n")
+        (folder / f"{name}.annotations.json").write_text(json.dumps(annotate(clip), separators=(",", ":")))
+        partial.rename(path)
+    except OSError as error:
+        for file in (partial, folder / f"{name}.txt", folder / f"{name}.annotations.json"):
+            file.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}. The clips before it are kept") from error
     return name
 
 
@@ -226,14 +242,24 @@ def write_clips(
         paths of the mp4 files.
 
     Raises:
-        ValueError: for a count under 1, or settings that `sample_clip` refuses.
+        ValueError: for a count under 1 or over a million, or settings that `sample_clip` refuses.
         FileExistsError: if the folder holds clips made with other settings.
+        MiningError: if nothing can be written there, as on a full disk.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+    for name, value, least, most in (
+        ("count", count, 1, MAX_CLIPS),
+        ("workers", workers, 0, MAX_WORKERS),
+        ("seed", seed, 0, 2**63),
+    ):
+        if not least <= value <= most:
+            raise ValueError(f"{name} must be at least {least} and at most {most}, got {value}")
     settings = {"split": split, "num_subjects": num_subjects, "size": size, "num_frames": num_frames, "fps": fps}
-    sample_clip(np.random.default_rng(0), **{**settings, "num_frames": min(num_frames, 1)})  # refuses bad settings now
+    if num_frames * size**2 <= MAX_CLIP_PIXELS:
+        settings["num_frames"] = min(num_frames, 1)
+    sample_clip(np.random.default_rng(0), **settings)  # refuses bad settings now
+    settings["num_frames"] = num_frames
     folder = Path(out_dir)
+    check_folder(folder, "out")
     folder.mkdir(parents=True, exist_ok=True)
     record = json.dumps({"seed": seed, **settings}, sort_keys=True)
     marker = folder / "world.settings"

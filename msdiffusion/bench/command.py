@@ -7,9 +7,11 @@ from pathlib import Path
 
 from msdiffusion.bench.rows import ROWS
 from msdiffusion.errors import RequestError
+from msdiffusion.outputs import check_file, check_folder, place_of
 from msdiffusion.places import DEFAULT_MODEL, REPOSITORY
 
 DEFAULT_OUT = Path("runs") / "world_benchmark"
+MAX_JOBS = 256
 DEFAULT_PAIRS = REPOSITORY / "data" / "world" / "pairs"
 
 
@@ -31,14 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROW",
         help=f"any of {', '.join(ROWS)}; default: all",
     )
-    world.add_argument("--pairs", type=Path, default=DEFAULT_PAIRS, metavar="FOLDER", help="mined from world clips")
+    world.add_argument("--pairs", type=place_of, default=DEFAULT_PAIRS, metavar="FOLDER", help="mined from world clips")
     world.add_argument("--steps", type=int, default=900, help="training steps of every trained row")
     world.add_argument("--train-batch", type=int, default=16, help="pairs per step")
     world.add_argument(
         "--training-seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of each trained row (default 0)"
     )
     world.add_argument("--jobs", type=int, default=1, help="rows worked on at once, one thread each if above 1")
-    world.add_argument("--document", type=Path, metavar="FILE.md", help="where the table goes; default: in --out")
+    world.add_argument("--document", type=place_of, metavar="FILE.md", help="where the table goes; default: in --out")
     world.set_defaults(run=run_world)
     explore = benchmarks.add_parser(
         "explore",
@@ -46,14 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Draws and scores the shipped adapter where the table doesn't look.",
     )
     _add_common(explore, pictures=40)
-    explore.add_argument("--document", type=Path, metavar="FILE.md", help="where the page goes; default: in --out")
+    explore.add_argument("--document", type=place_of, metavar="FILE.md", help="where the page goes; default: in --out")
     explore.set_defaults(run=run_explore, out=Path("runs") / "exploration")
 
 
 def _add_common(parser: argparse.ArgumentParser, pictures: int) -> None:
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="FOLDER", help="adapters, pictures, scores")
     parser.add_argument(
-        "--model", type=Path, default=DEFAULT_MODEL, metavar="FOLDER", help="embedded model: base, encoder, judge, ..."
+        "--out", type=place_of, default=DEFAULT_OUT, metavar="FOLDER", help="adapters, pictures, scores"
+    )
+    parser.add_argument(
+        "--model",
+        type=place_of,
+        default=DEFAULT_MODEL,
+        metavar="FOLDER",
+        help="embedded model: base, encoder, judge, ...",
     )
     parser.add_argument("--pictures", type=int, default=pictures, help="held-out pictures per row")
     parser.add_argument("--seed", type=int, default=0, help="of the cases and of the noise")
@@ -65,13 +73,17 @@ def run_world(options: argparse.Namespace) -> None:
     """Checks the numbers, then runs the benchmark.
 
     Raises:
-        RequestError: a number is out of range, or a seed is named twice.
+        RequestError: a number is out of range, a seed is named twice, or nothing can be written.
+        DataError: there are no pairs in a folder that was given.
     """
-    _check(options, ("pictures", "draw_batch", "steps", "train_batch", "jobs"))
+    from msdiffusion.bench.world import check_pairs, run
+    from msdiffusion.subjects import whole_number
+
+    _check(options, ("pictures", "steps", "train_batch"))
+    whole_number(options.jobs, "--jobs", 1, MAX_JOBS)
     if len(set(options.training_seeds)) != len(options.training_seeds) or min(options.training_seeds) < 0:
         raise RequestError(f"--training-seeds must be different and not below 0, got {options.training_seeds}")
-    from msdiffusion.bench.world import run
-
+    check_pairs(options.pairs, may_mine=options.pairs.resolve() == DEFAULT_PAIRS.resolve())
     run(options)
 
 
@@ -79,17 +91,22 @@ def run_explore(options: argparse.Namespace) -> None:
     """Checks the numbers, then runs the exploration.
 
     Raises:
-        RequestError: a number is out of range.
+        RequestError: a number is out of range, or nothing can be written.
     """
-    _check(options, ("pictures", "draw_batch"))
+    _check(options, ("pictures",))
     from msdiffusion.bench.explore import run
 
     run(options)
 
 
 def _check(options: argparse.Namespace, names: tuple[str, ...]) -> None:
-    for name in names:
-        if getattr(options, name) < 1:
-            raise RequestError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    if options.seed < 0:
-        raise RequestError(f"--seed must be at least 0, got {options.seed}")
+    from msdiffusion.evaluate import MAX_SEED, check_counts
+    from msdiffusion.request import MAX_BATCH
+    from msdiffusion.subjects import whole_number
+
+    check_counts({f"--{name.replace('_', '-')}": getattr(options, name) for name in names})
+    whole_number(options.draw_batch, "--draw-batch", 1, MAX_BATCH)
+    whole_number(options.seed, "--seed", 0, MAX_SEED)
+    check_folder(options.out, "--out")
+    if options.document is not None:
+        check_file(options.document, "--document")

@@ -14,6 +14,7 @@ from data_pipeline.picture_formats import open_listed
 from msdiffusion.bench.rows import REFERENCE_ROW, ROWS
 from msdiffusion.bench.world import Settings, Unit
 from msdiffusion.evaluation.measures import MEASURES, compare_measures, groups_of, summarize_measures
+from msdiffusion.outputs import written
 
 if TYPE_CHECKING:
     from msdiffusion.evaluation.world import WorldCase
@@ -39,8 +40,8 @@ def write_document(path: Path, out: Path, settings: Settings, finished: Finished
     cases = draw_cases(pictures=settings.pictures, seed=settings.seed)
     values = {row: stacked_values(records) for row, records in finished.items()}
     picture = path.parent / "pictures" / f"{path.stem}.jpg"
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    grid(cases, finished, out).save(picture, quality=88, optimize=True)
+    with written(picture) as partial:
+        grid(cases, finished, out).save(partial, quality=88, optimize=True)
     page = [
         "# The world benchmark",
         "",
@@ -69,7 +70,8 @@ def write_document(path: Path, out: Path, settings: Settings, finished: Finished
         "",
         *sizes(cases, values),
     ]
-    path.write_text("\n".join(page) + "\n", encoding="utf-8")
+    with written(path) as partial:
+        partial.write_text("\n".join(page) + "\n", encoding="utf-8")
 
 
 def stacked_values(records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

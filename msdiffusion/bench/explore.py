@@ -17,6 +17,7 @@ from PIL import Image
 
 from msdiffusion.bench.work import hash_file
 from msdiffusion.bench.world import check_model, command_line, device, write_json
+from msdiffusion.outputs import written
 from msdiffusion.places import shown
 
 if TYPE_CHECKING:
@@ -105,11 +106,11 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         WeightsError: the model or an instrument can't be loaded.
     """
+    check_model(options.model)
     from msdiffusion.backbone import quiet_loading
     from msdiffusion.evaluation.measures import Gallery, Instruments
     from msdiffusion.generate import MSDiffusion
 
-    check_model(options.model)
     quiet_loading()
     instruments = Instruments.from_pretrained(options.model)
     studio = Studio(
@@ -121,7 +122,6 @@ def run(options: argparse.Namespace) -> None:
     )
     document = (options.document or options.out / "exploration.md").resolve()
     pictures = document.parent / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
     page = [
         "# Exploring the embedded default",
         "",
@@ -143,8 +143,10 @@ def run(options: argparse.Namespace) -> None:
         points, text, extra = experiment(studio, options.pictures, options.seed)
         record[name] = [describe(point) for point in points]
         write_json(options.out / "points.json", record)
-        plot(points, pictures / f"exploration_{name}.png", extra)
-        strip(points).save(pictures / f"exploration_{name}.jpg", quality=88, optimize=True)
+        with written(pictures / f"exploration_{name}.png") as partial:
+            plot(points, partial, extra)
+        with written(pictures / f"exploration_{name}.jpg") as partial:
+            strip(points).save(partial, quality=88, optimize=True)
         page += [
             "",
             f"## {text[0]}",
@@ -156,7 +158,8 @@ def run(options: argparse.Namespace) -> None:
             "",
             f"![Pictures: {text[0]}](pictures/exploration_{name}.jpg)",
         ]
-    document.write_text("\n".join(page) + "\n", encoding="utf-8")
+    with written(document) as partial:
+        partial.write_text("\n".join(page) + "\n", encoding="utf-8")
     print(shown(document))
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from msdiffusion.bench.rows import ROWS, training_arguments
 from msdiffusion.bench.world import Settings, Unit, device, write_json
 from msdiffusion.errors import MSDiffusionError
+from msdiffusion.outputs import written
 from msdiffusion.places import REPOSITORY, shown
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def work(out: Path, unit: Unit) -> None:
     pictures = draw(cases, adapter_folder(out, unit, settings), settings, row.drawing, f"drawing {unit.row}")
     for index, picture in enumerate(pictures):
         path = folder / "pictures" / f"{index:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        with written(path) as partial:
+            picture.save(partial)
     drawn = time.monotonic()
     measured = measure_pictures(cases, pictures, instruments, Gallery(instruments.recognizer))
     record = {

@@ -23,6 +23,7 @@ from typing import Any
 
 from msdiffusion.bench.rows import ROWS
 from msdiffusion.errors import DataError, MSDiffusionError, WeightsError
+from msdiffusion.outputs import written
 from msdiffusion.places import REPOSITORY, shown
 
 CLIPS = 6000
@@ -152,10 +153,8 @@ def check_settings(out: Path, settings: Settings) -> None:
 
 def write_json(path: Path, record: Any) -> None:
     """Writes a JSON file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with written(path) as partial:
+        partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def device() -> str:
@@ -163,6 +162,25 @@ def device() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+
+
+def check_pairs(pairs: Path, *, may_mine: bool) -> None:
+    """Raise where a folder that somebody named holds no finished dataset: 6,000 clips would be rendered for it.
+
+    Args:
+        pairs: ``--pairs``.
+        may_mine: it is the default's place, where they are mined if they are missing.
+
+    Raises:
+        DataError: says what to do.
+    """
+    if may_mine or (pairs / "build.json").is_file():
+        return
+    why = "is a file" if pairs.is_file() else "holds no build.json" if pairs.is_dir() else "is no folder"
+    raise DataError(
+        f"--pairs must be a dataset that data_pipeline.build has finished, but {shown(pairs)} {why}; without --pairs "
+        f"it is mined from {CLIPS} clips"
+    )
 
 
 def ensure_pairs(pairs: Path) -> None:

@@ -294,7 +294,9 @@ def _uniform_of(key: bytes) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 where nothing is damaged, 1 where something is, 2 where there is nothing to look at."""
     parser = argparse.ArgumentParser(
-        prog="python -m msdiffusion.training.catalogue", description="Looks for damaged shards and pairs of a dataset."
+        allow_abbrev=False,
+        prog="python -m msdiffusion.training.catalogue",
+        description="Looks for damaged shards and pairs of a dataset.",
     )
     parser.add_argument("dataset", help="folder, URL of a folder, or pattern of shards")
     parser.add_argument("--deep", action="store_true", help="also decode every picture and mask, and hash local shards")

@@ -176,7 +176,9 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draws the curves of runs; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m msdiffusion.training.curves", description="Curves of runs.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m msdiffusion.training.curves", description="Curves of runs."
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, each with its metrics.csv")
     parser.add_argument("--out", type=Path, help=f"default: {PICTURE} in the first run's folder")
     options = parser.parse_args(arguments)

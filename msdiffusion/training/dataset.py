@@ -246,10 +246,10 @@ class PairsDataset(Dataset[TrainingSample]):
 
         Raises:
             DataError: if the pair cannot be read.
-            IndexError: if there is no such pair.
+            IndexError: if there is no pair of this number; those below 0 do not count from the end.
         """
-        if not isinstance(item, tuple) and not 0 <= item < len(self):
-            raise IndexError(f"there are {len(self)} pairs, so no number {item}")
+        if not isinstance(item, tuple) and not 0 <= item < len(self.indices):
+            raise IndexError(f"pairs are numbered from 0 to {len(self.indices) - 1}, so there is no number {item}")
         number, index = item if isinstance(item, tuple) else (item, int(self.indices[item]))
         pair = self._resized(index)
         crop = self.size_of(index)

@@ -131,6 +131,14 @@ class PartWriter:
         self._numbers.setdefault(name, []).append(number)
 
 
+COLUMNS = {
+    "latents": ("height", "width", "row"),
+    "references": ("subjects",),
+    "text": ("subjects", "caption", "phrase"),
+}
+"""Columns of numbers of each part, beside its places."""
+
+
 class PartFile:
     """A file that is open: memory-mapped, so that a pair costs no more than its own bytes.
 
@@ -152,7 +160,14 @@ class PartFile:
             raise DataError(f"{path} has format {self.stamp.get('schema')!r}, this version reads {SCHEMA!r}")
         self._names = frozenset(self._file.keys())
         self._numbers: dict[str, np.ndarray] = {}
+        part = self.stamp.get("part")
+        if part not in COLUMNS:
+            raise DataError(f"{path} has part {part!r}, but encodings are of {', '.join(COLUMNS)}")
+        for name in ("places", *COLUMNS[part]):
+            self._check_column(name)
         self.places = self._small("places")
+        if (np.diff(self.places) <= 0).any():
+            raise DataError(f"{path} is damaged: its places do not increase")
 
     def read(self, place: int) -> dict[str, Tensor]:
         """Fields of ``EncodedSample`` of the pair at this place of the shard.
@@ -163,6 +178,12 @@ class PartFile:
         index = int(np.searchsorted(self.places, place))
         if index == len(self.places) or self.places[index] != place:
             raise DataError(f"{self.path} has no pair number {place} of its shard")
+        try:
+            return self._read(index)
+        except (SafetensorError, IndexError, ValueError) as error:  # of numbers beyond the end, or tensors missing
+            raise DataError(f"{self.path} is damaged: pair number {place} cannot be read ({error})") from None
+
+    def _read(self, index: int) -> dict[str, Tensor]:
         part = self.stamp["part"]
         if part == "latents":
             return self._latents(index)
@@ -184,6 +205,17 @@ class PartFile:
         if f"deviation.{height}x{width}" in self._names:
             fields["latent_deviation"] = self._file.get_slice(f"deviation.{height}x{width}")[row]
         return fields
+
+    def _check_column(self, name: str) -> None:
+        """Raise DataError for a column that is not there, or holds what is no number of a row: -1 would be the last."""
+        if name not in self._names:
+            raise DataError(f"{self.path} is damaged: it has no {name}")
+        column = self._file.get_slice(name)
+        kind, shape = column.get_dtype(), column.get_shape()
+        if kind != "I32" or len(shape) != 1:
+            raise DataError(f"{self.path} is damaged: {name} must be one row of int32, it is {kind} of shape {shape}")
+        if shape[0] and self._small(name).min() < 0:
+            raise DataError(f"{self.path} is damaged: {name} holds numbers below 0")
 
     def _small(self, name: str) -> np.ndarray:
         """A column of numbers, kept."""

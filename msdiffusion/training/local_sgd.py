@@ -136,6 +136,7 @@ def _guards(trainer: pl.Trainer) -> list[FailureGuard]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Starts the processes, waits, and ends all of them when one fails. Returns the exit status."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m msdiffusion.training.local_sgd",
         description=(
             "Trains on a CPU in several processes of one thread each, which average their weights every "

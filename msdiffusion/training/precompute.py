@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from msdiffusion.environment import prepare_environment
 from msdiffusion.errors import MSDiffusionError, RequestError
+from msdiffusion.outputs import check_folder
 
 if TYPE_CHECKING:
     from msdiffusion.training.datamodule import PairsDataModule
@@ -111,10 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     from msdiffusion.training.encoded import PARTS  # with torch, which the environment must be ready for
 
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m msdiffusion.training.precompute",
         description="Encodes the pairs of a training run ahead of it. Further options are settings of the config, as "
         "for lightning fit.",
-        allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", required=True, help="config of lightning fit")
     parser.add_argument("--pairs", metavar="DIR", help="dataset to encode in place of the config's")
@@ -138,6 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.pairs is not None:
         rest += ["--data.init_args.pairs", options.pairs]
     try:
+        if options.out is not None:
+            check_folder(options.out, "--out")
         from msdiffusion.training.precomputation import Precomputation
         from msdiffusion.training.setting_names import check_arguments
 

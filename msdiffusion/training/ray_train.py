@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Starts the workers and waits for them. Returns the exit status."""
     prepare_environment()  # which the workers of this machine take over
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m msdiffusion.training.ray_train",
         description=(
             "Trains on a Ray cluster: the lightning command in every worker of Ray Train. Every node "

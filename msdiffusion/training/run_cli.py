@@ -18,12 +18,24 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from data_pipeline.safe_text import visible
 from msdiffusion.adapter_config import AdapterConfig
 from msdiffusion.errors import MSDiffusionError, RequestError, WeightsError, reason
+from msdiffusion.outputs import check_folder
 from msdiffusion.training.foreign_words import in_one_sentence
 from msdiffusion.training.model_settings import asked_structure, other_structure, way_out
 from msdiffusion.training.run_folder import ADAPTER_FOLDER, BEST, BEST_FOLDER, FOLDER, LAST, existing
 
 NAMES = {"last": LAST, "best": BEST}
 """What ``--ckpt_path`` may be besides a file: a name to the file in the run's ``checkpoints``."""
+
+
+_STATE = {
+    "pytorch-lightning_version": str,
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
+"""What Lightning reads in a checkpoint that a run goes on from."""
 
 
 class RunParser(LightningArgumentParser):
@@ -85,9 +97,26 @@ class RunCLI(LightningCLI):
         model = settings.get("model")
         model = model.as_dict() if hasattr(model, "as_dict") else dict(model or {})
         _check_structure(path, saved, _plain(model.get("init_args") or {}), resume=command == "fit")
+        if command == "fit" and saved["lacks"]:
+            raise RequestError(
+                f"{path} has no {', '.join(saved['lacks'])}, so no run can go on from it: take another checkpoint, or "
+                "start a new run from its weights, with --model.init_args.adapter and an adapter's folder"
+            )
         differing = differences(saved["settings"], model)
         if differing:
             _tell(f"{path} was written with other settings; those given now hold: {'; '.join(differing)}")
+
+    def before_instantiate_classes(self) -> None:
+        """Try whether the run's folder can be written, before anything is loaded.
+
+        Raises:
+            RequestError: it cannot.
+        """
+        command = self.config.get("subcommand")
+        trainer = self.config[command].trainer if command in ("fit", "predict") else {}
+        root = str(trainer.get("default_root_dir") or ".")
+        if command in ("fit", "predict") and not trainer.get("fast_dev_run") and "://" not in root:
+            check_folder(root, "trainer.default_root_dir")
 
     def instantiate_classes(self) -> None:
         """Make the objects of the config.
@@ -235,7 +264,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     Returns:
         "settings": the model's hyperparameters; "adapter_config": the text of the adapter's config, None where there is
-        no adapter; "weights_only": whether it lacks the optimizer; "step".
+        no adapter; "weights_only": whether it lacks the optimizer; "step"; "lacks": the parts of a run's state that are
+        not there, or are something else.
 
     Raises:
         WeightsError: the file is no checkpoint of Lightning, or not safe to open.
@@ -253,6 +283,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         "adapter_config": checkpoint.get("adapter_config"),
         "weights_only": "optimizer_states" not in checkpoint,
         "step": checkpoint.get("global_step"),
+        "lacks": [name for name, kind in _STATE.items() if not isinstance(checkpoint.get(name), kind)],
     }
 
 

@@ -305,7 +305,7 @@ BAD = {
     ),
     "missing table": (["--videos", "bare", "--captions", "no.csv"], "no captions table at no.csv"),
     "missing corpus": (["--videos", "bare", "--annotations", "no.json"], "no annotations file or folder at no.json"),
-    "workers": (["--videos", "bare", "--workers", "-1"], "--workers must be 0 or more, got -1"),
+    "workers": (["--videos", "bare", "--workers", "-1"], "--workers must be 0 or more, and 1024 at most, got -1"),
     "timeout": (
         ["--videos", "bare", "--clip-timeout", "0"],
         "--clip-timeout must lie above 0 and up to 86400 s, got 0",

@@ -838,7 +838,7 @@ def test_wrong_command_lines(tmp_path, pictures, capsys):
         (official("items.jsonl", "--images", str(tmp_path / "none")), "no folder of pictures at"),
         (official("items.jsonl", *images, "--metadata", "x.csv"), "--metadata belongs to --from images"),
         (official("items.jsonl", *images, *coco("c.json")), "--annotations belongs to --from images"),
-        (official("items.jsonl", *images, "--workers", "-1"), "--workers must be 0 or more, got -1"),
+        (official("items.jsonl", *images, "--workers", "-1"), "--workers must be 0 or more, and 1024 at most, got -1"),
         (official("items.jsonl", *images, "--item-timeout", "0"), "--item-timeout must lie above 0"),
         (official("items.jsonl", *images, "--mask-threshold", "0"), "--mask-threshold must be at least 1, got 0"),
         (official("items.jsonl", *images, "--max-pixels", "0"), "--max-pixels must be at least 1, got 0"),

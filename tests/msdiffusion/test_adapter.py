@@ -324,7 +324,7 @@ def rewrite(directory, **changes):
         ({"defaults": {"guidance_scale": True}}, "guidance_scale must be a number"),
         ({"defaults": {"steps": 2.5}}, "steps must be a whole number"),
         ({"defaults": {"height": 100}}, "height is 100, but must be a multiple of 8"),
-        ({"defaults": {"width": 80_000}}, "width must be at most 16384"),
+        ({"defaults": {"width": 80_000}}, "width must be at most 8192"),
         ({"defaults": {"negative_prompt": 3}}, "negative_prompt must be text"),
         ({"base_model": 3}, "base_model in an adapter's config must be text, got 3"),
         ({"base_config": []}, r"base_config in an adapter's config must be text, got \[\]"),

@@ -53,22 +53,6 @@ def test_paths_inside_the_repository_are_short(plan):
     assert "--data.init_args.pairs out/demo/pairs --data.init_args.batch_size 1 " in fine_tuning
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--clips", "0"], "--clips must be at least 1, got 0"),
-        (["--train-steps", "0"], "--train-steps must be at least 1"),
-        (["--subjects", "-2"], "--subjects must be at least 1, got -2"),
-        (["--seed", "-1"], "--seed must be at least 0"),
-        (["--model", "nowhere"], "adapter.safetensors is missing"),
-    ],
-)
-def test_bad_input_is_refused_before_anything_runs(arguments, message, tmp_path, capsys):
-    assert main(["demo", "--out", str(tmp_path / "demo"), *arguments]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "demo").exists()
-
-
 def test_model_without_a_judge_is_named(tiny_model_dir):
     with pytest.raises(WeightsError, match="judge/model.safetensors is missing"):
         demo.check_model(tiny_model_dir)
@@ -87,8 +71,6 @@ def test_an_earlier_demo_is_cleared_and_nothing_else(tmp_path):
     with pytest.raises(DataError, match="no demo made it"):
         demo.clear(foreign)
     assert (foreign / "thesis.txt").read_text() == "mine"
-    with pytest.raises(DataError, match="is a file"):
-        demo.clear(foreign / "thesis.txt")
 
 
 def test_a_failing_command_stops_the_demo_and_is_named(capfd):

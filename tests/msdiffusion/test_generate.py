@@ -258,7 +258,7 @@ def test_schedulers_that_do_not_draw_are_refused(model, monkeypatch, kind):
 
 def test_a_model_is_not_saved_over_a_file(model, tmp_path):
     (tmp_path / "cat.png").touch()
-    with pytest.raises(WeightsError, match="it is a file; give a folder"):
+    with pytest.raises(RequestError, match="directory must be a folder, but '.*cat.png' is a file: give another place"):
         model.save_pretrained(tmp_path / "cat.png")
 
 
@@ -374,8 +374,8 @@ def trained_for_little(model, monkeypatch):
             {"images": [DOG] * 3, "boxes": [LEFT] * 3, "phrases": ["dog"] * 3},
             "pictures of 2 subjects at most; of 3 some are drawn as something else",
         ),
-        ({"prompt": "a dog on the Eiffel tower"}, "know few words, .*: 'eiffel', 'tower'; something else"),
-        ({"phrases": ["dog", "Zebra"]}, "none of them: 'zebra'"),
+        ({"prompt": "a dog and a teapot on the Eiffel tower"}, "know few words, .*: 'eiffel', 'tower'; something else"),
+        ({"phrases": ["dog", "Zebra"], "prompt": "a dog and a zebra on the beach"}, "none of them: 'zebra'"),
     ],
 )
 def test_what_the_weights_were_not_trained_for_is_told_once(trained_for_little, changes, told):

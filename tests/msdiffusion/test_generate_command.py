@@ -81,7 +81,7 @@ def without(arguments, name):
         (lambda a: [*a, "--view", "nowhere.png"], "images[1][1]: no such file: nowhere.png"),
         (lambda a: without(a, "--prompt"), "--prompt is missing"),
         (lambda a: without(a, "--image"), "no images: give --image once per subject"),
-        (lambda a: [*a, "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (lambda a: [*a, "--batch-size", "0"], "--batch-size must be a whole number of at least 1, got 0"),
         (lambda a: [*a, "--request", "x.yaml"], "--request says all of what is drawn: leave out --image, --box"),
         (lambda a: [*a, "--from-png", "x.png"], "--from-png says all of what is drawn: leave out --image"),
         (lambda a: replaced(a, "--out", "."), "--out must end in one of"),
@@ -225,7 +225,7 @@ def test_formats_without_metadata_are_told(two, draw, tmp_path, capsys):
 def test_out_may_not_be_a_folder(two, draw, tmp_path, capsys):
     (tmp_path / "folder.png").mkdir()
     assert draw(*two, "--out", "folder.png") == 2
-    assert "is the folder" in capsys.readouterr().err
+    assert "is a folder: give the name of a file" in capsys.readouterr().err
 
 
 def test_layouts_are_drawn_beside_the_pictures(draw, two, tmp_path, capsys, monkeypatch):
@@ -257,7 +257,7 @@ def test_a_layout_never_takes_the_place_of_a_picture(draw, two, tmp_path, capsys
     assert draw("--request", path, "--layout", "--out", "pictures") == 2
     assert "a.png: its layout would be drawn into a_layout.png, which is another picture" in capsys.readouterr().err
     assert draw(*two, "--layout", "--out", f"{'x' * 235}.png") == 2
-    assert "_layout.png' cannot be written" in capsys.readouterr().err
+    assert "cannot be written: File name too long" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------- a file

@@ -174,7 +174,7 @@ def broken(folder, record, *path, value):
         (("made_with", "place"), "home", "made_with must have the keys"),
         (("made_with", "arithmetic"), 2, "made_with.arithmetic is 2"),
         (("batch", "size"), True, "batch.size is True"),
-        (("batch", "size"), 10**9, "batch.size is 1000000000, more than 1024"),
+        (("batch", "size"), 10**9, "batch.size is 1000000000, more than 256"),
         (("batch", "position"), 4, "batch is"),
         (("left_out",), ["depth"], "left_out is"),
         (("left_out",), "height", "left_out is"),

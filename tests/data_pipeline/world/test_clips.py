@@ -162,14 +162,14 @@ class TestSampleClip:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": 63}, "even and at least 16 pixels, got 63"),
-        ({"size": 8}, "even and at least 16 pixels, got 8"),
+        ({"size": 63}, "even, at least 16 and at most 2048 pixels, got 63"),
+        ({"size": 8}, "even, at least 16 and at most 2048 pixels, got 8"),
         ({"num_frames": 0}, "got 0 frames at 8 fps"),
         ({"fps": 0}, "got 6 frames at 0 fps|got 1 frames at 0 fps"),
         ({"num_subjects": 0}, "1 to 4 subjects, got 0"),
         ({"num_subjects": 5}, "1 to 4 subjects, got 5"),
         ({"split": "test"}, "split must be train, held_out or all"),
-        ({"count": 0}, "count must be at least 1, got 0"),
+        ({"count": 0}, "count must be at least 1 and at most 1000000, got 0"),
     ],
 )
 def test_refuses_bad_settings_before_it_writes(tmp_path, change, message):
@@ -211,4 +211,4 @@ class TestCommand:
 
     def test_a_wrong_setting_is_one_line(self, tmp_path, capsys):
         assert main(["--out", str(tmp_path / "out"), "--size", "33"]) == 2
-        assert capsys.readouterr().err == "error: size must be even and at least 16 pixels, got 33\n"
+        assert capsys.readouterr().err == "error: size must be even, at least 16 and at most 2048 pixels, got 33\n"

@@ -70,16 +70,3 @@ def test_overlapping_boxes_keep_subjects_and_noise(monkeypatch):
         width = point.cases[0].boxes[0][2] - point.cases[0].boxes[1][0]
         assert width == pytest.approx(point.x * explore.SIDE)
     assert extra["confusion"] == [0.0] * 4
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("--pictures", "0", "--pictures must be at least 1, got 0"),
-        ("--draw-batch", "0", "--draw-batch must be at least 1, got 0"),
-        ("--seed", "-1", "--seed must be at least 0, got -1"),
-    ],
-)
-def test_bad_numbers_are_refused(tmp_path, capsys, option, value, message):
-    assert main(["bench", "explore", "--out", str(tmp_path / "out"), option, value]) == 2
-    assert message in capsys.readouterr().err

@@ -261,25 +261,6 @@ def test_a_unit_that_can_not_be_done_says_so(tmp_path, capsys):
     assert "error: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--pictures", "0"], "--pictures must be at least 1, got 0"),
-        (["--steps", "0"], "--steps must be at least 1"),
-        (["--jobs", "0"], "--jobs must be at least 1"),
-        (["--draw-batch", "0"], "--draw-batch must be at least 1"),
-        (["--train-batch", "0"], "--train-batch must be at least 1"),
-        (["--training-seeds", "-1"], "not below 0"),
-        (["--seed", "-1"], "--seed must be at least 0"),
-        (["--training-seeds", "1", "1"], "must be different"),
-    ],
-)
-def test_bad_numbers_are_refused_before_any_work(tmp_path, capsys, arguments, message):
-    assert main(["bench", "world", "--out", str(tmp_path / "out"), *arguments]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_unknown_rows_are_refused(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "world", "--rows", "magic"])

@@ -231,6 +231,15 @@ def test_wrong_demands_are_told_in_one_message(trained, config, tmp_path, capsys
     said = fails(2, capsys, "fit", empty, "--ckpt_path", "last")
     assert "error: --ckpt_path last needs" in said
     assert "Traceback" not in said
+    kept = state(trained.parent)
+    del kept["loops"]
+    torch.save(kept, tmp_path / "cut.ckpt")
+    said = fails(2, capsys, "fit", trained, "--ckpt_path", str(tmp_path / "cut.ckpt"))
+    assert "cut.ckpt has no loops, so no run can go on from it: take another checkpoint, or start a new run" in said
+    (tmp_path / "file").touch()
+    for command in ("fit", "predict"):
+        said = fails(2, capsys, command, trained, "--trainer.default_root_dir", str(tmp_path / "file" / "run"))
+        assert "trainer.default_root_dir must be a folder, but" in said
     said = fails(2, capsys, "fit", trained, "--ckpt_path", "best")
     assert "best.ckpt holds weights alone, nothing to go on from: take --ckpt_path last" in said
     said = fails(2, capsys, "validate", trained, "--model.init_args.learning_rate", "-1")

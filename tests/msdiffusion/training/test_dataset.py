@@ -278,3 +278,12 @@ def test_a_dataset_can_be_sent_to_another_process(pairs):
     content = pickle.dumps(dataset)
     assert len(content) < 20_000
     same(pickle.loads(content)[1, 1], dataset[1, 1])
+
+
+@pytest.mark.parametrize("number", [-1, -3, 3, 10**9])
+def test_a_number_that_no_pair_has_is_refused(number, pairs):
+    """-1 is not the last one, drawn with chances of its own."""
+    dataset = make(pairs)
+    dataset.indices = dataset.indices[:3]
+    with pytest.raises(IndexError, match=f"pairs are numbered from 0 to 2, so there is no number {number}"):
+        dataset[number]

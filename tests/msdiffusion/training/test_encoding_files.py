@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from msdiffusion.errors import DataError
 from msdiffusion.training.encoding_files import PartFile, PartWriter, file_name, is_of, shard_stamp
@@ -148,3 +148,54 @@ def test_places_are_numbers_of_the_shard(tmp_path):
     for place in (1, 4):
         writer.add_references(place, draw(1, 3, 2))
     assert np.array_equal(saved(writer, tmp_path).places, [1, 4])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"places": None}, "is damaged: it has no places"),
+        ({"subjects": None}, "is damaged: it has no subjects"),
+        ({"caption": None}, "is damaged: it has no caption"),
+        ({"places": torch.tensor([0.0, 1.0])}, "places must be one row of int32, it is F32"),
+        ({"places": torch.zeros(1, 2, dtype=torch.int32)},
+         r"places must be one row of int32, it is I32 of shape \[1, 2\]"),
+        ({"places": torch.tensor([1, 0], dtype=torch.int32)}, "its places do not increase"),
+        ({"places": torch.tensor([-1, 0], dtype=torch.int32)}, "places holds numbers below 0"),
+        ({"caption": torch.tensor([-1, 0], dtype=torch.int32)}, "caption holds numbers below 0"),
+         # the last one, unseen
+        ({"phrase": torch.tensor([0, -2], dtype=torch.int32)}, "phrase holds numbers below 0"),
+    ],
+)  # fmt: skip
+def test_damaged_columns_are_told_when_a_file_is_opened(changes, told, tmp_path):
+    with pytest.raises(DataError, match=told):
+        PartFile(rewritten(tmp_path, changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"caption": torch.tensor([7, 7], dtype=torch.int32)},
+        {"phrase": torch.tensor([9, 9], dtype=torch.int32)},
+        {"subjects": torch.tensor([0], dtype=torch.int32)},
+        {"prompt_states": None},
+    ],
+)
+def test_numbers_beyond_the_end_are_told_when_a_pair_is_read(changes, tmp_path):
+    with pytest.raises(DataError, match="is damaged: pair number 1 cannot be read"):
+        PartFile(rewritten(tmp_path, changes)).read(1)
+
+
+def test_a_part_that_is_none_is_told(tmp_path):
+    with pytest.raises(DataError, match="has part 'sound', but encodings are of latents, references, text"):
+        PartFile(rewritten(tmp_path, {}, part="sound"))
+
+
+def rewritten(folder, changes, **stamp):
+    """A file of two texts with other tensors, None to leave one out."""
+    writer = PartWriter("text", torch.float32)
+    for place in range(2):
+        writer.add_text(place, f"a {place}", ["b"], draw(5, 4), None, draw(1, 6))
+    path = saved(writer, folder).path
+    tensors = {name: tensor for name, tensor in {**load_file(path), **changes}.items() if tensor is not None}
+    save_file(tensors, path, metadata={**PartFile(path).stamp, **stamp})
+    return path

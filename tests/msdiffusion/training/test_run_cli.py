@@ -88,7 +88,10 @@ def test_settings_are_read_without_the_tensors(tmp_path):
     record = {"state_dict": {"a": torch.ones(2)}, "hyper_parameters": {"learning_rate": 0.1}, "global_step": 5}
     torch.save(record, path)
     settings = {"settings": {"learning_rate": 0.1}, "adapter_config": None, "weights_only": True, "step": 5}
-    assert read_settings(path) == settings
+    assert read_settings(path) == {
+        **settings,
+        "lacks": ["pytorch-lightning_version", "epoch", "loops", "optimizer_states", "lr_schedulers"],
+    }
     torch.save({**record, "optimizer_states": []}, path)
     assert not read_settings(path)["weights_only"]
 
@@ -173,3 +176,24 @@ def test_a_folder_that_another_process_has_made_stays(refused):
         (folder / "config.yaml").touch()
 
     assert refused(MINE, before=other) == ["config.yaml", MINE]
+
+
+@pytest.mark.parametrize(
+    ("changes", "lacking"),
+    [
+        ({"loops": None}, ["loops"]),
+        ({"loops": 3}, ["loops"]),
+        ({"optimizer_states": None, "epoch": None}, ["epoch", "optimizer_states"]),
+        ({"lr_schedulers": {}}, ["lr_schedulers"]),
+        ({"pytorch-lightning_version": 2}, ["pytorch-lightning_version"]),
+        ({"global_step": "5"}, ["global_step"]),
+        ({}, []),
+    ],
+)
+def test_what_a_run_needs_to_go_on_is_looked_for(changes, lacking, tmp_path):
+    record = {
+        "state_dict": {}, "pytorch-lightning_version": "2.5", "epoch": 0, "global_step": 5, "loops": {},
+        "optimizer_states": [], "lr_schedulers": [], **changes,
+    }  # fmt: skip
+    torch.save({name: value for name, value in record.items() if value is not None}, tmp_path / "a.ckpt")
+    assert read_settings(tmp_path / "a.ckpt")["lacks"] == lacking

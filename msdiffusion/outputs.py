@@ -1,0 +1,122 @@
+"""Places that are written to: tried before the work, and written whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from msdiffusion.errors import RequestError, shown
+
+REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.EIO, errno.EEXIST),
+}
+"""Kinds of OSError by which a system refuses to write; the command line tells them in one sentence."""
+LONGEST_NAME = 255
+"""Bytes of a name that file systems take."""
+
+
+def place_of(text: str) -> Path:
+    """A path of the command line; an empty one would be the working folder.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is no path: was a variable of the shell empty?")
+    return Path(text)
+
+
+def check_folder(folder: str | Path, name: str, inside: str = "", *, holds: bool = False) -> Path:
+    """Say at once that a folder cannot be made or written in. Nothing is left there, no folder either.
+
+    Args:
+        folder: that will be made if it is missing.
+        name: of the flag or argument.
+        inside: the longest name of a file that will be written there.
+        holds: what was named is a file, and this the folder that it lies in.
+
+    Returns:
+        The folder as a path.
+
+    Raises:
+        RequestError: it is no path, a file stands there or above it, the system refuses, or a name is too long.
+    """
+    place = _path(folder, name)
+    try:
+        there = next(each for each in (place, *place.absolute().parents) if each.exists() or each.is_symlink())
+        if not there.is_dir():
+            what = "is a file" if there.is_file() else "is no folder"
+            need = "must lie in a folder" if holds else "must be a folder"
+            raise RequestError(f"{name} {need}, but {shown(str(there), 300)} {what}: give another place")
+        parts = (*place.absolute().relative_to(there.absolute()).parts, inside)
+        if long := next((part for part in parts if len(os.fsencode(part)) > LONGEST_NAME), None):
+            told = f"{os.strerror(errno.ENAMETOOLONG)}, {LONGEST_NAME} bytes are the most: {shown(long)}"
+            raise OSError(errno.ENAMETOOLONG, told)
+        trial = there / f".{uuid4().hex}.tmp"
+        trial.touch()
+        trial.unlink()
+    except (OSError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"{name} {shown(str(place), 300)} cannot be written: {_why(error)}") from None
+    return place
+
+
+def check_file(path: str | Path, name: str) -> Path:
+    """``check_folder`` for a file that will be written, and for the name that it has meanwhile.
+
+    Raises:
+        RequestError: as check_folder; or a folder stands there.
+    """
+    place = _path(path, name)
+    check_folder(place.parent, name, unfinished(place).name, holds=True)
+    if place.is_dir():
+        raise RequestError(f"{name} must be a file, but {shown(str(place), 300)} is a folder: give the name of a file")
+    return place
+
+
+@contextmanager
+def written(path: Path, under: str | None = None) -> Iterator[Path]:
+    """Hands out the name under which a file is written, which then takes its place: whoever sees it sees all of it.
+
+    Folders above it are made. Of what cannot be finished nothing stays.
+
+    Args:
+        path: of the file.
+        under: its name meanwhile; None: that of ``unfinished``.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    partial = unfinished(path) if under is None else path.with_name(under)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise RequestError(f"{shown(str(path), 600)} cannot be written: {_why(error)}") from None
+    finally:
+        with suppress(OSError):  # of a name that no file can have, which is said above
+            partial.unlink(missing_ok=True)
+
+
+def unfinished(path: Path) -> Path:
+    """What a file is called while it is written; always the same: a rerun replaces what a killed run left."""
+    return path.with_name(f".{path.stem}.unfinished{path.suffix}")
+
+
+def _path(place: str | Path, name: str) -> Path:
+    if not isinstance(place, (str, Path)) or not str(place).strip() or "\0" in str(place):
+        raise RequestError(f"{name} must be the path of a place to write to, got {shown(place)}")
+    return Path(place)
+
+
+def _why(error: Exception) -> str:
+    """What the system says, without paths."""
+    return getattr(error, "strerror", None) or str(error)
