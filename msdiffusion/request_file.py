@@ -35,8 +35,10 @@ ARGUMENTS = (
 )  # fmt: skip
 """Arguments of MSDiffusion.generate that say what is drawn; the others say how it is handed over."""
 MAX_FILE_BYTES = 16 * 2**20
-MAX_YAML_BYTES = 2**18
-"""YAML is read slowly: some 0.05 MB a second."""
+MAX_YAML_BYTES = 2**20
+"""YAML is read slowly."""
+MAX_DEPTH = 100
+"""Of lists and mappings in one another."""
 MAX_NAME, MAX_NAME_BYTES = 100, 200
 """Letters of a name, and bytes in UTF-8; file systems take 255, with number, suffix and mark of unfinished files."""
 MAX_PICTURES = 100_000
@@ -244,14 +246,10 @@ def parse_json(text: str, source: str) -> Any:
 def _parse_yaml(text: str, path: Path) -> Any:
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """Plain data only, without duplicate keys, and without aliases: nested ones grow beyond all bounds."""
+    parser = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, which PyYAML's wheels bring
 
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                line = self.peek_event().start_mark.line + 1
-                raise RequestError(f"{path}, line {line}: aliases (*) are not read; put what repeats under defaults")
-            return super().compose_node(parent, index)
+    class Loader(parser):
+        """Plain data only, without duplicate keys."""
 
         def construct_object(self, node: Any, deep: bool = False) -> Any:
             # YAML 1.1 reads 0123 as an octal number, and 12:30:45 to the base of 60: nobody means that.
@@ -275,14 +273,20 @@ def _parse_yaml(text: str, path: Path) -> Any:
             return super().construct_mapping(node, deep)
 
     try:
+        depth = 0
+        for event in yaml.parse(text, Loader=parser):  # before anything is built: aliases may grow without bounds
+            if isinstance(event, yaml.AliasEvent):
+                line = event.start_mark.line + 1
+                raise RequestError(f"{path}, line {line}: aliases (*) are not read; put what repeats under defaults")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise RequestError(f"{path} is nested too deeply")
         return yaml.load(text, Loader=Loader)
-    except RecursionError:
-        raise RequestError(f"{path} is nested too deeply") from None
     except RequestError:
         raise
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        if mark is not None and "'\\t'" in str(error):
+        if mark is not None and "\t" in "".join(text.splitlines()[mark.line : mark.line + 1])[: mark.column + 1]:
             raise RequestError(
                 f"{path}, line {mark.line + 1}: a tab is there, which YAML takes neither for blanks nor in front: put "
                 "blanks in its place"

@@ -95,6 +95,7 @@ def one(**changes):
         ("pictures: 2024-99-99", "is not YAML"),
         ("a: 1\na: 2", "line 2: the key 'a' is given twice"),
         ("pictures:\n- {steps: 1, steps: 2}", "line 2: the key 'steps' is given twice"),
+        ("[" * 200_000, "is nested too deeply"),
         ("pictures:\n- &a {steps: 1}\n- *a", "line 3: aliases (*) are not read; put what repeats under defaults"),
         ("[" * 5000, "nested too deeply"),
         # entries

@@ -179,7 +179,7 @@ WRONG = [
     ("generate --request {t}/many.json --out {t}/o",
      "pictures has 100001 entries; 100000 are drawn at most: use several"),
     ("generate --request {t}/long.yaml --out {t}/o",
-     "of YAML 262,144 are read at most: put what repeats under defaults, or "
+     "of YAML 1,048,576 are read at most: put what repeats under defaults, or "
      "write it as .json"),
     ("generate --request '' --out {t}/o", "'' is no path"),
     ("generate --from-png {t}/nope.png --out {t}/o.png", "no such file: {t}/nope.png"),
@@ -216,7 +216,7 @@ def prepare(folder: Path) -> Path:
     picture.save(folder / "a.png")
     (folder / "tab.yaml").write_text("pictures:\n\t- prompt: a dog\n")
     (folder / "many.json").write_text(json.dumps({"pictures": [{}] * 100_001}))
-    (folder / "long.yaml").write_text("pictures:\n" + "  - {prompt: a dog}\n" * 20_000)
+    (folder / "long.yaml").write_text("pictures:\n" + "  - {prompt: a dog}\n" * 60_000)
     for name, size, batch, more in (
         ("batch", 64, 1024, {}),
         ("large", 16384, 1, {}),
