@@ -69,14 +69,14 @@ def model(new_model):
 
 
 @pytest.fixture(scope="module")
-def loaded_bare(tiny_model_dir):
-    return freeze(StableDiffusionXLPipeline.from_pretrained(tiny_model_dir / "base", add_watermarker=False))
+def new_bare(tiny_model_dir, copier):
+    return copier(freeze(StableDiffusionXLPipeline.from_pretrained(tiny_model_dir / "base", add_watermarker=False)))
 
 
 @pytest.fixture
-def bare(loaded_bare):
+def bare(new_bare):
     """The plain pipeline, which our code has never touched; a new one for each test."""
-    return copy.deepcopy(loaded_bare)
+    return new_bare()
 
 
 @pytest.fixture(scope="module")
@@ -702,8 +702,9 @@ CALLS = (
 
 
 @pytest.fixture(scope="module")
-def loaded_small(new_model):
-    """The tiny model with two levels and four cross attentions instead of three and seven, for pictures of 32 px.
+def new_small(new_model, copier):
+    """Function: () -> the tiny model with two levels and four cross attentions instead of three and seven, for pictures
+    of 32 px.
 
     Compiling takes time by the layer, and what it compiles is the same in each. Maps are of two sizes here too.
     """
@@ -723,15 +724,14 @@ def loaded_small(new_model):
     pipeline.register_modules(unet=unet)
     settings = dict(vars(model.adapter.config))
     adapter = MSAdapter.from_unet(unet, settings.pop("resampler"), **settings)
-    return MSDiffusion(
-        Backbone(freeze(pipeline), model.backbone.image_encoder, model.backbone.image_processor), adapter
-    )
+    backbone = Backbone(freeze(pipeline), model.backbone.image_encoder, model.backbone.image_processor)
+    return copier(MSDiffusion(backbone, adapter))
 
 
 @pytest.fixture
-def small(loaded_small):
+def small(new_small):
     """A new one for each test."""
-    return copy.deepcopy(loaded_small)
+    return new_small()
 
 
 @pytest.fixture
@@ -753,9 +753,9 @@ def fresh_compiler():
     ],
 )
 @pytest.mark.slow
-def test_compiled_without_breaks_and_once_for_all_calls(small, loaded_small, fresh_compiler, way, kind):
+def test_compiled_without_breaks_and_once_for_all_calls(small, new_small, fresh_compiler, way, kind):
     """fullgraph fails at a break; from the second call on, anything to compile fails."""
-    eager = copy.deepcopy(loaded_small)
+    eager = new_small()
     COMPILERS[way](small.pipeline, fullgraph=True, backend="eager")
     calls = [{**KINDS[kind], **call} for call in CALLS]
     if "boxes" not in KINDS[kind]:
@@ -791,9 +791,9 @@ def test_compiled_code_never_ignores_a_condition(small, tiny_model_dir, tmp_path
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.slow
-def test_compiled_to_machine_code(small, loaded_small, fresh_compiler):
+def test_compiled_to_machine_code(small, new_small, fresh_compiler):
     """Block by block only: on one core the whole tiny UNet takes two minutes, and gives the same."""
-    eager = copy.deepcopy(loaded_small)
+    eager = new_small()
     subjects, plain = ours(eager), ours(eager, 0)
     assert (subjects - plain).abs().max() > 0.01
     small.pipeline.unet.compile_repeated_blocks(fullgraph=True)
