@@ -7,10 +7,10 @@ from pathlib import Path
 
 from msdiffusion.bench.rows import ROWS
 from msdiffusion.errors import RequestError
-from msdiffusion.places import DEFAULT_MODEL, REPOSITORY
+from msdiffusion.places import DEFAULT_MODEL, find_model
 
 DEFAULT_OUT = Path("runs") / "world_benchmark"
-DEFAULT_PAIRS = REPOSITORY / "data" / "world" / "pairs"
+DEFAULT_PAIRS = Path("data") / "world" / "pairs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_common(parser: argparse.ArgumentParser, pictures: int) -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="FOLDER", help="adapters, pictures, scores")
     parser.add_argument(
-        "--model", type=Path, default=DEFAULT_MODEL, metavar="FOLDER", help="embedded model: base, encoder, judge, ..."
+        "--model",
+        type=lambda place: Path(find_model(place)),
+        default=DEFAULT_MODEL,
+        metavar="FOLDER",
+        help="embedded model: base, encoder, judge, ...",
     )
     parser.add_argument("--pictures", type=int, default=pictures, help="held-out pictures per row")
     parser.add_argument("--seed", type=int, default=0, help="of the cases and of the noise")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from msdiffusion.environment import prepare_environment
 from msdiffusion.errors import MSDiffusionError, RequestError
+from msdiffusion.places import find_config
 
 if TYPE_CHECKING:
     from msdiffusion.training.datamodule import PairsDataModule
@@ -52,6 +53,7 @@ def load_run(config: str, arguments: Sequence[str], device: str) -> tuple[PairsD
     # the command line is ours, and given as a list
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     alone = ["--trainer.devices", "1", "--trainer.num_nodes", "1", "--trainer.strategy", "auto"]
+    found = find_config(config)
     cli = LightningCLI(
         pl.LightningModule,
         pl.LightningDataModule,
@@ -60,7 +62,7 @@ def load_run(config: str, arguments: Sequence[str], device: str) -> tuple[PairsD
         save_config_callback=None,
         run=False,
         parser_class=RunParser,
-        args=["-c", config, *arguments, *alone, "--trainer.accelerator", device, "--trainer.logger", "false"],
+        args=["-c", found, *arguments, *alone, "--trainer.accelerator", device, "--trainer.logger", "false"],
     )
     model, datamodule = cli.model, cli.datamodule
     if not isinstance(model, MSDiffusionModule) or not isinstance(datamodule, PairsDataModule):
