@@ -52,12 +52,12 @@ clean:  ## remove what make made, the environment included
 	rm -rf $(VENV) out runs build *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
 
 # setup.cfg says what is needed, constraints.txt in which version, overrides.txt what is left out.
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt overrides.txt
+$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt overrides.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
 	  echo "msdiffusion needs Python 3.10 to 3.13, but $(PYTHON) is not one of them: give another one, PYTHON=python3.12 make ..."; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); \
 	  echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --build-constraint constraints.txt \
-	  --override overrides.txt --compile-bytecode --editable ".[test]" opencv-python-headless
+	  --override overrides.txt --compile-bytecode --editable ".[all,test]" opencv-python-headless
 	@touch $@

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from data_pipeline.extras import need_extras
 from data_pipeline.places import SEGMENTER_SIZES, SEGMENTER_WEIGHTS
 from data_pipeline.records import (
     Box,
@@ -230,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 done, 2 wrong input."""
     arguments = make_parser().parse_args(argv)
     try:
+        need_extras("mining")
         run(arguments)
     except ClipError as error:
         told = ", ".join(f"{name} {value}" for name, value in error.evidence.items())

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.drawing import contact_sheet, draw_cut_out, draw_frame
+from data_pipeline.extras import need_extras
 from data_pipeline.records import Box, ClipError, InputError, MiningError, box_in_pixels, decode_mask
 from data_pipeline.report_page import printable
 from data_pipeline.shard_reader import Sample, Shard, read_build
@@ -194,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the picture goes (default: KEY.png, here)")
     arguments = parser.parse_args(argv)
     try:
+        need_extras("mining")
         if arguments.list:
             for shard in open_shards(arguments.path):
                 print("\n".join(shard.keys))  # noqa: T201

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.drawing import HEIGHT, Tile, beside, contact_sheet, draw_cut_out, draw_frame
+from data_pipeline.extras import need_extras
 from data_pipeline.journal import Journal, write_atomically
 from data_pipeline.records import InputError, MiningError, OutputError, VideoFile, decode_mask
 from data_pipeline.report_page import Tally, in_words, page, printable
@@ -233,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("dataset", type=Path, metavar="DATASET", help="folder that data_pipeline.build wrote")
     arguments = parser.parse_args(argv)
     try:
+        need_extras("mining")
         tally = render_report(arguments.dataset, read_build(arguments.dataset))
     except MiningError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from data_pipeline.extras import missing_extras
 from msdiffusion import __version__, demo, evaluate, generate_command
 from msdiffusion.bench import command as bench
 from msdiffusion.environment import prepare_environment
@@ -76,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(_bind_negative(arguments))
     prepare_environment()
     try:
+        if told := missing_extras(*getattr(options, "extras", ())):
+            raise RequestError(told)
         options.run(options)
     except MSDiffusionError as error:
         print(f"msdiffusion: error: {error}", file=sys.stderr)
@@ -92,18 +95,25 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_configs(commands)
     commands.add_parser("cutout", help="cut things out of photographs, to draw them: PNGs with transparency, by SAM")
-    for name, module, summary in (
-        ("evaluate", evaluate, "draw held-out subjects with the adapter on and off, and score both"),
-        ("bench", bench, "compare methods on the procedural world, and explore where this one fails"),
-        ("demo", demo, "mine, fine-tune, generate and score on fresh clips"),
+    for name, module, summary, *extras in (
+        ("evaluate", evaluate, "draw held-out subjects with the adapter on and off, and score both", "evaluation"),
+        (
+            *("bench", bench, "compare methods on the procedural world, and explore where this one fails"),
+            *("training", "evaluation"),
+        ),
+        ("demo", demo, "mine, fine-tune, generate and score on fresh clips", "mining", "training", "evaluation"),
     ):
-        _add_command(commands, name, module, summary)
+        _add_command(commands, name, module, summary).set_defaults(extras=extras)
     return parser
 
 
-def _add_command(commands: argparse._SubParsersAction, name: str, module: ModuleType, summary: str) -> None:
+def _add_command(
+    commands: argparse._SubParsersAction, name: str, module: ModuleType, summary: str
+) -> argparse.ArgumentParser:
     """Add a command that has a module of its own, which declares its flags and sets ``run``."""
-    module.add_arguments(commands.add_parser(name, help=summary, description=_sentence(summary)))
+    parser = commands.add_parser(name, help=summary, description=_sentence(summary))
+    module.add_arguments(parser)
+    return parser
 
 
 def _sentence(summary: str) -> str:

@@ -290,8 +290,8 @@ def introduction(plan: Plan) -> str:
     """What the page says above its figures, in plain words."""
     return (
         f"This page was made from nothing but what comes with the package: {plan.clips} captioned clips of invented "
-        "subjects were written, pairs were mined from them by a small detector and a small segmenter that saw nothing but "
-        "the videos and their captions, the adapter was fine-tuned on the pairs for "
+        "subjects were written, pairs were mined from them by a small detector and a small segmenter that saw nothing "
+        "but the videos and their captions, the adapter was fine-tuned on the pairs for "
         f"{plan.train_steps} steps, and the pictures below were drawn and scored.\n\n"
         "adapter on: the shipped adapter, which has never seen these subjects, nor their combinations of category, "
         "colours and pattern. fine tuned: the same adapter after the few steps of this demo, which show that training "

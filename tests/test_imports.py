@@ -64,7 +64,10 @@ RANKS = {
 # What a room must not know although its rank would allow it.
 STRANGERS = {("training", "generate")}
 # The only parts of data_pipeline that msdiffusion may know.
-SHARED_WITH_MSDIFFUSION = ("data_pipeline.records", "data_pipeline.world", "data_pipeline.places")
+SHARED_WITH_MSDIFFUSION = (
+    *("data_pipeline.records", "data_pipeline.world"),
+    *("data_pipeline.places", "data_pipeline.extras"),
+)
 # What a step may know of data_pipeline: records, the base class, lists of words, and the wrappers round the libraries.
 KNOWN_TO_STEPS = (
     *("data_pipeline.records", "data_pipeline.step", "data_pipeline.places"),

@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from data_pipeline.extras import need_extras
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status (2 for wrong arguments)."""
@@ -29,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from data_pipeline.world.clips import write_clips
 
     try:
+        need_extras("mining")
         paths = write_clips(options.pop("out"), options.pop("count"), **options)
     except (ValueError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)

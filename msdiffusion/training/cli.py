@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from data_pipeline.extras import missing_extras
 from msdiffusion.environment import prepare_environment
 
 
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from msdiffusion.training.setting_names import check_arguments, with_configs
 
     try:
+        if told := missing_extras("training"):
+            raise RequestError(told)
         check_arguments(sys.argv[1:] if arguments is None else arguments)
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)

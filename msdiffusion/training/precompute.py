@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from data_pipeline.extras import missing_extras
 from msdiffusion.environment import prepare_environment
 from msdiffusion.errors import MSDiffusionError, RequestError
 from msdiffusion.places import find_config
@@ -132,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0, or 2 where it cannot be done."""
+    if told := missing_extras("training"):
+        print(f"error: {told}", file=sys.stderr)
+        return 2
     prepare_environment()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
