@@ -165,7 +165,8 @@ def inside(module: str, packages: tuple[str, ...]) -> bool:
 def breach_in_msdiffusion(name: str, found: Import) -> str | None:
     """Why a module of msdiffusion must not have this import, or None."""
     if inside(found.module, ("data_pipeline",)):
-        allowed = inside(found.module, SHARED_WITH_MSDIFFUSION)
+        # the package itself: the version of both
+        allowed = found.module == "data_pipeline" or inside(found.module, SHARED_WITH_MSDIFFUSION)
         return None if allowed else f"msdiffusion may know only {' and '.join(SHARED_WITH_MSDIFFUSION)}"
     if name == "msdiffusion" or not inside(found.module, ("msdiffusion",)):
         return None
@@ -254,6 +255,7 @@ BREACHES = [
 LAWFUL = [
     ("msdiffusion.adapter", "from msdiffusion.resampler import GroundingResampler\nfrom .attention import *"),
     ("msdiffusion.cli", "def late():\n    from msdiffusion import MSDiffusion, __version__"),
+    ("msdiffusion", "from data_pipeline import __version__"),
     ("msdiffusion.training.module", "import torch\nfrom msdiffusion.training.dataset import Batch"),
     ("msdiffusion.evaluation.judge", "from data_pipeline.world import CATEGORIES"),
     ("data_pipeline.models.detector", "import torch\nfrom data_pipeline.records import Detection"),

@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
+import data_pipeline
 import msdiffusion
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,11 +231,28 @@ def test_every_imported_package_is_declared() -> None:
         assert undeclared == {}, f"{folder} imports what setup.cfg does not declare"
 
 
+def test_every_dependency_has_its_row() -> None:
+    """docs/dependencies.md: licence, reason, replacement."""
+    lines = (ROOT / "docs" / "dependencies.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| [a-z]", line)]
+    assert all(len(row) == 4 and all(row) for row in rows)
+    named = [canonicalize_name(row[0]) for row in rows if row[0] != "package"]
+    direct = {canonicalize_name(requirement.name) for requirement in declared("all", "test", "wandb", "bitsandbytes")}
+    assert sorted(named) == sorted(direct)
+
+
 def test_one_version_everywhere() -> None:
-    version = setup_cfg()["metadata"]["version"]
-    assert msdiffusion.__version__ == version
-    changelog = (ROOT / "CHANGELOG.md").read_text()
-    assert re.search(rf"^## .*({re.escape(version)}|Unreleased)", changelog, flags=re.MULTILINE)
+    assert setup_cfg()["metadata"]["version"] == "attr: data_pipeline.__version__"
+    assert msdiffusion.__version__ == data_pipeline.__version__
+
+
+def test_the_changelog_has_dated_versions_the_newest_first() -> None:
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    found = [re.fullmatch(r"(\d+\.\d+\.\d+) - (\d{4}-\d\d-\d\d)", heading) for heading in headings]
+    released = [(Version(match[1]), match[2]) for match in found if match]
+    assert headings[0] == "Unreleased" and len(released) == len(headings) - 1
+    assert released == sorted(released, reverse=True)
+    assert str(released[0][0]) == msdiffusion.__version__
 
 
 # --------------------------------------------------------------------------------------------------- the entry points
