@@ -16,7 +16,7 @@ test: export OMP_NUM_THREADS = 1
 test demo: export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-processors lint docs bench clean
+.PHONY: help demo test test-processors test-oldest lint docs bench release clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,16 @@ test: $(INSTALLED)  ## the whole test suite
 # PROCESSORS=smallest plays one of them, see benchmarks/processors.py.
 test-processors: $(INSTALLED)  ## the exact tests as other processors would run them (ten minutes)
 	$(BIN)/python benchmarks/processors.py $(PROCESSORS)
+
+# What setup.cfg allows at least; the rest, which no one here chooses, as new as it goes with that. OLDEST: which tests.
+OLDEST ?= tests
+test-oldest: export OMP_NUM_THREADS = 1
+test-oldest: export HF_HUB_OFFLINE = 1
+test-oldest: $(INSTALLED)  ## the tests on the oldest versions that setup.cfg allows, in .venv-oldest (3 GB of downloads)
+	$(BIN)/uv venv --allow-existing --python $(BIN)/python .venv-oldest
+	HF_HUB_OFFLINE=0 $(BIN)/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct \
+	  --override overrides.txt --editable ".[all,test]" opencv-python-headless
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(OLDEST)
 
 lint: $(INSTALLED)  ## ruff, on everything
 	$(BIN)/ruff check .
@@ -48,16 +58,24 @@ bench: $(INSTALLED)  ## every figure of docs/benchmarks.md, one after the other;
 	@set -e; for name in $(if $(VIDEOS),$(ON_VIDEOS)); do \
 	  echo "== benchmarks/$$name.py"; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py --videos "$(VIDEOS)"; done
 
-clean:  ## remove what make made, the environment included
-	rm -rf $(VENV) out runs build *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
+release:  ## sdist and wheel in dist/, checked as they would be uploaded
+	$(PYTHON) -m venv --clear .venv-release
+	.venv-release/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist
+	.venv-release/bin/python -m build
+	.venv-release/bin/python -m twine check --strict dist/*
+	@test $$(cat dist/*.whl | wc -c) -lt 100000000 || { echo "the wheel has more than 100 MB"; exit 1; }
+
+clean:  ## remove what make made, environments included
+	rm -rf $(VENV) .venv-oldest .venv-release out runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
 
 # setup.cfg says what is needed, constraints.txt in which version, overrides.txt what is left out.
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt overrides.txt
+$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt overrides.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
 	  echo "msdiffusion needs Python 3.10 to 3.13, but $(PYTHON) is not one of them: give another one, PYTHON=python3.12 make ..."; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); \
 	  echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --build-constraint constraints.txt \
-	  --override overrides.txt --compile-bytecode --editable ".[test]" opencv-python-headless
+	  --override overrides.txt --compile-bytecode --editable ".[all,test]" opencv-python-headless
 	@touch $@

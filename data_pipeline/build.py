@@ -21,6 +21,7 @@ from data_pipeline.assemble import (
     settings_hash,
     write_here,
 )
+from data_pipeline.extras import need_extras
 from data_pipeline.journal import Journal, write_atomically
 from data_pipeline.languages import OTHER_LANGUAGE, SPACY_MODELS
 from data_pipeline.options import MAX_WORKERS, make_parser, make_steps
@@ -276,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 a dataset was written, 1 no pair was left, 2 wrong input."""
     arguments = make_parser().parse_args(argv)
     try:
+        need_extras("mining")
         arguments.out = arguments.out or default_out(arguments.videos)
         content = build(arguments)
     except MiningError as error:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from data_pipeline.extras import need_extras
 from data_pipeline.options import Parser, path_of
 from data_pipeline.outputs import check_folder
 from data_pipeline.records import InputError, MiningError, SettingsError
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 done, 2 wrong input."""
     arguments = make_parser().parse_args(argv)
     try:
+        need_extras("mining")
         convert(arguments)
     except MiningError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201

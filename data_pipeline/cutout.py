@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from data_pipeline.extras import need_extras
 from data_pipeline.journal import atomic_file
 from data_pipeline.options import Parser, check_device_name, path_of
 from data_pipeline.outputs import check_folder
@@ -239,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 done, 2 wrong input."""
     arguments = make_parser().parse_args(argv)
     try:
+        need_extras("mining")
         run(arguments)
     except ClipError as error:
         _tell(f"msdiffusion cutout: error: {error.told}")

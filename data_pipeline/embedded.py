@@ -16,14 +16,16 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipeline.drawing import beside, draw_frame
+from data_pipeline.extras import need_extras
 from data_pipeline.options import make_parser as make_mining_parser
 from data_pipeline.options import make_steps
+from data_pipeline.places import EMBEDDED
 from data_pipeline.records import FramePair, InputError, MiningError, Rejected, SettingsError
 from data_pipeline.sources import find_videos
 from data_pipeline.step import Step
 
 RUNS = Path("runs/mining_models")
-MODELS = Path("checkpoints/tiny/mining")
+MODELS = EMBEDDED
 DRAWN = 3
 """Pairs of every set of clips in the picture."""
 PARTS = ("detector", "segmenter")
@@ -243,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 2 for wrong arguments and input that cannot be used."""
     options = make_parser().parse_args(arguments)
     try:
+        need_extras("mining")
         print(COMMANDS[options.command](options))  # noqa: T201
     except MiningError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201

@@ -17,6 +17,7 @@ from typing import Any
 
 from data_pipeline import __version__
 from data_pipeline.assemble import assemble, inputs_hash, installed_versions, settings_hash
+from data_pipeline.extras import need_extras
 from data_pipeline.importers.images import find_metadata, list_pictures, read_images
 from data_pipeline.importers.items import Broken, ImportItem, ItemFile, Spool
 from data_pipeline.importers.official import check_items_file, read_official
@@ -295,6 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     say = partial(print, file=sys.stderr)
     try:
+        need_extras("mining")
         content = import_pairs(arguments)
     except MiningError as error:
         say(f"error: {error}")

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.drawing import contact_sheet, draw_cut_out, draw_frame
+from data_pipeline.extras import need_extras
 from data_pipeline.options import Parser, path_of
 from data_pipeline.outputs import check_file
 from data_pipeline.records import Box, InputError, MiningError, box_in_pixels
@@ -190,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=path_of, metavar="FILE", help="where the picture goes (default: KEY.png, here)")
     arguments = parser.parse_args(argv)
     try:
+        need_extras("mining")
         if arguments.out is not None:
             check_file(arguments.out)
         if arguments.list:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.drawing import HEIGHT, Tile, beside, contact_sheet, draw_cut_out, draw_frame
+from data_pipeline.extras import need_extras
 from data_pipeline.journal import Journal, write_atomically
 from data_pipeline.options import Parser, path_of
 from data_pipeline.picture_formats import open_listed
@@ -254,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("dataset", type=path_of, metavar="DATASET", help="folder that data_pipeline.build wrote")
     arguments = parser.parse_args(argv)
     try:
+        need_extras("mining")
         tally = render_report(arguments.dataset, read_build(arguments.dataset))
     except MiningError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201

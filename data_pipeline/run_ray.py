@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.assemble import ShardPlan, write_shard
+from data_pipeline.extras import missing_extras
 from data_pipeline.journal import Journal
 from data_pipeline.journey import Finished, Journey, advance, commit, travel
 from data_pipeline.pool import Failure, Guard, Place
@@ -183,13 +184,8 @@ def _column(journeys: list[Journey]) -> Any:
 
 def check_ray(options: RayOptions) -> None:
     """InputError if Ray is not installed; before anything heavy is done."""
-    from importlib.util import find_spec
-
-    if find_spec("ray") is None:
-        raise InputError(
-            f"--ray {options.address} needs Ray, which is not installed: pip install '.[ray]' in a checkout of this "
-            "repository"
-        )
+    if told := missing_extras("ray"):
+        raise InputError(f"--ray {options.address}: {told}")
 
 
 def check_resources(options: RayOptions, groups: Sequence[Sequence[Step]], there: Mapping[str, float]) -> None:

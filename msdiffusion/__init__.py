@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from data_pipeline import __version__
 from msdiffusion.errors import (
     DataError,
     LayoutError,
@@ -19,8 +20,6 @@ from msdiffusion.errors import (
 
 if TYPE_CHECKING:
     from msdiffusion.generate import MSDiffusion
-
-__version__ = "0.1.0"
 
 __all__ = [
     "DataError",

@@ -22,6 +22,7 @@ from msdiffusion.environment import DTYPES
 from msdiffusion.errors import RequestError, WeightsError, reason, shown
 from msdiffusion.open_clip_encoder import OpenClipVisionEncoder
 from msdiffusion.own_memory import give_own_memory
+from msdiffusion.places import find_model
 from msdiffusion.pretrained import load_image_encoder, load_pipeline
 
 _HOOKS = {"_hf_hook", "_diffusers_hook"}
@@ -92,8 +93,8 @@ class Backbone:
         """
         dtype, device = weights_dtype(torch_dtype), usable_device(device)
         vae_dtype = None if vae_dtype is None else weights_dtype(vae_dtype)
-        pipeline = load_pipeline(base_model, dtype, base_config, vae_dtype).to(device)
-        encoder, processor = load_image_encoder(image_encoder, dtype)
+        pipeline = load_pipeline(find_model(base_model), dtype, base_config, vae_dtype).to(device)
+        encoder, processor = load_image_encoder(find_model(image_encoder), dtype)
         return cls(pipeline, encoder.to(device), processor)  # moved first: what leaves the CPU is copied that way
 
     def to(self, device: str | torch.device) -> Backbone:

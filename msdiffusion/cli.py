@@ -6,16 +6,19 @@ import argparse
 import difflib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from data_pipeline.extras import missing_extras
 from msdiffusion import __version__, demo, evaluate, generate_command
 from msdiffusion.bench import command as bench
 from msdiffusion.environment import prepare_environment
 from msdiffusion.errors import MSDiffusionError, RequestError, check_place, shown
 from msdiffusion.outputs import REFUSALS, check_file, check_folder, place_of
+from msdiffusion.places import CONFIGS, config_names, find_model
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -103,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(_bind_negative(arguments))
     prepare_environment()
     try:
+        if told := missing_extras(*getattr(options, "extras", ())):
+            raise RequestError(told)
         options.run(options)
     except MSDiffusionError as error:
         print(f"msdiffusion: error: {error}", file=sys.stderr)
@@ -123,19 +128,27 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_command(commands, "generate", generate_command, "draw pictures of your subjects, each in its box")
     _add_convert(commands)
+    _add_configs(commands)
     commands.add_parser("cutout", help="cut things out of photographs, to draw them: PNGs with transparency, by SAM")
-    for name, module, summary in (
-        ("evaluate", evaluate, "draw held-out subjects with the adapter on and off, and score both"),
-        ("bench", bench, "compare methods on the procedural world, and explore where this one fails"),
-        ("demo", demo, "mine, fine-tune, generate and score on fresh clips"),
+    for name, module, summary, *extras in (
+        ("evaluate", evaluate, "draw held-out subjects with the adapter on and off, and score both", "evaluation"),
+        (
+            *("bench", bench, "compare methods on the procedural world, and explore where this one fails"),
+            *("training", "evaluation"),
+        ),
+        ("demo", demo, "mine, fine-tune, generate and score on fresh clips", "mining", "training", "evaluation"),
     ):
-        _add_command(commands, name, module, summary)
+        _add_command(commands, name, module, summary).set_defaults(extras=extras)
     return parser
 
 
-def _add_command(commands: argparse._SubParsersAction, name: str, module: ModuleType, summary: str) -> None:
+def _add_command(
+    commands: argparse._SubParsersAction, name: str, module: ModuleType, summary: str
+) -> argparse.ArgumentParser:
     """Add a command that has a module of its own, which declares its flags and sets ``run``."""
-    module.add_arguments(commands.add_parser(name, help=summary, description=_sentence(summary)))
+    parser = commands.add_parser(name, help=summary, description=_sentence(summary))
+    module.add_arguments(parser)
+    return parser
 
 
 def _sentence(summary: str) -> str:
@@ -145,17 +158,53 @@ def _sentence(summary: str) -> str:
 def _add_convert(commands: argparse._SubParsersAction) -> None:
     summary = "turn the official ms_adapter.bin into an adapter folder, or back"
     add = commands.add_parser("convert", help=summary, description=_sentence(summary))
-    add.add_argument("model", help="ms_adapter.bin, or an adapter's folder, or a hub repository with one of them")
+    add.add_argument(
+        "model", type=find_model, help="ms_adapter.bin, or an adapter's folder, or a hub repository with one of them"
+    )
     add.add_argument("--to", choices=("folder", "official"), default="folder", help="what is written")
     add.add_argument(
         "--out", required=True, type=place_of, metavar="PLACE", help="folder, or file such as ms_adapter.bin"
     )
-    add.add_argument("--base-model", help="the SDXL pipeline it was trained on; only configs are read")
+    add.add_argument("--base-model", type=find_model, help="the SDXL pipeline it was trained on; only configs are read")
     add.add_argument("--base-config", help="configs for a base model in one .safetensors file")
-    add.add_argument("--image-encoder", help="the image encoder it was trained on; only configs are read")
+    add.add_argument(
+        "--image-encoder", type=find_model, help="the image encoder it was trained on; only configs are read"
+    )
     add.add_argument("--head-width", type=int, help="of the official file's resampler, which it doesn't tell: 64")
     add.add_argument("--license", metavar="NAME", help="of the weights, for the model card; default: not told")
     add.set_defaults(run=_convert)
+
+
+def _add_configs(commands: argparse._SubParsersAction) -> None:
+    summary = "list the configs of lightning fit that come along, or copy some, to change them"
+    add = commands.add_parser("configs", help=summary, description=_sentence(summary))
+    add.add_argument("names", nargs="*", metavar="NAME", help="what to copy, such as msd.yaml; default: none")
+    add.add_argument("--out", type=place_of, default=".", metavar="FOLDER", help="where to; default: here")
+    add.set_defaults(run=_configs)
+
+
+def _configs(options: argparse.Namespace) -> None:
+    there = config_names()
+    for name in options.names:
+        if name not in there:
+            near = difflib.get_close_matches(name, there, n=1)
+            raise RequestError(
+                f"no config {shown(name)} comes along: {f'did you mean {near[0]}?' if near else ', '.join(there)}"
+            )
+        if (options.out / name).exists():
+            raise RequestError(f"{options.out / name} is there already: give another --out, or remove it")
+    for name in options.names:
+        place = options.out / name
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(CONFIGS / name, place)
+        except OSError as error:
+            raise RequestError(f"cannot write {place}: {error.strerror}") from error
+        print(place)
+    if not options.names:
+        for name in there:
+            [purpose, *_] = (CONFIGS / name).read_text(encoding="utf-8").splitlines()
+            print(f"{name:<32}{purpose.removeprefix('# ')}")
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from msdiffusion.errors import DataError, MSDiffusionError, WeightsError
 from msdiffusion.outputs import check_folder, place_of
-from msdiffusion.places import DEFAULT_MODEL, REPOSITORY, shown
+from msdiffusion.places import CONFIGS, DEFAULT_MODEL, find_model, from_here, shown
 
 MARKER = ".msdiffusion-demo"
 """Written first, so that a later run knows the folder for its own and may clear it."""
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
     check_folder(options.out, "--out")
     plan = Plan(
         out=options.out.resolve(),
-        model=options.model.resolve(),
+        model=Path(find_model(options.model)).resolve(),
         clips=options.clips,
         train_steps=options.train_steps,
         subjects=options.subjects,
@@ -145,8 +145,6 @@ def check_model(model: Path) -> None:
     for name in ("adapter.safetensors", "config.json", "judge/model.safetensors"):
         if not (model / name).is_file():
             raise WeightsError(f"the demo starts from trained weights, but {shown(model / name)} is missing")
-    if not (REPOSITORY / "configs" / "msd.yaml").is_file():
-        raise WeightsError("the demo runs configs/msd.yaml: start it from a checkout of the repository")
 
 
 def clear(out: Path) -> None:
@@ -168,8 +166,8 @@ def clear(out: Path) -> None:
 
 
 def stage_commands(plan: Plan) -> dict[str, list[str]]:
-    """The command of every stage that is a process, as argument lists; paths as seen from the repository."""
-    out, python, model = _from_repository, sys.executable, "--model.init_args"
+    """The command of every stage that is a process, as argument lists; paths as seen from here."""
+    out, python, model = from_here, sys.executable, "--model.init_args"
     return {
         "clips": [
             *(python, "-m", "data_pipeline.world", "--out", out(plan.videos), "--count", str(plan.clips)),
@@ -181,7 +179,7 @@ def stage_commands(plan: Plan) -> dict[str, list[str]]:
             *("--detector", "embedded", "--segmenter", "embedded"),
         ],
         "fine-tuning": [
-            *(str(Path(python).with_name("lightning")), "fit", "-c", "configs/msd.yaml"),
+            *(python, "-m", "msdiffusion.training", "fit", "-c", out(CONFIGS / "msd.yaml")),
             *("--trainer.default_root_dir", out(plan.adapter.parent), "--trainer.max_steps", str(plan.train_steps)),
             *("--data.init_args.pairs", out(plan.pairs), "--data.init_args.batch_size", str(plan.train_batch)),
             *(f"{model}.adapter", out(plan.model), f"{model}.base_model", out(plan.model / "base")),
@@ -203,7 +201,7 @@ def fine_tune(plan: Plan, command: Sequence[str]) -> None:
 
 
 def call(command: Sequence[str]) -> None:
-    """Shows a command and runs it from the repository; its output goes straight to the terminal.
+    """Shows a command and runs it; its output goes straight to the terminal.
 
     Raises:
         MSDiffusionError: it could not be started, or ended with an error.
@@ -211,7 +209,7 @@ def call(command: Sequence[str]) -> None:
     line = readable(command)
     print(f"$ {line}", flush=True)
     try:
-        status = subprocess.run(list(command), cwd=REPOSITORY, check=False).returncode
+        status = subprocess.run(list(command), check=False).returncode
     except OSError as error:
         raise MSDiffusionError(f"could not start this command: {line}\n{error}") from error
     if status != 0:
@@ -289,9 +287,9 @@ def draw_and_score(plan: Plan, commands: dict[str, list[str]]) -> None:
 def introduction(plan: Plan) -> str:
     """What the page says above its figures, in plain words."""
     return (
-        f"This page was made from nothing but the repository: {plan.clips} captioned clips of invented subjects were "
-        "written, pairs were mined from them by a small detector and a small segmenter that saw nothing but the "
-        "videos and their captions, the adapter was fine-tuned on the pairs for "
+        f"This page was made from nothing but what comes with the package: {plan.clips} captioned clips of invented "
+        "subjects were written, pairs were mined from them by a small detector and a small segmenter that saw nothing "
+        "but the videos and their captions, the adapter was fine-tuned on the pairs for "
         f"{plan.train_steps} steps, and the pictures below were drawn and scored.\n\n"
         "adapter on: the shipped adapter, which has never seen these subjects, nor their combinations of category, "
         "colours and pattern. fine tuned: the same adapter after the few steps of this demo, which show that training "
@@ -300,8 +298,3 @@ def introduction(plan: Plan) -> str:
         "subjects drawn by the world itself in the same boxes, so what the judge gets wrong there is the judge's own "
         "limit."
     )
-
-
-def _from_repository(path: Path) -> str:
-    """A path relative to the repository, where the commands run, or absolute if it lies elsewhere."""
-    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)

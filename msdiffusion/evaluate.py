@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from msdiffusion.errors import RequestError, check_place
 from msdiffusion.outputs import check_folder, place_of, written
-from msdiffusion.places import DEFAULT_MODEL, shown
+from msdiffusion.places import DEFAULT_MODEL, find_model, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,10 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=str(DEFAULT_MODEL),
-        help="adapter: folder, hub name, or ms_adapter.bin (default: checkpoints/tiny)",
+        type=find_model,
+        help="adapter: folder, hub name, or ms_adapter.bin (default: embedded)",
     )
     parser.add_argument(
-        "--judge", default=str(DEFAULT_MODEL / "judge"), help="its folder (default: checkpoints/tiny/judge)"
+        "--judge",
+        default=str(DEFAULT_MODEL / "judge"),
+        type=find_model,
+        help="its folder (default: embedded/judge)",
     )
     parser.add_argument("--subjects", type=int, default=200, help="least number of held-out subjects (default 200)")
     parser.add_argument(

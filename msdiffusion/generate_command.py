@@ -14,7 +14,7 @@ from data_pipeline.safe_text import visible
 from msdiffusion.environment import DTYPES
 from msdiffusion.errors import LayoutError, RequestError, check_place, shown
 from msdiffusion.outputs import check_file, check_folder, place_of
-from msdiffusion.places import DEFAULT_MODEL
+from msdiffusion.places import DEFAULT_MODEL, find_model
 
 if TYPE_CHECKING:
     from msdiffusion.batch import Identity, Picture
@@ -97,11 +97,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--request", type=place_of, metavar="FILE", help="many pictures: a YAML or JSON file, see docs/inference.md")
     add("--from-png", type=place_of, metavar="FILE", help="draw a PNG of this command again, exactly")
     add = parser.add_argument_group("what draws").add_argument
-    add("--model", default=str(DEFAULT_MODEL), metavar="PLACE",
-        help="adapter: folder, hub name, ms_adapter.bin, a run or checkpoint (default: checkpoints/tiny)")  # fmt: skip
-    add("--base-model", metavar="PLACE", help="another base model of the same architecture; default: the adapter's")
+    add("--model", default=str(DEFAULT_MODEL), type=find_model, metavar="PLACE",
+        help="adapter: folder, hub name, ms_adapter.bin, a run or checkpoint (default: embedded)")  # fmt: skip
+    add("--base-model", type=find_model, metavar="PLACE",
+        help="another base model of the same architecture; default: the adapter's")  # fmt: skip
     add("--base-config", metavar="PLACE", help="configs for a base model in one .safetensors file")
-    add("--image-encoder", metavar="PLACE", help="another image encoder of the same widths; default: the adapter's")
+    add("--image-encoder", type=find_model, metavar="PLACE",
+        help="another image encoder of the same widths; default: the adapter's")  # fmt: skip
     add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     add("--dtype", choices=DTYPES, help="of the weights (default float32)")
     add("--batch-size", type=int, help=f"pictures drawn at once at most (default {BATCH_SIZE})")

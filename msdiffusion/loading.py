@@ -20,6 +20,7 @@ from msdiffusion.adapter_config import CHECKPOINT_SUFFIX, CONFIG_NAME, SCHEMA, W
 from msdiffusion.errors import RequestError, WeightsError, check_place, shown
 from msdiffusion.official import OFFICIAL_NAME, read_record
 from msdiffusion.open_clip_encoder import names_open_clip
+from msdiffusion.places import find_model
 from msdiffusion.pretrained import absolute, encoder_widths, hub_reason, is_local, skeleton_unet
 from msdiffusion.single_file import names_single_file
 
@@ -73,7 +74,7 @@ def load_adapter(
 
     Args:
         model: an adapter's folder or hub repository, ours or official; the official ``ms_adapter.bin``; a checkpoint of
-            ``lightning fit``, or the folder of a whole run.
+            ``lightning fit``, or the folder of a whole run; "embedded", the one that comes along.
         base_model: in place of the one that the adapter names: folder, hub name, or ``.safetensors`` file.
         image_encoder: in place of the one that the adapter names: folder, hub name, or ``open_clip:...``.
         base_config: for a base model in one file, the pipeline that its configs and tokenizers come from. None: the
@@ -86,7 +87,7 @@ def load_adapter(
     """
     places = {"base_model": base_model, "image_encoder": image_encoder, "base_config": base_config}
     for option, given in places.items():
-        check_place(given, f"{option}=", inside=option == "image_encoder")
+        check_place(None if given is None else find_model(given), f"{option}=", inside=option == "image_encoder")
     place = find_adapter(model)
     if place.is_file() and place.suffix != CHECKPOINT_SUFFIX:
         sources = model_sources(place, None, base_model, image_encoder, base_config)
@@ -179,7 +180,7 @@ def find_adapter(model: str | Path) -> Path:
     """
     if not isinstance(model, (str, Path)) or not str(model).strip():
         raise WeightsError(f"an adapter is given by its folder, file or hub name, got {shown(model)}")
-    path = Path(model)
+    path = Path(find_model(model))
     if path.is_file():
         _check_file(path)
         return path
@@ -269,12 +270,12 @@ def model_sources(
     """
     if config is None:
         named = AdapterConfig.base_model  # the release doesn't say what it was trained on; everybody knows
-        base = str(named if base_model is None else base_model)
-        encoder = str(AdapterConfig.image_encoder if image_encoder is None else image_encoder)
+        base = find_model(named if base_model is None else base_model)
+        encoder = find_model(AdapterConfig.image_encoder if image_encoder is None else image_encoder)
         configs = base_config if base_config is not None else named if names_single_file(base) else None
         return Sources(base, encoder, None if configs is None else str(configs))
-    base = _place(folder, config.base_model) if base_model is None else str(base_model)
-    encoder = _place(folder, config.image_encoder) if image_encoder is None else str(image_encoder)
+    base = _place(folder, config.base_model) if base_model is None else find_model(base_model)
+    encoder = _place(folder, config.image_encoder) if image_encoder is None else find_model(image_encoder)
     if not names_single_file(base):
         return Sources(base, encoder)
     if base_config is None:
@@ -301,6 +302,6 @@ def _check_there(sources: Sources, model: str | Path) -> None:
 
 
 def _place(folder: Path, name: str) -> str:
-    """A model named in a config: relative to the adapter's folder where that exists, else as it is."""
+    """A model named in a config: relative to the adapter's folder where that exists, else as ``find_model`` has it."""
     inside = folder / name
-    return str(inside) if inside.exists() else name
+    return str(inside) if inside.exists() else find_model(name)

@@ -68,7 +68,7 @@ STRANGERS = {("training", "generate")}
 # The only parts of data_pipeline that msdiffusion may know.
 SHARED_WITH_MSDIFFUSION = (
     *("data_pipeline.records", "data_pipeline.reasons", "data_pipeline.world", "data_pipeline.pairs_format"),
-    *("data_pipeline.picture_formats", "data_pipeline.safe_text"),
+    *("data_pipeline.picture_formats", "data_pipeline.safe_text", "data_pipeline.places", "data_pipeline.extras"),
     *("data_pipeline.models.model_claims", "data_pipeline.models.weights"),
 )
 # What a step may know of data_pipeline: records, the base class, lists of words, and the wrappers round the libraries.
@@ -168,7 +168,8 @@ def inside(module: str, packages: tuple[str, ...]) -> bool:
 def breach_in_msdiffusion(name: str, found: Import) -> str | None:
     """Why a module of msdiffusion must not have this import, or None."""
     if inside(found.module, ("data_pipeline",)):
-        allowed = inside(found.module, SHARED_WITH_MSDIFFUSION)
+        # the package itself: the version of both
+        allowed = found.module == "data_pipeline" or inside(found.module, SHARED_WITH_MSDIFFUSION)
         return None if allowed else f"msdiffusion may know only {' and '.join(SHARED_WITH_MSDIFFUSION)}"
     if name == "msdiffusion" or not inside(found.module, ("msdiffusion",)):
         return None
@@ -257,6 +258,7 @@ BREACHES = [
 LAWFUL = [
     ("msdiffusion.adapter", "from msdiffusion.resampler import GroundingResampler\nfrom .attention import *"),
     ("msdiffusion.cli", "def late():\n    from msdiffusion import MSDiffusion, __version__"),
+    ("msdiffusion", "from data_pipeline import __version__"),
     ("msdiffusion.training.module", "import torch\nfrom msdiffusion.training.dataset import Batch"),
     ("msdiffusion.evaluation.judge", "from data_pipeline.world import CATEGORIES"),
     ("data_pipeline.models.detector", "import torch\nfrom data_pipeline.records import Detection"),

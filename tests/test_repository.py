@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
+import data_pipeline
 import msdiffusion
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,11 +152,14 @@ def requirement_lines(text: str) -> list[Requirement]:
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
-def declared(extra: str | None = None) -> list[Requirement]:
-    """Requirements of setup.cfg: the ordinary ones, or those of an extra."""
+def declared(*extras: str) -> list[Requirement]:
+    """Requirements of setup.cfg: the ordinary ones, and those of extras, which may hold each other."""
     config = setup_cfg()
-    text = config["options.extras_require"][extra] if extra else config["options"]["install_requires"]
-    return requirement_lines(text)
+    found = requirement_lines(config["options"]["install_requires"])
+    for extra in extras:
+        for requirement in requirement_lines(config["options.extras_require"][extra]):
+            found += declared(*requirement.extras) if requirement.name == "msdiffusion" else [requirement]
+    return list(dict.fromkeys(found))
 
 
 @functools.cache
@@ -165,17 +170,35 @@ def pins() -> dict[str, list[Requirement]]:
     return found
 
 
-def test_packages_of_the_design_are_ordinary_dependencies() -> None:
+def test_packages_of_the_design_are_ordinary_parts_of_all() -> None:
     named = {"torch", "diffusers", "transformers", "open-clip-torch", "groundingdino-py", "segment-anything"}
     named |= {"decord", "spacy", "pytorch-lightning"}
-    assert named <= {canonicalize_name(requirement.name) for requirement in declared()}
+    assert named <= {canonicalize_name(requirement.name) for requirement in declared("all")}
+    assert '--editable ".[all,test]"' in (ROOT / "Makefile").read_text()
+
+
+def test_what_only_draws_brings_nothing_else() -> None:
+    """Sizes are in the README."""
+    others = {"pytorch-lightning", "groundingdino-py", "decord", "ray", "pyarrow", "tensorboard", "matplotlib", "av"}
+    assert not others & {canonicalize_name(requirement.name) for requirement in declared()}
+    assert "decord" in {requirement.name for requirement in declared("mining")}
+
+
+def test_one_floor_for_a_package_that_several_extras_need() -> None:
+    floors: dict[str, set[str]] = {}
+    for requirement in declared("all", "test"):
+        name = f"{canonicalize_name(requirement.name)} {requirement.marker or ''}"
+        floors.setdefault(name, set()).add(str(requirement.specifier))
+    assert {name: found for name, found in floors.items() if len(found) > 1} == {}
 
 
 def test_constraints_pin_one_version_inside_every_range() -> None:
-    for requirement in [*declared(), *declared("test")]:
+    for requirement in declared("all", "test"):
         available = pins().get(canonicalize_name(requirement.name), [])
         for minor in (10, 11, 12, 13):
             python = {"python_full_version": f"3.{minor}.0", "python_version": f"3.{minor}"}
+            if requirement.marker is not None and not requirement.marker.evaluate(python):
+                continue
             valid = [pin for pin in available if pin.marker is None or pin.marker.evaluate(python)]
             assert len(valid) == 1, f"{requirement.name} has {len(valid)} pins for Python 3.{minor}"
             [exact] = valid[0].specifier
@@ -199,24 +222,40 @@ def imported_distributions(folder: str) -> dict[str, str]:
 
 
 def test_every_imported_package_is_declared() -> None:
-    ordinary = {canonicalize_name(requirement.name) for requirement in declared()} | {"msdiffusion"}
-    for_tests = ordinary | {canonicalize_name(requirement.name) for requirement in declared("test")}
+    def names(*extras: str) -> set[str]:
+        return {canonicalize_name(requirement.name) for requirement in declared(*extras)} | {"msdiffusion"}
+
     # Both opencv packages provide cv2; groundingdino-py asks for one, overrides.txt says why the other is installed.
-    ordinary |= {"opencv-python", "opencv-python-headless"}
-    # An extra is imported inside functions, behind a check that says how to get it.
-    with_ray = ordinary | {canonicalize_name(requirement.name) for requirement in declared("ray")}
-    for_training = with_ray | {canonicalize_name(requirement.name) for requirement in declared("training")}
-    folders = {"msdiffusion": for_training, "data_pipeline": with_ray, "tests": ordinary | for_tests}
+    mining = names("mining", "ray") | {"opencv-python", "opencv-python-headless"}
+    training = names("training", "evaluation", "ray", "bitsandbytes")
+    folders = {"msdiffusion": training, "data_pipeline": mining, "tests": mining | training | names("test")}
     for folder, allowed in folders.items():
         undeclared = {name: path for name, path in imported_distributions(folder).items() if name not in allowed}
         assert undeclared == {}, f"{folder} imports what setup.cfg does not declare"
 
 
+def test_every_dependency_has_its_row() -> None:
+    """docs/dependencies.md: licence, reason, replacement."""
+    lines = (ROOT / "docs" / "dependencies.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| [a-z]", line)]
+    assert all(len(row) == 4 and all(row) for row in rows)
+    named = [canonicalize_name(row[0]) for row in rows if row[0] != "package"]
+    direct = {canonicalize_name(requirement.name) for requirement in declared("all", "test", "wandb", "bitsandbytes")}
+    assert sorted(named) == sorted(direct)  # a set: av has a floor for each Python
+
+
 def test_one_version_everywhere() -> None:
-    version = setup_cfg()["metadata"]["version"]
-    assert msdiffusion.__version__ == version
-    changelog = (ROOT / "CHANGELOG.md").read_text()
-    assert re.search(rf"^## .*({re.escape(version)}|Unreleased)", changelog, flags=re.MULTILINE)
+    assert setup_cfg()["metadata"]["version"] == "attr: data_pipeline.__version__"
+    assert msdiffusion.__version__ == data_pipeline.__version__
+
+
+def test_the_changelog_has_dated_versions_the_newest_first() -> None:
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    found = [re.fullmatch(r"(\d+\.\d+\.\d+) - (\d{4}-\d\d-\d\d)", heading) for heading in headings]
+    released = [(Version(match[1]), match[2]) for match in found if match]
+    assert headings[0] == "Unreleased" and len(released) == len(headings) - 1
+    assert released == sorted(released, reverse=True)
+    assert str(released[0][0]) == msdiffusion.__version__
 
 
 # --------------------------------------------------------------------------------------------------- the entry points

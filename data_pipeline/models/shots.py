@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import logging
 
-import cv2
 import numpy as np
-from scenedetect import AdaptiveDetector, FrameTimecode, SceneDetector, ThresholdDetector
+
+from data_pipeline.records import InputError
+
+try:
+    import cv2
+    from scenedetect import AdaptiveDetector, FrameTimecode, SceneDetector, ThresholdDetector
+except ImportError as error:
+    raise InputError(
+        f"opencv cannot be loaded here ({error}): on a machine without libGL, pip uninstall opencv-python, then "
+        "pip install opencv-python-headless, which is the same without windows"
+    ) from error
 
 # Changes on either side of a frame that its own change is compared with: the library's default.
 WINDOW = 2

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from data_pipeline.extras import need_extras
 from data_pipeline.options import Parser, path_of
 from data_pipeline.records import MiningError
 
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from data_pipeline.world.clips import write_clips
 
     try:
+        need_extras("mining")
         paths = write_clips(options.pop("out"), options.pop("count"), **options)
     except (MiningError, ValueError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)

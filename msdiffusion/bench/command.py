@@ -8,11 +8,11 @@ from pathlib import Path
 from msdiffusion.bench.rows import ROWS
 from msdiffusion.errors import RequestError
 from msdiffusion.outputs import check_file, check_folder, place_of
-from msdiffusion.places import DEFAULT_MODEL, REPOSITORY
+from msdiffusion.places import DEFAULT_MODEL, find_model
 
 DEFAULT_OUT = Path("runs") / "world_benchmark"
 MAX_JOBS = 256
-DEFAULT_PAIRS = REPOSITORY / "data" / "world" / "pairs"
+DEFAULT_PAIRS = Path("data") / "world" / "pairs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def _add_common(parser: argparse.ArgumentParser, pictures: int) -> None:
     )
     parser.add_argument(
         "--model",
-        type=place_of,
+        type=lambda place: Path(find_model(place_of(place))),
         default=DEFAULT_MODEL,
         metavar="FOLDER",
         help="embedded model: base, encoder, judge, ...",

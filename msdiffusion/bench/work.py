@@ -18,7 +18,7 @@ from msdiffusion.bench.rows import ROWS, training_arguments
 from msdiffusion.bench.world import Settings, Unit, device, write_json
 from msdiffusion.errors import MSDiffusionError
 from msdiffusion.outputs import written
-from msdiffusion.places import REPOSITORY, shown
+from msdiffusion.places import CONFIGS, from_here, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -100,9 +100,10 @@ def train(folder: Path, unit: Unit, settings: Settings) -> None:
         return
     last = folder / "checkpoints" / "last.ckpt"
     resume = ["--ckpt_path", "last"] if last.is_file() else []
-    command = [sys.executable, "-m", "msdiffusion.training", "fit", "-c", "configs/msd.yaml", *inputs["arguments"]]
+    config = from_here(CONFIGS / "msd.yaml")
+    command = [sys.executable, "-m", "msdiffusion.training", "fit", "-c", config, *inputs["arguments"]]
     start = time.monotonic()
-    status = subprocess.run([*command, *resume], cwd=REPOSITORY, check=False).returncode
+    status = subprocess.run([*command, *resume], check=False).returncode
     # A run that is told to stop saves its state and ends without an error.
     if status or finished_steps(last) < settings.steps:
         raise MSDiffusionError(f"the training ended at step {finished_steps(last)} of {settings.steps}; see above")
@@ -126,7 +127,7 @@ def training_inputs(folder: Path, unit: Unit, settings: Settings) -> dict[str, A
     }
     return {
         "arguments": training_arguments(ROWS[unit.row], common),
-        "configs/msd.yaml": hash_file(REPOSITORY / "configs" / "msd.yaml"),
+        "configs/msd.yaml": hash_file(CONFIGS / "msd.yaml"),
         "frozen networks": {name: hash_folder(Path(settings.model) / name) for name in FROZEN},
         "pairs": hash_file(Path(settings.pairs) / "build.json"),
     }

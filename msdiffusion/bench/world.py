@@ -24,7 +24,7 @@ from typing import Any
 from msdiffusion.bench.rows import ROWS
 from msdiffusion.errors import DataError, MSDiffusionError, WeightsError
 from msdiffusion.outputs import written
-from msdiffusion.places import REPOSITORY, shown
+from msdiffusion.places import shown
 
 CLIPS = 6000
 """World clips that pairs are mined from, where there are none yet."""
@@ -193,7 +193,7 @@ def ensure_pairs(pairs: Path) -> None:
         ("data_pipeline.build", "--videos", str(clips), "--out", str(pairs)),
     ):
         print(f"$ python -m {shlex.join(arguments)}", flush=True)
-        if subprocess.run([sys.executable, "-m", *arguments], cwd=REPOSITORY, check=False).returncode:
+        if subprocess.run([sys.executable, "-m", *arguments], check=False).returncode:
             raise MSDiffusionError(f"python -m {arguments[0]} failed; its message is above")
 
 
@@ -255,9 +255,7 @@ def _start(unit: Unit, out: Path, one_thread: bool) -> subprocess.Popen[bytes]:
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
     command = [sys.executable, "-m", "msdiffusion.bench.work", str(out), unit.row, str(unit.training_seed)]
     with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
 
 def _last_words(folder: Path) -> str:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from data_pipeline.extras import missing_extras
 from data_pipeline.safe_text import visible
 from msdiffusion.environment import prepare_environment
 
@@ -28,13 +29,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             number for one that was stopped, its state written.
     """
     from msdiffusion.errors import RequestError
-    from msdiffusion.training.setting_names import check_arguments
+    from msdiffusion.training.setting_names import check_arguments, with_configs
 
     try:
+        if told := missing_extras("training"):
+            raise RequestError(told)
         check_arguments(sys.argv[1:] if arguments is None else arguments)
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    if arguments is None:
+        sys.argv[1:] = with_configs(sys.argv[1:])  # where Lightning looks, and the processes that it starts
+    else:
+        arguments = with_configs(arguments)
     prepare_environment()
     import warnings
 
@@ -77,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_config_callback=SaveConfigCallback if process_rank() == 0 else None,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [guard, PredictionPictures(), EarlierRun()]},
-            args=list(arguments) if arguments is not None else None,
+            args=arguments,
         )
     except RunStoppedError as stopped:
         print(stopped, file=sys.stderr)

@@ -23,6 +23,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from data_pipeline.extras import missing_extras
+
+if __name__ == "__main__" and (told := missing_extras("training")):  # the imports below are of that extra
+    raise SystemExit(f"error: {told}")
+
 import pytorch_lightning as pl
 import torch
 

@@ -12,6 +12,7 @@ from msdiffusion.adapter_config import CHECKPOINT_SUFFIX, CONFIG_NAME, AdapterCo
 from msdiffusion.backbone import Backbone
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.loading import find_adapter
+from msdiffusion.places import find_model
 from msdiffusion.pretrained import skeleton_unet
 from msdiffusion.resampler import ResamplerParams
 from msdiffusion.training.optimizers import check_optimizer
@@ -141,7 +142,7 @@ def given_adapter(settings: Mapping[str, Any]) -> MSAdapter:
         adapter = MSAdapter.from_checkpoint(place)
     else:
         sizes = {name: size for name, size in (settings["resampler"] or {}).items() if name == "head_width"}
-        unet = skeleton_unet(settings["base_model"])
+        unet = skeleton_unet(find_model(settings["base_model"]))
         adapter = MSAdapter.from_official(place, unet, **sizes, **new_adapter_config(settings))
     config = adapter.config
     theirs = {name: getattr(config.resampler, name, None) for name in settings["resampler"] or {}}

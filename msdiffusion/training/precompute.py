@@ -20,9 +20,11 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from data_pipeline.extras import missing_extras
 from msdiffusion.environment import prepare_environment
 from msdiffusion.errors import MSDiffusionError, RequestError
 from msdiffusion.outputs import check_folder
+from msdiffusion.places import find_config
 
 if TYPE_CHECKING:
     from msdiffusion.training.datamodule import PairsDataModule
@@ -53,6 +55,7 @@ def load_run(config: str, arguments: Sequence[str], device: str) -> tuple[PairsD
     # the command line is ours, and given as a list
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     alone = ["--trainer.devices", "1", "--trainer.num_nodes", "1", "--trainer.strategy", "auto"]
+    found = find_config(config)
     cli = LightningCLI(
         pl.LightningModule,
         pl.LightningDataModule,
@@ -61,7 +64,7 @@ def load_run(config: str, arguments: Sequence[str], device: str) -> tuple[PairsD
         save_config_callback=None,
         run=False,
         parser_class=RunParser,
-        args=["-c", config, *arguments, *alone, "--trainer.accelerator", device, "--trainer.logger", "false"],
+        args=["-c", found, *arguments, *alone, "--trainer.accelerator", device, "--trainer.logger", "false"],
     )
     model, datamodule = cli.model, cli.datamodule
     if not isinstance(model, MSDiffusionModule) or not isinstance(datamodule, PairsDataModule):
@@ -131,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0, or 2 where it cannot be done."""
+    if told := missing_extras("training"):
+        print(f"error: {told}", file=sys.stderr)
+        return 2
     prepare_environment()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)

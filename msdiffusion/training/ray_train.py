@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.extras import missing_extras
 from msdiffusion.environment import prepare_environment
 from msdiffusion.errors import RequestError
 from msdiffusion.training.setting_names import check_arguments
@@ -88,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not rest or rest[0].startswith("-"):
         parser.error("after the options comes the command of `lightning`, e.g. fit -c configs/msd.yaml")
     try:
+        if told := missing_extras("ray", "training"):
+            raise RequestError(told)
         check_arguments(rest)
     except RequestError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -96,8 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import ray
         import ray.train
         from ray.train.torch import TorchTrainer
-    except ImportError as error:
-        parser.error(f'Ray Train is missing ({error}): pip install ".[ray]" in a checkout of this repository')
+    except ImportError as error:  # Ray without its part Train
+        parser.error(f'Ray Train is missing ({error}): pip install "ray[train]"')
 
     ray.init(address=options.address, log_to_driver=True)
     trainer = TorchTrainer(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from msdiffusion.errors import RequestError, shown
+from msdiffusion.places import config_names, find_config
 
 TRAINER = "pytorch_lightning.trainer.trainer.Trainer"
 PAIRS = "msdiffusion.training.datamodule.PairsDataModule"
@@ -107,6 +108,18 @@ def check_number(name: str, number: int | None) -> None:
         raise RequestError(f"{name} must be a multiple of 8{squares}, got {number}")
 
 
+def with_configs(arguments: Sequence[str]) -> list[str]:
+    """A `lightning` command line with the files of the configs that come along in place of their names."""
+    found = list(arguments)
+    for place, argument in enumerate(found):
+        name = re.fullmatch(r"(-c=?|--config=)(.+)", argument, re.DOTALL)
+        if place and found[place - 1] in ("-c", "--config"):
+            found[place] = find_config(argument)
+        elif name:
+            found[place] = name[1] + find_config(name[2])
+    return found
+
+
 def _settings(arguments: Sequence[str]) -> Iterator[tuple[_Setting, Any]]:
     """Every setting of the command line and of the configs that it names, with its value, in their order."""
     waiting: str | None = None  # an option that may have a value yet
@@ -139,11 +152,11 @@ def _settings(arguments: Sequence[str]) -> Iterator[tuple[_Setting, Any]]:
 def _of_config(name: str) -> Iterator[tuple[_Setting, Any]]:
     import yaml
 
-    path = Path(name)
+    path = Path(find_config(name))
     text = name
     if not re.search(r"[\n{]|: |://", name):  # else an address, or the config itself
         if not path.is_file():
-            there = sorted(str(file) for file in Path("configs").glob("*.yaml"))
+            there = sorted(str(file) for file in Path("configs").glob("*.yaml")) or config_names()
             near = difflib.get_close_matches(name, there, n=1)
             advice = (
                 f"did you mean {near[0]}?" if near else f"there are {', '.join(there)}" if there else "give its path"

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from msdiffusion.errors import RequestError
-from msdiffusion.places import DEFAULT_MODEL
+from msdiffusion.places import DEFAULT_MODEL, find_model
 from msdiffusion.training.every_n_steps import in_first_process
 from msdiffusion.training.pictures import draw_samples
 
@@ -68,7 +68,7 @@ class WorldScores(pl.Callback):
         self.every_n_validations = every_n_validations
         self.settings = {"num_steps": num_steps, "guidance_scale": guidance_scale, "scale": scale}
         self.seed = seed
-        self.instruments = str(DEFAULT_MODEL) if instruments is None else instruments
+        self.instruments = str(DEFAULT_MODEL) if instruments is None else find_model(instruments)
         self._validations = 0
         self._samples: list[TrainingSample] = []
         self._cases: list[WorldCase] = []

@@ -1,6 +1,5 @@
 """The same steps on Ray: one session for all tests of this file, because starting one takes seconds."""
 
-import importlib.util
 import os
 import re
 import sys
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from data_pipeline import run_ray
+from data_pipeline import extras, run_ray
 from data_pipeline.assemble import ShardPlan
 from data_pipeline.build import main
 from data_pipeline.journal import Journal
@@ -216,8 +215,8 @@ def test_a_cluster_that_is_too_small_is_not_waited_for(there, message):
 
 
 def test_ray_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"--ray auto needs Ray, which is not installed: pip install '.\[ray"):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r'--ray auto: ray is not installed: pip install "msdiffusion\[ray\]", or in'):
         check_ray(RayOptions(address="auto"))
 
 

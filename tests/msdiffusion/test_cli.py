@@ -8,7 +8,7 @@ from PIL import Image
 
 from data_pipeline.cutout import make_parser
 from msdiffusion.cli import build_parser, main
-from msdiffusion.places import REPOSITORY
+from msdiffusion.places import CONFIGS, REPOSITORY, config_names
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["convert", "--help"], ["--version"]])
@@ -24,7 +24,7 @@ def test_help_loads_nothing_heavy(arguments):
 
 
 COMMANDS = (
-    *([], ["generate"], ["convert"], ["evaluate"], ["demo"], ["bench"], ["bench", "world"]),
+    *([], ["generate"], ["convert"], ["configs"], ["evaluate"], ["demo"], ["bench"], ["bench", "world"]),
     ["bench", "explore"],
 )
 
@@ -36,6 +36,32 @@ def test_help_is_for_users(command, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     assert not any(word in text for word in ("`", "Args:", "Raises:", "imported", "None.", "Path"))
+
+
+def test_configs_are_listed_and_copied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} == set(config_names()), "a line each"
+    assert all(len(line.split()) > 4 for line in lines), "with what it is for"
+    assert main(["configs", "msd.yaml", "strategies/sharded.yaml"]) == 0
+    assert capsys.readouterr().out.split() == ["msd.yaml", "strategies/sharded.yaml"]
+    for name in ("msd.yaml", "strategies/sharded.yaml"):
+        assert (tmp_path / name).read_bytes() == (CONFIGS / name).read_bytes()
+    (tmp_path / "msd.yaml").write_text("mine")
+    assert main(["configs", "msd_sdxl.yaml", "msd.yaml"]) == 2
+    assert "msd.yaml is there already: give another --out, or remove it" in capsys.readouterr().err
+    assert (tmp_path / "msd.yaml").read_text() == "mine"
+    assert not (tmp_path / "msd_sdxl.yaml").exists(), "looked at all of them first"
+    assert main(["configs", "msd.yaml", "--out", "msd.yaml"]) == 2
+    assert "cannot write msd.yaml/msd.yaml: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["msd.yml", "", "/etc/passwd", "../setup.cfg", "strategies", "nothing"])
+def test_only_configs_that_come_along_are_copied(name, tmp_path, capsys):
+    assert main(["configs", name, "--out", str(tmp_path / "x")]) == 2
+    assert f"no config {name!r} comes along: " in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_cutout_is_a_process_of_its_own(monkeypatch):
@@ -105,7 +131,7 @@ def test_every_option_has_its_text():
                 parsers += action.choices.values()
             elif action.option_strings:
                 assert action.help, action.option_strings
-    assert len(parsers) == 9
+    assert len(parsers) == 10
 
 
 def test_help_tells_defaults(capsys):

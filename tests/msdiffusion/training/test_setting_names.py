@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from msdiffusion.errors import RequestError
-from msdiffusion.training.setting_names import COMMANDS, check_arguments, parameters
+from msdiffusion.training.setting_names import COMMANDS, check_arguments, parameters, with_configs
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -25,6 +25,22 @@ def said_of(*arguments):
 def test_every_config_passes(command, config):
     # those of strategies are added to another one
     check_arguments([command, *(MSD if config.parent.name == "strategies" else ()), "-c", str(config)])
+
+
+def test_configs_that_come_along_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_arguments(["fit", "-c", "msd.yaml", "--config=strategies/sharded.yaml"])
+    assert "did you mean --trainer.max_steps" in said_of("fit", "-cmsd.yaml", "--trainer.max_stepss", "3")
+    assert "there is no config msd.yam: did you mean msd.yaml?" in said_of("fit", "-c", "msd.yam")
+    msd, sharded = MSD[1], str(ROOT / "configs" / "strategies" / "sharded.yaml")
+    arguments = ["fit", "-c", "configs/msd.yaml", "-cmsd.yaml", "-c=msd.yaml", "--config", "strategies/sharded.yaml"]
+    arguments += ["--config=msd.yaml", "--trainer.default_root_dir", "msd.yaml", "-c", "mine.yaml", "-c", "a: {b: 1}"]
+    assert with_configs(arguments) == [
+        *("fit", "-c", msd, f"-c{msd}", f"-c={msd}", "--config", sharded),
+        *(f"--config={msd}", "--trainer.default_root_dir", "msd.yaml", "-c", "mine.yaml", "-c", "a: {b: 1}"),
+    ]
+    (tmp_path / "msd.yaml").write_text("trainer: {max_steps: 3}")
+    assert with_configs(["fit", "-c", "msd.yaml"]) == ["fit", "-c", "msd.yaml"]
 
 
 @pytest.mark.parametrize(
