@@ -1,4 +1,4 @@
-# From nothing: `make demo` and `make test`, in either order. Both need only Python 3.10-3.13 and make.
+# From nothing: `make demo` and `make test`, in either order. Both need only Python 3.11-3.13 and make.
 #   PYTHON=python3.12 make test      another interpreter (for a new .venv)
 #   WORKERS=4 make test              more test processes
 #   make test TESTS=tests/msdiffusion/test_layout.py
@@ -6,6 +6,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 TESTS ?= tests
+FUZZ_SECONDS ?= 60
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -16,7 +17,7 @@ test: export OMP_NUM_THREADS = 1
 test demo: export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-processors test-oldest lint docs bench release clean
+.PHONY: help demo test fuzz test-processors test-oldest lint docs bench release clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +59,9 @@ bench: $(INSTALLED)  ## every figure of docs/benchmarks.md, one after the other;
 	@set -e; for name in $(if $(VIDEOS),$(ON_VIDEOS)); do \
 	  echo "== benchmarks/$$name.py"; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py --videos "$(VIDEOS)"; done
 
+fuzz: $(INSTALLED)  ## damaged files for every reader of ours, FUZZ_SECONDS each: twenty minutes
+	FUZZ_SECONDS=$(FUZZ_SECONDS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -k damaged
+
 release:  ## sdist and wheel in dist/, checked as they would be uploaded
 	$(PYTHON) -m venv --clear .venv-release
 	.venv-release/bin/python -m pip install --quiet --disable-pip-version-check build twine
@@ -71,8 +75,8 @@ clean:  ## remove what make made, environments included
 
 # setup.cfg says what is needed, constraints.txt in which version, overrides.txt what is left out.
 $(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt overrides.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
-	  echo "msdiffusion needs Python 3.10 to 3.13, but $(PYTHON) is not one of them: give another one, PYTHON=python3.12 make ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "msdiffusion needs Python 3.11 to 3.13, but $(PYTHON) is not one of them: give another one, PYTHON=python3.12 make ..."; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); \
 	  echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv

@@ -348,7 +348,7 @@ def _orientation(container: Any, stream: Any, description: str) -> tuple[int, bo
 
 def _interlaced(container: Any, stream: Any, codec: str) -> bool:
     """Whether frames are woven of two fields. The header says so, or the first frame where there is none that could."""
-    order = int(getattr(stream.codec_context, "field_order", 0))  # PyAV 18.1 has it, which needs Python 3.11
+    order = int(stream.codec_context.field_order)
     if order or not may_have_fields(codec):
         return order > PROGRESSIVE and may_have_fields(codec)
     container.seek(stream.start_time or 0, stream=stream)

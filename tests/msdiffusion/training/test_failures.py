@@ -138,8 +138,7 @@ def test_memory_that_is_used_up_is_told_with_the_batch(fit, error):
     for part in ("memory is used up at step 4", "clip_3", "32 x 48", "last.ckpt", "accumulate_grad_batches"):
         assert part in told
     assert "more" not in told.split("last.ckpt")[0]  # the first line of what torch says is enough
-    if sys.version_info >= (3, 11):
-        assert raised.value.__notes__ == [told]
+    assert raised.value.__notes__ == [told]
 
 
 def test_a_real_allocation_that_fails_is_known():
