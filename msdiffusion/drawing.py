@@ -122,7 +122,8 @@ class BatchDrawing:
             for seed in [secrets.randbelow(2**31) if request.seed is None else request.seed]
             for number in range(request.num_images)
         ]
-        for batch in self.batches():
+        self.batches = self._batches()
+        for batch in self.batches:
             check_size(*self._size(requests[batch[0].request]), len(batch))
 
     def _check(self, request: GenerationRequest) -> None:
@@ -213,7 +214,7 @@ class BatchDrawing:
         default = self.model.adapter.config.defaults.get("negative_prompt")
         return default if request.negative_prompt is None else request.negative_prompt
 
-    def batches(self) -> list[list[_Picture]]:
+    def _batches(self) -> list[list[_Picture]]:
         """All pictures, those that may share a batch together, at most ``batch_size`` at once."""
         groups: dict[Hashable, list[_Picture]] = {}
         for picture in self.pictures:
@@ -229,7 +230,7 @@ class BatchDrawing:
         parts: list[dict[int, tuple[Any, Tensor | None]]] = [{} for _ in self.requests]
         results: dict[int, GenerationResult] = {}
         done = 0
-        for batch in self.batches():
+        for batch in self.batches:
             drawn, maps = self._draw_batch(batch, encoded, done)
             done += len(batch)
             for row, picture in enumerate(batch):
