@@ -351,11 +351,12 @@ def test_a_record_tells_the_batch_that_was_drawn(draw, two, tmp_path, monkeypatc
 
     sizes = []
     draw_batch = BatchDrawing._draw_batch
-    monkeypatch.setattr(
-        BatchDrawing,
-        "_draw_batch",
-        lambda self, batch, *args: (sizes.append(len(batch)), draw_batch(self, batch, *args))[1],
-    )
+
+    def counted(self, batch, *arguments):
+        sizes.append(len(batch))
+        return draw_batch(self, batch, *arguments)
+
+    monkeypatch.setattr(BatchDrawing, "_draw_batch", counted)
     path = request_file(tmp_path, *mixed(tmp_path)[kind], steps=4, auto_layout_start=1)
     assert draw("--request", path, "--quiet", "--out", "pictures") == 0
     assert sorted(sizes) == [1, 2]
