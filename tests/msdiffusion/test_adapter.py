@@ -320,7 +320,7 @@ def rewrite(directory, **changes):
         ({"reference_background": [0, 0, 300]}, "reference_background"),
         ({"defaults": {"stepz": 3}}, "stepz"),
         ({"defaults": 3}, "defaults in an adapter's config must be a mapping, got 3"),
-        ({"defaults": {"scale": "lots"}}, "defaults in an adapter's config: scale must be a number of at least 0"),
+        ({"defaults": {"scale": "lots"}}, r"defaults in an adapter's config: scale must be a number in \[0, 1000\]"),
         ({"defaults": {"guidance_scale": True}}, "guidance_scale must be a number"),
         ({"defaults": {"steps": 2.5}}, "steps must be a whole number"),
         ({"defaults": {"height": 100}}, "height is 100, but must be a multiple of 8"),
