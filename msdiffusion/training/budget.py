@@ -48,6 +48,7 @@ class BudgetedTraining(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.elapsed = 0.0
+        self._goes_on = False
         self._last_tick = self._last_export = time.monotonic()
 
     def trained_modules(self) -> nn.ModuleDict:
@@ -78,8 +79,9 @@ class BudgetedTraining(pl.LightningModule):
             group["lr"] = rate
 
     def on_train_start(self) -> None:
-        """The clock starts after rendering. What an earlier run has exported there gets another name."""
-        if process_rank() == 0 and writes(self.trainer) and not continues(self.trainer):
+        """The clock starts after rendering. What another run has exported there gets another name."""
+        goes_on = self._goes_on or continues(self.trainer)
+        if process_rank() == 0 and writes(self.trainer) and not goes_on:
             rename_free([Path(self.hparams.output)])
         self._last_tick = self._last_export = time.monotonic()
 
@@ -128,5 +130,6 @@ class BudgetedTraining(pl.LightningModule):
         checkpoint["average"], checkpoint["elapsed"] = self.average, self.elapsed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the average and the clock."""
+        """Restores the average and the clock. A run of the same output is this one, wherever its checkpoints lie."""
+        self._goes_on = checkpoint.get("hyper_parameters", {}).get("output") == self.hparams.output
         self.average, self.elapsed = checkpoint["average"], checkpoint["elapsed"]

@@ -95,6 +95,10 @@ def test_text_to_image_trains_exports_and_resumes_its_clock(tmp_path, monkeypatc
     resumed.fit(again, data, ckpt_path=str(tmp_path / "last.ckpt"))
     assert resumed.global_step == 5
     assert again.elapsed > model.elapsed
+    assert not (tmp_path / "base.1").exists()  # it goes on with its own, and moves nothing aside
+    other = TextToImagePretraining(output=str(tmp_path / "base"), channels=(32, 32, 32), max_steps=1)
+    trainer(tmp_path, max_steps=1).fit(other, data)
+    assert (tmp_path / "base.1").is_dir()
 
 
 def test_samples_are_drawn_for_fixed_prompts(tmp_path):
