@@ -10,6 +10,7 @@ from data_pipeline.extras import need_extras
 from data_pipeline.options import Parser, path_of
 from data_pipeline.outputs import check_folder
 from data_pipeline.records import InputError, MiningError, SettingsError
+from data_pipeline.safe_text import visible
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MiningError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    print(f"wrote {arguments.out}")  # noqa: T201
+    print(f"wrote {visible(arguments.out)}")  # noqa: T201
     return 0
 
 

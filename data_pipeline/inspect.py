@@ -174,7 +174,8 @@ def save(picture: Image.Image, out: Path) -> None:
     except (OSError, ValueError) as error:
         if not there:  # half a picture, of a full disk
             out.unlink(missing_ok=True)
-        raise InputError(f"--out: cannot write {out} ({error}); give a name like picture.png") from error
+        why = getattr(error, "strerror", None) or f"{error}; give a name like picture.png"
+        raise InputError(f"--out: cannot write {out}: {why}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

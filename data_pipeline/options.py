@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_pipeline.records import SettingsError
+from data_pipeline.safe_text import visible
 from data_pipeline.step import Step
 from data_pipeline.steps.cut_shots import CutShots
 from data_pipeline.steps.detect_boxes import DETECTORS, DetectBoxes
@@ -299,7 +300,7 @@ class Parser(argparse.ArgumentParser):
             message += "\nnumbers that belong together have commas between them and no blanks: --box 0,0,0.5,1"
         if "--caption:" in message:
             message += "\na table of captions is given with --captions FILE"
-        self.exit(2, f"error: {message}\n{self.prog} --help lists all options\n")
+        self.exit(2, f"error: {visible(message)}\n{self.prog} --help lists all options\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

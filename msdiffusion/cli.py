@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from data_pipeline.extras import missing_extras
+from data_pipeline.safe_text import visible
 from msdiffusion import __version__, demo, evaluate, generate_command
 from msdiffusion.bench import command as bench
 from msdiffusion.environment import prepare_environment
 from msdiffusion.errors import MSDiffusionError, RequestError, check_place, shown
-from msdiffusion.outputs import REFUSALS, check_file, check_folder, place_of
+from msdiffusion.outputs import REFUSALS, check_file, check_folder, place_of, written
 from msdiffusion.places import CONFIGS, config_names, find_model
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class _Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(wrong[1], re.findall(r"[\w.-]+", wrong[2]), n=1)
             near = [ELSEWHERE[wrong[1]]] if wrong[1] in ELSEWHERE else near
             message += f": did you mean {near[0]}?" if near else ""
-        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help lists what there is)\n")
+        self.exit(2, f"{self.prog}: error: {visible(message)} ({self.prog} --help lists what there is)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in REFUSALS or os.environ.get("MSD_TRACEBACK"):
             raise
         place = shown(str(error.filename), 300) if error.filename else "a file"
-        print(f"msdiffusion: error: {place} cannot be written or read: {error.strerror}", file=sys.stderr)
+        print(f"msdiffusion: error: {visible(place)} cannot be written or read: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 
@@ -185,6 +186,7 @@ def _add_configs(commands: argparse._SubParsersAction) -> None:
 
 def _configs(options: argparse.Namespace) -> None:
     there = config_names()
+    check_folder(options.out, "--out")
     for name in options.names:
         if name not in there:
             near = difflib.get_close_matches(name, there, n=1)
@@ -194,13 +196,9 @@ def _configs(options: argparse.Namespace) -> None:
         if (options.out / name).exists():
             raise RequestError(f"{options.out / name} is there already: give another --out, or remove it")
     for name in options.names:
-        place = options.out / name
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
+        with written(options.out / name) as place:
             shutil.copyfile(CONFIGS / name, place)
-        except OSError as error:
-            raise RequestError(f"cannot write {place}: {error.strerror}") from error
-        print(place)
+        print(visible(options.out / name))
     if not options.names:
         for name in there:
             [purpose, *_] = (CONFIGS / name).read_text(encoding="utf-8").splitlines()
@@ -230,7 +228,7 @@ def _convert(options: argparse.Namespace) -> None:
                 "but this adapter is of another size: where that is wrong, so are its pictures; --head-width says it",
                 file=sys.stderr,
             )
-    print(options.out)
+    print(visible(options.out))
 
 
 def _check_convert(options: argparse.Namespace) -> None:

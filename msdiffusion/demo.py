@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.safe_text import visible
 from msdiffusion.errors import DataError, MSDiffusionError, WeightsError
 from msdiffusion.outputs import check_folder, place_of
 from msdiffusion.places import CONFIGS, DEFAULT_MODEL, find_model, from_here, shown
@@ -118,7 +119,7 @@ def run(options: argparse.Namespace) -> None:
         Stage("drawing and scoring pictures of other held-out subjects", 100, lambda: draw_and_score(plan, commands)),
     ]
     run_stages(stages)
-    print(f"\nDone. Open {shown(plan.out / 'index.html')} in a browser.")
+    print(f"\nDone. Open {visible(shown(plan.out / 'index.html'))} in a browser.")
 
 
 def run_stages(stages: Sequence[Stage]) -> None:
@@ -207,7 +208,7 @@ def call(command: Sequence[str]) -> None:
         MSDiffusionError: it could not be started, or ended with an error.
     """
     line = readable(command)
-    print(f"$ {line}", flush=True)
+    print(f"$ {visible(line)}", flush=True)
     try:
         status = subprocess.run(list(command), check=False).returncode
     except OSError as error:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.safe_text import visible
 from msdiffusion.errors import RequestError, check_place
 from msdiffusion.outputs import check_folder, place_of, written
 from msdiffusion.places import DEFAULT_MODEL, find_model, shown
@@ -315,7 +316,7 @@ def write_results(
         )
     print(summarize(report))
     for name in ("index.html", "grid.png", "scores.json"):
-        print(shown(out / name))
+        print(visible(shown(out / name)))
 
 
 def varied(cases: Sequence[WorldCase], count: int) -> list[int]:

@@ -219,7 +219,7 @@ def _check_file(path: Path) -> None:
         raise WeightsError(
             f"{path} is no adapter: that is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, a checkpoint "
             f"(*{CHECKPOINT_SUFFIX}), or the official {OFFICIAL_NAME}; a base model in one file goes to base_model=, a "
-            "LoRA to model.pipeline.load_lora_weights"
+            "LoRA to model.pipeline.load_lora_weights, which needs the package peft (the extra lora)"
         )
 
 

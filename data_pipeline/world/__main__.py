@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 from data_pipeline.extras import need_extras
 from data_pipeline.options import Parser, path_of
+from data_pipeline.outputs import check_folder
 from data_pipeline.records import MiningError
+from data_pipeline.safe_text import visible
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,11 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         need_extras("mining")
+        check_folder(options["out"])
         paths = write_clips(options.pop("out"), options.pop("count"), **options)
     except (MiningError, ValueError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(paths)} clips in {paths[0].parent}")
+    print(f"{len(paths)} clips in {visible(paths[0].parent)}")
     return 0
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from data_pipeline.outputs import check_folder
 from data_pipeline.records import OutputError, encode_mask
+from data_pipeline.safe_text import visible
 from data_pipeline.world.palette import BACKGROUNDS
 from data_pipeline.world.scenes import (
     compose,
@@ -269,7 +270,7 @@ def write_clips(
         )
     marker.write_text(record)
     jobs = [(folder, seed, index, settings) for index in range(count)]
-    bar = {"total": count, "desc": f"clips -> {folder}", "unit": "clip"}
+    bar = {"total": count, "desc": f"clips -> {visible(folder)}", "unit": "clip"}
     if workers == 0:
         names = [_write_one(job) for job in tqdm(jobs, **bar)]
     else:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from data_pipeline.safe_text import visible
 from msdiffusion.bench.work import hash_file
 from msdiffusion.bench.world import check_model, command_line, device, write_json
 from msdiffusion.outputs import written
@@ -160,7 +161,7 @@ def run(options: argparse.Namespace) -> None:
         ]
     with written(document) as partial:
         partial.write_text("\n".join(page) + "\n", encoding="utf-8")
-    print(shown(document))
+    print(visible(shown(document)))
 
 
 Extra = dict[str, list[float]]

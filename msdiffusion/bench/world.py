@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.safe_text import visible
 from msdiffusion.bench.rows import ROWS
 from msdiffusion.errors import DataError, MSDiffusionError, WeightsError
 from msdiffusion.outputs import written
@@ -112,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
     document = options.document or out / "world_benchmark.md"
     finished = finished_units(out, settings, options.training_seeds)
     write_document(document.resolve(), out, settings, finished, command_line())
-    print(f"{shown(document)}: {len(units)} units, {time.monotonic() - started:.0f} s")
+    print(f"{visible(shown(document))}: {len(units)} units, {time.monotonic() - started:.0f} s")
 
 
 def check_model(model: Path) -> None:
@@ -192,7 +193,7 @@ def ensure_pairs(pairs: Path) -> None:
         ("data_pipeline.world", "--out", str(clips), "--count", str(CLIPS)),
         ("data_pipeline.build", "--videos", str(clips), "--out", str(pairs)),
     ):
-        print(f"$ python -m {shlex.join(arguments)}", flush=True)
+        print(f"$ python -m {visible(shlex.join(arguments))}", flush=True)
         if subprocess.run([sys.executable, "-m", *arguments], check=False).returncode:
             raise MSDiffusionError(f"python -m {arguments[0]} failed; its message is above")
 

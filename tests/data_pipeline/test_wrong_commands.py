@@ -201,3 +201,12 @@ def test_a_full_disk_leaves_no_half_clip(tmp_path, monkeypatch):
     assert "cannot write" in said
     assert "No space left on device. The clips before it are kept" in said
     assert [path.name for path in (tmp_path / "w").iterdir()] == ["world.settings"]
+
+
+def test_escape_sequences_of_paths_reach_no_terminal(tmp_path):
+    place = tmp_path / "x\x1b[31mRED"
+    status, said = run(f"world --out '{place}' --count 1 --workers 0 --size 16 --num-frames 1", tmp_path)
+    assert status == 0
+    assert "\\x1b[31mRED" in said
+    assert "\x1b[31m" not in said
+    assert "\x1b" not in run("build --videos . --bogus\x1b[31m", tmp_path)[1]

@@ -276,3 +276,17 @@ def test_wrong_commands_load_nothing_heavy(folder):
     )
     call = [sys.executable, "-c", code, str(folder)]
     assert subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_escape_sequences_of_paths_reach_no_terminal(tmp_path):
+    """What a command prints of a path; wrong flags, too."""
+    place = tmp_path / "x\x1b[31mRED"
+    for command in (
+        f"configs msd.yaml --out '{place}'",
+        "generate --out a.png --bogus\x1b[31m",
+        f"evaluate --out '{place}' --device tpu",
+    ):
+        _, said = run(command, tmp_path)
+        assert "\\x1b[31m" in said or "tpu" in said
+        assert "\x1b" not in said
+    assert (place / "msd.yaml").is_file()
