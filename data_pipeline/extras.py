@@ -33,7 +33,7 @@ def missing_extras(*extras: str) -> str | None:
     some = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
     asked = f"[{','.join(short)}]"
     are = "is" if len(names) == 1 else "are"
-    return f'{some} {are} not installed: pip install "msdiffusion{asked}", or in a checkout pip install -e ".{asked}"'
+    return f'{some} {are} not installed: pip install ".{asked}", in a checkout of msdiffusion'
 
 
 def need_extras(*extras: str) -> None:

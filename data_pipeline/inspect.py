@@ -19,7 +19,7 @@ from data_pipeline.extras import need_extras
 from data_pipeline.options import Parser, path_of
 from data_pipeline.outputs import check_file
 from data_pipeline.records import Box, InputError, MiningError, box_in_pixels
-from data_pipeline.safe_text import printable, visible, visible_line
+from data_pipeline.safe_text import nobody_reads, printable, visible, visible_line
 from data_pipeline.shard_reader import Sample, Shard, read_build
 
 HEIGHT = 360
@@ -205,13 +205,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"{out} is already there: choose another place with --out")
         save(draw(sample), out)
         print(describe(shard, sample))  # noqa: T201
-        print(f"picture    {visible(out)}")  # noqa: T201
+        print(f"picture    {visible(out)}", flush=True)  # noqa: T201
     except MiningError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     except BrokenPipeError:  # --list | head
-        sys.stderr.close()
-        return 0
+        return nobody_reads()
     return 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_pipeline.records import SettingsError
-from data_pipeline.safe_text import visible
+from data_pipeline.safe_text import visible, write_anything
 from data_pipeline.step import Step
 from data_pipeline.steps.cut_shots import CutShots
 from data_pipeline.steps.detect_boxes import DETECTORS, DetectBoxes
@@ -288,6 +288,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         """As argparse's, but options are not to be abbreviated."""
         super().__init__(*arguments, **{"allow_abbrev": False, **settings})
+        write_anything()  # every command begins with its parser
 
     def error(self, message: str) -> NoReturn:
         """Exits with 2."""

@@ -45,7 +45,7 @@ MOST_JSON_BYTES = 1 << 25
 """Of one sample's json."""
 MOST_HEADER_BYTES = 1 << 20
 """Of what a tar header holds besides its own 512 bytes: long names, extended attributes."""
-MOST_BUILD_BYTES = 1 << 26
+MOST_BUILD_BYTES = 1 << 25
 """Of build.json, which has a line for every shard, of report/notes.json and of damaged.json."""
 MOST_LINE_BYTES = 1 << 20
 """Of one line of rejected.jsonl."""

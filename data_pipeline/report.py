@@ -25,7 +25,7 @@ from data_pipeline.options import Parser, path_of
 from data_pipeline.picture_formats import open_listed
 from data_pipeline.records import InputError, MiningError, OutputError, VideoFile
 from data_pipeline.report_page import Tally, in_words, page
-from data_pipeline.safe_text import printable, visible
+from data_pipeline.safe_text import nobody_reads, printable, visible
 from data_pipeline.shard_reader import Sample, Shard, index_rows, is_seconds, read_build, read_json, rejected_videos
 
 NOTES_SCHEMA = "data_pipeline.report/1"
@@ -87,6 +87,8 @@ def keep_notes(journal: Journal, files: Sequence[VideoFile]) -> None:
 
 
 def _make_folder(path: Path) -> None:
+    if path.is_symlink():  # in a dataset of a stranger it may lead anywhere
+        raise OutputError(f"{path} is a link to another folder, in which nothing is written: remove it")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -260,10 +262,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MiningError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    print(  # noqa: T201
-        f"{visible(arguments.dataset / 'report.html')}: {tally.samples} samples with {tally.subjects} subjects from "
-        f"{tally.videos} videos"
-    )
+    try:
+        print(  # noqa: T201
+            f"{visible(arguments.dataset / 'report.html')}: {tally.samples} samples with {tally.subjects} subjects "
+            f"from {tally.videos} videos",
+            flush=True,
+        )
+    except BrokenPipeError:
+        return nobody_reads()
     return 0
 
 

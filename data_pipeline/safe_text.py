@@ -6,7 +6,9 @@ are, and do nothing.
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from functools import cache
 from typing import Any
 
@@ -30,6 +32,19 @@ def _written_out(found: re.Match[str]) -> str:
     code = ord(found[0])
     code = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code  # a byte of a file name that is no UTF-8
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def write_anything() -> None:
+    """Letters that standard output cannot encode are written out from now on, instead of ending a command's work."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def nobody_reads() -> int:
+    """After a BrokenPipeError of standard output (a command | head): what is left goes nowhere. Returns the status."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def printable(text: str) -> str:

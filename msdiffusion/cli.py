@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from data_pipeline.extras import missing_extras
-from data_pipeline.safe_text import visible
+from data_pipeline.safe_text import nobody_reads, visible
 from msdiffusion import __version__, demo, evaluate, generate_command
 from msdiffusion.bench import command as bench
 from msdiffusion.environment import prepare_environment
@@ -98,6 +98,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for bad input)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    prepare_environment()
     if arguments[:1] == ["cutout"]:
         return subprocess.call([sys.executable, "-m", CUTOUT, *arguments[1:]])
     parser = build_parser()
@@ -105,11 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     options = parser.parse_args(_bind_negative(arguments))
-    prepare_environment()
     try:
         if told := missing_extras(*getattr(options, "extras", ())):
             raise RequestError(told)
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return nobody_reads()
     except MSDiffusionError as error:
         print(f"msdiffusion: error: {error}", file=sys.stderr)
         return 2

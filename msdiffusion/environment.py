@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+from data_pipeline.safe_text import write_anything
 
 DEFAULTS: Mapping[str, str] = {
     # Threads of OpenMP that spin while they wait make everything 5 to 7 times slower as soon as another process wants
@@ -28,6 +31,17 @@ def prepare_environment() -> None:
     """Set what is not set yet, also for the processes that this one starts. An empty value counts as set."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    if not _imports_from_here():
+        # A program that pip installs imports nothing from where its user stands, so its processes don't either.
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
+    write_anything()
+
+
+def _imports_from_here() -> bool:
+    try:
+        return str(Path.cwd()) in map(os.path.abspath, sys.path)
+    except OSError:  # the working folder is gone
+        return False
 
 
 def arithmetic(device: str) -> dict[str, str]:

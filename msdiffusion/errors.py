@@ -13,6 +13,7 @@ Catch ``MSDiffusionError`` to catch them all; those that blame a value are also 
 
 import collections.abc
 import contextlib
+import difflib
 import pathlib
 import re
 import sys
@@ -60,6 +61,9 @@ def check_place(model: object, name: str, *, inside: bool = False) -> None:
         raise WeightsError(f"{name} is given by its folder, file or hub name, got {shown(model)}")
     if "\0" in text or max(len(part.encode(errors="replace")) for part in text.split("/")) > 255:
         raise WeightsError(f"{name}: nothing can have the name {shown(text)}")
+    near = text != "embedded" and difflib.get_close_matches(text.lower(), ["embedded"], cutoff=0.8)
+    if near and not pathlib.Path(text).exists():
+        raise WeightsError(f"no such file or folder: {shown(text)} ({name}): did you mean embedded?")
     hub = re.match(r"(?:(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/|hf://)([^/?#]+/[^/?#]+)", text)
     if (hub or "://" in text) and not pathlib.Path(text).exists():
         here = f", here {hub[1]}" if hub else ""

@@ -310,7 +310,9 @@ def write_results(
             title=title,
             introduction=introduction,
             scores=report,
-            pictures=[("Pictures: what the judge reads is green where it is right", grid)],
+            pictures=[
+                ("Pictures: what the judge reads is green where it is right, of a colour either of its two", grid)
+            ],
             details={label: value if isinstance(value, str) else json.dumps(value) for label, value in facts.items()},
             links=links or {},
         )

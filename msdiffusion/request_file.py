@@ -300,7 +300,7 @@ def _check_keys(given: Mapping[Any, Any], known: Sequence[str], where: str) -> N
     for key in given:
         if key not in known:
             near = [OTHER_NAMES.get(str(key))] if OTHER_NAMES.get(str(key)) in known else []
-            near = near or difflib.get_close_matches(str(key), known, n=1)
+            near = near or difflib.get_close_matches(str(key)[:100], known, n=1)
             hint = f"; is {near[0]} meant?" if near else f"; known: {', '.join(known)}"
             raise RequestError(f"{where + ': ' if where else ''}unknown key {shown(key)}{hint}")
 

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_pipeline.importers.items import OUTSIDE, Broken, ImportItem, ImportSubject, as_list
+from data_pipeline.pairs_format import MOST_JSON_BYTES
 from data_pipeline.records import ClipError, InputError
 from data_pipeline.sources import annotations_beside, is_hidden, on_disk, path_parts, read_sidecar_caption
 from data_pipeline.texts import (
@@ -201,6 +202,8 @@ def corners(box: Any) -> Any:
 def read_sidecar(path: Path) -> tuple[tuple[ImportSubject, ...], tuple[int, int]]:
     """Subjects and size of ``picture.annotations.json``: the schema of the videos' sidecars with one frame, 0."""
     try:
+        if (size := path.stat().st_size) > MOST_JSON_BYTES:
+            raise ValueError(f"{size:,} bytes, more than the {MOST_JSON_BYTES:,} that are read")
         content = json.loads(decode_text(path.read_bytes(), path.name))
         if content["schema"] != ANNOTATIONS_SCHEMA:
             raise ClipError("unknown annotations schema", found=content["schema"], known=ANNOTATIONS_SCHEMA)

@@ -32,6 +32,7 @@ from data_pipeline.models.annotation_formats import (
     read_numbers,
     read_youtube_vis,
 )
+from data_pipeline.pairs_format import MOST_JSON_BYTES
 from data_pipeline.records import (
     AnnotatedObject,
     Annotations,
@@ -80,6 +81,8 @@ def read_sidecar(path: Path, width: int, height: int, num_frames: int) -> Annota
     """Annotations of one clip of the given size; ClipError if the file disagrees with the video or with its schema."""
     notes: list[str] = []
     try:
+        if (size := path.stat().st_size) > MOST_JSON_BYTES:
+            raise ClipError(BAD, error=f"{size:,} bytes, more than the {MOST_JSON_BYTES:,} that are read")
         content = json.loads(decode_text(path.read_bytes(), "annotations sidecar", notes))
         if content.get("schema") != SCHEMA:
             found = content.get("schema") or f"no schema, but {', '.join(sorted(content)) or 'an empty object'}"

@@ -28,14 +28,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: 2 for a wrong setting, dataset or model; 1 for a run that could not go on; 128 and the signal's
             number for one that was stopped, its state written.
     """
-    from msdiffusion.errors import RequestError
-    from msdiffusion.training.setting_names import check_arguments, with_configs
+    from msdiffusion.errors import MSDiffusionError, RequestError
+    from msdiffusion.training.setting_names import check_arguments, pairs_of, with_configs
 
     try:
         if told := missing_extras("training"):
             raise RequestError(told)
-        check_arguments(sys.argv[1:] if arguments is None else arguments)
-    except RequestError as error:
+        given = sys.argv[1:] if arguments is None else arguments
+        check_arguments(given)
+        pairs = pairs_of(given) if arguments is None else None  # in a program they may be made meanwhile
+        if pairs:
+            from msdiffusion.training.sources import check_there
+
+            check_there(pairs)
+    except MSDiffusionError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if arguments is None:
@@ -65,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lambda record: "Tip:" not in record.getMessage()
     )
 
-    from msdiffusion.errors import MSDiffusionError, TrainingError
+    from msdiffusion.errors import TrainingError
     from msdiffusion.training.failures import FailureGuard, RunStoppedError
     from msdiffusion.training.foreign_words import told_by_lightning
     from msdiffusion.training.local_sgd import process_rank

@@ -93,6 +93,20 @@ def check_arguments(arguments: Sequence[str]) -> None:
             check_number(name, int(value) if re.fullmatch(r"-?\d{1,9}", str(value)) else None)
 
 
+def pairs_of(arguments: Sequence[str]) -> str | None:
+    """The pairs that a `lightning` command line, checked by ``check_arguments``, is about to read.
+
+    Returns:
+        The last that was said of them; None where nothing is, or nothing will be read.
+    """
+    if not {"-h", "--help"}.isdisjoint(arguments) or any(each.startswith("--print_config") for each in arguments):
+        return None
+    if not arguments or arguments[0] not in COMMANDS:
+        return None
+    said = [value for at, value in _settings(arguments[1:]) if at.names[0] == "data" and at.names[-1] == "pairs"]
+    return said[-1] if said and isinstance(said[-1], str) else None
+
+
 def check_number(name: str, number: int | None) -> None:
     """Refuse a whole number that a setting of the pairs cannot be; others pass, and so does None.
 

@@ -111,9 +111,8 @@ def locate(source: str) -> Source:
             return _source(_with_names(shards), None, None, None)
         build = _read_build(folder)
         return _source(_with_names(shards), build, folder, None)
+    check_there(source)
     folder = source if is_remote(source) else local_path(source)
-    if not is_remote(folder) and not Path(folder).is_dir():
-        raise DataError(f"no pairs dataset: {folder} does not exist. " + HOW_TO_MAKE_PAIRS.format(directory=folder))
     build = _read_build(folder)
     if build is None and _is_unfinished(folder):
         raise DataError(
@@ -126,6 +125,17 @@ def locate(source: str) -> Source:
             f"no pairs dataset: {folder} holds no .tar shard. " + HOW_TO_MAKE_PAIRS.format(directory=folder)
         )
     return _source(None, build, folder, there)
+
+
+def check_there(source: str) -> None:
+    """Say at once that a folder of this machine is not there; patterns and addresses pass.
+
+    Raises:
+        DataError: tells how one is made.
+    """
+    if is_pattern(source) or is_remote(source) or Path(folder := local_path(source)).is_dir():
+        return
+    raise DataError(f"no pairs dataset: {folder} does not exist. " + HOW_TO_MAKE_PAIRS.format(directory=folder))
 
 
 def is_pattern(source: str) -> bool:

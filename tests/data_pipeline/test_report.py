@@ -247,3 +247,13 @@ print("loaded:", *sorted({"torch", "spacy", "av", "decord", "pyarrow", "cv2", "m
         [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "loaded:"
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    """A dataset of a stranger may have one in place of the report's folder."""
+    from data_pipeline.report import _make_folder
+
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "report").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="is a link to another folder"):
+        _make_folder(tmp_path / "report")

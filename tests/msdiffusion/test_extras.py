@@ -21,10 +21,10 @@ def slim(monkeypatch):
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("evaluate", 'matplotlib, scipy are not installed: pip install "msdiffusion[evaluation]"'),
-        ("bench world", '5 more are not installed: pip install "msdiffusion[training,evaluation]"'),
-        ("bench explore", 'pip install "msdiffusion[training,evaluation]"'),
-        ("demo", 'pip install "msdiffusion[mining,training,evaluation]", or in a checkout pip install -e ".[mining,'),
+        ("evaluate", 'matplotlib, scipy are not installed: pip install ".[evaluation]"'),
+        ("bench world", '5 more are not installed: pip install ".[training,evaluation]"'),
+        ("bench explore", 'pip install ".[training,evaluation]"'),
+        ("demo", 'pip install ".[mining,training,evaluation]", in a checkout'),
     ],
 )
 @pytest.mark.usefixtures("slim")
@@ -51,7 +51,7 @@ def test_training(capsys):
     assert ray_train.main(["fit", "-c", "nowhere.yaml"]) == 2
     one, two, three = capsys.readouterr().err.splitlines()
     assert one == two and one.startswith("error: aiohttp, fsspec, jsonargparse and 5 more are not installed: ")
-    assert 'pip install "msdiffusion[ray,training]"' in three
+    assert 'pip install ".[ray,training]"' in three
 
 
 @pytest.mark.parametrize("module", ["msdiffusion.training", "msdiffusion.training.local_sgd"])
@@ -72,4 +72,4 @@ def test_training_where_lightning_is_missing(module, tmp_path):
         check=False,
     )
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.startswith('error: pytorch_lightning is not installed: pip install "msdiffusion[training]"')
+    assert done.stderr.startswith('error: pytorch_lightning is not installed: pip install ".[training]"')

@@ -6,6 +6,7 @@ This file imports nothing heavy: a process of its own runs the table and looks a
 import contextlib
 import io
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from msdiffusion.cli import main
 
+ROOT = Path(__file__).parents[2]
 HEAVY = ("diffusers", "pytorch_lightning", "spacy", "torch", "transformers")
 DRAW = "generate --prompt dog --image {t}/a.png --phrase dog --box 0,0,1,1"
 WRONG = [
+    ("generate --prompt x --image {t}/a.png --box 0,0,1,1 --model embeded --out {t}/o.png", "did you mean embedded?"),
     # words that the shell has cut at their blanks
     ("generate --prompt a cat --image {t}/a.png --out {t}/o.png",
      "there is no 'cat': what has blanks in it needs quotes, "
@@ -290,3 +293,30 @@ def test_escape_sequences_of_paths_reach_no_terminal(tmp_path):
         assert "\\x1b[31m" in said or "tpu" in said
         assert "\x1b" not in said
     assert (place / "msd.yaml").is_file()
+
+
+def test_programs_that_pip_installs_take_no_code_from_where_one_stands(tmp_path):
+    """Nor do the processes that they start: cutout is one."""
+    (tmp_path / "PIL.py").write_text("print('taken')")
+    code = (
+        "import sys; sys.path[:] = sys.path[1:]; from msdiffusion.cli import main; sys.exit(main(['cutout', '--help']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "taken" not in done.stdout
+    assert "--box" in done.stdout
+
+
+def test_a_reader_that_is_gone_ends_a_command_quietly():
+    command = f"{sys.executable} -m msdiffusion configs | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_letters_that_a_terminal_cannot_encode_are_written_out(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    call = [sys.executable, "-m", "msdiffusion", "configs", "msd.yaml", "--out", str(tmp_path / "\u72d7")]
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert "\\u72d7" in done.stdout

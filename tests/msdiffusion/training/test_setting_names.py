@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from msdiffusion.errors import RequestError
-from msdiffusion.training.setting_names import COMMANDS, check_arguments, parameters, with_configs
+from msdiffusion.training.setting_names import COMMANDS, check_arguments, pairs_of, parameters, with_configs
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -165,3 +165,18 @@ def test_the_command_says_it_without_a_heavy_import():
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "error: unknown setting --trainer.max_stepss: did you mean --trainer.max_steps?\n"
+
+
+def test_pairs_that_are_not_there_are_told_before_torch_is_loaded(tmp_path):
+    assert pairs_of(["fit", *MSD]) == "data/world/pairs"
+    assert pairs_of(["fit", *MSD, "--data.init_args.pairs", "mine"]) == "mine"
+    assert pairs_of(["fit", *MSD, "--print_config"]) is None
+    code = (
+        "import sys; from msdiffusion.training.cli import main\n"
+        f"sys.argv[1:] = ['fit', '-c', 'msd.yaml', '--data.init_args.pairs', {str(tmp_path / 'none')!r}]\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]
+    assert "no pairs dataset: " in done.stderr
