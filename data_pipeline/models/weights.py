@@ -289,17 +289,19 @@ def load_network(
         options |= version
     diffusers = hasattr(kind, "load_config")
     check_network(folder, model_types, kind.__name__ if diffusers else None)
-    headings = read_headings(folder, "diffusion_pytorch_model" if diffusers else "model", variant)
+    stem = "diffusion_pytorch_model" if diffusers else "model"
+    headings = read_headings(folder, stem, variant)
     if headings:
         check_dtypes(what, headings)
         _check_size(kind, folder, what, headings)
     if variant is not None:
         options["variant"] = variant
-    if any(folder.glob("*.safetensors")):
+    files = _weight_files(folder, stem, variant)
+    if files and files[0].suffix == ".safetensors":
         options["use_safetensors"] = True  # no other file is taken where one of them is broken
     network, report = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     if not headings:  # from a hub: now they are here
-        check_dtypes(what, read_headings(folder, "diffusion_pytorch_model" if diffusers else "model", variant))
+        check_dtypes(what, read_headings(folder, stem, variant))
     check_names(
         what,
         sorted(
