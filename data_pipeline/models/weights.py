@@ -368,8 +368,10 @@ def _weight_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
     """One file, or the parts that an index names; both where both are there, as libraries differ in what they take."""
     middle = "" if variant is None else f".{variant}"
     for name, ending in ((stem, "safetensors"), ("pytorch_model" if stem == "model" else stem, "bin")):
-        index = folder / f"{name}.{ending}.index{middle}.json"
-        parts = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else []
+        # The second is that of diffusers before 0.30.
+        indexes = [folder / f"{name}.{ending}{end}.json" for end in (f".index{middle}", f"{middle}.index")]
+        index = next((path for path in indexes if path.is_file()), None)
+        parts = [] if index is None else sorted(set(read_json(index)["weight_map"].values()))
         files = [folder / part for part in (f"{name}{middle}.{ending}", *parts)]
         if any(path.is_file() for path in files):
             return [path for path in files if path.is_file()]

@@ -157,6 +157,89 @@ def test_a_config_of_gigabytes_is_refused_before_they_are_asked_for(door, model)
         load(model)
 
 
+# ---- what folders of real users hold beside
+
+
+def copied(tiny_model_dir, folder):
+    for part in ("base", "image_encoder"):
+        shutil.copytree(tiny_model_dir / part, folder / part)
+
+
+def as_pickle(path, name):
+    torch.save(load_file(path), path.with_name(name))
+    path.unlink()
+
+
+def half_beside_pickle(folder):
+    for part, stem, pickled in (("unet", "diffusion_pytorch_model", ""), ("text_encoder", "model", "pytorch_model")):
+        path = folder / "base" / part / f"{stem}.safetensors"
+        shutil.copy(path, path.with_name(f"{stem}.fp16.safetensors"))
+        as_pickle(path, f"{pickled or stem}.bin")
+
+
+def sharded_half(folder):
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(folder / "base/unet").half()
+    shutil.rmtree(folder / "base/unet")
+    unet.save_pretrained(folder / "base/unet", variant="fp16", max_shard_size="60KB")
+    path = folder / "base/unet/diffusion_pytorch_model.safetensors.index.fp16.json"
+    content = json.loads(path.read_text())
+    content["metadata"]["total_size"] = 5_000_000_000  # as of the real one
+    path.write_text(json.dumps(content))
+
+
+def other_release_beside(folder):
+    path = folder / "image_encoder/model.safetensors"
+    shutil.copy(path, path.with_name("open_clip_model.safetensors"))
+    as_pickle(path, "pytorch_model.bin")
+    (path.parent / "trainer_state.json").write_text(json.dumps({"total_flos": 3e17}))
+    (path.parent / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "SiglipTokenizer"}))
+
+
+def parts_never_loaded(folder):
+    path = folder / "base/model_index.json"
+    index = json.loads(path.read_text())
+    index |= {
+        "safety_checker": ["diffusers.pipelines.stable_diffusion.safety_checker", "StableDiffusionSafetyChecker"],
+        "watermark": ["stable_diffusion_xl", "StableDiffusionXLWatermarker"],
+        "controlnet": ["diffusers.pipelines.controlnet.multicontrolnet", "MultiControlNetModel"],
+        "gadget": ["own_code", "Gadget"],
+    }
+    path.write_text(json.dumps(index))
+
+
+def other_machines_tokenizer(folder):
+    path = folder / "base/tokenizer/tokenizer_config.json"
+    elsewhere = {"tokenizer_file": "/root/.cache/tokenizer.json", "vocab_file": "./vocab.json", "merges_file": "/a/b"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **elsewhere}))
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [
+        (half_beside_pickle, torch.float32),
+        (half_beside_pickle, torch.float16),
+        (sharded_half, torch.float16),
+        (other_release_beside, torch.float32),
+        (parts_never_loaded, torch.float32),
+        (other_machines_tokenizer, torch.float32),
+    ],
+)
+def test_what_lies_beside_is_not_in_the_way(change, dtype, tiny_model_dir, tmp_path):
+    from msdiffusion.pretrained import load_image_encoder, load_pipeline
+
+    copied(tiny_model_dir, tmp_path)
+    plain = load_pipeline(tmp_path / "base", dtype)
+    change(tmp_path)
+    changed = load_pipeline(tmp_path / "base", dtype)
+    for part in ("unet", "text_encoder"):
+        ours, theirs = getattr(changed, part).state_dict(), getattr(plain, part).state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert changed.tokenizer("a red cat").input_ids == plain.tokenizer("a red cat").input_ids
+    load_image_encoder(tmp_path / "image_encoder", dtype)
+
+
 # ---- code that folders bring along: a module that would set a flag
 
 
