@@ -34,7 +34,7 @@ _SCHEDULER = r"[A-Z]\w*Scheduler"
 _PARTS: Mapping[str, Mapping[str, Collection[str]]] = {
     "unet": {"diffusers": ("UNet2DConditionModel",)},
     "vae": {
-        "diffusers": ("AutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE"),
+        "diffusers": ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE"),
         "msdiffusion.pixel_autoencoder": ("PixelUnshuffleAutoencoder",),
     },
     "text_encoder": {"transformers": ("CLIPTextModel",)},
@@ -74,6 +74,9 @@ _CODE = {
     "quantization_config": "quantized weights",
     "compression_config": "quantized weights",
 }
+_NUMBER = r".*_eps|eps|scaling_factor|shift_factor|dropout"
+_NUMBERS_OF_CHANNELS = ("latents_mean", "latents_std")
+_SIDE = r"(sample|image|patch)_size"
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 # What the libraries read of a folder; others write what they like beside it (a trainer's state, a list of modules).
 _SETTINGS = r"(config(\.[\w.-]+)?|(generation|preprocessor|processor|scheduler)_config)\.json"
@@ -105,7 +108,7 @@ _LIMITS = (
 _LARGEST_FRACTION = 10**9
 _FEWEST_TOKENS = 8
 _MOST_STAGES, _MOST_LAYERS = 12, 400
-_PER_STAGE = r"widths|depths|hidden_sizes|num_heads|heads|(block_out|conv|neck_hidden)_?\w*channels|.*_block_types"
+_PER_STAGE = r"widths|depths|hidden_sizes|num_heads|heads|(.*block_out|conv|neck_hidden)_?\w*channels|.*_block_types"
 
 
 def read_json(path: Path) -> Any:
@@ -355,6 +358,7 @@ def check_values(path: Path, content: Mapping[str, Any]) -> None:
             raise InputError(f"{path}: model_type is {value}, a network of timm: give timm:NAME")
         if key == "image_processor_type" and not (isinstance(value, str) and re.fullmatch(_IMAGE_PROCESSOR, value)):
             raise InputError(f"{path}: {key} is {_shown(value)}: allowed is an image processor of transformers")
+        _check_type(path, key, value)
         divides = key in ("image_std", "latents_std") and isinstance(value, list) and not all(value)
         if divides or (key == "scaling_factor" and value == 0):
             raise InputError(f"{path}: {key} is {_shown(value)}: pictures are divided by it, so no number may be 0")
@@ -362,6 +366,19 @@ def check_values(path: Path, content: Mapping[str, Any]) -> None:
             raise InputError(f"{path}: {key} has {len(value)} entries: at most {_MOST_STAGES}")
         for number in _numbers(value):
             _check_number(path, key, number)
+
+
+def _check_type(path: Path, key: str, value: Any) -> None:
+    """Of settings that are only looked at while drawing."""
+    if value is None:
+        return
+    if re.fullmatch(_NUMBER, key) and type(value) not in (int, float):
+        raise InputError(f"{path}: {key} is {_shown(value)}: needed is a number")
+    numbers = isinstance(value, list) and all(type(number) in (int, float) for number in value)
+    if key in _NUMBERS_OF_CHANNELS and not numbers:
+        raise InputError(f"{path}: {key} is {_shown(value)}: needed is a list of numbers, one for each channel")
+    if re.fullmatch(_SIDE, key) and any(number < 1 for number in _numbers(value)):
+        raise InputError(f"{path}: {key} is {_shown(value)}: needed is a size of 1 or more")
 
 
 def _check_number(path: Path, key: str, number: float) -> None:

@@ -278,7 +278,8 @@ def load_network(
         model_types: see ``check_network``.
         may_lack: parts of names of tensors that may be missing, beside ``COUNTERS``.
         left_out: beginnings of names of tensors that have no place in it and are known.
-        variant: as ``from_pretrained`` has it: of "fp16", model.fp16.safetensors.
+        variant: as ``from_pretrained`` has it: of "fp16", model.fp16.safetensors. None: a folder that has only those
+            is read from them.
         options: of ``from_pretrained``.
 
     Raises:
@@ -290,6 +291,8 @@ def load_network(
     diffusers = hasattr(kind, "load_config")
     check_network(folder, model_types, kind.__name__ if diffusers else None)
     stem = "diffusion_pytorch_model" if diffusers else "model"
+    if Path(place).is_dir() and not any(_weight_files(folder, stem, each) for each in {None, variant}):
+        variant = "fp16"  # all that there is, if anything
     headings = read_headings(folder, stem, variant)
     if headings:
         check_dtypes(what, headings)

@@ -189,6 +189,12 @@ def sharded_half(folder):
     path.write_text(json.dumps(content))
 
 
+def half_alone(folder):
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        path = folder / "base" / part / f"{stem}.safetensors"
+        path.rename(path.with_name(f"{stem}.fp16.safetensors"))
+
+
 def other_release_beside(folder):
     path = folder / "image_encoder/model.safetensors"
     shutil.copy(path, path.with_name("open_clip_model.safetensors"))
@@ -221,6 +227,8 @@ def other_machines_tokenizer(folder):
         (half_beside_pickle, torch.float32),
         (half_beside_pickle, torch.float16),
         (sharded_half, torch.float16),
+        (half_alone, torch.float32),
+        (half_alone, torch.float16),  # of two parts
         (other_release_beside, torch.float32),
         (parts_never_loaded, torch.float32),
         (other_machines_tokenizer, torch.float32),
@@ -366,6 +374,32 @@ def test_parts_of_different_models_are_refused(tiny_model_dir, tiny_sd1_model_di
         ("text_encoder/config.json", {"hidden_act": "own"}, "cannot load the base model .* text_encoder: "),
         ("scheduler/scheduler_config.json", {"beta_schedule": "own"}, "cannot load the base model .*own"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}, "cannot load the base model "),
+        ("scheduler/scheduler_config.json", {"prediction_type": "own"}, "scheduler of .* takes no steps .*own"),
+        ("scheduler/scheduler_config.json", {"timestep_spacing": "own"}, "takes no steps .*own"),
+        (
+            "scheduler/scheduler_config.json",
+            {"trained_betas": [0.1] * 10},
+            "takes no steps .*trained_betas has 10 numbers: needed are 1000",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "LCMScheduler", "original_inference_steps": 0},
+            r"\(LCMScheduler\) takes no steps",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "LCMScheduler", "original_inference_steps": 9999},
+            r"\(LCMScheduler\) takes no steps",
+        ),
+        ("vae/config.json", {"latents_mean": [1], "latents_std": [1]}, "has 1 numbers of latents_mean: needed are"),
+        ("text_encoder/config.json", {"num_attention_heads": 7}, "cannot load the base model .* text_encoder: .*7"),
+        ("text_encoder/config.json", {"eos_token_id": "own"}, "cannot load the base model .* text_encoder: .*eos_tok"),
+        ("text_encoder/config.json", {"vocab_size": "own"}, "cannot load the base model .* text_encoder: .*vocab"),
+        (
+            "tokenizer_2/tokenizer_config.json",
+            {"model_max_length": 9},
+            "tokenizer and text_encoder read 40 tokens, tokenizer_2 and text_encoder_2 9",
+        ),
     ],
 )
 def test_settings_that_no_library_can_build_are_told_shortly(file, entries, message, tiny_model_dir, tmp_path):
@@ -374,6 +408,10 @@ def test_settings_that_no_library_can_build_are_told_shortly(file, entries, mess
     shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
     path = tmp_path / "base" / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    if file.startswith("scheduler"):
+        index = json.loads((tmp_path / "base/model_index.json").read_text())
+        index["scheduler"][1] = entries.get("_class_name", index["scheduler"][1])
+        (tmp_path / "base/model_index.json").write_text(json.dumps(index))
     with pytest.raises(WeightsError, match=message) as told:
         load_pipeline(tmp_path / "base")
     assert len(str(told.value)) < 900
