@@ -11,6 +11,7 @@ import inspect
 import logging
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -466,7 +467,8 @@ def _check_scheduler(scheduler: Any, channels: int, source: str | Path) -> None:
 
 def _take_steps(scheduler: Any, channels: int, steps: int) -> None:
     trial, latents = copy.deepcopy(scheduler), torch.ones(1, channels, 2, 2)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         trial.set_timesteps(steps)
         for timestep in trial.timesteps:
             noise = trial.scale_model_input(latents, timestep)

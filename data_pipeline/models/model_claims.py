@@ -277,7 +277,8 @@ def _check_layers(path: Path, config: Mapping[str, Any]) -> None:
     stages = config.get("block_out_channels")
     if not isinstance(stages, list):
         return
-    blocks, transformers = (_most(config.get(name), 1) for name in ("layers_per_block", "transformer_layers_per_block"))
+    blocks = max(_most(config.get(f"layers_per_{each}block"), 1) for each in ("", "down_", "up_"))
+    transformers = _most(config.get("transformer_layers_per_block"), 1)
     if len(stages) * blocks * transformers > _MOST_LAYERS:
         raise InputError(
             f"{path}: {len(stages)} stages of {blocks} layers_per_block with {transformers} "

@@ -189,6 +189,38 @@ def sharded_half(folder):
     path.write_text(json.dumps(content))
 
 
+def other_vae(folder):
+    from diffusers import AsymmetricAutoencoderKL
+
+    vae = AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        down_block_out_channels=(8, 8),
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        up_block_out_channels=(8, 8),
+        latent_channels=json.loads((folder / "base/unet/config.json").read_text())["out_channels"],
+        norm_num_groups=4,
+    )
+    shutil.rmtree(folder / "base/vae")
+    vae.save_pretrained(folder / "base/vae")
+    name_part(folder, "vae", "AsymmetricAutoencoderKL")
+
+
+def name_part(folder, part, kind):
+    path = folder / "base/model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), part: ["diffusers", kind]}))
+
+
+def scheduler_of_few_steps(folder):
+    name_part(folder, "scheduler", "LCMScheduler")
+    path = folder / "base/scheduler/scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "LCMScheduler", "original_inference_steps": 2}))
+
+
+def scheduler_of_other_pipelines(folder):  # drawing asks for another
+    name_part(folder, "scheduler", "FlowMatchEulerDiscreteScheduler")
+    (folder / "base/scheduler/scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+
+
 def half_alone(folder):
     for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         path = folder / "base" / part / f"{stem}.safetensors"
@@ -199,6 +231,10 @@ def other_release_beside(folder):
     path = folder / "image_encoder/model.safetensors"
     shutil.copy(path, path.with_name("open_clip_model.safetensors"))
     as_pickle(path, "pytorch_model.bin")
+    settings = path.with_name("preprocessor_config.json")
+    content = json.loads(settings.read_text())
+    content["size"]["longest_edge"] = 9_999_999
+    settings.write_text(json.dumps(content))
     (path.parent / "trainer_state.json").write_text(json.dumps({"total_flos": 3e17}))
     (path.parent / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "SiglipTokenizer"}))
 
@@ -230,6 +266,9 @@ def other_machines_tokenizer(folder):
         (half_alone, torch.float32),
         (half_alone, torch.float16),  # of two parts
         (other_release_beside, torch.float32),
+        (other_vae, torch.float32),
+        (scheduler_of_few_steps, torch.float32),
+        (scheduler_of_other_pipelines, torch.float32),
         (parts_never_loaded, torch.float32),
         (other_machines_tokenizer, torch.float32),
     ],
@@ -432,6 +471,29 @@ def test_preprocessing_of_another_encoder_is_refused(entries, message, tiny_mode
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
     with pytest.raises(WeightsError, match=message):
         load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_attention_heads": 7}, "not a multiple of the number of attention heads"),
+        ({"layer_norm_eps": "own"}, "layer_norm_eps is 'own': needed is a number"),
+        ({"image_size": "own"}, "image_size"),
+        ({"hidden_act": 5}, "hidden_act"),
+        ({"patch_size": 0}, "patch_size is 0: needed is a size of 1 or more"),
+    ],
+)
+def test_settings_of_an_encoder_that_no_library_can_build_are_told_shortly(entries, message, tiny_model_dir, tmp_path):
+    from msdiffusion.pretrained import encoder_widths
+
+    shutil.copytree(tiny_model_dir / "image_encoder", tmp_path / "image_encoder")
+    path = tmp_path / "image_encoder/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    with pytest.raises(WeightsError, match=f"cannot load the image encoder .*{message}") as told:
+        load_encoder(tmp_path)
+    assert len(str(told.value)) < 900
+    with pytest.raises(WeightsError, match="cannot load the image encoder"):
+        encoder_widths(tiny_model_dir / "base", tmp_path / "image_encoder")
 
 
 # ---- one file

@@ -134,6 +134,7 @@ PIPELINES = [
     ("unet/config.json", {"block_out_channels": [8] * 13}, "block_out_channels has 13 entries: at most 12"),
     ("unet/config.json", {"layers_per_block": 201}, "layers_per_block is 201: at most 200"),
     ("unet/config.json", {"layers_per_block": 20, "transformer_layers_per_block": [[9, 1], 10]}, "600 layers: at most"),
+    ("vae/config.json", {"layers_per_up_block": 199}, "4 stages of 199 layers_per_block .* 796 layers: at most 400"),
     ("unet/config.json", {"cross_attention_dim": 10**6}, "cross_attention_dim is 1000000: at most 65536"),
     ("unet/config.json", {"sample_size": 10**8}, "sample_size is 100000000: at most 65536"),
     ("unet/config.json", {"num_class_embeds": 10**8}, "at most 1000000"),
