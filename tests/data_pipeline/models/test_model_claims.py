@@ -87,7 +87,7 @@ TAKEN = [
     ("unet/config.json", {**FILES["unet/config.json"], "optimization_step": 150_000, "update_after_step": 0}),
     ("unet/config.json", {**FILES["unet/config.json"], "mask_value": -1e9, "global_step": 3_000_000}),
     ("text_encoder/config.json", {**CLIP, "rope_theta": 1_000_000, "image_token_index": 128_000}),
-    ("tokenizer/tokenizer_config.json", {"tokenizer_file": "/root/.cache/huggingface/tokenizer.json"}),
+    ("tokenizer/tokenizer_config.json", {"tokenizer_file": "/home/somebody/.cache/tokenizer.json"}),
     ("tokenizer/tokenizer_config.json", {"vocab_file": "./vocab.json", "merges_file": "./merges.txt"}),
     ("tokenizer/tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.json"]}),
     ("model_index.json", {**INDEX, "safety_checker": ["diffusers", "StableDiffusionSafetyChecker"]}),
