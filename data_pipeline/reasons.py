@@ -7,7 +7,9 @@ import re
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what another library says, with the second where it ends in a colon, without escape codes, cut off after 500 characters.
+    """The first line of what another library says, with the second where it ends in a colon.
+
+    Without escape codes, and cut off after 500 characters.
 
     Of a pickle that is not opened, our own words: torch's, timm's and diffusers' go on to say how to run it all the
     same.

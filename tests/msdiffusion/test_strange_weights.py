@@ -253,7 +253,11 @@ def parts_never_loaded(folder):
 
 def other_machines_tokenizer(folder):
     path = folder / "base/tokenizer/tokenizer_config.json"
-    elsewhere = {"tokenizer_file": "/home/somebody/.cache/tokenizer.json", "vocab_file": "./vocab.json", "merges_file": "/a/b"}
+    elsewhere = {
+        "tokenizer_file": "/home/somebody/.cache/tokenizer.json",
+        "vocab_file": "./vocab.json",
+        "merges_file": "/a/b",
+    }
     path.write_text(json.dumps({**json.loads(path.read_text()), **elsewhere}))
 
 
