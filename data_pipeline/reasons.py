@@ -7,7 +7,9 @@ import re
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what another library says, without escape codes, cut off after 500 characters.
+    """The first line of what another library says, with the second where it ends in a colon.
+
+    Without escape codes, and cut off after 500 characters.
 
     Of a pickle that is not opened, our own words: torch's, timm's and diffusers' go on to say how to run it all the
     same.
@@ -16,4 +18,6 @@ def reason(error: BaseException) -> str:
     if isinstance(error, pickle.UnpicklingError) or re.search("weights[_ ]only|unpickl", text, re.IGNORECASE):
         return "it is a pickle of more than tensors, which could run code when it is read"
     lines = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).strip().splitlines()
+    if len(lines) > 1 and lines[0].rstrip().endswith(":"):
+        lines[0] = f"{lines[0].rstrip()} {lines[1].strip()}"
     return lines[0][:500] if lines else type(error).__name__

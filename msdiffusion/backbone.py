@@ -60,7 +60,7 @@ class Backbone:
         for tokenizer, encoder in zip(("tokenizer", "tokenizer_2"), (pipeline.text_encoder, *second), strict=False):
             # A tokenizer whose files tell no limit has one of 10 ** 30, and the encoder no place for more than its own.
             own = getattr(pipeline, tokenizer)
-            own.model_max_length = min(own.model_max_length, encoder.config.max_position_embeddings)
+            own.model_max_length = int(min(own.model_max_length, encoder.config.max_position_embeddings))
             own.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # drawing says it
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, *second, image_encoder):
             part.eval().requires_grad_(False)

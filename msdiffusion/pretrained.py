@@ -6,10 +6,12 @@ open_clip's. Configs can be read apart from weights, to see what fits before any
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -31,7 +33,7 @@ from diffusers import (
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import deprecation_utils
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
@@ -65,7 +67,7 @@ _LIBRARIES = {"diffusers": diffusers, "transformers": transformers, pixel_autoen
 # What a missing or broken folder, hub name or file raises inside diffusers, transformers and huggingface_hub.
 _LOADING_ERRORS = (
     OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError, AssertionError, ImportError,
-    RuntimeError, HfHubHTTPError, HFValidationError, SafetensorError, pickle.UnpicklingError,
+    RuntimeError, HfHubHTTPError, HFValidationError, StrictDataclassError, SafetensorError, pickle.UnpicklingError,
 )  # fmt: skip
 # Beginnings of names in the file of a whole CLIP, of which one tower is taken.
 _OTHER_TOWER = {
@@ -404,6 +406,16 @@ def _check_fit(pipeline: DiffusionPipeline, source: str | Path) -> None:
                 f"{sizes} for the picture's sizes are {pooled + sizes}, but the UNet takes "
                 f"{unet.projection_class_embeddings_input_dim}"
             )
+        limits = [
+            min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            for tokenizer, encoder in zip((pipeline.tokenizer, pipeline.tokenizer_2), encoders, strict=True)
+        ]
+        if limits[0] != limits[1]:
+            raise WeightsError(
+                f"the parts of {source} are of different models: tokenizer and text_encoder read {limits[0]} tokens, "
+                f"tokenizer_2 and text_encoder_2 {limits[1]} (model_max_length, max_position_embeddings): needed are "
+                "as many"
+            )
     widths, taken = [encoder.config.hidden_size for encoder in encoders], unet.cross_attention_dim
     if isinstance(taken, int) and sum(widths) != taken:
         raise WeightsError(
@@ -416,6 +428,51 @@ def _check_fit(pipeline: DiffusionPipeline, source: str | Path) -> None:
             f"the parts of {source} are of different models: the UNet makes latents of {unet.out_channels} channels, "
             f"the vae reads {channels}"
         )
+    for setting in ("latents_mean", "latents_std"):
+        numbers = pipeline.vae.config.get(setting)
+        if numbers is not None and len(numbers) != channels:
+            raise WeightsError(
+                f"the vae of {source} has {len(numbers)} numbers of {setting}: needed are {channels}, one for each "
+                "channel of its latents"
+            )
+    _check_scheduler(pipeline.scheduler, unet.out_channels, source)
+
+
+def _check_scheduler(scheduler: Any, channels: int, source: str | Path) -> None:
+    """Raise unless a scheduler takes steps, on four numbers a channel: what its config says is looked at only there.
+
+    One that is made for other pipelines passes: drawing says so, and may be given another.
+
+    Raises:
+        WeightsError: with the scheduler's own reason.
+    """
+    if not all(hasattr(scheduler, name) for name in ("init_noise_sigma", "order", "scale_model_input")):
+        return
+    advice = f"the scheduler of {source} ({type(scheduler).__name__}) takes no steps with its scheduler_config.json: "
+    betas, trained = scheduler.config.get("trained_betas"), scheduler.config.get("num_train_timesteps", 0)
+    if betas is not None and len(betas) < trained:
+        raise WeightsError(
+            f"{advice}trained_betas has {len(betas)} numbers: needed are {trained} (num_train_timesteps)"
+        )
+    try:
+        try:
+            _take_steps(scheduler, channels, 4)
+        except Exception:  # a distilled one may know fewer
+            _take_steps(scheduler, channels, 1)
+    except ImportError:  # of a library that it needs: another scheduler may be given
+        return
+    except Exception as error:  # its settings decide which of many comes
+        raise WeightsError(f"{advice}{reason(error)}") from error
+
+
+def _take_steps(scheduler: Any, channels: int, steps: int) -> None:
+    trial, latents = copy.deepcopy(scheduler), torch.ones(1, channels, 2, 2)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trial.set_timesteps(steps)
+        for timestep in trial.timesteps:
+            noise = trial.scale_model_input(latents, timestep)
+            latents = trial.step(noise, timestep, latents, return_dict=False)[0]
 
 
 def _configs_of(file: SingleFile) -> str:
@@ -464,7 +521,7 @@ def _with_variant(
     """The pipeline from its half-precision files, half the download, where it has them and they are asked for."""
     half = dtype in (torch.float16, torch.bfloat16)
     version = {key: value for key, value in options.items() if key == "revision"}
-    if half and (not Path(name).is_dir() or any(Path(name).rglob("*.fp16.safetensors"))):
+    if half and (not Path(name).is_dir() or any(Path(name).rglob("*.fp16*.safetensors"))):
         try:
             networks = _networks(pipeline, name, dtype, folder, variant="fp16", **version)
             return pipeline.from_pretrained(name, variant="fp16", **{_DTYPE: dtype, **options, **networks})

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.models.hub import model_folder
+from data_pipeline.models.model_claims import check_network
 from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, check_model_directory
 from data_pipeline.models.quiet import quiet_loading
 from data_pipeline.models.weights import load_network
@@ -61,6 +62,7 @@ def load_captioner(name: str, device: str, *, max_tokens: int, batch_size: int) 
     try:
         with quiet_loading():
             folder = model_folder(name, TEXT_AND_IMAGE_MODEL)
+            check_network(folder, tokenizer=True)
             model = load_network(
                 BlipForConditionalGeneration, folder, f"BLIP {name}", model_types=("blip",), dtype=torch.float32,
                 use_safetensors=True,

@@ -192,7 +192,7 @@ def _text_encoder_folder(name: str) -> str:
         folder, _ = configs_here(name)
     except (OSError, ValueError):  # building says what to do
         return name
-    check_network(folder, ("bert",))
+    check_network(folder, ("bert",), tokenizer=True)
     return name
 
 

@@ -13,7 +13,7 @@ import torch
 
 from data_pipeline.models.grounding import GroundingDetector, Preprocessing
 from data_pipeline.models.hub import model_folder
-from data_pipeline.models.model_claims import three_numbers
+from data_pipeline.models.model_claims import check_network, three_numbers
 from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, check_model_directory
 from data_pipeline.models.quiet import quiet_loading
 from data_pipeline.models.weights import load_network
@@ -34,6 +34,7 @@ def load_grounding_dino_hf(name: str, device: str) -> tuple[torch.nn.Module, Any
     try:
         with quiet_loading():
             folder = model_folder(name, TEXT_AND_IMAGE_MODEL)
+            check_network(folder, tokenizer=True)
             # The custom kernel is a download of compiled code; the plain one gives the same on every device.
             # Swin's last norm is not used, and released weights have none.
             model = load_network(

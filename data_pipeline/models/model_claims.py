@@ -28,12 +28,13 @@ VISION = (
 )
 """Model types of transformers that give an embedding of a picture."""
 
-# Class names that a pipeline's model_index.json may give to its parts, by library. Other parts are not loaded.
+# Class names that a pipeline's model_index.json may give to its parts, by library. Other parts are not loaded, and so
+# not judged: a safety checker, a watermark, what another pipeline has.
 _SCHEDULER = r"[A-Z]\w*Scheduler"
 _PARTS: Mapping[str, Mapping[str, Collection[str]]] = {
     "unet": {"diffusers": ("UNet2DConditionModel",)},
     "vae": {
-        "diffusers": ("AutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE"),
+        "diffusers": ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE"),
         "msdiffusion.pixel_autoencoder": ("PixelUnshuffleAutoencoder",),
     },
     "text_encoder": {"transformers": ("CLIPTextModel",)},
@@ -50,11 +51,8 @@ _PARTS: Mapping[str, Mapping[str, Collection[str]]] = {
             "CLIPFeatureExtractor",
         )
     },
-    "safety_checker": {"stable_diffusion": ("StableDiffusionSafetyChecker",)},
 }
-_MODEL_TYPES = {
-    "text_encoder": CLIP_TEXT, "text_encoder_2": CLIP_TEXT, "image_encoder": CLIP_VISION, "safety_checker": ("clip",),
-}  # fmt: skip
+_MODEL_TYPES = {"text_encoder": CLIP_TEXT, "text_encoder_2": CLIP_TEXT, "image_encoder": CLIP_VISION}
 _TOKENIZERS = (
     *("CLIPTokenizer", "CLIPTokenizerFast", "BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast"),
     "TokenizersBackend",
@@ -76,9 +74,24 @@ _CODE = {
     "quantization_config": "quantized weights",
     "compression_config": "quantized weights",
 }
+_NUMBER = r".*_eps|eps|scaling_factor|shift_factor|dropout"
+_NUMBERS_OF_CHANNELS = ("latents_mean", "latents_std")
+_SIDE = r"(sample|image|patch)_size"
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-_FILE_NAMES = ("vocab_file", "merges_file", "tokenizer_file")
-# Largest numbers by key, first fitting; what no row names may be as large as the last says.
+# What the libraries read of a folder; others write what they like beside it (a trainer's state, a list of modules).
+_SETTINGS = r"(config(\.[\w.-]+)?|(generation|preprocessor|processor|scheduler)_config)\.json"
+_INDEX = r".*\.index(\.[\w-]+)?\.json"
+_TOKENIZER_SETTINGS = r"tokenizer_config\.json|special_tokens_map\.json"
+_TOKENIZER_WORDS = r"vocab\.json|added_tokens\.json"  # words may be called anything
+_TOKENIZER = r"tokenizer(\.[\w.-]+)?\.json"
+# Files of a tokenizer by the entry that may name another one, which no library reads where one of these is there.
+_TOKENIZER_FILES = {
+    "vocab_file": ("vocab.json", "vocab.txt", "tokenizer.json"),
+    "merges_file": ("merges.txt", "tokenizer.json"),
+    "tokenizer_file": ("tokenizer.json", "vocab.json", "vocab.txt"),
+}
+# Largest numbers by key, first fitting; what no row names may be as large as the last says, or, with a decimal point,
+# which nothing is counted by, as the one before.
 _LIMITS = (
     (r"vocab_size|.*_token_id|num_class_embeds|type_vocab_size", 1_000_000),
     (r"num_beams|num_beam_groups|num_return_sequences", 16),
@@ -86,11 +99,16 @@ _LIMITS = (
     (r".*layers.*|.*depths?|num_stages|num_hidden_groups", 200),
     (r"shortest_edge|longest_edge|height|width|max_height|max_width|(image|crop|pad|picture)_size", 4096),
     (r".*(size|dim|channels?|width|heads|hidden|length|positions|embeddings|queries|len|factor|input_dim)s?", 65_536),
-    (r".*", 10**9),
+    (r"(.*_)?order", 8),
+    # Counted by nothing that is built: what a trainer notes, bounds, and constants.
+    (r".*(steps?|epochs?|seed|theta|pixels|samples?|flos|param(eter)?s|tokens?|_index|_ids?|bytes|version)", 10**15),
+    (r"longest_edge beside shortest_edge", 10**9),
+    (r".*", 65_536),
 )
+_LARGEST_FRACTION = 10**9
 _FEWEST_TOKENS = 8
 _MOST_STAGES, _MOST_LAYERS = 12, 400
-_PER_STAGE = r"widths|depths|hidden_sizes|num_heads|heads|(block_out|conv|neck_hidden)_?\w*channels|.*_block_types"
+_PER_STAGE = r"widths|depths|hidden_sizes|num_heads|heads|(.*block_out|conv|neck_hidden)_?\w*channels|.*_block_types"
 
 
 def read_json(path: Path) -> Any:
@@ -177,23 +195,22 @@ def check_pipeline(folder: Path) -> None:
         )
     check_values(path, index)
     for part, entry in index.items():
-        if part.startswith("_") or not isinstance(entry, (list, dict)):
+        if not isinstance(entry, (list, dict)):
+            continue
+        if part not in _PARTS or entry == [None, None]:
             continue
         _check_part(path, part, entry)
         if (folder / part).is_dir():
             expected = entry[1] if part in ("unet", "vae") else None
-            check_network(folder / part, _MODEL_TYPES.get(part, ()), expected)
+            tokenizer = part.startswith("tokenizer")
+            check_network(folder / part, _MODEL_TYPES.get(part, ()), expected, tokenizer=tokenizer)
 
 
 def _check_part(path: Path, part: str, entry: Any) -> None:
-    if entry == [None, None]:
-        return
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)):
         raise InputError(f"{path}: {part} is {_shown(entry)}: needed is [library, class]")
     library, name = entry
-    allowed = _PARTS.get(part)
-    if allowed is None:  # of another pipeline (a ControlNet's, say): not loaded
-        allowed = {"diffusers": (r"\w+",), "transformers": (r"\w+",)}
+    allowed = _PARTS[part]
     if not any(re.fullmatch(pattern, name) for pattern in allowed.get(library, ())):
         known = ", or ".join(f"{', '.join(map(_plain, names))} of {place}" for place, names in allowed.items())
         raise InputError(
@@ -201,13 +218,16 @@ def _check_part(path: Path, part: str, entry: Any) -> None:
         )
 
 
-def check_network(folder: Path, model_types: Collection[str] = (), class_name: str | None = None) -> None:
-    """What the json files in the folder of one network, tokenizer or scheduler claim.
+def check_network(
+    folder: Path, model_types: Collection[str] = (), class_name: str | None = None, *, tokenizer: bool = False
+) -> None:
+    """What the json files in the folder of one network, tokenizer or scheduler claim, those that a library would read.
 
     Args:
         folder: it may hold weights, which are not looked at here.
         model_types: what ``model_type`` of its config.json may be; empty: it is not asked for.
         class_name: what ``_class_name`` of its config.json must be where it is there (diffusers); None: not asked.
+        tokenizer: whether a tokenizer is loaded from there; else its files are not looked at.
 
     Raises:
         InputError: with file and entry, and what is allowed.
@@ -215,24 +235,30 @@ def check_network(folder: Path, model_types: Collection[str] = (), class_name: s
     if (folder / "adapter_config.json").exists():  # transformers would load the model that it names instead
         raise InputError(f"{folder / 'adapter_config.json'}: this is a PEFT adapter of another model, not a whole one")
     for path in sorted(folder.glob("*.json")):
-        if path.name in ("vocab.json", "added_tokens.json"):  # words, which may be called anything
+        if tokenizer and re.fullmatch(_TOKENIZER_WORDS, path.name):
             _check_file(path)
-            continue
-        content = read_json(path)
-        if path.name == "tokenizer.json":
-            _check_padding(path, content)
-            continue
-        if not isinstance(content, dict):
-            raise InputError(f"{path} holds no settings by name, but {_shown(content)}")
-        if path.name.endswith(".index.json"):
-            _check_index(path, content)
-            continue
-        check_values(path, content)
-        if path.name == "config.json":
-            _check_kind(path, content, model_types, class_name)
-            _check_layers(path, content)
-        if path.name == "tokenizer_config.json":
-            _check_tokenizer(path, content)
+        elif tokenizer and re.fullmatch(_TOKENIZER, path.name):
+            _check_padding(path, read_json(path))
+        elif tokenizer and re.fullmatch(_TOKENIZER_SETTINGS, path.name):
+            content = _read_settings(path)
+            check_values(path, content)
+            if path.name == "tokenizer_config.json":
+                _check_tokenizer(path, content)
+        elif re.fullmatch(_INDEX, path.name):
+            _check_index(path, _read_settings(path))
+        elif re.fullmatch(_SETTINGS, path.name):
+            content = _read_settings(path)
+            check_values(path, content)
+            if path.name.startswith("config."):
+                _check_kind(path, content, model_types, class_name)
+                _check_layers(path, content)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no settings by name, but {_shown(content)}")
+    return content
 
 
 def _check_kind(path: Path, config: Mapping[str, Any], model_types: Collection[str], class_name: str | None) -> None:
@@ -251,7 +277,8 @@ def _check_layers(path: Path, config: Mapping[str, Any]) -> None:
     stages = config.get("block_out_channels")
     if not isinstance(stages, list):
         return
-    blocks, transformers = (_most(config.get(name), 1) for name in ("layers_per_block", "transformer_layers_per_block"))
+    blocks = max(_most(config.get(f"layers_per_{each}block"), 1) for each in ("", "down_", "up_"))
+    transformers = _most(config.get("transformer_layers_per_block"), 1)
     if len(stages) * blocks * transformers > _MOST_LAYERS:
         raise InputError(
             f"{path}: {len(stages)} stages of {blocks} layers_per_block with {transformers} "
@@ -277,6 +304,11 @@ def _check_tokenizer(path: Path, config: Mapping[str, Any]) -> None:
     name = config.get("tokenizer_class")
     if name is not None and name not in _TOKENIZERS:
         raise InputError(f"{path}: tokenizer_class is {_shown(name)}: allowed is {', '.join(_TOKENIZERS)}")
+    for key, files in _TOKENIZER_FILES.items():  # older releases wrote where their cache was
+        named = config.get(key)
+        beside = named is None or (isinstance(named, str) and re.fullmatch(r"(\./)?\w[\w.-]*", named))
+        if not beside and not any((path.parent / file).is_file() for file in files):
+            raise InputError(f"{path}: {key} is {_shown(named)}: needed is a file beside it")
 
 
 def _check_padding(path: Path, content: Any) -> None:
@@ -317,12 +349,17 @@ def check_values(path: Path, content: Mapping[str, Any]) -> None:
             named = list(value.values()) if isinstance(value, dict) else [value]
             if not all(name is None or name in _ATTENTION for name in named):
                 raise InputError(f"{path}: {key} is {_shown(value)}: allowed is {', '.join(_ATTENTION)}")
-        if key in _FILE_NAMES and isinstance(value, str) and not re.fullmatch(r"\w[\w.-]*", value):
-            raise InputError(f"{path}: {key} is {_shown(value)}: needed is a file beside it")
+        if key in ("configuration_files", "fast_tokenizer_files"):  # of other releases: one of them is read instead
+            named = value if isinstance(value, list) else [value]
+            if not all(
+                isinstance(name, str) and re.fullmatch(r"(config|tokenizer)\.[\w.-]*json", name) for name in named
+            ):
+                raise InputError(f"{path}: {key} is {_shown(value)}: needed are files beside it")
         if key == "model_type" and value in ("timm_wrapper", "timm_backbone"):
             raise InputError(f"{path}: model_type is {value}, a network of timm: give timm:NAME")
         if key == "image_processor_type" and not (isinstance(value, str) and re.fullmatch(_IMAGE_PROCESSOR, value)):
             raise InputError(f"{path}: {key} is {_shown(value)}: allowed is an image processor of transformers")
+        _check_type(path, key, value)
         divides = key in ("image_std", "latents_std") and isinstance(value, list) and not all(value)
         if divides or (key == "scaling_factor" and value == 0):
             raise InputError(f"{path}: {key} is {_shown(value)}: pictures are divided by it, so no number may be 0")
@@ -330,6 +367,19 @@ def check_values(path: Path, content: Mapping[str, Any]) -> None:
             raise InputError(f"{path}: {key} has {len(value)} entries: at most {_MOST_STAGES}")
         for number in _numbers(value):
             _check_number(path, key, number)
+
+
+def _check_type(path: Path, key: str, value: Any) -> None:
+    """Of settings that are only looked at while drawing."""
+    if value is None:
+        return
+    if re.fullmatch(_NUMBER, key) and type(value) not in (int, float):
+        raise InputError(f"{path}: {key} is {_shown(value)}: needed is a number")
+    numbers = isinstance(value, list) and all(type(number) in (int, float) for number in value)
+    if key in _NUMBERS_OF_CHANNELS and not numbers:
+        raise InputError(f"{path}: {key} is {_shown(value)}: needed is a list of numbers, one for each channel")
+    if re.fullmatch(_SIDE, key) and any(number < 1 for number in _numbers(value)):
+        raise InputError(f"{path}: {key} is {_shown(value)}: needed is a size of 1 or more")
 
 
 def _check_number(path: Path, key: str, number: float) -> None:
@@ -340,6 +390,8 @@ def _check_number(path: Path, key: str, number: float) -> None:
     if key == "model_max_length":  # where there is no limit, transformers writes 10 ** 30: the encoder has its own
         return
     limit = next(most for pattern, most in _LIMITS if re.fullmatch(pattern, key))
+    if isinstance(number, float):
+        limit = max(limit, _LARGEST_FRACTION) if limit == _LIMITS[-1][1] else limit
     if abs(number) > limit:
         raise InputError(f"{path}: {key} is {_shown(number)}: at most {limit} is read from a model's folder")
 
@@ -348,7 +400,8 @@ def _entries(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Every key with its value, at any depth. The names of classes (id2label) are no settings."""
     if isinstance(content, dict):
         for name, value in content.items():
-            yield name, value
+            bounds = name == "longest_edge" and content.get("shortest_edge") is not None
+            yield f"{name} beside shortest_edge" if bounds else name, value
             if name not in ("id2label", "label2id", "added_tokens_decoder"):
                 yield from _entries(value, name)
     elif isinstance(content, list):
@@ -366,8 +419,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _plain(pattern: str) -> str:
-    told = {_SCHEDULER: "a ...Scheduler", r"\w+": "any class"}
-    return told.get(pattern, pattern.replace("(Fast|Pil)?", ""))
+    return "a ...Scheduler" if pattern == _SCHEDULER else pattern
 
 
 def _shown(value: Any) -> str:

@@ -278,7 +278,8 @@ def load_network(
         model_types: see ``check_network``.
         may_lack: parts of names of tensors that may be missing, beside ``COUNTERS``.
         left_out: beginnings of names of tensors that have no place in it and are known.
-        variant: as ``from_pretrained`` has it: of "fp16", model.fp16.safetensors.
+        variant: as ``from_pretrained`` has it: of "fp16", model.fp16.safetensors. None: a folder that has only those
+            is read from them.
         options: of ``from_pretrained``.
 
     Raises:
@@ -289,17 +290,21 @@ def load_network(
         options |= version
     diffusers = hasattr(kind, "load_config")
     check_network(folder, model_types, kind.__name__ if diffusers else None)
-    headings = read_headings(folder, "diffusion_pytorch_model" if diffusers else "model", variant)
+    stem = "diffusion_pytorch_model" if diffusers else "model"
+    if Path(place).is_dir() and not any(_weight_files(folder, stem, each) for each in {None, variant}):
+        variant = "fp16"  # all that there is, if anything
+    headings = read_headings(folder, stem, variant)
     if headings:
         check_dtypes(what, headings)
         _check_size(kind, folder, what, headings)
     if variant is not None:
         options["variant"] = variant
-    if any(folder.glob("*.safetensors")):
+    files = _weight_files(folder, stem, variant)
+    if files and files[0].suffix == ".safetensors":
         options["use_safetensors"] = True  # no other file is taken where one of them is broken
     network, report = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     if not headings:  # from a hub: now they are here
-        check_dtypes(what, read_headings(folder, "diffusion_pytorch_model" if diffusers else "model", variant))
+        check_dtypes(what, read_headings(folder, stem, variant))
     check_names(
         what,
         sorted(
@@ -366,8 +371,10 @@ def _weight_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
     """One file, or the parts that an index names; both where both are there, as libraries differ in what they take."""
     middle = "" if variant is None else f".{variant}"
     for name, ending in ((stem, "safetensors"), ("pytorch_model" if stem == "model" else stem, "bin")):
-        index = folder / f"{name}.{ending}.index{middle}.json"
-        parts = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else []
+        # The second is that of diffusers before 0.30.
+        indexes = [folder / f"{name}.{ending}{end}.json" for end in (f".index{middle}", f"{middle}.index")]
+        index = next((path for path in indexes if path.is_file()), None)
+        parts = [] if index is None else sorted(set(read_json(index)["weight_map"].values()))
         files = [folder / part for part in (f"{name}{middle}.{ending}", *parts)]
         if any(path.is_file() for path in files):
             return [path for path in files if path.is_file()]

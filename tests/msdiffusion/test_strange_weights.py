@@ -157,6 +157,140 @@ def test_a_config_of_gigabytes_is_refused_before_they_are_asked_for(door, model)
         load(model)
 
 
+# ---- what folders of real users hold beside
+
+
+def copied(tiny_model_dir, folder):
+    for part in ("base", "image_encoder"):
+        shutil.copytree(tiny_model_dir / part, folder / part)
+
+
+def as_pickle(path, name):
+    torch.save(load_file(path), path.with_name(name))
+    path.unlink()
+
+
+def half_beside_pickle(folder):
+    for part, stem, pickled in (("unet", "diffusion_pytorch_model", ""), ("text_encoder", "model", "pytorch_model")):
+        path = folder / "base" / part / f"{stem}.safetensors"
+        shutil.copy(path, path.with_name(f"{stem}.fp16.safetensors"))
+        as_pickle(path, f"{pickled or stem}.bin")
+
+
+def sharded_half(folder):
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(folder / "base/unet").half()
+    shutil.rmtree(folder / "base/unet")
+    unet.save_pretrained(folder / "base/unet", variant="fp16", max_shard_size="60KB")
+    path = folder / "base/unet/diffusion_pytorch_model.safetensors.index.fp16.json"
+    content = json.loads(path.read_text())
+    content["metadata"]["total_size"] = 5_000_000_000  # as of the real one
+    path.write_text(json.dumps(content))
+
+
+def other_vae(folder):
+    from diffusers import AsymmetricAutoencoderKL
+
+    vae = AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        down_block_out_channels=(8, 8),
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        up_block_out_channels=(8, 8),
+        latent_channels=json.loads((folder / "base/unet/config.json").read_text())["out_channels"],
+        norm_num_groups=4,
+    )
+    shutil.rmtree(folder / "base/vae")
+    vae.save_pretrained(folder / "base/vae")
+    name_part(folder, "vae", "AsymmetricAutoencoderKL")
+
+
+def name_part(folder, part, kind):
+    path = folder / "base/model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), part: ["diffusers", kind]}))
+
+
+def scheduler_of_few_steps(folder):
+    name_part(folder, "scheduler", "LCMScheduler")
+    path = folder / "base/scheduler/scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "LCMScheduler", "original_inference_steps": 2}))
+
+
+def scheduler_of_other_pipelines(folder):  # drawing asks for another
+    name_part(folder, "scheduler", "FlowMatchEulerDiscreteScheduler")
+    (folder / "base/scheduler/scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+
+
+def half_alone(folder):
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        path = folder / "base" / part / f"{stem}.safetensors"
+        path.rename(path.with_name(f"{stem}.fp16.safetensors"))
+
+
+def other_release_beside(folder):
+    path = folder / "image_encoder/model.safetensors"
+    shutil.copy(path, path.with_name("open_clip_model.safetensors"))
+    as_pickle(path, "pytorch_model.bin")
+    settings = path.with_name("preprocessor_config.json")
+    content = json.loads(settings.read_text())
+    content["size"]["longest_edge"] = 9_999_999
+    settings.write_text(json.dumps(content))
+    (path.parent / "trainer_state.json").write_text(json.dumps({"total_flos": 3e17}))
+    (path.parent / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "SiglipTokenizer"}))
+
+
+def parts_never_loaded(folder):
+    path = folder / "base/model_index.json"
+    index = json.loads(path.read_text())
+    index |= {
+        "safety_checker": ["diffusers.pipelines.stable_diffusion.safety_checker", "StableDiffusionSafetyChecker"],
+        "watermark": ["stable_diffusion_xl", "StableDiffusionXLWatermarker"],
+        "controlnet": ["diffusers.pipelines.controlnet.multicontrolnet", "MultiControlNetModel"],
+        "gadget": ["own_code", "Gadget"],
+    }
+    path.write_text(json.dumps(index))
+
+
+def other_machines_tokenizer(folder):
+    path = folder / "base/tokenizer/tokenizer_config.json"
+    elsewhere = {
+        "tokenizer_file": "/home/somebody/.cache/tokenizer.json",
+        "vocab_file": "./vocab.json",
+        "merges_file": "/a/b",
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), **elsewhere}))
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [
+        (half_beside_pickle, torch.float32),
+        (half_beside_pickle, torch.float16),
+        (sharded_half, torch.float16),
+        (half_alone, torch.float32),
+        (half_alone, torch.float16),  # of two parts
+        (other_release_beside, torch.float32),
+        (other_vae, torch.float32),
+        (scheduler_of_few_steps, torch.float32),
+        (scheduler_of_other_pipelines, torch.float32),
+        (parts_never_loaded, torch.float32),
+        (other_machines_tokenizer, torch.float32),
+    ],
+)
+def test_what_lies_beside_is_not_in_the_way(change, dtype, tiny_model_dir, tmp_path):
+    from msdiffusion.pretrained import load_image_encoder, load_pipeline
+
+    copied(tiny_model_dir, tmp_path)
+    plain = load_pipeline(tmp_path / "base", dtype)
+    change(tmp_path)
+    changed = load_pipeline(tmp_path / "base", dtype)
+    for part in ("unet", "text_encoder"):
+        ours, theirs = getattr(changed, part).state_dict(), getattr(plain, part).state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert changed.tokenizer("a red cat").input_ids == plain.tokenizer("a red cat").input_ids
+    load_image_encoder(tmp_path / "image_encoder", dtype)
+
+
 # ---- code that folders bring along: a module that would set a flag
 
 
@@ -283,6 +417,32 @@ def test_parts_of_different_models_are_refused(tiny_model_dir, tiny_sd1_model_di
         ("text_encoder/config.json", {"hidden_act": "own"}, "cannot load the base model .* text_encoder: "),
         ("scheduler/scheduler_config.json", {"beta_schedule": "own"}, "cannot load the base model .*own"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}, "cannot load the base model "),
+        ("scheduler/scheduler_config.json", {"prediction_type": "own"}, "scheduler of .* takes no steps .*own"),
+        ("scheduler/scheduler_config.json", {"timestep_spacing": "own"}, "takes no steps .*own"),
+        (
+            "scheduler/scheduler_config.json",
+            {"trained_betas": [0.1] * 10},
+            "takes no steps .*trained_betas has 10 numbers: needed are 1000",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "LCMScheduler", "original_inference_steps": 0},
+            r"\(LCMScheduler\) takes no steps",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "LCMScheduler", "original_inference_steps": 9999},
+            r"\(LCMScheduler\) takes no steps",
+        ),
+        ("vae/config.json", {"latents_mean": [1], "latents_std": [1]}, "has 1 numbers of latents_mean: needed are"),
+        ("text_encoder/config.json", {"num_attention_heads": 7}, "cannot load the base model .* text_encoder: .*7"),
+        ("text_encoder/config.json", {"eos_token_id": "own"}, "cannot load the base model .* text_encoder: .*eos_tok"),
+        ("text_encoder/config.json", {"vocab_size": "own"}, "cannot load the base model .* text_encoder: .*vocab"),
+        (
+            "tokenizer_2/tokenizer_config.json",
+            {"model_max_length": 9},
+            "tokenizer and text_encoder read 40 tokens, tokenizer_2 and text_encoder_2 9",
+        ),
     ],
 )
 def test_settings_that_no_library_can_build_are_told_shortly(file, entries, message, tiny_model_dir, tmp_path):
@@ -291,6 +451,10 @@ def test_settings_that_no_library_can_build_are_told_shortly(file, entries, mess
     shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
     path = tmp_path / "base" / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    if file.startswith("scheduler"):
+        index = json.loads((tmp_path / "base/model_index.json").read_text())
+        index["scheduler"][1] = entries.get("_class_name", index["scheduler"][1])
+        (tmp_path / "base/model_index.json").write_text(json.dumps(index))
     with pytest.raises(WeightsError, match=message) as told:
         load_pipeline(tmp_path / "base")
     assert len(str(told.value)) < 900
@@ -311,6 +475,29 @@ def test_preprocessing_of_another_encoder_is_refused(entries, message, tiny_mode
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
     with pytest.raises(WeightsError, match=message):
         load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_attention_heads": 7}, "not a multiple of the number of attention heads"),
+        ({"layer_norm_eps": "own"}, "layer_norm_eps is 'own': needed is a number"),
+        ({"image_size": "own"}, "image_size"),
+        ({"hidden_act": 5}, "hidden_act"),
+        ({"patch_size": 0}, "patch_size is 0: needed is a size of 1 or more"),
+    ],
+)
+def test_settings_of_an_encoder_that_no_library_can_build_are_told_shortly(entries, message, tiny_model_dir, tmp_path):
+    from msdiffusion.pretrained import encoder_widths
+
+    shutil.copytree(tiny_model_dir / "image_encoder", tmp_path / "image_encoder")
+    path = tmp_path / "image_encoder/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    with pytest.raises(WeightsError, match=f"cannot load the image encoder .*{message}") as told:
+        load_encoder(tmp_path)
+    assert len(str(told.value)) < 900
+    with pytest.raises(WeightsError, match="cannot load the image encoder"):
+        encoder_widths(tiny_model_dir / "base", tmp_path / "image_encoder")
 
 
 # ---- one file

@@ -65,7 +65,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder; InputError if its special tokens are not where Grounding DINO looks for
     them.
     """
-    check_network(folder)
+    check_network(folder, tokenizer=True)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     for token in ("[CLS]", "[SEP]", ".", "?"):
         if tokenizer.convert_tokens_to_ids(token) != SPECIAL[token]:

@@ -44,6 +44,9 @@ FILES = {
 }
 
 
+SHARDS = {"weight_map": {"a": "diffusion_pytorch_model.fp16-00001-of-00002.safetensors"}}
+
+
 @pytest.fixture
 def pipeline(tmp_path):
     """SDXL's own claims, shortened."""
@@ -74,10 +77,40 @@ def test_what_released_models_claim_is_taken(pipeline):
     check_pipeline(pipeline)
 
 
+TAKEN = [
+    ("unet/diffusion_pytorch_model.safetensors.index.fp16.json", {"metadata": {"total_size": 5 * 10**9}, **SHARDS}),
+    ("unet/diffusion_pytorch_model.fp16.safetensors.index.json", {"metadata": {"total_size": 5 * 10**9}, **SHARDS}),
+    ("text_encoder/trainer_state.json", {"total_flos": 3e17, "best_metric": float("nan"), "auto_map": 1}),
+    ("text_encoder/all_results.json", {"train_samples_per_second": 10**7}),
+    ("text_encoder/modules.json", [{"path": "1_Pooling"}]),
+    ("text_encoder/tokenizer_config.json", {"tokenizer_class": "SiglipTokenizer"}),  # none is loaded from there
+    ("unet/config.json", {**FILES["unet/config.json"], "optimization_step": 150_000, "update_after_step": 0}),
+    ("unet/config.json", {**FILES["unet/config.json"], "mask_value": -1e9, "global_step": 3_000_000}),
+    ("text_encoder/config.json", {**CLIP, "rope_theta": 1_000_000, "image_token_index": 128_000}),
+    ("tokenizer/tokenizer_config.json", {"tokenizer_file": "/home/somebody/.cache/tokenizer.json"}),
+    ("tokenizer/tokenizer_config.json", {"vocab_file": "./vocab.json", "merges_file": "./merges.txt"}),
+    ("tokenizer/tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.json"]}),
+    ("model_index.json", {**INDEX, "safety_checker": ["diffusers", "StableDiffusionSafetyChecker"]}),
+    ("model_index.json", {**INDEX, "safety_checker": ["diffusers.pipelines.stable_diffusion.safety_checker", "A"]}),
+    ("model_index.json", {**INDEX, "watermark": ["stable_diffusion_xl", "StableDiffusionXLWatermarker"]}),
+    ("model_index.json", {**INDEX, "controlnet": ["diffusers.pipelines.controlnet.multicontrolnet", "Multi"]}),
+    ("model_index.json", {**INDEX, "gadget": ["own", "Gadget"], "other": {"a": 1}}),
+    ("feature_extractor/preprocessor_config.json", {"size": {"shortest_edge": 224, "longest_edge": 9_999_999}}),
+]
+
+
+@pytest.mark.parametrize(("file", "content"), TAKEN)
+def test_what_folders_of_real_users_hold_is_taken(file, content, pipeline):
+    (pipeline / file).parent.mkdir(exist_ok=True)
+    (pipeline / file).write_text(json.dumps(content))
+    change(pipeline, "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
+    check_pipeline(pipeline)
+
+
 CODE = "nothing of a model's folder is run"
 PIPELINES = [
     ("model_index.json", {"vae": ["own_code", "Flag"]}, "vae is Flag of own_code, which is not loaded .*: allowed is "),
-    ("model_index.json", {"vae": ["diffusers", "AutoencoderOobleck"]}, "allowed is AutoencoderKL, AutoencoderTiny"),
+    ("model_index.json", {"vae": ["diffusers", "AutoencoderOobleck"]}, "allowed is AutoencoderKL, Asymm"),
     ("model_index.json", {"vae": ["msdiffusion.pixel_autoencoder", "torch"]}, "vae is torch of msdiffusion"),
     ("model_index.json", {"unet": ["msdiffusion.pixel_autoencoder", "PixelUnshuffleAutoencoder"]}, "unet is Pixel"),
     ("model_index.json", {"unet": ["diffusers", "UNet3DConditionModel"]}, "allowed is UNet2DConditionModel of diff"),
@@ -89,8 +122,6 @@ PIPELINES = [
     ("model_index.json", {"tokenizer": ["transformers", "T5Tokenizer"]}, "allowed is CLIPTokenizer, CLIPTokenizerFast"),
     ("model_index.json", {"scheduler": ["own", "DDIMScheduler"]}, "allowed is a ...Scheduler of diffusers"),
     ("model_index.json", {"scheduler": ["diffusers", "utils"]}, "scheduler is utils of diffusers"),
-    ("model_index.json", {"safety_checker": ["own", "StableDiffusionSafetyChecker"]}, "safety_checker is Stable"),
-    ("model_index.json", {"gadget": ["own", "Gadget"]}, "gadget is Gadget of own"),
     ("model_index.json", {"vae": ["diffusers"]}, r"vae is \['diffusers'\]: needed is \[library, class\]"),
     ("model_index.json", {"vae": {"a": 1}}, r"needed is \[library, class\]"),
     ("model_index.json", {"vae": [None, "AutoencoderKL"]}, r"needed is \[library, class\]"),
@@ -103,11 +134,23 @@ PIPELINES = [
     ("unet/config.json", {"block_out_channels": [8] * 13}, "block_out_channels has 13 entries: at most 12"),
     ("unet/config.json", {"layers_per_block": 201}, "layers_per_block is 201: at most 200"),
     ("unet/config.json", {"layers_per_block": 20, "transformer_layers_per_block": [[9, 1], 10]}, "600 layers: at most"),
+    ("vae/config.json", {"layers_per_up_block": 199}, "4 stages of 199 layers_per_block .* 796 layers: at most 400"),
     ("unet/config.json", {"cross_attention_dim": 10**6}, "cross_attention_dim is 1000000: at most 65536"),
     ("unet/config.json", {"sample_size": 10**8}, "sample_size is 100000000: at most 65536"),
     ("unet/config.json", {"num_class_embeds": 10**8}, "at most 1000000"),
-    ("unet/config.json", {"whatever": 10**300}, "whatever is .*: at most 1000000000"),
+    ("unet/config.json", {"whatever": 10**300}, "whatever is .*: at most 65536"),
+    ("unet/config.json", {"whatever": 10**8}, "whatever is 100000000: at most 65536"),
+    ("unet/config.json", {"whatever": 1e300}, "whatever is 1e.300: at most 1000000000"),
     ("unet/config.json", {"norm_eps": float("nan")}, "norm_eps is nan: needed is a finite number"),
+    ("unet/config.json", {"norm_eps": "own"}, "norm_eps is 'own': needed is a number"),
+    ("unet/config.json", {"norm_eps": True}, "norm_eps is True: needed is a number"),
+    ("unet/config.json", {"sample_size": -3}, "sample_size is -3: needed is a size of 1 or more"),
+    ("unet/config.json", {"sample_size": [8, 0]}, "sample_size is .*: needed is a size of 1 or more"),
+    ("vae/config.json", {"scaling_factor": "own"}, "scaling_factor is 'own': needed is a number"),
+    ("vae/config.json", {"shift_factor": [1]}, "shift_factor is .*: needed is a number"),
+    ("vae/config.json", {"latents_mean": "own"}, "latents_mean is 'own': needed is a list of numbers"),
+    ("vae/config.json", {"latents_std": ["1"]}, "latents_std is .*: needed is a list of numbers"),
+    ("vae/config.json", {"up_block_out_channels": [8] * 13}, "up_block_out_channels has 13 entries: at most 12"),
     ("text_encoder/config.json", {"model_type": "t5"}, "is of model_type 't5': needed is clip or clip_text_model"),
     ("text_encoder/config.json", {"model_type": None}, "is of model_type None"),
     ("text_encoder/config.json", {"auto_map": {"AutoModel": "own.Own"}}, f"auto_map .*{CODE}"),
@@ -124,6 +167,9 @@ PIPELINES = [
     ("text_encoder/model.safetensors.index.json", {"weight_map": {"a": "../b.bin"}}, "needed is a file beside it"),
     ("text_encoder/model.safetensors.index.json", {"weight_map": {"a": "/etc/b"}}, "needed is a file beside it"),
     ("text_encoder/model.safetensors.index.json", {"weight_map": {"a": 1}}, "'a' lies in 1: needed is a file"),
+    ("text_encoder/model.safetensors.index.fp16.json", {"weight_map": {"a": "../b.bin"}}, "needed is a file beside it"),
+    ("text_encoder/config.json", {"configuration_files": ["a/config.1.json"]}, "needed are files beside it"),
+    ("text_encoder/config.9.0.json", {"model_type": "t5"}, "is of model_type 't5': needed is clip"),
     ("text_encoder/model.safetensors.index.json", {}, "weight_map must give the file of every tensor"),
     ("tokenizer/tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["own.Own", None]}}, f"auto_map .*{CODE}"),
     ("tokenizer/tokenizer_config.json", {"tokenizer_class": "OwnTokenizer"}, "tokenizer_class is 'Own.*allowed is"),
@@ -131,10 +177,15 @@ PIPELINES = [
     ("tokenizer/tokenizer_config.json", {"model_max_length": "77"}, "model_max_length is '77'"),
     ("tokenizer/tokenizer_config.json", {"model_max_length": True}, "model_max_length is True"),
     ("tokenizer/tokenizer_config.json", {"model_max_length": float("inf")}, "model_max_length is inf"),
-    ("tokenizer/tokenizer_config.json", {"vocab_file": "/etc/hostname"}, "vocab_file .*: needed is a file beside it"),
+    ("tokenizer/tokenizer_config.json", {"merges_file": "/etc/hostname"}, "merges_file .*: needed is a file beside"),
+    ("tokenizer/tokenizer_config.json", {"fast_tokenizer_files": ["../tokenizer.1.json"]}, "needed are files beside"),
+    ("tokenizer/tokenizer.9.0.json", {"padding": {"strategy": {"Fixed": 10**9}}}, "padding to 1000000000 tokens"),
     ("tokenizer/tokenizer_config.json", {"merges_file": "../a.txt"}, "merges_file .*: needed is a file beside it"),
     ("tokenizer/tokenizer.json", {"padding": {"strategy": {"Fixed": 10**9}}}, "padding to 1000000000 tokens: at most"),
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps is .*: at most 10000"),
+    ("scheduler/scheduler_config.json", {"solver_order": 10**8}, "solver_order is 100000000: at most 8"),
+    ("scheduler/scheduler_config.json", {"predictor_order": 9}, "predictor_order is 9: at most 8"),
+    ("scheduler/scheduler_config.json", {"own_count": 10**8}, "own_count is 100000000: at most 65536"),
     ("scheduler/scheduler_config.json", {"steps_offset": 10**6}, "steps_offset is 1000000: at most 10000"),
     ("scheduler/scheduler_config.json", {"beta_start": float("inf")}, "beta_start is inf: needed is a finite"),
     ("scheduler/scheduler_config.json", {"trained_betas": [0.1, float("nan")]}, "trained_betas is nan"),
@@ -162,6 +213,9 @@ NETWORKS = [
     ("config.json", {"vision_config": {"num_hidden_layers": 10**6}}, "num_hidden_layers is 1000000: at most 200"),
     ("config.json", {"vision_config": {"image_size": 100_000}}, "image_size is 100000: at most 4096"),
     ("config.json", {"depths": [1] * 50}, "depths has 50 entries: at most 12"),
+    ("preprocessor_config.json", {"size_divisor": 10**8}, "size_divisor is 100000000: at most 65536"),
+    ("preprocessor_config.json", {"size": {"longest_edge": 10**6}}, "longest_edge is 1000000: at most 4096"),
+    ("preprocessor_config.json", {"size": {"shortest_edge": 1, "longest_edge": 10**10}}, "longest_edge beside .* at m"),
     ("preprocessor_config.json", {"size": {"shortest_edge": 10**6}}, "shortest_edge is 1000000: at most 4096"),
     ("preprocessor_config.json", {"crop_size": {"height": 50_000, "width": 1}}, "height is 50000: at most 4096"),
     ("preprocessor_config.json", {"crop_size": 50_000}, "crop_size is 50000: at most 4096"),
