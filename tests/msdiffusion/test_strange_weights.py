@@ -335,6 +335,9 @@ def test_preprocessing_of_another_encoder_is_refused(entries, message, tiny_mode
 # ---- one file
 
 
+FIRST, SECOND = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -344,6 +347,24 @@ def test_preprocessing_of_another_encoder_is_refused(entries, message, tiny_mode
         ({"model.diffusion_model.scaled_fp8": lambda each: torch.zeros(2)}, r"no place in this network: .*scaled_fp8"),
         ({"first_stage_model.more.weight": lambda each: torch.zeros(2)}, r"no place in this network: .*more\.weight"),
         ({"edm_vpred.sigma_max": lambda each: torch.zeros(9, 9)}, r"edm_vpred.sigma_max is no mark, its shape"),
+        ({f"{FIRST}strange.weight": lambda each: torch.zeros(2)}, r"the text encoder .* no place .*strange\.weight"),
+        (
+            {f"{FIRST}encoder.layers.9.mlp.fc1.bias": lambda each: torch.zeros(2)},
+            r"the text encoder .* no place .*9\.mlp",
+        ),
+        (
+            {f"{FIRST}final_layer_norm.bias": lambda each: torch.zeros(2)},
+            r"the text encoder .*_norm\.bias has shape \(2",
+        ),
+        ({f"{FIRST}final_layer_norm.bias": None}, r"the text encoder .*final_layer_norm\.bias has shape nothing"),
+        (
+            {f"{SECOND}strange.weight": lambda each: torch.zeros(2)},
+            r"second text encoder .* no place .*strange\.weight",
+        ),
+        ({f"{SECOND}transformer.resblocks.9.ln_1.bias": lambda each: torch.zeros(2)}, r"second .* no place .*9\.ln_1"),
+        ({f"{SECOND}ln_final.bias": lambda each: torch.zeros(2)}, r"second .*final_layer_norm\.bias has shape \(2"),
+        ({f"{SECOND}transformer.resblocks.0.attn.in_proj_bias": None}, r"second .*_proj\.bias has shape nothing"),
+        ({f"{SECOND}text_projection": lambda each: torch.zeros(())}, r"second text encoder has tensors that are none"),
     ],
 )
 def test_one_file_with_strange_weights_is_refused(change, message, single_file, tiny_model_dir, tmp_path):
@@ -351,10 +372,58 @@ def test_one_file_with_strange_weights_is_refused(change, message, single_file, 
 
     weights = load_file(single_file)
     for name, edit in change.items():
-        weights[name] = edit(weights.get(name))
+        weights[name] = weights.get(name) if edit is None else edit(weights.get(name))
+        if edit is None:
+            del weights[name]
     save_file(weights, tmp_path / "tune.safetensors")
     with pytest.raises(WeightsError, match=message):
         load_pipeline(tmp_path / "tune.safetensors", base_config=tiny_model_dir / "base")
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd1"])
+def test_what_training_leaves_in_one_file_is_left_out(
+    kind, single_file, sd1_single_file, tiny_model_dir, tiny_sd1_model_dir, tmp_path
+):
+    from msdiffusion.pretrained import load_pipeline
+
+    whole, model = (single_file, tiny_model_dir) if kind == "sdxl" else (sd1_single_file, tiny_sd1_model_dir)
+    first = FIRST if kind == "sdxl" else "cond_stage_model.transformer.text_model."
+    outer = first.removesuffix("text_model.")
+    leftovers = {
+        "first_stage_model.loss.logvar": torch.zeros(()),
+        "first_stage_model.loss.perceptual_loss.net.slice1.0.weight": torch.zeros(3, 3),
+        "first_stage_model.model_ema.num_updates": torch.tensor(5, dtype=torch.int32),
+        "first_stage_model.model_ema.decay": torch.tensor(0.9),
+        "model_ema.diffusion_modelinput_blocks00weight": torch.zeros(3),
+        "alphas_cumprod": torch.zeros(5),
+        f"{first}embeddings.position_ids": torch.arange(77)[None],
+        f"{outer}logit_scale": torch.zeros(()),
+        f"{outer}text_projection.weight": torch.zeros(3, 3),
+        f"{outer}vision_model.post_layernorm.bias": torch.zeros(3),
+    }
+    if kind == "sdxl":
+        leftovers |= {f"{SECOND}logit_scale": torch.zeros(()), f"{SECOND}visual.conv1.weight": torch.zeros(3)}
+    save_file({**load_file(whole), **leftovers}, tmp_path / "tune.safetensors")
+    expected, found = (
+        load_pipeline(path, base_config=model / "base") for path in (whole, tmp_path / "tune.safetensors")
+    )
+    for part in ("unet", "vae", "text_encoder", *(("text_encoder_2",) if kind == "sdxl" else ())):
+        theirs = getattr(found, part).state_dict()
+        assert all(torch.equal(weight, theirs[name]) for name, weight in getattr(expected, part).state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_one_file_with_more_layers_than_its_config_is_refused(part, single_file, tiny_model_dir, tmp_path):
+    """The rest of them was dropped without a word."""
+    from msdiffusion.pretrained import load_pipeline
+
+    shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
+    path = tmp_path / "base" / part / "config.json"
+    config = json.loads(path.read_text())
+    assert config["num_hidden_layers"] > 1
+    path.write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(WeightsError, match="text encoder of .* no place in this network: .*1"):
+        load_pipeline(single_file, base_config=tmp_path / "base")
 
 
 # ---- adapters in pickles
