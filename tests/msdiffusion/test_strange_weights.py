@@ -79,9 +79,50 @@ def load_segmenter(folder):
     load_sam(str(place / "config.json"), place / "model.safetensors", "cpu")
 
 
+def load_embedder(folder):
+    from data_pipeline.models.embedder import load_transformers
+
+    load_transformers(str(folder / "image_encoder"), "cpu")
+
+
+def load_timm_embedder(folder):
+    from data_pipeline.models.embedder import load_timm
+
+    load_timm("test_resnet", folder / "timm/model.safetensors", "cpu")
+
+
+def make_timm_embedder(folder):
+    import timm
+
+    folder.mkdir()
+    save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), folder / "model.safetensors")
+
+
+def load_safety_checker(folder):
+    from msdiffusion.safety import SafetyChecker
+
+    SafetyChecker.from_pretrained(folder / "safety")
+
+
+def make_safety_checker(folder):
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    CLIPImageProcessor().save_pretrained(folder)
+
+
+# Models that no fixture has; their tests of other kinds are beside their modules.
+MADE = {"timm": make_timm_embedder, "safety": make_safety_checker}
+
+
 # Door: folder of the file, what loads it, and a tensor; first those of tiny_model_dir, then those of checkpoints/tiny.
 DOORS = {
     "image encoder": ("image_encoder", load_encoder, "vision_model.encoder.layers.1.mlp.fc1.bias"),
+    "vision embedder": ("image_encoder", load_embedder, "vision_model.encoder.layers.1.mlp.fc1.bias"),
+    "timm embedder": ("timm", load_timm_embedder, "layer1.0.bn1.bias"),
+    "safety checker": ("safety", load_safety_checker, "visual_projection.weight"),
     "text encoder": (*part_of_pipeline("text_encoder"), "final_layer_norm.bias"),
     "second text encoder": (*part_of_pipeline("text_encoder_2"), "text_projection.weight"),
     "unet": (*part_of_pipeline("unet"), "mid_block.resnets.1.norm1.bias"),
@@ -94,6 +135,7 @@ DOORS = {
     "detector": ("mining/detector", load_detector, "model.level_embed"),
     "segmenter": ("mining/segmenter", load_segmenter, "mask_decoder.iou_token.weight"),
 }
+WITHOUT_CONFIG = ("checkpoint by --ckpt_path", "timm embedder")
 SHIPPED = ("judge", "locator", "recognizer", "mining/detector", "mining/segmenter")
 
 
@@ -124,6 +166,9 @@ CHANGES = {
 def model(tiny_model_dir, tmp_path, request):
     """A copy of the folder that a door needs."""
     place = DOORS[request.getfixturevalue("door")][0]
+    if place in MADE:
+        MADE[place](tmp_path / place)
+        return tmp_path
     source = (DEFAULT_MODEL if place in SHIPPED else tiny_model_dir) / place
     if place.startswith("base/"):
         source, place = tiny_model_dir / "base", "base"
@@ -150,7 +195,7 @@ def test_no_door_takes_strange_weights(door, change, model):
     assert str(model) in str(told.value)  # which file or folder
 
 
-@pytest.mark.parametrize("door", [door for door in DOORS if "--ckpt_path" not in door])  # takes no config
+@pytest.mark.parametrize("door", [door for door in DOORS if door not in WITHOUT_CONFIG])
 def test_a_config_of_gigabytes_is_refused_before_they_are_asked_for(door, model):
     """32 layers of 65,536 features would be 4 TB."""
     place, load, _ = DOORS[door]
@@ -158,6 +203,10 @@ def test_a_config_of_gigabytes_is_refused_before_they_are_asked_for(door, model)
     config = json.loads(path.read_text())
     large = {
         "image encoder": {"hidden_size": 65536, "intermediate_size": 65536, "num_hidden_layers": 32},
+        "vision embedder": {"hidden_size": 65536, "intermediate_size": 65536, "num_hidden_layers": 32},
+        "safety checker": {
+            "vision_config": {"hidden_size": 65536, "intermediate_size": 65536, "num_attention_heads": 64}
+        },
         "text encoder": {"hidden_size": 65536, "intermediate_size": 65536, "num_hidden_layers": 32},
         "second text encoder": {"hidden_size": 65536, "intermediate_size": 65536, "num_hidden_layers": 32},
         "unet": {"block_out_channels": [32768] * 3},
