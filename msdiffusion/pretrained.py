@@ -40,6 +40,8 @@ from torch import nn
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     PreTrainedModel,
@@ -59,7 +61,14 @@ from msdiffusion import pixel_autoencoder
 from msdiffusion.errors import WeightsError, reason, refused_weights
 from msdiffusion.open_clip_encoder import OpenClipName, OpenClipVisionEncoder, names_open_clip, vision_config
 from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
-from msdiffusion.single_file import SingleFile, check_unet_shapes, check_vae_shapes, names_single_file, read_single_file
+from msdiffusion.single_file import (
+    SingleFile,
+    check_text_shapes,
+    check_unet_shapes,
+    check_vae_shapes,
+    names_single_file,
+    read_single_file,
+)
 
 PIPELINES: Mapping[str, type[DiffusionPipeline]] = {"sdxl": StableDiffusionXLPipeline, "sd1": StableDiffusionPipeline}
 """Kind of base model to the pipeline that it is loaded as."""
@@ -281,6 +290,9 @@ def _load_single_file(
     check_unet_shapes(file, _meta_unet(source, _configs_of(file)), source)
     if _index_of(folder).get("vae") == ["diffusers", AutoencoderKL.__name__]:
         check_vae_shapes(file, _on_meta(AutoencoderKL, source, "vae", _configs_of(file)), source)
+    for part, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+        if _index_of(folder).get(part) == ["transformers", kind.__name__]:
+            check_text_shapes(file, _on_meta(kind, source, part, _configs_of(file)), part, source)
     try:
         with _old_news_withheld():
             pipeline = PIPELINES[file.kind].from_single_file(
@@ -496,14 +508,19 @@ def _meta_unet(source: str | Path, what: str) -> UNet2DConditionModel:
     return _on_meta(UNet2DConditionModel, source, "unet", what)
 
 
-def _on_meta(kind: type[ModelMixin], source: str | Path, part: str, what: str) -> ModelMixin:
+def _on_meta(
+    kind: type[ModelMixin] | type[PreTrainedModel], source: str | Path, part: str, what: str
+) -> ModelMixin | PreTrainedModel:
     """A network of a pipeline without its weights."""
     if Path(source).is_dir() and not (Path(source) / part / "config.json").is_file():  # the one above would be taken
         inside = next((f"; {found.parents[1]} has it" for found in Path(source).glob(f"*/{part}/config.json")), "")
         raise WeightsError(f"cannot load the {what} from {str(source)!r}: no {part}/config.json there{inside}")
     try:
         folder, _ = configs_here(str(source), part)
-        check_network(folder, (), kind.__name__)
+        if issubclass(kind, PreTrainedModel):
+            check_network(folder, CLIP_TEXT)
+        else:
+            check_network(folder, (), kind.__name__)
         return skeleton(kind, folder)
     except _LOADING_ERRORS as error:
         raise _not_loaded(what, source, error) from error

@@ -6,7 +6,7 @@ Only safetensors are taken: the older formats (.ckpt) are pickles, which run cod
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data_pipeline.models.weights import check_dtypes, check_names, file_headings
-from msdiffusion.errors import WeightsError, refused_weights
+from data_pipeline.models.weights import check_dtypes, check_names, file_headings, is_counter
+from msdiffusion.errors import WeightsError, reason, refused_weights
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -33,6 +33,8 @@ _MARKS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_
 _MOST_OF_A_MARK = 64
 # Beginnings of the names of all networks; what else is in such files (schedules, averages) is not read.
 _NETWORKS = (UNET_PREFIX, VAE_PREFIX, "conditioner.embedders.", "cond_stage_model.")
+# Beginnings of what the training of such networks has left in files, which nobody reads.
+LEFT_OVER = (f"{VAE_PREFIX}loss.", f"{VAE_PREFIX}model_ema.")
 _WEIGHT_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -99,7 +101,11 @@ def read_single_file(path: str | Path) -> SingleFile:
         headings = file_headings(path)
         check_dtypes(
             f"the base model {path}",
-            {name: heading for name, heading in headings.items() if name.startswith(_NETWORKS)},
+            {
+                name: heading
+                for name, heading in headings.items()
+                if name.startswith(_NETWORKS) and not name.startswith(LEFT_OVER)
+            },
         )
     matrices = (
         name for name in shapes if name.endswith("attn2.to_k.weight") or name in sum(_TEXT_ENCODERS.values(), ())
@@ -154,39 +160,121 @@ def check_unet_shapes(file: SingleFile, unet: torch.nn.Module, config_source: st
     """
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    _check_shapes(file, UNET_PREFIX, convert_ldm_unet_checkpoint, unet, config_source, "UNet")
+    _check_shapes(
+        file,
+        UNET_PREFIX,
+        lambda held: convert_ldm_unet_checkpoint(held, dict(unet.config)),
+        unet,
+        config_source,
+        "UNet",
+    )
 
 
 def check_vae_shapes(file: SingleFile, vae: torch.nn.Module, config_source: str) -> None:
     """The same of the autoencoder; see check_unet_shapes."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    _check_shapes(file, VAE_PREFIX, convert_ldm_vae_checkpoint, vae, config_source, "autoencoder")
+    _check_shapes(
+        file, VAE_PREFIX, lambda held: convert_ldm_vae_checkpoint(held, dict(vae.config)), vae, config_source,
+        "autoencoder",
+    )  # fmt: skip
+
+
+def check_text_shapes(file: SingleFile, encoder: torch.nn.Module, part: str, config_source: str) -> None:
+    """The same of a text encoder; see check_unet_shapes.
+
+    Args:
+        file: the checkpoint.
+        encoder: as for the UNet.
+        part: "text_encoder" or "text_encoder_2".
+        config_source: as for the UNet.
+
+    Raises:
+        WeightsError: as for the UNet.
+    """
+    from diffusers.loaders.single_file_utils import (
+        SD_2_TEXT_ENCODER_KEYS_TO_IGNORE,
+        convert_ldm_clip_checkpoint,
+        convert_open_clip_checkpoint,
+    )
+
+    place = "cond_stage_model." if file.kind == "sd1" else f"conditioner.embedders.{int(part.endswith('_2'))}."
+    inner = f"{place}model."
+    # the second of SDXL, and that of 2.x
+    open_clip = f"{place}transformer.text_model.embeddings.position_embedding.weight" not in file.shapes
+
+    def convert(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return convert_open_clip_checkpoint(encoder, held, inner) if open_clip else convert_ldm_clip_checkpoint(held)
+
+    # the other tower, and the layer that 2.x does without
+    known = (*SD_2_TEXT_ENCODER_KEYS_TO_IGNORE, *(f"{inner}{name}" for name in ("logit_scale", "text_projection")),
+             f"{inner}visual.", f"{place}logit_scale",
+             *(f"{place}transformer.{name}" for name in ("vision_model.", "visual_projection.", "text_projection.",
+                                                          "logit_scale")))  # fmt: skip
+    what = "second text encoder" if part.endswith("_2") else "text encoder"
+    _check_shapes(file, place, convert, encoder, config_source, what, known, by_name=True)
 
 
 def _check_shapes(
-    file: SingleFile, prefix: str, convert: Any, network: torch.nn.Module, config_source: str, what: str
+    file: SingleFile,
+    prefix: str,
+    convert: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    network: torch.nn.Module,
+    config_source: str,
+    what: str,
+    known: tuple[str, ...] = (),
+    by_name: bool = False,
 ) -> None:
-    held: dict[str, Any] = {
-        name: torch.empty(shape, device="meta") for name, shape in file.shapes.items() if name.startswith(prefix)
+    """See check_unet_shapes.
+
+    Args:
+        file: as there.
+        prefix: beginning of the network's names in the file.
+        convert: from tensors by these names to those of the network.
+        network: as there.
+        config_source: as there.
+        what: the network, for messages.
+        known: beginnings of names that are left out where the network has no place for them.
+        by_name: whether tensors are cut up on the way, so that what is used can't be told from the results. Then
+            each has to be converted by itself.
+
+    Raises:
+        WeightsError: as there.
+    """
+    held = {
+        name: torch.empty(shape, device="meta")
+        for name, shape in file.shapes.items()
+        if name.startswith(prefix) and not name.startswith(LEFT_OVER)
     }
     advice = "base_config= names the pipeline that the checkpoint was made from"
     try:
-        converted = convert(dict(held), dict(network.config))
-        theirs = {name: tuple(t.shape) for name, t in converted.items()}
+        converted = convert(dict(held))
+        own = {_flat(name): tuple(weight.shape) for name, weight in network.state_dict().items()}
+        theirs = {_flat(name): tuple(tensor.shape) for name, tensor in converted.items()}
+        targets = {name: convert({name: tensor}) for name, tensor in held.items()} if by_name else {}
     except KeyError as error:
         raise WeightsError(
             f"{file.path} has no {error.args[0]}, which the config of {config_source} asks for: {advice}"
         ) from None
-    own = network.state_dict()
-    for name, weight in own.items():
-        if theirs.get(name) != tuple(weight.shape):
+    except (IndexError, RuntimeError) as error:
+        raise WeightsError(f"{file.path}: its {what} has tensors that are none of it: {reason(error)}") from None
+    for name, shape in own.items():
+        if theirs.get(name) != shape:
             raise WeightsError(
                 f"the {what} of {file.path} is not the one that {config_source} describes: {name} has shape "
-                f"{theirs.get(name, 'nothing')}, the config asks for {tuple(weight.shape)}: {advice}"
+                f"{theirs.get(name, 'nothing')}, the config asks for {shape}: {advice}"
             )
-    used = {id(tensor) for each in converted.values() for tensor in (each, each._base)}
-    extra = [name for name, tensor in held.items() if id(tensor) not in used]
-    unknown = [name for name in theirs if name not in own]
+    if by_name:
+        extra = [name for name, made in targets.items() if not made or any(_flat(each) not in own for each in made)]
+    else:
+        used = {id(tensor) for each in converted.values() for tensor in (each, each._base)}
+        extra = [name for name, tensor in held.items() if id(tensor) not in used]
+        extra += [name for name in theirs if name not in own]
+    extra = [name for name in extra if not name.startswith(known) and not is_counter(name)]
     with refused_weights():
-        check_names(f"the {what} of {file.path}", (), [*extra, *unknown])
+        check_names(f"the {what} of {file.path}", (), extra)
+
+
+def _flat(name: str) -> str:
+    """The name of a weight of a text encoder, which has them below ``text_model`` or not, by transformers' version."""
+    return name.removeprefix("text_model.")

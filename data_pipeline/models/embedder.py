@@ -15,8 +15,14 @@ from data_pipeline.models.quiet import quiet_loading
 from data_pipeline.reasons import reason
 from data_pipeline.records import InputError, SettingsError
 
-HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "head.", "fc.", "lm_head.", "decoder.")
-"""Beginnings of names of tensors that models saved whole have on top of the network that is wanted."""
+HEADS = (
+    *("classifier.", "cls_classifier.", "distillation_classifier.", "head.", "fc."),
+    *("lm_head.", "decoder.", "embeddings.mask_token", "encoder_norm.", "multiscale_fusion."),  # masked pictures
+    *("layernorm.", "pooler."),  # where the classifier stands on another norm than the bare network has
+    *("decode_head.", "auxiliary_head.", "segmentation_head.", "fpn1.", "fpn2.", "hidden_states_norms."),  # segments
+)
+"""Beginnings of names of tensors that models saved whole have on top of the network that is wanted, which has no place
+for them then."""
 HUES, SATURATIONS, GREYS, ORIENTATIONS = 16, 3, 6, 6
 COLOUR_SHARE = 0.75
 SHORT_NAMES = {
@@ -179,10 +185,13 @@ def load_transformers(name: str, device: str) -> NetworkEmbedder:
         with quiet_loading():
             folder = model_folder(name, needed)
             check_network(folder, VISION)
-            projected = "CLIPVisionModelWithProjection" in (AutoConfig.from_pretrained(folder).architectures or ())
+            config = AutoConfig.from_pretrained(folder)
+            projected = "CLIPVisionModelWithProjection" in (config.architectures or ())
+            inside = f"{config.model_type.replace('-', '_')}."  # what a head has changed inside the network
             model = load_network(
                 CLIPVisionModelWithProjection if projected else AutoModel, folder, f"vision model {name}",
-                may_lack=("pooler.",), left_out=HEADS, dtype=torch.float32, use_safetensors=True,
+                may_lack=("pooler.",), left_out=(*HEADS, *(inside + each for each in HEADS)), dtype=torch.float32,
+                use_safetensors=True,
             )  # fmt: skip
             processor = AutoImageProcessor.from_pretrained(folder)
             mean, std = (

@@ -13,8 +13,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.models.weights import check_weights
+from msdiffusion.errors import WeightsError, refused_weights
 from msdiffusion.training.local_sgd import process_rank
-from msdiffusion.training.run_folder import continues, rename_free, writes
+from msdiffusion.training.run_folder import check_checkpoint, continues, rename_free, writes
 
 STOP_EVERY = 12
 """A run ends at a multiple of this many steps: where processes of `local_sgd` have exchanged their clocks."""
@@ -130,6 +132,18 @@ class BudgetedTraining(pl.LightningModule):
         checkpoint["average"], checkpoint["elapsed"] = self.average, self.elapsed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the average and the clock. A run of the same output is this one, wherever its checkpoints lie."""
+        """Restores the average and the clock. A run of the same output is this one, wherever its checkpoints lie.
+
+        Raises:
+            WeightsError: a tensor is lacking, left over, of another shape or kind, or holds numbers that are none.
+        """
+        source = (None if self._trainer is None else self.trainer.ckpt_path) or "the checkpoint"
+        if not isinstance(checkpoint.get("average"), dict) or not isinstance(checkpoint.get("elapsed"), (int, float)):
+            raise WeightsError(f"{source} lacks its average or its clock: it is of no pretraining of this kind")
+        check_checkpoint(self, checkpoint, source)
+        trained = self.trained_modules()
+        buffers = [name for name, _ in trained.named_buffers()]
+        with refused_weights():
+            check_weights(trained, checkpoint["average"], f"the average in {source}", may_lack=buffers)
         self._goes_on = checkpoint.get("hyper_parameters", {}).get("output") == self.hparams.output
         self.average, self.elapsed = checkpoint["average"], checkpoint["elapsed"]

@@ -40,6 +40,7 @@ from msdiffusion.training.model_settings import (
 from msdiffusion.training.objective import DropRates, draw_drops, sample_errors, subject_area
 from msdiffusion.training.optimizers import Decay, OptimizerName, follow_course, learning_rate_course, make_optimizer
 from msdiffusion.training.precision import HardwarePrecision
+from msdiffusion.training.run_folder import check_checkpoint
 from msdiffusion.training.schedules import draw_shares, training_schedule
 from msdiffusion.training.validation_errors import TimestepErrors
 
@@ -463,21 +464,27 @@ class MSDiffusionModule(pl.LightningModule):
 
         Raises:
             RequestError: a setting was changed that decides which of them there are.
-            WeightsError: the adapter's config in it cannot be read.
+            WeightsError: the adapter's config in it cannot be read, or a tensor is lacking, left over, of another shape
+                or kind, or holds numbers that are none.
         """
-        text = checkpoint.get("adapter_config")
-        if self.adapter is None or not isinstance(text, str):
+        if self.adapter is None:
             return
-        changes = other_structure(
-            checkpoint.get("hyper_parameters") or {},
-            self.hparams,
-            AdapterConfig.from_json(text, "adapter_config in the checkpoint"),
-            structure(self.adapter.config),
-            resume=self._trainer is not None and self.trainer.state.fn == "fit" and "optimizer_states" in checkpoint,
-        )
-        if changes:
-            advice = way_out(changes, "adapter='RUN/best'")
-            raise RequestError(f"the checkpoint does not fit these settings: {'; '.join(changes)}: {advice}")
+        text = checkpoint.get("adapter_config")
+        if isinstance(text, str):
+            changes = other_structure(
+                checkpoint.get("hyper_parameters") or {},
+                self.hparams,
+                AdapterConfig.from_json(text, "adapter_config in the checkpoint"),
+                structure(self.adapter.config),
+                resume=self._trainer is not None
+                and self.trainer.state.fn == "fit"
+                and "optimizer_states" in checkpoint,
+            )
+            if changes:
+                advice = way_out(changes, "adapter='RUN/best'")
+                raise RequestError(f"the checkpoint does not fit these settings: {'; '.join(changes)}: {advice}")
+        source = None if self._trainer is None else self.trainer.ckpt_path
+        check_checkpoint(self, checkpoint, source or "the checkpoint")
 
 
 def _seen_from(directory: str | Path | None, model: str) -> str:

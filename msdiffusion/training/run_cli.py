@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from data_pipeline.models.weights import check_plain, load_pickle
+from data_pipeline.records import InputError
 from data_pipeline.safe_text import visible
 from msdiffusion.adapter_config import AdapterConfig
-from msdiffusion.errors import MSDiffusionError, RequestError, WeightsError, reason
+from msdiffusion.errors import MSDiffusionError, RequestError, WeightsError, refused_weights
 from msdiffusion.outputs import check_folder
 from msdiffusion.training.foreign_words import in_one_sentence
 from msdiffusion.training.model_settings import asked_structure, other_structure, way_out
@@ -268,16 +269,18 @@ def read_settings(path: Path) -> dict[str, Any]:
         not there, or are something else.
 
     Raises:
-        WeightsError: the file is no checkpoint of Lightning, or not safe to open.
+        WeightsError: the file is no checkpoint of Lightning, or not safe to open, or its weights are no plain tensors.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and torch each have exceptions of their own for a file that is none
+        checkpoint = load_pickle(path)
+    except InputError as error:
         folder = " (to go on from an adapter's folder: --model.init_args.adapter FOLDER)"
         advice = folder if path.suffix == ".safetensors" else ""
-        raise WeightsError(f"{path} is no checkpoint that can be read: {reason(error)}{advice}") from error
+        raise WeightsError(f"no checkpoint that can be read: {error}{advice}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise WeightsError(f"{path} is no checkpoint of a training run: it lacks its state_dict")
+    with refused_weights():
+        check_plain(checkpoint["state_dict"], path)
     return {
         "settings": dict(checkpoint.get("hyper_parameters") or {}),
         "adapter_config": checkpoint.get("adapter_config"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
-from msdiffusion.errors import RequestError
+from data_pipeline.models.weights import check_weights
+from msdiffusion.errors import RequestError, refused_weights
 
 FOLDER = "checkpoints"
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -35,6 +37,22 @@ def existing(path: Path) -> Path | None:
     """A checkpoint that ``save_whole`` wrote, also if it was killed between two renames; None where there is none."""
     old = path.with_name(path.name + ".old")
     return path if path.exists() else old if old.exists() else None
+
+
+def check_checkpoint(module: pl.LightningModule, checkpoint: Mapping[str, Any], source: str | Path) -> None:
+    """Raise unless the weights in a checkpoint are those of a module, before it is given any.
+
+    Args:
+        module: with its networks, whole or split over processes; nothing is changed.
+        checkpoint: what Lightning has read. Without weights it passes: some strategies have taken them out by then.
+        source: the file, for messages.
+
+    Raises:
+        WeightsError: names file and tensor.
+    """
+    if "state_dict" in checkpoint:
+        with refused_weights():
+            check_weights(module, checkpoint["state_dict"], source, counters=False)
 
 
 def set_aside(trainer: pl.Trainer, *names: str) -> None:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -24,9 +25,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from data_pipeline.models.weights import load_pickle
 from msdiffusion.adapter import MSAdapter
-from msdiffusion.errors import RequestError
+from msdiffusion.errors import RequestError, refused_weights
 from msdiffusion.resampler import ResamplerBlock
+from msdiffusion.training.run_folder import check_checkpoint
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -86,6 +89,19 @@ class ShardedAdapter(ModelParallelStrategy):
                 raise RequestError("shard_unet does not go together with compile: set one of them to false")
             shard_unet(module.backbone.unet, mesh)
         super().setup(trainer)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Look at the weights in a checkpoint, then take them; the module sees what is left of it afterwards.
+
+        Raises:
+            WeightsError: they are not the module's; names file and tensor.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_file():
+            with refused_weights():
+                checkpoint = load_pickle(path)
+            check_checkpoint(self.lightning_module, checkpoint, path)
+        return super().load_checkpoint(path, weights_only)
 
 
 class OffloadedAdapter(DeepSpeedStrategy):

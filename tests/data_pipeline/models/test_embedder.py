@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -235,4 +237,102 @@ def test_gaps_in_the_weights_are_refused_and_a_missing_pooler_is_not_made_up(tmp
     without.popitem()
     save_file(without, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="--embedder: .* its files lack layernorm.weight"):
+        load_embedder(f"transformers:{tmp_path}", None, "cpu")
+
+
+VIT = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64,
+       "patch_size": 16}  # fmt: skip
+TEXT = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 99}
+SWIN = {"image_size": 64, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4,
+        "encoder_stride": 4}  # fmt: skip
+STAGES = {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
+SEGMENTS = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "pool_scales": [1], "auxiliary_channels": 8}
+FOCAL = {"image_size": 64, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "hidden_sizes": [16, 32],
+         "focal_levels": [1, 1], "focal_windows": [3, 3]}  # fmt: skip
+# Of every model type that is taken: settings of a small one, and the ends of the classes that it may be saved by.
+SAVED = {
+    "clip": ({"text_config": TEXT, "vision_config": VIT, "projection_dim": 16}, "Model"),
+    "clip_vision_model": ({**VIT, "projection_dim": 16}, "CLIPVisionModel CLIPVisionModelWithProjection"),
+    "siglip": ({"text_config": TEXT, "vision_config": VIT}, "Model"),
+    "siglip_vision_model": (VIT, "SiglipVisionModel"),
+    "dinov2": (VIT, "Model ForImageClassification"),
+    "dinov2_with_registers": (VIT, "Model ForImageClassification"),
+    "dinov3_vit": (VIT, "Model"),
+    "dinov3_convnext": (STAGES, "Model"),
+    "vit": (VIT, "Model ForImageClassification ForMaskedImageModeling"),
+    "vit_mae": (
+        {**VIT, "decoder_hidden_size": 32, "decoder_num_attention_heads": 4, "decoder_num_hidden_layers": 1,
+         "decoder_intermediate_size": 32}, "Model ForPreTraining",
+    ),
+    "vit_msn": (VIT, "Model ForImageClassification"),
+    "deit": (VIT, "Model ForImageClassification ForImageClassificationWithTeacher ForMaskedImageModeling"),
+    "beit": (
+        {**VIT, **SEGMENTS, "vocab_size": 9},
+        "Model ForImageClassification ForMaskedImageModeling ForSemanticSegmentation",
+    ),
+    "data2vec-vision": ({**VIT, **SEGMENTS}, "Model ForImageClassification ForSemanticSegmentation"),
+    "ijepa": (VIT, "Model ForImageClassification"),
+    "swin": (SWIN, "Model ForImageClassification ForMaskedImageModeling Backbone"),
+    "swinv2": (SWIN, "Model ForImageClassification ForMaskedImageModeling"),
+    "convnext": (STAGES, "Model ForImageClassification"),
+    "convnextv2": (STAGES, "Model ForImageClassification"),
+    "resnet": (
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+        "Model ForImageClassification",
+    ),
+    "regnet": ({**STAGES, "embedding_size": 8, "groups_width": 4}, "Model ForImageClassification"),
+    "efficientnet": (
+        {"image_size": 64, "hidden_dim": 640, "in_channels": [32, 16], "out_channels": [16, 24], "kernel_sizes": [3, 3],
+         "depthwise_padding": [], "strides": [1, 2], "num_block_repeats": [1, 1], "expand_ratios": [1, 2],
+         "width_coefficient": 0.5}, "Model ForImageClassification",
+    ),
+    "hiera": (
+        {"image_size": [64, 64], "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1],
+         "decoder_hidden_size": 8, "decoder_num_heads": 1, "decoder_depth": 1},
+        "Model ForImageClassification ForPreTraining",
+    ),
+    "pvt_v2": (
+        {"image_size": 64, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1],
+         "mlp_ratios": [2, 2, 2, 2]}, "Model ForImageClassification",
+    ),
+    "focalnet": (FOCAL, "Model ForImageClassification ForMaskedImageModeling"),
+    "mobilenet_v2": ({"depth_multiplier": 0.25, "image_size": 64},
+                     "Model ForImageClassification ForSemanticSegmentation"),
+}  # fmt: skip
+
+
+def test_every_model_type_that_is_taken_is_tried():
+    from data_pipeline.models.model_claims import VISION
+
+    assert set(SAVED) == set(VISION)
+
+
+@pytest.mark.parametrize(("kind", "end"), [(kind, end) for kind, (_, ends) in SAVED.items() for end in ends.split()])
+def test_models_are_taken_whatever_class_has_saved_them(kind, end, tmp_path):
+    """What stands on top of the network is left out; the network itself is whole."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(kind, **SAVED[kind][0])
+    name = type(config).__name__.removesuffix("Config") + end
+    getattr(transformers, end if hasattr(transformers, end) else name)(config).save_pretrained(tmp_path)
+    settings = {
+        "image_processor_type": "ViTImageProcessor", "size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    features = load_embedder(f"transformers:{tmp_path}", None, "cpu").embed([disc(RED), disc(BLUE)])
+    assert len(features) == 2
+    assert np.isfinite(features).all()
+
+
+def test_a_tensor_of_no_head_is_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+
+    transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**VIT)).save_pretrained(tmp_path)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 64, "width": 64}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["vit.strange.weight"] = next(iter(weights.values()))
+    save_file({name: each.clone() for name, each in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"no place in this network: .*strange\.weight"):
         load_embedder(f"transformers:{tmp_path}", None, "cpu")

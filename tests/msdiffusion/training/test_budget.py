@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from msdiffusion.errors import WeightsError
 from msdiffusion.training.budget import BudgetedTraining
 from msdiffusion.training.pretrain import ImageEncoderPretraining, TextToImagePretraining
 
@@ -76,3 +77,20 @@ def test_the_base_class_says_what_is_missing():
         bare.trained_modules()
     with pytest.raises(NotImplementedError, match="how it is saved"):
         bare.export()
+
+
+def test_a_strange_average_or_weight_is_refused(tmp_path):
+    model = ImageEncoderPretraining(output=str(tmp_path))
+    good = {"state_dict": model.state_dict(), "average": model.average, "elapsed": 1.0}
+    model.on_load_checkpoint(good)
+    name = next(iter(model.average))
+    nan = torch.full_like(model.average[name], float("nan"))
+    for change, told in (
+        ({"average": {**model.average, name: nan}}, f"the average in the checkpoint: {name} holds .* that are NaN"),
+        ({"average": {**model.average, "strange": nan}}, "the average in .* no place in this network: strange"),
+        ({"average": None}, "lacks its average or its clock"),
+        ({"elapsed": "long"}, "lacks its average or its clock"),
+        ({"state_dict": {**model.state_dict(), "strange": nan}}, "no place in this network: strange"),
+    ):
+        with pytest.raises(WeightsError, match=told):
+            model.on_load_checkpoint({**good, **change})

@@ -248,6 +248,30 @@ def test_wrong_demands_are_told_in_one_message(trained, config, tmp_path, capsys
     assert "learning_rat" in said
 
 
+@pytest.mark.parametrize("command", ["fit", "predict"])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tensor: torch.full_like(tensor, float("nan")), r"to_v\.weight holds \d+ of \d+ numbers that are NaN"),
+        (lambda tensor: tensor.int(), r"to_v\.weight is int32: weights are floating-point numbers"),
+        (
+            lambda tensor: tensor[:1].clone().expand(tensor.shape),
+            r"to_v\.weight is no plain tensor .* not all in the file",
+        ),
+        (lambda tensor: "text", r"to_v\.weight'? is a str: needed are tensors by name"),
+    ],
+)
+def test_strange_weights_in_a_checkpoint_are_refused(trained, tmp_path, capsys, command, change, told):
+    """A run used to go on with whole numbers, and to draw black pictures from NaN."""
+    checkpoint = state(trained.parent)
+    name = next(name for name in checkpoint["state_dict"] if name.endswith("to_v.weight"))
+    checkpoint["state_dict"][name] = change(checkpoint["state_dict"][name])
+    torch.save(checkpoint, tmp_path / "odd.ckpt")
+    more = ("--trainer.default_root_dir", str(tmp_path))
+    said = fails(2, capsys, command, trained, "--ckpt_path", str(tmp_path / "odd.ckpt"), *more)
+    assert re.search(f"error: {tmp_path}/odd.ckpt: .*{told}", said)
+
+
 @pytest.mark.parametrize("place", ["strategy", "logger", "callbacks"])
 def test_what_a_constructor_refuses_is_told_in_its_own_words(trained, capsys, monkeypatch, place):
     """jsonargparse wraps it into the types that it has tried."""

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from msdiffusion.adapter import MSAdapter
-from msdiffusion.errors import RequestError
+from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.own_memory import give_own_memory
 from msdiffusion.resampler import ResamplerParams
 from msdiffusion.training.strategies import (
@@ -257,3 +258,22 @@ def test_deepspeed_is_not_let_near_16_bit_weights():
     check_precision("32-true")
     with pytest.raises(RequestError, match="needs trainer.precision 32-true, got bf16-mixed"):
         check_precision("bf16-mixed")
+
+
+def test_strange_weights_are_refused_before_they_are_split(adapter, unet, mesh, tmp_path, monkeypatch):
+    """This strategy gives the module its weights before the module sees the checkpoint."""
+    module, taken = Module(adapter, unet), []
+    weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    strategy = strategy_of(module, mesh)
+    shard_adapter(adapter, mesh)
+    monkeypatch.setattr(strategy, "broadcast", lambda path: path)
+    monkeypatch.setattr(ModelParallelStrategy, "load_checkpoint", lambda self, path, weights_only: taken.append(path))
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": weights}, path)
+    strategy.load_checkpoint(path)
+    assert taken == [path]
+    next(iter(weights.values())).fill_(float("inf"))
+    torch.save({"state_dict": weights}, path)
+    with pytest.raises(WeightsError, match=f"{path}: .* numbers that are NaN or infinite"):
+        strategy.load_checkpoint(path)
+    assert len(taken) == 1
