@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.pairs_format import MOST_FRAME_PIXELS
-from data_pipeline.safe_text import visible
+from data_pipeline.safe_text import error_text, visible
 
 Box = tuple[float, float, float, float]
 
@@ -31,7 +31,7 @@ class MiningError(Exception):
     """Everything this package raises on purpose. Its text may be printed: names of files in it do nothing there."""
 
     def __str__(self) -> str:
-        return visible(super().__str__())
+        return error_text(super().__str__())
 
 
 class SettingsError(MiningError, ValueError):

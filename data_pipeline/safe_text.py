@@ -17,10 +17,19 @@ _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud8
 characters, which no encoding knows.
 """
 
+MOST_MESSAGE = 2500
+"""Characters of an error."""
+
 
 def visible(text: object) -> str:
     r"""Lines for a terminal: control characters as ``\x1b``, a file name's odd bytes as ``\xff``."""
     return _OBEYED.sub(_written_out, str(text))
+
+
+def error_text(text: str) -> str:
+    """Of an error: ``visible``, and without the middle where it quotes somebody's value of thousands of characters."""
+    text = visible(text)
+    return text if len(text) <= MOST_MESSAGE else f"{text[:1500]} [... of {len(text):,} characters ...] {text[-500:]}"
 
 
 def visible_line(text: object) -> str:

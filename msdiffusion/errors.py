@@ -20,7 +20,7 @@ import sys
 import warnings
 
 from data_pipeline.reasons import reason as reason
-from data_pipeline.safe_text import visible
+from data_pipeline.safe_text import error_text, visible
 
 _MODEL_FILES = (".bin", ".ckpt", ".safetensors", ".pt", ".pth")
 
@@ -80,7 +80,7 @@ class MSDiffusionError(Exception):
     """
 
     def __str__(self) -> str:
-        return visible(super().__str__())
+        return error_text(super().__str__())
 
 
 class LayoutError(MSDiffusionError, ValueError):

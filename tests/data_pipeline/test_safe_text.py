@@ -64,3 +64,16 @@ def test_a_value_that_is_missing_is_an_error():
 def test_half_a_character_of_a_file_name_does_no_harm():
     assert printable("a\udcffb") == "a?b"
     assert printable("dög 🐕") == "dög 🐕"
+
+
+def test_an_error_keeps_both_ends_of_what_is_endless():
+    from data_pipeline.records import InputError
+    from msdiffusion.errors import RequestError
+
+    for kind in (InputError, RequestError):
+        text = str(kind(f"the caption {'a' * 50_000} is long: shorten it"))
+        assert len(text) < 2100
+        assert text.startswith("the caption aaa")
+        assert text.endswith("aaa is long: shorten it")
+        assert "[... of 50,032 characters ...]" in text
+        assert str(kind("short")) == "short"
