@@ -39,7 +39,7 @@ test-oldest: export HF_HUB_OFFLINE = 1
 test-oldest: $(INSTALLED)  ## the tests on the oldest versions that setup.cfg allows, in .venv-oldest (3 GB of downloads)
 	$(BIN)/uv venv --allow-existing --python $(BIN)/python .venv-oldest
 	HF_HUB_OFFLINE=0 $(BIN)/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct \
-	  --override overrides.txt --editable ".[all,test]" opencv-python-headless
+	  --override overrides.txt --editable ".[all,test]" "opencv-python-headless>=4.10"
 	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(OLDEST)
 
 lint: $(INSTALLED)  ## ruff, on everything

@@ -87,7 +87,8 @@ def load_adapter(
     """
     places = {"base_model": base_model, "image_encoder": image_encoder, "base_config": base_config}
     for option, given in places.items():
-        check_place(None if given is None else find_model(given), f"{option}=", inside=option == "image_encoder")
+        place = find_model(given) if isinstance(given, (str, Path)) else given
+        check_place(place, f"{option}=", inside=option == "image_encoder")
     place = find_adapter(model)
     if place.is_file() and place.suffix != CHECKPOINT_SUFFIX:
         sources = model_sources(place, None, base_model, image_encoder, base_config)

@@ -10,6 +10,7 @@ import pytest
 
 from msdiffusion.environment import prepare_environment
 
+os.environ.setdefault("PYTHONSAFEPATH", "")  # commands that tests call in this process would set it for all
 prepare_environment()  # as every command does, before a test imports torch
 
 ASSETS = Path(__file__).parent / "assets"

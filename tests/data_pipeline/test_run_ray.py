@@ -216,7 +216,7 @@ def test_a_cluster_that_is_too_small_is_not_waited_for(there, message):
 
 def test_ray_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r'--ray auto: ray is not installed: pip install "msdiffusion\[ray\]", or in'):
+    with pytest.raises(InputError, match=r'--ray auto: ray is not installed: pip install "\.\[ray\]", in'):
         check_ray(RayOptions(address="auto"))
 
 

@@ -460,14 +460,23 @@ def test_what_is_missing_from_a_base_is_named(change, message, tiny_model_dir, t
             "autoencoder of .*fine_tune.*: decoder.mid_block.* has shape nothing",
         ),
         (without("first_stage_model"), r"fine_tune.* is incomplete: it holds no autoencoder \(first_stage_model"),
-        (without("0.transformer.text_model.encoder.layers.1.mlp"), "text_encoder of .*fine_tune.* lack .*layers.1.mlp"),
-        (without("embedders.1.model.text_projection"), "text_encoder_2 of .*fine_tune.* lack text_projection"),
+        (
+            without("0.transformer.text_model.encoder.layers.1.mlp"),
+            "the text encoder of .*fine_tune.* is not the one that .*layers.1.mlp",
+        ),
+        (
+            without("embedders.1.model.text_projection"),
+            "the second text encoder of .*fine_tune.* is not the one that .*text_projection",
+        ),
         (without("embedders.1.model."), r"it holds no second text encoder \(conditioner.embedders.1"),
         (
             doubled("decoder.conv_out.bias"),
             r"autoencoder of .*: decoder.conv_out.bias has shape \(6,\), the config asks",
         ),
-        (doubled("0.transformer.text_model.final_layer_norm.bias"), "final_layer_norm.bias expected shape"),
+        (
+            doubled("0.transformer.text_model.final_layer_norm.bias"),
+            "the text encoder of .*fine_tune.* is not the one that .*final_layer_norm.bias",
+        ),
     ],
 )
 def test_one_file_that_lacks_something_is_refused_and_says_what(change, message, single_file, tiny_model_dir, tmp_path):

@@ -302,6 +302,7 @@ def test_programs_that_pip_installs_take_no_code_from_where_one_stands(tmp_path)
         "import sys; sys.path[:] = sys.path[1:]; from msdiffusion.cli import main; sys.exit(main(['cutout', '--help']))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONSAFEPATH", None)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
