@@ -19,6 +19,7 @@ from data_pipeline.drawing import beside, draw_frame
 from data_pipeline.extras import need_extras
 from data_pipeline.options import make_parser as make_mining_parser
 from data_pipeline.options import make_steps
+from data_pipeline.outputs import check_folder
 from data_pipeline.places import EMBEDDED
 from data_pipeline.records import FramePair, InputError, MiningError, Rejected, SettingsError
 from data_pipeline.sources import find_videos
@@ -98,8 +99,8 @@ def train(arguments: argparse.Namespace) -> str:
     use_cores(arguments.threads)
     if arguments.workers < 0:
         raise SettingsError(f"--workers must be 0 or more, got {arguments.workers}")
-    check_folder("--work", run)
-    check_folder("--out", out)
+    check_folder(run, "--work")
+    check_folder(out, "--out")
     if arguments.initial is not None and not (arguments.initial / "state.pt").is_file():
         raise InputError(f"--initial: there is no state.pt in {arguments.initial}; name the folder of a run, PART_run")
     # What the weights come from, beside the settings: a state of other frames must not go on.
@@ -113,13 +114,6 @@ def train(arguments: argparse.Namespace) -> str:
         from data_pipeline.models.embedded.segmenter import train_segmenter as train_part
     count = train_part(frames, validation, settings, run, out, arguments.initial)
     return f"{part}: {count} parameters in {out}"
-
-
-def check_folder(option: str, folder: Path) -> None:
-    """InputError if a folder cannot be made because a file has its name, or that of a folder that it is in."""
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise InputError(f"{option} needs a folder, but {place} is a file: name another")
 
 
 def measured_steps(models: Path, box_threshold: float) -> dict[str, Step]:
@@ -165,7 +159,7 @@ def measure(arguments: argparse.Namespace) -> str:
         raise SettingsError(f"need at least one clip, got --clips {arguments.clips} --twins {arguments.twins}")
     if min(arguments.seeds) < 0:
         raise SettingsError(f"--seeds must be 0 or more, got {' '.join(map(str, arguments.seeds))}")
-    check_folder("--work", arguments.work)
+    check_folder(arguments.work, "--work")
     steps = measured_steps(arguments.models, arguments.box_threshold)
     miner = Miner(steps)
     drawn: list[tuple] = []

@@ -1,4 +1,4 @@
-"""What other libraries say, in words that a message may repeat. Standard library only."""
+"""What a message may repeat of others: the words of libraries, values that somebody gave. Standard library only."""
 
 from __future__ import annotations
 
@@ -21,3 +21,12 @@ def reason(error: BaseException) -> str:
     if len(lines) > 1 and lines[0].rstrip().endswith(":"):
         lines[0] = f"{lines[0].rstrip()} {lines[1].strip()}"
     return lines[0][:500] if lines else type(error).__name__
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """How a message quotes a value that somebody gave: on one line, and cut off after ``limit`` characters."""
+    try:
+        text = re.sub(r"\s*\n\s*", " ", repr(value))
+    except ValueError:  # Python writes whole numbers of thousands of digits only when told to
+        text = f"{type(value).__name__} of more digits than can be written"
+    return text if len(text) <= limit else text[: limit - 3] + "..."

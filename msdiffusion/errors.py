@@ -20,6 +20,7 @@ import sys
 import warnings
 
 from data_pipeline.reasons import reason as reason
+from data_pipeline.reasons import shown as shown
 from data_pipeline.safe_text import error_text, visible
 
 _MODEL_FILES = (".bin", ".ckpt", ".safetensors", ".pt", ".pth")
@@ -32,15 +33,6 @@ def warn_caller(message: str) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in passed:
         frame, level = frame.f_back, level + 1
     warnings.warn(visible(message), stacklevel=level)
-
-
-def shown(value: object, limit: int = 80) -> str:
-    """How a message quotes a value that somebody gave: on one line, and cut off after ``limit`` characters."""
-    try:
-        text = re.sub(r"\s*\n\s*", " ", repr(value))
-    except ValueError:  # Python writes whole numbers of thousands of digits only when told to
-        text = f"{type(value).__name__} of more digits than can be written"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def check_place(model: object, name: str, *, inside: bool = False) -> None:

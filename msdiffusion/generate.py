@@ -31,7 +31,7 @@ from msdiffusion.drawing import (
     warn_beyond_training,
     with_own_scheduler,
 )
-from msdiffusion.errors import RequestError, WeightsError, check_place, reason, shown
+from msdiffusion.errors import RequestError, WeightsError, reason, shown
 from msdiffusion.loading import Sources, check_encoders, load_adapter
 from msdiffusion.model_card import CARD_NAME, is_generated, write_card
 from msdiffusion.outputs import check_folder
@@ -144,9 +144,6 @@ class MSDiffusion:
         for name in others:
             raise RequestError(f"from_pretrained takes no {name!r}: {_elsewhere(name)}")
         torch_dtype, device = weights_dtype(torch_dtype), usable_device(device)
-        if model is None:
-            raise WeightsError(f"the adapter is given by its folder, file or hub name, got {model}")
-        check_place(model, "the adapter")
         found = load_adapter(model, base_model, image_encoder, base_config)
         backbone = Backbone.from_pretrained(
             found.sources.base_model,

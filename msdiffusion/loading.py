@@ -181,12 +181,12 @@ def find_adapter(model: str | Path) -> Path:
     """
     if not isinstance(model, (str, Path)) or not str(model).strip():
         raise WeightsError(f"an adapter is given by its folder, file or hub name, got {shown(model)}")
+    check_place(find_model(model), "the adapter")  # told before a hub or the base model is asked
     path = Path(find_model(model))
     if path.is_file():
         _check_file(path)
         return path
     if not path.is_dir():
-        check_place(model, "the adapter")  # told before a hub or the base model is asked
         path = _download(str(model))
     if not _is_ours(path) and (path / OFFICIAL_NAME).is_file():
         return path / OFFICIAL_NAME

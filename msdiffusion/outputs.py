@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from uuid import uuid4
 
+from data_pipeline import outputs
+from data_pipeline.records import MiningError
 from msdiffusion.errors import RequestError, shown
 
 REFUSALS = {
@@ -17,8 +17,6 @@ REFUSALS = {
     *(errno.ENAMETOOLONG, errno.EIO, errno.EEXIST),
 }
 """Kinds of OSError by which a system refuses to write; the command line tells them in one sentence."""
-LONGEST_NAME = 255
-"""Bytes of a name that file systems take."""
 
 
 def place_of(text: str) -> Path:
@@ -49,22 +47,9 @@ def check_folder(folder: str | Path, name: str, inside: str = "", *, holds: bool
     """
     place = _path(folder, name)
     try:
-        there = next(each for each in (place, *place.absolute().parents) if each.exists() or each.is_symlink())
-        if not there.is_dir():
-            what = "is a file" if there.is_file() else "is no folder"
-            need = "must lie in a folder" if holds else "must be a folder"
-            raise RequestError(f"{name} {need}, but {shown(str(there), 300)} {what}: give another place")
-        parts = (*place.absolute().relative_to(there.absolute()).parts, inside)
-        if long := next((part for part in parts if len(os.fsencode(part)) > LONGEST_NAME), None):
-            told = f"{os.strerror(errno.ENAMETOOLONG)}, {LONGEST_NAME} bytes are the most: {shown(long)}"
-            raise OSError(errno.ENAMETOOLONG, told)
-        trial = there / f".{uuid4().hex}.tmp"
-        trial.touch()
-        trial.unlink()
-    except (OSError, ValueError) as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"{name} {shown(str(place), 300)} cannot be written: {_why(error)}") from None
+        outputs.check_folder(place, name, inside, holds=holds)
+    except MiningError as error:
+        raise RequestError(str(error)) from None
     return place
 
 

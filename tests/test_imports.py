@@ -69,6 +69,7 @@ STRANGERS = {("training", "generate")}
 SHARED_WITH_MSDIFFUSION = (
     *("data_pipeline.records", "data_pipeline.reasons", "data_pipeline.world", "data_pipeline.pairs_format"),
     *("data_pipeline.picture_formats", "data_pipeline.safe_text", "data_pipeline.places", "data_pipeline.extras"),
+    "data_pipeline.outputs",
     *("data_pipeline.models.model_claims", "data_pipeline.models.weights"),
 )
 # What a step may know of data_pipeline: records, the base class, lists of words, and the wrappers round the libraries.

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.reasons import shown
 from data_pipeline.records import InputError
 
 MAX_BYTES = 20_000_000
@@ -160,11 +161,11 @@ def read_sizes(path: Path) -> dict[str, Any]:
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no sizes by name, but {_shown(content)}")
+        raise InputError(f"{path} holds no sizes by name, but {shown(content)}")
     for key, value in content.items():
         numbers = value if isinstance(value, list) else [value]
         if not all(type(number) is int and number >= 0 for number in numbers):
-            raise InputError(f"{path}: {key} is {_shown(value)}: needed are whole numbers")
+            raise InputError(f"{path}: {key} is {shown(value)}: needed are whole numbers")
     check_values(path, content)
     return content
 
@@ -172,7 +173,7 @@ def read_sizes(path: Path) -> dict[str, Any]:
 def three_numbers(values: Any, what: str) -> tuple[float, float, float]:
     """Red, green and blue of an image processor's setting; InputError for anything else, which ``what`` names."""
     if not isinstance(values, (list, tuple)) or len(values) != 3 or not all(type(v) in (int, float) for v in values):
-        raise InputError(f"{what} is {_shown(values)}: needed are three numbers")
+        raise InputError(f"{what} is {shown(values)}: needed are three numbers")
     return tuple(float(value) for value in values)
 
 
@@ -190,7 +191,7 @@ def check_pipeline(folder: Path) -> None:
         raise InputError(f"{path} is no list of a pipeline's parts")
     if not isinstance(index.get("_class_name", ""), str):
         raise InputError(
-            f"{path}: _class_name is {_shown(index['_class_name'])}, a class in a file of its own: allowed is the name "
+            f"{path}: _class_name is {shown(index['_class_name'])}, a class in a file of its own: allowed is the name "
             "of a pipeline of diffusers, as text"
         )
     check_values(path, index)
@@ -208,7 +209,7 @@ def check_pipeline(folder: Path) -> None:
 
 def _check_part(path: Path, part: str, entry: Any) -> None:
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)):
-        raise InputError(f"{path}: {part} is {_shown(entry)}: needed is [library, class]")
+        raise InputError(f"{path}: {part} is {shown(entry)}: needed is [library, class]")
     library, name = entry
     allowed = _PARTS[part]
     if not any(re.fullmatch(pattern, name) for pattern in allowed.get(library, ())):
@@ -257,19 +258,19 @@ def check_network(
 def _read_settings(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no settings by name, but {_shown(content)}")
+        raise InputError(f"{path} holds no settings by name, but {shown(content)}")
     return content
 
 
 def _check_kind(path: Path, config: Mapping[str, Any], model_types: Collection[str], class_name: str | None) -> None:
     if model_types and config.get("model_type") not in model_types:
         raise InputError(
-            f"{path} is of model_type {_shown(config.get('model_type'))}: needed is "
+            f"{path} is of model_type {shown(config.get('model_type'))}: needed is "
             f"{' or '.join(model_types) if len(model_types) < 5 else 'one of ' + ', '.join(model_types)}"
         )
     named = config.get("_class_name", class_name)
     if class_name is not None and named != class_name:
-        raise InputError(f"{path} is of the class {_shown(named)}: needed is {class_name}")
+        raise InputError(f"{path} is of the class {shown(named)}: needed is {class_name}")
 
 
 def _check_layers(path: Path, config: Mapping[str, Any]) -> None:
@@ -299,16 +300,16 @@ def _check_tokenizer(path: Path, config: Mapping[str, Any]) -> None:
     limit = _FEWEST_TOKENS if limit is None else limit  # none is told: the encoder has its own
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit < _FEWEST_TOKENS:
         raise InputError(
-            f"{path}: model_max_length is {_shown(limit)}: needed is a number of tokens, at least {_FEWEST_TOKENS}"
+            f"{path}: model_max_length is {shown(limit)}: needed is a number of tokens, at least {_FEWEST_TOKENS}"
         )
     name = config.get("tokenizer_class")
     if name is not None and name not in _TOKENIZERS:
-        raise InputError(f"{path}: tokenizer_class is {_shown(name)}: allowed is {', '.join(_TOKENIZERS)}")
+        raise InputError(f"{path}: tokenizer_class is {shown(name)}: allowed is {', '.join(_TOKENIZERS)}")
     for key, files in _TOKENIZER_FILES.items():  # older releases wrote where their cache was
         named = config.get(key)
         beside = named is None or (isinstance(named, str) and re.fullmatch(r"(\./)?\w[\w.-]*", named))
         if not beside and not any((path.parent / file).is_file() for file in files):
-            raise InputError(f"{path}: {key} is {_shown(named)}: needed is a file beside it")
+            raise InputError(f"{path}: {key} is {shown(named)}: needed is a file beside it")
 
 
 def _check_padding(path: Path, content: Any) -> None:
@@ -316,7 +317,7 @@ def _check_padding(path: Path, content: Any) -> None:
     strategy = padding.get("strategy") if isinstance(padding, dict) else None
     length = strategy.get("Fixed", 0) if isinstance(strategy, dict) else 0
     if not isinstance(length, int) or length > 4096:
-        raise InputError(f"{path}: padding to {_shown(length)} tokens: at most 4096")
+        raise InputError(f"{path}: padding to {shown(length)} tokens: at most 4096")
 
 
 def _check_index(path: Path, content: Mapping[str, Any]) -> None:
@@ -326,7 +327,7 @@ def _check_index(path: Path, content: Mapping[str, Any]) -> None:
         raise InputError(f"{path}: weight_map must give the file of every tensor")
     for tensor, part in parts.items():
         if not isinstance(part, str) or not re.fullmatch(r"[\w][\w.-]*", part):
-            raise InputError(f"{path}: {_shown(tensor)} lies in {_shown(part)}: needed is a file beside it")
+            raise InputError(f"{path}: {shown(tensor)} lies in {shown(part)}: needed is a file beside it")
 
 
 def check_values(path: Path, content: Mapping[str, Any]) -> None:
@@ -342,27 +343,27 @@ def check_values(path: Path, content: Mapping[str, Any]) -> None:
     for key, value in entries:
         if key in _CODE and value not in (None, False, "", {}, []):
             raise InputError(
-                f"{path}: {key} is {_shown(value)}, which asks for {_CODE[key]}: nothing of a model's folder is run, "
+                f"{path}: {key} is {shown(value)}, which asks for {_CODE[key]}: nothing of a model's folder is run, "
                 "and everything is taken from this folder"
             )
         if key.strip("_").startswith(("attn_implementation", "experts_implementation")):
             named = list(value.values()) if isinstance(value, dict) else [value]
             if not all(name is None or name in _ATTENTION for name in named):
-                raise InputError(f"{path}: {key} is {_shown(value)}: allowed is {', '.join(_ATTENTION)}")
+                raise InputError(f"{path}: {key} is {shown(value)}: allowed is {', '.join(_ATTENTION)}")
         if key in ("configuration_files", "fast_tokenizer_files"):  # of other releases: one of them is read instead
             named = value if isinstance(value, list) else [value]
             if not all(
                 isinstance(name, str) and re.fullmatch(r"(config|tokenizer)\.[\w.-]*json", name) for name in named
             ):
-                raise InputError(f"{path}: {key} is {_shown(value)}: needed are files beside it")
+                raise InputError(f"{path}: {key} is {shown(value)}: needed are files beside it")
         if key == "model_type" and value in ("timm_wrapper", "timm_backbone"):
             raise InputError(f"{path}: model_type is {value}, a network of timm: give timm:NAME")
         if key == "image_processor_type" and not (isinstance(value, str) and re.fullmatch(_IMAGE_PROCESSOR, value)):
-            raise InputError(f"{path}: {key} is {_shown(value)}: allowed is an image processor of transformers")
+            raise InputError(f"{path}: {key} is {shown(value)}: allowed is an image processor of transformers")
         _check_type(path, key, value)
         divides = key in ("image_std", "latents_std") and isinstance(value, list) and not all(value)
         if divides or (key == "scaling_factor" and value == 0):
-            raise InputError(f"{path}: {key} is {_shown(value)}: pictures are divided by it, so no number may be 0")
+            raise InputError(f"{path}: {key} is {shown(value)}: pictures are divided by it, so no number may be 0")
         if isinstance(value, list) and len(value) > _MOST_STAGES and re.fullmatch(_PER_STAGE, key):
             raise InputError(f"{path}: {key} has {len(value)} entries: at most {_MOST_STAGES}")
         for number in _numbers(value):
@@ -374,12 +375,12 @@ def _check_type(path: Path, key: str, value: Any) -> None:
     if value is None:
         return
     if re.fullmatch(_NUMBER, key) and type(value) not in (int, float):
-        raise InputError(f"{path}: {key} is {_shown(value)}: needed is a number")
+        raise InputError(f"{path}: {key} is {shown(value)}: needed is a number")
     numbers = isinstance(value, list) and all(type(number) in (int, float) for number in value)
     if key in _NUMBERS_OF_CHANNELS and not numbers:
-        raise InputError(f"{path}: {key} is {_shown(value)}: needed is a list of numbers, one for each channel")
+        raise InputError(f"{path}: {key} is {shown(value)}: needed is a list of numbers, one for each channel")
     if re.fullmatch(_SIDE, key) and any(number < 1 for number in _numbers(value)):
-        raise InputError(f"{path}: {key} is {_shown(value)}: needed is a size of 1 or more")
+        raise InputError(f"{path}: {key} is {shown(value)}: needed is a size of 1 or more")
 
 
 def _check_number(path: Path, key: str, number: float) -> None:
@@ -393,7 +394,7 @@ def _check_number(path: Path, key: str, number: float) -> None:
     if isinstance(number, float):
         limit = max(limit, _LARGEST_FRACTION) if limit == _LIMITS[-1][1] else limit
     if abs(number) > limit:
-        raise InputError(f"{path}: {key} is {_shown(number)}: at most {limit} is read from a model's folder")
+        raise InputError(f"{path}: {key} is {shown(number)}: at most {limit} is read from a model's folder")
 
 
 def _entries(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -420,12 +421,3 @@ def _numbers(value: Any) -> Iterator[float]:
 
 def _plain(pattern: str) -> str:
     return "a ...Scheduler" if pattern == _SCHEDULER else pattern
-
-
-def _shown(value: Any) -> str:
-    """On one line, and cut off."""
-    try:
-        text = repr(value)
-    except ValueError:  # whole numbers of thousands of digits
-        text = f"{type(value).__name__} of more digits than can be written"
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -25,9 +25,6 @@ from msdiffusion.evaluation.judge import _Stage, as_pixels, load_instrument, sav
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-CELLS_PER_SIDE = 4
-"""Pixels of the resized picture under one cell of the grid."""
-
 
 @dataclass(frozen=True)
 class LocatorParams:

@@ -32,7 +32,7 @@ def test_help_is_quick_and_loads_no_network(command):
         (["train", "detector", "--twins", "2"], "twins is a share"),
         (["train", "detector", "--seed", "-1"], "seed must be a whole number from 0 to 2**63 - 1, got -1"),
         (["train", "detector", "--workers", "-1"], "--workers must be 0 or more, got -1"),
-        (["train", "detector", "--out", f"{__file__}/model"], "--out needs a folder, but "),
+        (["train", "detector", "--out", f"{__file__}/model"], "--out must be a folder, but "),
         (["train", "detector", "--initial", "nowhere"], "no state.pt in nowhere"),
         (["measure", "--clips", "0"], "at least one clip, got --clips 0"),
         (["measure", "--twins", "-1"], "--twins -1"),
@@ -50,7 +50,7 @@ def test_wrong_arguments_are_refused_before_any_work(arguments, said, tmp_path, 
 def test_a_work_folder_that_is_a_file(command, tmp_path, capsys):
     (tmp_path / "work").write_text("a file")
     assert main([*command, "--work", str(tmp_path / "work")]) == 2
-    assert f"--work needs a folder, but {tmp_path / 'work'} is a file" in capsys.readouterr().err
+    assert f"--work must be a folder, but '{tmp_path / 'work'}' is a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--work", "--initial"])

@@ -193,7 +193,7 @@ def test_condition(changes, told, model):
 @pytest.mark.parametrize(
     ("place", "options", "told"),
     [
-        *((value, {}, "the adapter is given by its folder, file or hub name, got") for value in (None, Odd(), 3, "",
+        *((value, {}, "is given by its folder, file or hub name, got") for value in (None, Odd(), 3, "",
          b"x", [], "\n")),
         ("a\0b", {}, "nothing can have the name"),
         ("x" * 5000, {}, "nothing can have the name 'xxx"),
