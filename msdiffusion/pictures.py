@@ -30,6 +30,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation to what turns the picture upright."""
+MAX_PIXELS = 110_000_000
+"""Of a picture in a file: medium-format cameras have 102 megapixels; more takes above 5 s and 1 GB to read."""
+MAX_KEPT_PIXELS = 2**25
+"""Of a picture once it is open, 0.1 GB: larger ones are reduced before anything else, and are 2,900 a side still."""
 SRGB_TOLERANCE = 2
 """Steps of 255 by which a profile may change colours and still be sRGB under another name."""
 
@@ -151,6 +155,8 @@ def _decoded(source: Path | io.BytesIO | Image.Image, name: str, called: str, ro
         with _DECODING, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pillow's, of many pixels and of EXIF data that nobody asks for
             with nullcontext(source) if isinstance(source, Image.Image) else open_listed(source) as file:
+                if file is not source and math.prod(file.size) > MAX_PIXELS:
+                    raise Image.DecompressionBombError
                 if room is not None:
                     room.take(file.size, called)
                 # telephones put a small second picture into their JPEGs, which is MPO
@@ -160,10 +166,9 @@ def _decoded(source: Path | io.BytesIO | Image.Image, name: str, called: str, ro
     except RequestError:
         raise
     except Image.DecompressionBombError:
-        most = f"{2 * Image.MAX_IMAGE_PIXELS:,}"
         raise RequestError(
-            f"{called} has more than {most} pixels, the most that are read: make it smaller first; the network sees "
-            "some hundred pixels a side, so 2048 are plenty"
+            f"{called} has more than {MAX_PIXELS:,} pixels, the most that are read: make it smaller first; the network "
+            "sees some hundred pixels a side, so 2048 are plenty"
         ) from None
     except MemoryError:
         raise RequestError(f"{called} has more pixels than the memory holds: make it smaller first") from None
@@ -203,6 +208,26 @@ def _first_bytes(path: Path) -> bytes:
         return file.read(512)
 
 
+def _reduced(picture: Image.Image) -> Image.Image:
+    """The picture by a whole factor smaller if it is larger than MAX_KEPT_PIXELS; never held twice in full."""
+    factor = math.ceil(math.sqrt(math.prod(picture.size) / MAX_KEPT_PIXELS))
+    if factor <= 1:
+        return picture
+    mode = picture.mode
+    if mode.startswith("I"):
+        mode = "I"
+    elif picture.has_transparency_data:
+        mode = "RGBA"
+    elif mode in ("1", "P"):
+        mode = "L" if mode == "1" else "RGB"
+    smaller = Image.new(mode, tuple(-(-side // factor) for side in picture.size))
+    for top in range(0, picture.height, 256 * factor):
+        strip = picture.crop((0, top, picture.width, min(top + 256 * factor, picture.height)))
+        smaller.paste(strip.convert(mode).reduce(factor), (0, top // factor))
+    smaller.info = {key: value for key, value in picture.info.items() if key != "transparency" or mode != "RGBA"}
+    return smaller
+
+
 def _in_8_bits(picture: Image.Image, name: str, notes: list[str]) -> Image.Image:
     """Pictures of more bits, which are one grey channel, as mode L or LA; PIL would cut off what is above 255."""
     if picture.mode != "F" and not picture.mode.startswith("I"):
@@ -222,8 +247,10 @@ def _in_8_bits(picture: Image.Image, name: str, notes: list[str]) -> Image.Image
             f"{name} is a grey picture of 16 bits with values up to {high:g} of 65535, so it is nearly black: if its "
             "camera writes 10 or 12 bits, multiply them by 64 or 16 first"
         )
-    # of 0-255 PIL itself cuts off the fractions
-    grey = values.astype(np.uint8) if top == 255 else np.round(values * (255 / top)).astype(np.uint8)
+    scaled = values if top == 255 else values * (255 / top)  # of 0-255 PIL itself cuts off the fractions
+    if top != 255:
+        np.round(scaled, out=scaled)
+    grey = scaled.astype(np.uint8)
     result = Image.fromarray(grey)
     transparent = picture.info.get("transparency")
     if isinstance(transparent, int):
@@ -240,7 +267,7 @@ def _upright(picture: Image.Image, name: str, notes: list[str]) -> Image.Image:
     except Exception:  # at data that a program has damaged pillow raises many things; the pixels are well
         orientation = None
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    plain = _in_8_bits(picture, name, notes)
+    plain = _in_8_bits(_reduced(picture), name, notes)
     result = plain.copy() if method is None else plain.transpose(method)
     result.info = {key: value for key, value in plain.info.items() if key in ("icc_profile", "transparency")}
     return result

@@ -24,8 +24,8 @@ AUTO_LAYOUT_START, FREE_LAYOUT_START = 5, 2
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 MAX_SUBJECTS = 256
 """Of one picture, all views counted."""
-MAX_REFERENCE_PIXELS = 2**28
-"""Of all references of a picture together: eleven photographs of 24 megapixels, 0.8 GB in memory."""
+MAX_REFERENCE_PIXELS = 240_000_000
+"""Of all references of a picture together: ten photographs of 24 megapixels, 1 GB in memory."""
 MAX_MASK_PIXELS = 2**26
 """Of all masks of a picture together: 64 of 1024 x 1024."""
 MAX_STEPS = 1000

@@ -323,12 +323,37 @@ def png_of_size(width, height):
 def test_too_many_pixels_are_refused_in_our_words(tmp_path):
     (tmp_path / "huge.png").write_bytes(png_of_size(19000, 10000))
     with pytest.raises(
-        RequestError, match=r"dog: '.*huge.png' has more than 178,956,970 pixels.*make it smaller"
+        RequestError, match=r"dog: '.*huge.png' has more than 110,000,000 pixels.*make it smaller"
     ) as told:
         open_reference(tmp_path / "huge.png", "dog")
     assert "bomb" not in str(told.value)
-    with pytest.raises(RequestError, match="more than 178,956,970 pixels"):
-        open_content(png_of_size(19000, 10000), "it")
+    for width in (19000, 14000):  # the library's own limit, and ours
+        with pytest.raises(RequestError, match="more than 110,000,000 pixels"):
+            open_content(png_of_size(width, 10000), "it")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F"])
+@pytest.mark.parametrize("transparent", [False, True])
+def test_a_picture_of_very_many_pixels_is_reduced_by_a_whole_factor(mode, transparent, monkeypatch):
+    colours = [3, 200] if mode in ("P", "I", "I;16") else [0, 255] if mode in ("1", "L") else [0.25, 0.5]
+    if mode in Image.MODES and len(Image.new(mode, (1, 1)).getbands()) > 1:
+        bands = len(Image.new(mode, (1, 1)).getbands())
+        colours = [(40, 50, 60, 255)[:bands], (200, 220, 240, 128)[:bands]]
+    picture = Image.new(mode, (150, 2000), colours[0])
+    picture.paste(colours[1], (0, 1200, 150, 2000))
+    if mode == "P":
+        picture.putpalette([*range(256)] * 3)
+    if transparent and mode in ("L", "P", "RGB", "I;16"):
+        picture.info["transparency"] = picture.getpixel((0, 0))
+    whole = open_upright(picture)
+    monkeypatch.setattr(msdiffusion.pictures, "MAX_KEPT_PIXELS", 10_000)
+    reduced = open_upright(picture)
+    assert reduced.size == (25, 334)  # by 6: the lowest row is of 2 rows only
+    assert reduced.has_transparency_data == whole.has_transparency_data
+    # in premultiplied alpha: colours that show nothing may change
+    modes = ("RGBA", "RGBa") if whole.has_transparency_data else (reduced.mode, reduced.mode)
+    found, wanted = (np.asarray(each.convert(modes[0]).convert(modes[1]), int) for each in (reduced, whole))
+    assert abs(found[:, 7] - wanted[::6, 7]).max() <= 1
 
 
 def broken_files():
