@@ -1,7 +1,7 @@
 # From nothing: `make demo` and `make test`, in either order. Both need only Python 3.11-3.13 and make.
 #   PYTHON=python3.12 make test      another interpreter (for a new .venv)
 #   WORKERS=4 make test              more test processes
-#   make test TESTS=tests/msdiffusion/test_layout.py
+#   make test TESTS=tests/msdiffusion/request/test_layout.py
 
 PYTHON ?= python3
 WORKERS ?= 2

@@ -36,11 +36,11 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
 
-from msdiffusion.adapter import MSAdapter, cross_attentions
-from msdiffusion.auto_layout import AutoLayout
-from msdiffusion.loading import load_adapter
+from msdiffusion.adapter.adapter import MSAdapter, cross_attentions
+from msdiffusion.adapter.auto_layout import AutoLayout
+from msdiffusion.adapter.loading import load_adapter
+from msdiffusion.adapter.resampler import ResamplerParams
 from msdiffusion.places import DEFAULT_MODEL
-from msdiffusion.resampler import ResamplerParams
 
 SDXL = {
     "sample_size": 128,

@@ -24,8 +24,9 @@ import time
 start = time.perf_counter()
 import torch, diffusers, transformers
 from msdiffusion import MSDiffusion
-from msdiffusion.backbone import quiet_loading
-from msdiffusion import adapter, backbone
+from msdiffusion.backbone.backbone import quiet_loading
+from msdiffusion.adapter.adapter import adapter
+from msdiffusion.backbone.backbone import backbone
 from PIL import Image
 copy, copying = backbone.give_own_memory if {copies!r} else lambda *modules: None, 0
 def timed(*modules):
@@ -77,7 +78,7 @@ def fresh(model: str, copies: bool) -> list[float]:
 def batch_against_single(options: argparse.Namespace) -> None:
     """Time ``prompts`` requests in one batch and one by one."""
     from msdiffusion import MSDiffusion
-    from msdiffusion.backbone import quiet_loading
+    from msdiffusion.backbone.backbone import quiet_loading
     from msdiffusion.evaluation.world import draw_cases
 
     quiet_loading()

@@ -81,7 +81,7 @@ def measure(folder: str) -> None:
 
 def measure_walk(folder: Path) -> None:
     """Prints the row about the headers of one shard; the median of nine walks."""
-    from msdiffusion.training.tar_index import walk_shard
+    from msdiffusion.training.pairs.tar_index import walk_shard
 
     path = folder / "walk.tar"
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:

@@ -30,8 +30,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from msdiffusion.adapter.resampler import GroundingResampler, ResamplerParams
 from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder  # noqa: F401  (diffusers finds it by its name)
-from msdiffusion.resampler import GroundingResampler, ResamplerParams
 
 TEXT, BOXES = "text_tokens", "boxes"
 

@@ -27,14 +27,14 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from msdiffusion.adapter import MSAdapter
-from msdiffusion.backbone import Backbone
-from msdiffusion.resampler import ResamplerParams
-from msdiffusion.training.dataset import PairsBatch
-from msdiffusion.training.draws import OBJECTIVE, SampleDraws, generator_for
-from msdiffusion.training.encoded import EncodedPairs
+from msdiffusion.adapter.adapter import MSAdapter
+from msdiffusion.adapter.resampler import ResamplerParams
+from msdiffusion.backbone.backbone import Backbone
+from msdiffusion.training.learning.optimizers import make_optimizer
 from msdiffusion.training.module import MSDiffusionModule
-from msdiffusion.training.optimizers import make_optimizer
+from msdiffusion.training.samples.dataset import PairsBatch
+from msdiffusion.training.samples.draws import OBJECTIVE, SampleDraws, generator_for
+from msdiffusion.training.samples.encoded import EncodedPairs
 
 PIXELS = 512
 SLOTS = 4

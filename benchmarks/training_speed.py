@@ -349,7 +349,7 @@ def our_stepper(variant: Variant, pairs: Path) -> Callable[[], int]:
     import torch
 
     from msdiffusion.training import module as module_room
-    from msdiffusion.training.optimizers import make_optimizer
+    from msdiffusion.training.learning.optimizers import make_optimizer
     from msdiffusion.training.precompute import load_run
 
     settings = [*variant.settings, f"{DATA}pairs={pairs}"]

@@ -70,8 +70,8 @@ def main() -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     from data_pipeline.models import weights
-    from msdiffusion import MSDiffusion, pretrained
-    from msdiffusion.backbone import quiet_loading
+    from msdiffusion import MSDiffusion
+    from msdiffusion.backbone.backbone import pretrained, quiet_loading
     from msdiffusion.own_memory import give_own_memory
     from msdiffusion.places import DEFAULT_MODEL
 

@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw
 
 from data_pipeline.world import CATEGORIES, render_subject, sample_identity
 from msdiffusion import MSDiffusion
-from msdiffusion.backbone import quiet_loading
-from msdiffusion.layout_drawing import draw_layout
+from msdiffusion.backbone.backbone import quiet_loading
+from msdiffusion.figures import draw_layout
 from msdiffusion.places import DEFAULT_MODEL
 
 FOLDER = Path(__file__).parent / "pictures"

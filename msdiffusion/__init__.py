@@ -19,7 +19,7 @@ from msdiffusion.errors import (
 )
 
 if TYPE_CHECKING:
-    from msdiffusion.generate import MSDiffusion
+    from msdiffusion.generation.generate import MSDiffusion
 
 __all__ = [
     "DataError",
@@ -37,7 +37,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """Load the generator, and with it torch and diffusers, only when it is asked for."""
     if name == "MSDiffusion":
-        from msdiffusion.generate import MSDiffusion
+        from msdiffusion.generation.generate import MSDiffusion
 
         return MSDiffusion
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

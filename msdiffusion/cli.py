@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from data_pipeline.extras import missing_extras
 from data_pipeline.safe_text import nobody_reads, visible
-from msdiffusion import __version__, demo, evaluate, generate_command
-from msdiffusion.bench import command as bench
+from msdiffusion import __version__
+from msdiffusion.commands import bench, demo, evaluate
+from msdiffusion.commands import generate as generate_command
 from msdiffusion.environment import prepare_environment
 from msdiffusion.errors import MSDiffusionError, RequestError, check_place, shown
-from msdiffusion.outputs import REFUSALS, check_file, check_folder, place_of, written
+from msdiffusion.files import REFUSALS, check_file, check_folder, place_of, written
 from msdiffusion.places import CONFIGS, config_names, find_model
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from msdiffusion.adapter_config import AdapterConfig
+    from msdiffusion.adapter.config import AdapterConfig
 
 
 CUTOUT = "data_pipeline.cutout"
@@ -212,9 +213,9 @@ def _convert(options: argparse.Namespace) -> None:
     _check_convert(options)
     print("loading the libraries that read weights", file=sys.stderr, flush=True)
 
-    from msdiffusion.loading import find_adapter, load_adapter
-    from msdiffusion.model_card import write_card
-    from msdiffusion.resampler import ResamplerParams
+    from msdiffusion.adapter.card import write_card
+    from msdiffusion.adapter.loading import find_adapter, load_adapter
+    from msdiffusion.adapter.resampler import ResamplerParams
 
     sizes = {} if options.head_width is None else {"head_width": options.head_width}
     found = load_adapter(options.model, options.base_model, options.image_encoder, options.base_config, **sizes)
@@ -247,7 +248,7 @@ def _check_convert(options: argparse.Namespace) -> None:
 
 def _tell_what_is_lost(config: AdapterConfig) -> None:
     """The official file holds weights only: its reader must be told what differs from the release."""
-    from msdiffusion.adapter_config import AdapterConfig
+    from msdiffusion.adapter.config import AdapterConfig
 
     told = ("base_model", "image_encoder", "reference_background", "reference_fit", "defaults")
     release = AdapterConfig(resampler=config.resampler)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from msdiffusion.errors import reason
-from msdiffusion.outputs import written
+from msdiffusion.files import written
 
 
 def write_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:

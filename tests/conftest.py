@@ -129,8 +129,8 @@ def build_tiny_model(directory: Path) -> None:
         CLIPVisionModelWithProjection,
     )
 
-    from msdiffusion.adapter import MSAdapter
-    from msdiffusion.resampler import ResamplerParams
+    from msdiffusion.adapter.adapter import MSAdapter
+    from msdiffusion.adapter.resampler import ResamplerParams
 
     tokenizer = make_tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
@@ -219,8 +219,8 @@ def build_tiny_sd1_model(directory: Path) -> None:
         CLIPVisionModelWithProjection,
     )
 
-    from msdiffusion.adapter import MSAdapter
-    from msdiffusion.resampler import ResamplerParams
+    from msdiffusion.adapter.adapter import MSAdapter
+    from msdiffusion.adapter.resampler import ResamplerParams
 
     tokenizer = make_tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):

@@ -15,7 +15,7 @@ def parse(monkeypatch):
     """Function: arguments of `lightning` -> the LightningCLI, with everything made but the trainer, and nothing run."""
     monkeypatch.setattr("sys.argv", ["lightning"])  # LightningCLI warns where both it and its caller have arguments
     from msdiffusion.training.cli import main
-    from msdiffusion.training.run_cli import RunCLI
+    from msdiffusion.training.run.run_cli import RunCLI
 
     made = []
     monkeypatch.setattr(RunCLI, "instantiate_trainer", lambda cli: None)
@@ -83,7 +83,7 @@ def test_the_papers_recipe(parse):
 
 
 def test_the_defaults_of_the_resampler_are_the_papers():
-    from msdiffusion.resampler import ResamplerParams
+    from msdiffusion.adapter.resampler import ResamplerParams
 
     params = ResamplerParams(image_width=1664, phrase_width=768, output_width=2048)
     assert (params.width, params.depth, params.heads, params.head_width, params.tokens) == (1280, 4, 20, 64, 16)

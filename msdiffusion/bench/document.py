@@ -14,7 +14,7 @@ from data_pipeline.picture_formats import open_listed
 from msdiffusion.bench.rows import REFERENCE_ROW, ROWS
 from msdiffusion.bench.world import Settings, Unit
 from msdiffusion.evaluation.measures import MEASURES, compare_measures, groups_of, summarize_measures
-from msdiffusion.outputs import written
+from msdiffusion.files import written
 
 if TYPE_CHECKING:
     from msdiffusion.evaluation.world import WorldCase
@@ -214,7 +214,7 @@ def sizes(cases: Sequence[WorldCase], values: Mapping[str, Mapping[str, np.ndarr
 
 def grid(cases: Sequence[WorldCase], finished: Finished, out: Path) -> Image.Image:
     """References, boxes, and what each row drew (its first training seed)."""
-    from msdiffusion.evaluate import varied
+    from msdiffusion.commands.evaluate import varied
     from msdiffusion.evaluation.report import GridRow, draw_grid
 
     chosen = varied(cases, GRID_CASES)

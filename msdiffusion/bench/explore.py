@@ -18,13 +18,13 @@ from PIL import Image
 from data_pipeline.safe_text import visible
 from msdiffusion.bench.work import hash_file
 from msdiffusion.bench.world import check_model, command_line, device, write_json
-from msdiffusion.outputs import written
+from msdiffusion.files import written
 from msdiffusion.places import shown
 
 if TYPE_CHECKING:
     from msdiffusion.evaluation.measures import Gallery, Instruments
     from msdiffusion.evaluation.world import PictureMaker, WorldCase
-    from msdiffusion.generate import MSDiffusion
+    from msdiffusion.generation.generate import MSDiffusion
 
 SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 COUNTS = (1, 2, 3, 4)
@@ -71,7 +71,7 @@ class Studio:
 
     def maker(self, scale: float, label: str) -> PictureMaker:
         """Draws with the adapter's defaults but another scale."""
-        from msdiffusion.evaluate import picture_maker
+        from msdiffusion.commands.evaluate import picture_maker
 
         defaults = self.model.adapter.config.defaults
         return picture_maker(
@@ -108,9 +108,9 @@ def run(options: argparse.Namespace) -> None:
         WeightsError: the model or an instrument can't be loaded.
     """
     check_model(options.model)
-    from msdiffusion.backbone import quiet_loading
+    from msdiffusion.backbone.backbone import quiet_loading
     from msdiffusion.evaluation.measures import Gallery, Instruments
-    from msdiffusion.generate import MSDiffusion
+    from msdiffusion.generation.generate import MSDiffusion
 
     quiet_loading()
     instruments = Instruments.from_pretrained(options.model)

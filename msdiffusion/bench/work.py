@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from msdiffusion.bench.rows import ROWS, training_arguments
 from msdiffusion.bench.world import Settings, Unit, device, write_json
 from msdiffusion.errors import MSDiffusionError
-from msdiffusion.outputs import written
+from msdiffusion.files import written
 from msdiffusion.places import CONFIGS, from_here, shown
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def work(out: Path, unit: Unit) -> None:
         print("measured before, nothing has changed")
         return
     done.unlink(missing_ok=True)  # from here on its pictures are replaced
-    from msdiffusion.backbone import quiet_loading
+    from msdiffusion.backbone.backbone import quiet_loading
     from msdiffusion.evaluation.measures import Gallery, Instruments, measure_pictures, summarize_measures
     from msdiffusion.evaluation.world import draw_cases
 
@@ -192,8 +192,8 @@ def draw(
     """One picture per case: the true renders, or what the adapter draws."""
     if adapter is None:
         return [case.truth for case in cases]
-    from msdiffusion.evaluate import picture_maker
-    from msdiffusion.generate import MSDiffusion
+    from msdiffusion.commands.evaluate import picture_maker
+    from msdiffusion.generation.generate import MSDiffusion
 
     model = MSDiffusion.from_pretrained(adapter)
     defaults = model.adapter.config.defaults

@@ -24,7 +24,7 @@ from typing import Any
 from data_pipeline.safe_text import visible
 from msdiffusion.bench.rows import ROWS
 from msdiffusion.errors import DataError, MSDiffusionError, WeightsError
-from msdiffusion.outputs import written
+from msdiffusion.files import written
 from msdiffusion.places import shown
 
 CLIPS = 6000

@@ -23,9 +23,9 @@ from data_pipeline.world import CATEGORIES, COLORS, PATTERNS
 from data_pipeline.world.renderings import Renderings, RenderingSettings, identity_labels, load_or_render
 from data_pipeline.world.subjects import SHAPE_VARIANTS
 from msdiffusion.errors import DataError
+from msdiffusion.evaluation.instruments.locator import Locator, LocatorParams, grid_centers, layout_ious
+from msdiffusion.evaluation.instruments.recognizer import VIEW_BACKGROUND, Recognizer, RecognizerParams
 from msdiffusion.evaluation.judge_training import degrade
-from msdiffusion.evaluation.locator import Locator, LocatorParams, grid_centers, layout_ious
-from msdiffusion.evaluation.recognizer import VIEW_BACKGROUND, Recognizer, RecognizerParams
 
 Batch = dict[str, Tensor]
 """pictures (B, 3, H, W) in [0, 1]; boxes (N, 4) normalised xyxy; owners (N,) int64; labels (N, 6) int64 and identities

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data_pipeline.picture_formats import open_listed
 from data_pipeline.world import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS, Scene, sample_scene
 from msdiffusion.errors import DataError
-from msdiffusion.evaluation.judge import QUESTIONS, Judge, JudgeParams, as_pixels
+from msdiffusion.evaluation.instruments.judge import QUESTIONS, Judge, JudgeParams, as_pixels
 
 Batch = dict[str, Tensor]
 """pictures (B, 3, H, W) in [0, 1]; boxes (N, 4) normalised xyxy; int64: owners, category, color, pattern (N,) and

@@ -19,13 +19,13 @@ from PIL import Image
 from data_pipeline.world import CATEGORIES, Identity, render_subject, sample_identity
 from msdiffusion.errors import DataError
 from msdiffusion.evaluation import scores
-from msdiffusion.evaluation.locator import layout_ious
+from msdiffusion.evaluation.instruments.locator import layout_ious
 from msdiffusion.evaluation.world import WorldCase, mark_mixing, mark_readings, read_pictures
 
 if TYPE_CHECKING:
-    from msdiffusion.evaluation.judge import Judge
-    from msdiffusion.evaluation.locator import Locator
-    from msdiffusion.evaluation.recognizer import Recognizer
+    from msdiffusion.evaluation.instruments.judge import Judge
+    from msdiffusion.evaluation.instruments.locator import Locator
+    from msdiffusion.evaluation.instruments.recognizer import Recognizer
 
 CANDIDATES = 100
 """Held-out individuals of one category among which a subject is looked up."""
@@ -93,9 +93,9 @@ class Instruments:
         Raises:
             WeightsError: one is missing or can't be loaded.
         """
-        from msdiffusion.evaluation.judge import Judge
-        from msdiffusion.evaluation.locator import Locator
-        from msdiffusion.evaluation.recognizer import Recognizer
+        from msdiffusion.evaluation.instruments.judge import Judge
+        from msdiffusion.evaluation.instruments.locator import Locator
+        from msdiffusion.evaluation.instruments.recognizer import Recognizer
 
         folder = Path(directory)
         return cls(

@@ -18,7 +18,7 @@ from msdiffusion.errors import DataError
 from msdiffusion.evaluation import scores
 
 if TYPE_CHECKING:
-    from msdiffusion.evaluation.judge import Judge
+    from msdiffusion.evaluation.instruments.judge import Judge
 
 BOX_QUESTIONS = ("category", "color", "body_color", "pattern")
 """What is marked per box. "color" asks for the main colour; "body_color" also accepts the second one where a pattern

@@ -25,12 +25,12 @@ import numpy as np
 from data_pipeline.pairs_format import SWAPPED_SUFFIX
 from data_pipeline.safe_text import visible
 from msdiffusion.errors import DataError, MSDiffusionError, RequestError
-from msdiffusion.training.columns import Columns, bar, from_headers, from_index, open_shard
-from msdiffusion.training.damage import known_damage, verify, write_damage
-from msdiffusion.training.remote import ShardCache
-from msdiffusion.training.shards import OpenShard, Pair, PairLocation, read_pair, read_record
-from msdiffusion.training.sources import Damage, Shard, locate
-from msdiffusion.training.tar_index import KeyColumn, ShardTable
+from msdiffusion.training.pairs.columns import Columns, bar, from_headers, from_index, open_shard
+from msdiffusion.training.pairs.damage import known_damage, verify, write_damage
+from msdiffusion.training.pairs.remote import ShardCache
+from msdiffusion.training.pairs.shards import OpenShard, Pair, PairLocation, read_pair, read_record
+from msdiffusion.training.pairs.sources import Damage, Shard, locate
+from msdiffusion.training.pairs.tar_index import KeyColumn, ShardTable
 
 OPEN_FILES = 32
 """Of one process. Few, because a file that the cache removes keeps its room on the disk while it is open."""

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             number for one that was stopped, its state written.
     """
     from msdiffusion.errors import MSDiffusionError, RequestError
-    from msdiffusion.training.setting_names import check_arguments, pairs_of, with_configs
+    from msdiffusion.training.run.setting_names import check_arguments, pairs_of, with_configs
 
     try:
         if told := missing_extras("training"):
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_arguments(given)
         pairs = pairs_of(given) if arguments is None else None  # in a program they may be made meanwhile
         if pairs:
-            from msdiffusion.training.sources import check_there
+            from msdiffusion.training.pairs.sources import check_there
 
             check_there(pairs)
     except MSDiffusionError as error:
@@ -72,12 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
     from msdiffusion.errors import TrainingError
-    from msdiffusion.training.failures import FailureGuard, RunStoppedError
-    from msdiffusion.training.foreign_words import told_by_lightning
     from msdiffusion.training.local_sgd import process_rank
-    from msdiffusion.training.pictures import PredictionPictures
-    from msdiffusion.training.run_cli import RunCLI
-    from msdiffusion.training.run_folder import EarlierRun
+    from msdiffusion.training.run.failures import FailureGuard, RunStoppedError
+    from msdiffusion.training.run.foreign_words import told_by_lightning
+    from msdiffusion.training.run.pictures import PredictionPictures
+    from msdiffusion.training.run.run_cli import RunCLI
+    from msdiffusion.training.run.run_folder import EarlierRun
 
     guard = FailureGuard()
     try:

@@ -11,20 +11,20 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from msdiffusion.errors import DataError, RequestError
-from msdiffusion.training.augmentation import Augmentation
 from msdiffusion.training.catalogue import Catalogue, read_catalogue, split_by_key
-from msdiffusion.training.collation import PairsCollator
-from msdiffusion.training.cropping import bucket_sizes, nearest_buckets
-from msdiffusion.training.dataset import PairsBatch, PairsDataset, TrainingSample
-from msdiffusion.training.encoded import EncodingStore
-from msdiffusion.training.encoding_store import open_store
-from msdiffusion.training.loader import FixedSampler, PairsLoader, PlanSampler, make_loader
+from msdiffusion.training.encodings.store import open_store
 from msdiffusion.training.local_sgd import WORLD, process_rank
-from msdiffusion.training.mixture import MixedStore, Mixture
-from msdiffusion.training.place import Place, resumed_place
-from msdiffusion.training.plan import EpochPlan, PlannedDataset, padded_order
-from msdiffusion.training.remote import ShardCache
-from msdiffusion.training.setting_names import check_number
+from msdiffusion.training.pairs.remote import ShardCache
+from msdiffusion.training.run.setting_names import check_number
+from msdiffusion.training.samples.augmentation import Augmentation
+from msdiffusion.training.samples.collation import PairsCollator
+from msdiffusion.training.samples.cropping import bucket_sizes, nearest_buckets
+from msdiffusion.training.samples.dataset import PairsBatch, PairsDataset, TrainingSample
+from msdiffusion.training.samples.encoded import EncodingStore
+from msdiffusion.training.samples.loader import FixedSampler, PairsLoader, PlanSampler, make_loader
+from msdiffusion.training.samples.mixture import MixedStore, Mixture
+from msdiffusion.training.samples.place import Place, resumed_place
+from msdiffusion.training.samples.plan import EpochPlan, PlannedDataset, padded_order
 
 SINGLE_FRAMES = 0.1
 """A greater share of pairs whose references come from the target picture itself is worth a warning."""

@@ -32,8 +32,8 @@ import pytorch_lightning as pl
 import torch
 
 from msdiffusion.errors import RequestError
-from msdiffusion.training.failures import FailureGuard
-from msdiffusion.training.setting_names import check_arguments
+from msdiffusion.training.run.failures import FailureGuard
+from msdiffusion.training.run.setting_names import check_arguments
 
 GRACE_SECONDS = 60
 """After one process has failed, the others have so long to end by themselves."""

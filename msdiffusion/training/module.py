@@ -19,16 +19,25 @@ from PIL import Image
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from msdiffusion.adapter import MSAdapter
-from msdiffusion.adapter_config import AdapterConfig
-from msdiffusion.backbone import Backbone, ReferencePreparation, quiet_loading
+from msdiffusion.adapter.adapter import MSAdapter
+from msdiffusion.adapter.config import AdapterConfig
+from msdiffusion.backbone.backbone import Backbone, ReferencePreparation, quiet_loading
 from msdiffusion.errors import RequestError
-from msdiffusion.request import FALLBACKS
-from msdiffusion.training.averaging import AveragedAdapter
-from msdiffusion.training.encodings import FrozenEncodings
-from msdiffusion.training.inputs import BatchEncoder, Inputs, make_condition
-from msdiffusion.training.layout_loss import LayoutLoss, PhraseTokens
-from msdiffusion.training.model_settings import (
+from msdiffusion.request.request import FALLBACKS
+from msdiffusion.training.encodings.frozen import FrozenEncodings
+from msdiffusion.training.learning.averaging import AveragedAdapter
+from msdiffusion.training.learning.inputs import BatchEncoder, Inputs, make_condition
+from msdiffusion.training.learning.layout_loss import LayoutLoss, PhraseTokens
+from msdiffusion.training.learning.objective import DropRates, draw_drops, sample_errors, subject_area
+from msdiffusion.training.learning.optimizers import (
+    Decay,
+    OptimizerName,
+    follow_course,
+    learning_rate_course,
+    make_optimizer,
+)
+from msdiffusion.training.learning.schedules import draw_shares, training_schedule
+from msdiffusion.training.learning.settings import (
     check_settings,
     given_adapter,
     new_adapter,
@@ -37,15 +46,12 @@ from msdiffusion.training.model_settings import (
     validation_timesteps,
     way_out,
 )
-from msdiffusion.training.objective import DropRates, draw_drops, sample_errors, subject_area
-from msdiffusion.training.optimizers import Decay, OptimizerName, follow_course, learning_rate_course, make_optimizer
+from msdiffusion.training.learning.validation_errors import TimestepErrors
 from msdiffusion.training.precision import HardwarePrecision
-from msdiffusion.training.run_folder import check_checkpoint
-from msdiffusion.training.schedules import draw_shares, training_schedule
-from msdiffusion.training.validation_errors import TimestepErrors
+from msdiffusion.training.run.run_folder import check_checkpoint
 
 if TYPE_CHECKING:
-    from msdiffusion.training.dataset import PairsBatch
+    from msdiffusion.training.samples.dataset import PairsBatch
 
 CLOSED_VOCABULARY = 2000
 """Tokens: a tokenizer with fewer was made for a small world, in which every word is one token; CLIP's has 49,408."""
@@ -372,7 +378,7 @@ class MSDiffusionModule(pl.LightningModule):
 
     def predict_step(self, batch: PairsBatch, batch_index: int) -> list[Image.Image]:
         """RGB pictures for the pairs of a batch, drawn with the trained adapter's defaults."""
-        from msdiffusion.training.pictures import draw_batch
+        from msdiffusion.training.run.pictures import draw_batch
 
         settings = {**FALLBACKS, **self.exported_config()["defaults"]}
         return draw_batch(

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING
 from data_pipeline.extras import missing_extras
 from msdiffusion.environment import prepare_environment
 from msdiffusion.errors import MSDiffusionError, RequestError
-from msdiffusion.outputs import check_folder
+from msdiffusion.files import check_folder
 from msdiffusion.places import find_config
 
 if TYPE_CHECKING:
     from msdiffusion.training.datamodule import PairsDataModule
-    from msdiffusion.training.encoded import Part
     from msdiffusion.training.module import MSDiffusionModule
+    from msdiffusion.training.samples.encoded import Part
 
 
 def load_run(config: str, arguments: Sequence[str], device: str) -> tuple[PairsDataModule, MSDiffusionModule]:
@@ -50,7 +50,7 @@ def load_run(config: str, arguments: Sequence[str], device: str) -> tuple[PairsD
 
     from msdiffusion.training.datamodule import PairsDataModule
     from msdiffusion.training.module import MSDiffusionModule
-    from msdiffusion.training.run_cli import RunParser
+    from msdiffusion.training.run.run_cli import RunParser
 
     # the command line is ours, and given as a list
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
@@ -87,8 +87,8 @@ def parts_to_encode(text: str, datamodule: PairsDataModule) -> list[Part]:
     Raises:
         RequestError: if one is unknown, or the settings of the data change it all the time.
     """
-    from msdiffusion.training.encoded import PARTS
-    from msdiffusion.training.encoding_keys import changing
+    from msdiffusion.training.encodings.keys import changing
+    from msdiffusion.training.samples.encoded import PARTS
 
     asked = [name.strip() for name in text.split(",") if name.strip()]
     if not asked or set(asked) - set(PARTS):
@@ -112,7 +112,7 @@ def _share(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from msdiffusion.training.encoded import PARTS  # with torch, which the environment must be ready for
+    from msdiffusion.training.samples.encoded import PARTS  # with torch, which the environment must be ready for
 
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
@@ -147,8 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.out is not None:
             check_folder(options.out, "--out")
-        from msdiffusion.training.precomputation import Precomputation
-        from msdiffusion.training.setting_names import check_arguments
+        from msdiffusion.training.encodings.precomputation import Precomputation
+        from msdiffusion.training.run.setting_names import check_arguments
 
         check_arguments(["fit", "-c", options.config, *rest])
 

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from data_pipeline.world import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS, write_caption
 from data_pipeline.world.renderings import Renderings, RenderingSettings, identity_labels, load_or_render
 from msdiffusion.errors import WeightsError, reason
-from msdiffusion.training.budget import BudgetedTraining
-from msdiffusion.training.embedded import build_base, build_image_encoder, build_tokenizer
+from msdiffusion.training.embedded.budget import BudgetedTraining
+from msdiffusion.training.embedded.networks import build_base, build_image_encoder, build_tokenizer
+from msdiffusion.training.learning.optimizers import Muon
 from msdiffusion.training.local_sgd import process_rank
-from msdiffusion.training.optimizers import Muon
 from msdiffusion.weight_files import share
 
 CAPTION_SHARES = {"full": 0.5, "color": 0.2, "plain": 0.3}
@@ -317,7 +317,7 @@ def load_weights(pipeline: Any, directory: str) -> None:
     Raises:
         WeightsError: there is no base, or it has another architecture.
     """
-    from msdiffusion.pretrained import load_pipeline
+    from msdiffusion.backbone.pretrained import load_pipeline
 
     try:
         if not Path(directory).is_dir():

@@ -26,10 +26,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from data_pipeline.models.weights import load_pickle
-from msdiffusion.adapter import MSAdapter
+from msdiffusion.adapter.adapter import MSAdapter
+from msdiffusion.adapter.resampler import ResamplerBlock
 from msdiffusion.errors import RequestError, refused_weights
-from msdiffusion.resampler import ResamplerBlock
-from msdiffusion.training.run_folder import check_checkpoint
+from msdiffusion.training.run.run_folder import check_checkpoint
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

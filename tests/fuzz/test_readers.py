@@ -32,10 +32,10 @@ from data_pipeline.models.annotations import AnnotationSource, read_mask, read_s
 from data_pipeline.records import ClipError, MiningError
 from data_pipeline.shard_reader import Shard, index_rows, read_build, rejected_videos
 from data_pipeline.sources import read_captions
-from msdiffusion.adapter_config import AdapterConfig
+from msdiffusion.adapter.config import AdapterConfig
 from msdiffusion.errors import MSDiffusionError
-from msdiffusion.provenance import SCHEMA, read_request
-from msdiffusion.request_file import open_request, read_request_file
+from msdiffusion.request.provenance import SCHEMA, read_request
+from msdiffusion.request.request_file import open_request, read_request_file
 
 HERE = Path(__file__).parent
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))

@@ -158,7 +158,7 @@ def test_convert_reads_the_official_file(golden_tensors, official_adapter_file, 
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPVisionConfig
 
-    from msdiffusion.adapter import MSAdapter
+    from msdiffusion.adapter.adapter import MSAdapter
 
     _, config = golden_tensors("unet")
     with torch.device("meta"):
@@ -187,7 +187,7 @@ def test_convert_goes_both_ways(tiny_model_dir, tmp_path, capsys):
     """Folder to official file to folder: the weights come back to the bit, and what the file can't say is told."""
     from safetensors.torch import load_file
 
-    from msdiffusion.adapter import MSAdapter
+    from msdiffusion.adapter.adapter import MSAdapter
 
     file = tmp_path / "new" / "ms_adapter.bin"
     assert main(["convert", str(tiny_model_dir), "--to", "official", "--out", str(file)]) == 0

@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 
 from msdiffusion import MSDiffusion
-from msdiffusion.adapter import MSAdapter
-from msdiffusion.backbone import Backbone
+from msdiffusion.adapter.adapter import MSAdapter
+from msdiffusion.backbone.backbone import Backbone
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.own_memory import give_own_memory
 from msdiffusion.places import DEFAULT_MODEL

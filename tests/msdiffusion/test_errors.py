@@ -30,7 +30,7 @@ def test_nobody_is_told_to_run_a_pickle():
 
 def test_public_names():
     assert dir(msdiffusion) == sorted(msdiffusion.__all__)
-    assert msdiffusion.MSDiffusion.__module__ == "msdiffusion.generate"
+    assert msdiffusion.MSDiffusion.__module__ == "msdiffusion.generation.generate"
     assert msdiffusion.__version__.count(".") == 2
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = msdiffusion.Nothing

@@ -18,7 +18,7 @@ from msdiffusion.places import DEFAULT_MODEL
 
 def part_of_pipeline(part):
     def load(folder):
-        from msdiffusion.pretrained import load_pipeline
+        from msdiffusion.backbone.pretrained import load_pipeline
 
         load_pipeline(folder / "base")
 
@@ -26,13 +26,13 @@ def part_of_pipeline(part):
 
 
 def load_encoder(folder):
-    from msdiffusion.pretrained import load_image_encoder
+    from msdiffusion.backbone.pretrained import load_image_encoder
 
     load_image_encoder(folder / "image_encoder")
 
 
 def load_adapter(folder):
-    from msdiffusion.adapter import MSAdapter
+    from msdiffusion.adapter.adapter import MSAdapter
 
     MSAdapter.from_pretrained(folder)
 
@@ -41,7 +41,7 @@ def load_by_ckpt_path(folder):
     """The same weights as a run has them; nothing is drawn."""
     import pytorch_lightning as pl
 
-    from msdiffusion.adapter_config import AdapterConfig
+    from msdiffusion.adapter.config import AdapterConfig
     from msdiffusion.training.module import MSDiffusionModule
 
     config = AdapterConfig.read(folder / "config.json")
@@ -57,9 +57,9 @@ def load_by_ckpt_path(folder):
 
 def instrument(name):
     def load(folder):
-        from msdiffusion.evaluation.judge import Judge
-        from msdiffusion.evaluation.locator import Locator
-        from msdiffusion.evaluation.recognizer import Recognizer
+        from msdiffusion.evaluation.instruments.judge import Judge
+        from msdiffusion.evaluation.instruments.locator import Locator
+        from msdiffusion.evaluation.instruments.recognizer import Recognizer
 
         {"judge": Judge, "locator": Locator, "recognizer": Recognizer}[name].from_pretrained(folder / name)
 
@@ -99,7 +99,7 @@ def make_timm_embedder(folder):
 
 
 def load_safety_checker(folder):
-    from msdiffusion.safety import SafetyChecker
+    from msdiffusion.generation.safety import SafetyChecker
 
     SafetyChecker.from_pretrained(folder / "safety")
 
@@ -346,7 +346,7 @@ def other_machines_tokenizer(folder):
     ],
 )
 def test_what_lies_beside_is_not_in_the_way(change, dtype, tiny_model_dir, tmp_path):
-    from msdiffusion.pretrained import load_image_encoder, load_pipeline
+    from msdiffusion.backbone.pretrained import load_image_encoder, load_pipeline
 
     copied(tiny_model_dir, tmp_path)
     plain = load_pipeline(tmp_path / "base", dtype)
@@ -386,7 +386,7 @@ def test_code_in_a_base_model_is_named_and_stays_unread(file, entries, module, t
 
     import diffusers
 
-    from msdiffusion.pretrained import load_pipeline
+    from msdiffusion.backbone.pretrained import load_pipeline
 
     shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
     (tmp_path / module).write_text(CODE)
@@ -419,7 +419,7 @@ def single(folder):
 
 @pytest.mark.parametrize("config", ["config.json", "preprocessor_config.json"])
 def test_code_in_an_encoder_is_named(config, tiny_model_dir, tmp_path):
-    from msdiffusion.pretrained import encoder_widths, load_image_encoder
+    from msdiffusion.backbone.pretrained import encoder_widths, load_image_encoder
 
     shutil.copytree(tiny_model_dir / "image_encoder", tmp_path / "encoder")
     path = tmp_path / "encoder" / config
@@ -437,7 +437,7 @@ def test_code_in_an_encoder_is_named(config, tiny_model_dir, tmp_path):
 @pytest.mark.parametrize("parts", [("tokenizer", "text_encoder"), ("unet",), ("vae",), ("scheduler",)])
 def test_a_base_without_a_part_is_refused(parts, tiny_model_dir, tmp_path):
     """As SDXL's refiner is, which has one text encoder of two."""
-    from msdiffusion.pretrained import load_pipeline
+    from msdiffusion.backbone.pretrained import load_pipeline
 
     shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
     path = tmp_path / "base/model_index.json"
@@ -449,7 +449,7 @@ def test_a_base_without_a_part_is_refused(parts, tiny_model_dir, tmp_path):
 
 
 def test_parts_of_different_models_are_refused(tiny_model_dir, tiny_sd1_model_dir, tmp_path):
-    from msdiffusion.pretrained import load_pipeline
+    from msdiffusion.backbone.pretrained import load_pipeline
 
     for name, part, message in (
         ("a", "text_encoder", r"the text is 20 \+ 32 wide, but the UNet reads text 48 wide"),
@@ -514,7 +514,7 @@ def test_parts_of_different_models_are_refused(tiny_model_dir, tiny_sd1_model_di
     ],
 )
 def test_settings_that_no_library_can_build_are_told_shortly(file, entries, message, tiny_model_dir, tmp_path):
-    from msdiffusion.pretrained import load_pipeline
+    from msdiffusion.backbone.pretrained import load_pipeline
 
     shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
     path = tmp_path / "base" / file
@@ -556,7 +556,7 @@ def test_preprocessing_of_another_encoder_is_refused(entries, message, tiny_mode
     ],
 )
 def test_settings_of_an_encoder_that_no_library_can_build_are_told_shortly(entries, message, tiny_model_dir, tmp_path):
-    from msdiffusion.pretrained import encoder_widths
+    from msdiffusion.backbone.pretrained import encoder_widths
 
     shutil.copytree(tiny_model_dir / "image_encoder", tmp_path / "image_encoder")
     path = tmp_path / "image_encoder/config.json"
@@ -604,7 +604,7 @@ FIRST, SECOND = "conditioner.embedders.0.transformer.text_model.", "conditioner.
     ],
 )
 def test_one_file_with_strange_weights_is_refused(change, message, single_file, tiny_model_dir, tmp_path):
-    from msdiffusion.pretrained import load_pipeline
+    from msdiffusion.backbone.pretrained import load_pipeline
 
     weights = load_file(single_file)
     for name, edit in change.items():
@@ -620,7 +620,7 @@ def test_one_file_with_strange_weights_is_refused(change, message, single_file, 
 def test_what_training_leaves_in_one_file_is_left_out(
     kind, single_file, sd1_single_file, tiny_model_dir, tiny_sd1_model_dir, tmp_path
 ):
-    from msdiffusion.pretrained import load_pipeline
+    from msdiffusion.backbone.pretrained import load_pipeline
 
     whole, model = (single_file, tiny_model_dir) if kind == "sdxl" else (sd1_single_file, tiny_sd1_model_dir)
     first = FIRST if kind == "sdxl" else "cond_stage_model.transformer.text_model."
@@ -651,7 +651,7 @@ def test_what_training_leaves_in_one_file_is_left_out(
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
 def test_one_file_with_more_layers_than_its_config_is_refused(part, single_file, tiny_model_dir, tmp_path):
     """The rest of them was dropped without a word."""
-    from msdiffusion.pretrained import load_pipeline
+    from msdiffusion.backbone.pretrained import load_pipeline
 
     shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
     path = tmp_path / "base" / part / "config.json"
@@ -677,7 +677,7 @@ def test_one_file_with_more_layers_than_its_config_is_refused(part, single_file,
     ],
 )
 def test_a_checkpoint_with_strange_tensors_is_refused(make, message, tiny_model_dir, tmp_path):
-    from msdiffusion.adapter import MSAdapter
+    from msdiffusion.adapter.adapter import MSAdapter
 
     adapter = MSAdapter.from_pretrained(tiny_model_dir)
     weights = {f"adapter.{name}": weight for name, weight in adapter.state_dict().items()}
@@ -708,7 +708,7 @@ def test_numbers_of_an_adapters_config_have_limits(entries, message, tiny_model_
 
 def test_a_packed_checkpoint_is_not_unpacked(tiny_model_dir, tmp_path):
     """A few bytes can be packed that grow to gigabytes; torch packs nothing."""
-    from msdiffusion.adapter import MSAdapter
+    from msdiffusion.adapter.adapter import MSAdapter
 
     torch.save({"state_dict": {}, "adapter_config": ""}, tmp_path / "plain.ckpt")
     with zipfile.ZipFile(tmp_path / "plain.ckpt") as plain:

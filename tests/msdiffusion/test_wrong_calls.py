@@ -13,8 +13,8 @@ from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from msdiffusion import MSDiffusion
-from msdiffusion.auto_layout import AutoLayout
-from msdiffusion.condition import SubjectCondition
+from msdiffusion.adapter.auto_layout import AutoLayout
+from msdiffusion.adapter.condition import SubjectCondition
 from msdiffusion.errors import LayoutError, MSDiffusionError, RequestError
 
 DOG = Image.new("RGB", (64, 64), "red")
@@ -352,7 +352,7 @@ def test_phrases_that_the_prompt_does_not_hold_are_told_and_their_order_is_free(
 
 
 def test_a_picture_of_several_is_told(tmp_path):
-    from msdiffusion.pictures import open_reference
+    from msdiffusion.request.pictures import open_reference
 
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for name in ("moving.gif", "moving.webp", "pages.tiff", "moving.png"):
@@ -369,8 +369,8 @@ def test_a_picture_of_several_is_told(tmp_path):
 
 
 def test_references_have_so_many_pixels_together(monkeypatch):
-    monkeypatch.setattr("msdiffusion.subjects.MAX_REFERENCE_PIXELS", 3 * 64 * 64)
-    from msdiffusion.subjects import check_subjects
+    monkeypatch.setattr("msdiffusion.request.subjects.MAX_REFERENCE_PIXELS", 3 * 64 * 64)
+    from msdiffusion.request.subjects import check_subjects
 
     assert len(check_subjects([[DOG] * 3], [(0, 0, 1, 1)], ["dog"]).images) == 3
     told = r"images\[0\]\[3\] has 64 x 64 pixels, with which the references have more than 12,288 together"

@@ -11,7 +11,7 @@ from PIL import Image
 from data_pipeline.world import COLORS
 from msdiffusion.bench import explore
 from msdiffusion.cli import main
-from msdiffusion.layout import check_box
+from msdiffusion.request.layout import check_box
 
 TINY = Path(__file__).parents[3] / "checkpoints" / "tiny"
 
@@ -30,7 +30,7 @@ def test_page_curves_and_pictures(tmp_path, tiny_model_dir, monkeypatch):
     monkeypatch.setattr(explore, "SHIFTS", (1.0, 0.5))
     monkeypatch.setattr(explore, "STRANGE_BOXES", {"tiny": explore.STRANGE_BOXES["tiny"]})
     prompts = []
-    from msdiffusion import evaluate
+    from msdiffusion.commands import evaluate
 
     original = evaluate._draw
     monkeypatch.setattr(evaluate, "_draw", lambda cases, *rest: prompts.extend(cases) or original(cases, *rest))

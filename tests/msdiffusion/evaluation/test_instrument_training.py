@@ -15,8 +15,8 @@ from msdiffusion.evaluation.instrument_training import (
     _first_places,
     assign_cells,
 )
-from msdiffusion.evaluation.locator import Locator
-from msdiffusion.evaluation.recognizer import Recognizer
+from msdiffusion.evaluation.instruments.locator import Locator
+from msdiffusion.evaluation.instruments.recognizer import Recognizer
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 
 from data_pipeline.world import sample_scene
 from msdiffusion.errors import DataError
-from msdiffusion.evaluation.judge import QUESTIONS, Judge
+from msdiffusion.evaluation.instruments.judge import QUESTIONS, Judge
 from msdiffusion.evaluation.judge_training import (
     JudgeRenderings,
     JudgeTraining,

@@ -148,7 +148,7 @@ def test_scoring_guards(cases):
 
 
 def test_evaluation_reads_every_condition_and_the_true_renders():
-    from msdiffusion.evaluation.judge import BoxReading, PictureReading
+    from msdiffusion.evaluation.instruments.judge import BoxReading, PictureReading
 
     (case,) = world.draw_cases(1, seed=1, size=32, shares=(1.0,))
     subject = case.subjects[0]

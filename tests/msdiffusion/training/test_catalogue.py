@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader
 
 from msdiffusion.errors import DataError, RequestError
 from msdiffusion.training import catalogue as catalogue_module
-from msdiffusion.training import shards as shards_module
 from msdiffusion.training.catalogue import Catalogue, main, read_catalogue, split_by_key
-from msdiffusion.training.columns import Columns
-from msdiffusion.training.damage import verify
-from msdiffusion.training.remote import ShardCache
-from msdiffusion.training.sources import Shard
-from msdiffusion.training.tar_index import KeyColumn
+from msdiffusion.training.pairs import shards as shards_module
+from msdiffusion.training.pairs.columns import Columns
+from msdiffusion.training.pairs.damage import verify
+from msdiffusion.training.pairs.remote import ShardCache
+from msdiffusion.training.pairs.sources import Shard
+from msdiffusion.training.pairs.tar_index import KeyColumn
 
 BOX = (0.25, 0.25, 0.75, 0.75)
 
@@ -341,7 +341,7 @@ def test_a_small_cache_gives_the_same_pairs(finished_dir, serve, tmp_path):
 
 
 def test_what_is_read_stays_in_the_cache(finished_dir, serve, cache, monkeypatch):
-    monkeypatch.setattr("msdiffusion.training.shards.STAY_SECONDS", -1.0)
+    monkeypatch.setattr("msdiffusion.training.pairs.shards.STAY_SECONDS", -1.0)
     catalogue = read_catalogue(serve(finished_dir).url, cache=cache)
     catalogue.read(0)
     path = cache.path_of(catalogue.shards[0].file)

@@ -13,8 +13,8 @@ import torch
 import yaml
 from pytorch_lightning.loggers import CSVLogger
 
+from msdiffusion.adapter.loading import find_adapter
 from msdiffusion.errors import RequestError
-from msdiffusion.loading import find_adapter
 from msdiffusion.training import cli
 from msdiffusion.training.curves import read_curves
 from msdiffusion.training.module import MSDiffusionModule
@@ -188,7 +188,7 @@ def test_a_run_in_the_folder_of_another_is_not_taken_for_it(trained, tmp_path, c
 def test_settings_that_no_checkpoint_can_follow_are_refused_before_anything_is_loaded(
     trained, capsys, monkeypatch, command, changes, told, advice
 ):
-    monkeypatch.setattr("msdiffusion.backbone.Backbone.from_pretrained", None)
+    monkeypatch.setattr("msdiffusion.backbone.backbone.Backbone.from_pretrained", None)
     more = [part for name, value in changes.items() for part in (f"--model.init_args.{name}", value)]
     said = fails(2, capsys, command, trained, "--ckpt_path", "last", *more)
     [line] = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -316,7 +316,7 @@ def test_what_others_say_of_wrong_settings_is_one_sentence(trained, capsys, monk
 
 
 def test_a_wrong_name_is_told_before_anything_heavy_is_imported(trained, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "msdiffusion.training.run_cli", None)
+    monkeypatch.setitem(sys.modules, "msdiffusion.training.run.run_cli", None)
     said = fails(2, capsys, "fit", trained, "--trainer.max_stepss", "3")
     assert said == "error: unknown setting --trainer.max_stepss: did you mean --trainer.max_steps?\n"
 

@@ -10,8 +10,8 @@ import torch
 from msdiffusion.errors import DataError, RequestError
 from msdiffusion.training import datamodule as datamodule_file
 from msdiffusion.training.datamodule import PairsDataModule
-from msdiffusion.training.encoded import EncodedSample
 from msdiffusion.training.local_sgd import RANK, WORLD
+from msdiffusion.training.samples.encoded import EncodedSample
 
 
 def no_pixels(pictures):

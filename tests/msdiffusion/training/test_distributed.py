@@ -14,7 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from msdiffusion.adapter import MSAdapter
+from msdiffusion.adapter.adapter import MSAdapter
 from msdiffusion.training.datamodule import PairsDataModule
 from msdiffusion.training.module import MSDiffusionModule
 from msdiffusion.training.strategies import ShardedAdapter, is_sharded, whole_weights

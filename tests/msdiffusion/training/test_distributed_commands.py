@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from msdiffusion.adapter import MSAdapter
+from msdiffusion.adapter.adapter import MSAdapter
 
 REPOSITORY = Path(__file__).parents[3]
 SHARDED = REPOSITORY / "configs" / "strategies" / "sharded.yaml"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msdiffusion.generate import MSDiffusion
+from msdiffusion.generation.generate import MSDiffusion
 from msdiffusion.training.catalogue import read_catalogue
 
 ROOT = Path(__file__).resolve().parents[3]

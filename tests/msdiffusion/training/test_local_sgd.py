@@ -56,9 +56,9 @@ def test_two_processes_end_with_the_mean_of_their_weights(tmp_path):
         """
         import sys, torch
         from types import SimpleNamespace
-        from msdiffusion.training.failures import FailureGuard
+        from msdiffusion.training.run.failures import FailureGuard
         from msdiffusion.training.local_sgd import WeightAveraging, process_rank
-        from msdiffusion.training.progress import RunProgress
+        from msdiffusion.training.run.progress import RunProgress
         class Model(torch.nn.Linear):
             elapsed = 0.0
         model = Model(2, 2)

@@ -11,14 +11,14 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from msdiffusion.adapter import MSAdapter
-from msdiffusion.adapter_config import AdapterConfig
+from msdiffusion.adapter.adapter import MSAdapter
+from msdiffusion.adapter.config import AdapterConfig
+from msdiffusion.backbone.pretrained import skeleton_unet
 from msdiffusion.errors import RequestError, WeightsError
-from msdiffusion.pretrained import skeleton_unet
 from msdiffusion.training.datamodule import PairsDataModule
-from msdiffusion.training.model_settings import asked_structure
+from msdiffusion.training.learning.schedules import draw_shares, training_schedule
+from msdiffusion.training.learning.settings import asked_structure
 from msdiffusion.training.module import MSDiffusionModule
-from msdiffusion.training.schedules import draw_shares, training_schedule
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -100,7 +100,7 @@ def test_only_the_adapter_is_trained(make_module, pairs_dir, settings):
 @pytest.mark.parametrize("settings", [{}, {"cache_encodings": True, "size_condition": "resolution"}])
 def test_an_adapter_for_stable_diffusion_1x_is_trained(tiny_sd1_model_dir, pairs_dir, tmp_path, settings):
     """One text encoder, no pooled prompt, no size conditions: one step, and what it saves loads again."""
-    from msdiffusion.loading import load_adapter
+    from msdiffusion.adapter.loading import load_adapter
 
     folders = {name: str(tiny_sd1_model_dir / name.removesuffix("_model")) for name in ("base_model", "image_encoder")}
     module = MSDiffusionModule(**folders, resampler=RESAMPLER, learning_rate=1e-2, **settings)
@@ -647,7 +647,7 @@ def test_missing_base_is_told(pairs_dir):
     ],
 )
 def test_ablations_train_save_and_load(configured, tmp_path, settings, features):
-    from msdiffusion.generate import MSDiffusion
+    from msdiffusion.generation.generate import MSDiffusion
 
     module, batch = configured(**NO_DROPS, **settings)
     inputs = module.encode(batch)
@@ -679,7 +679,7 @@ def test_loading_processes_are_given_the_preparation_alone(configured):
     """A collator that held the networks could not be handed to a spawned process, or only with all their weights."""
     import pickle
 
-    from msdiffusion.training.collation import PairsCollator
+    from msdiffusion.training.samples.collation import PairsCollator
 
     module, _ = configured()
     collator = PairsCollator(2, module.prepare_references, {(32, 32): module.latent_shape(32, 32)})

@@ -13,11 +13,12 @@ import yaml
 from safetensors.torch import load
 
 from msdiffusion.errors import DataError, RequestError
-from msdiffusion.training import precomputation, precompute
+from msdiffusion.training import precompute
 from msdiffusion.training.datamodule import PairsDataModule
-from msdiffusion.training.encoded import PARTS
-from msdiffusion.training.encoding_store import open_store
+from msdiffusion.training.encodings.frozen import precomputation
+from msdiffusion.training.encodings.store import open_store
 from msdiffusion.training.module import MSDiffusionModule
+from msdiffusion.training.samples.encoded import PARTS
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 

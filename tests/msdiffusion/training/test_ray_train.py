@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from msdiffusion.adapter import MSAdapter
+from msdiffusion.adapter.adapter import MSAdapter
 from msdiffusion.training.ray_train import main, train_worker, worker_arguments
 
 REPOSITORY = Path(__file__).parents[3]

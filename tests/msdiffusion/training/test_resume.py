@@ -17,11 +17,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from msdiffusion.training import run_curves
-from msdiffusion.training.checkpoints import RunCheckpoint
 from msdiffusion.training.datamodule import PairsDataModule
 from msdiffusion.training.module import MSDiffusionModule
-from msdiffusion.training.pictures import ValidationPictures
+from msdiffusion.training.run import run_curves
+from msdiffusion.training.run.checkpoints import RunCheckpoint
+from msdiffusion.training.run.pictures import ValidationPictures
 
 MODULE = {
     "resampler": {"width": 32, "depth": 1, "heads": 2, "head_width": 16},

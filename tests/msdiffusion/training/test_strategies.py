@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from msdiffusion.adapter import MSAdapter
+from msdiffusion.adapter.adapter import MSAdapter
+from msdiffusion.adapter.resampler import ResamplerParams
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.own_memory import give_own_memory
-from msdiffusion.resampler import ResamplerParams
 from msdiffusion.training.strategies import (
     OffloadedAdapter,
     ShardedAdapter,
@@ -218,7 +218,7 @@ def parse(monkeypatch):
     """Function: a file of configs/strategies -> settings of the SDXL run with it, everything made but the trainer."""
     monkeypatch.setattr("sys.argv", ["lightning"])  # LightningCLI warns where both it and its caller have arguments
     from msdiffusion.training.cli import main
-    from msdiffusion.training.run_cli import RunCLI
+    from msdiffusion.training.run.run_cli import RunCLI
 
     made = []
     monkeypatch.setattr(RunCLI, "instantiate_trainer", lambda cli: None)

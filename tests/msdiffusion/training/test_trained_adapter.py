@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from msdiffusion.cli import main
-from msdiffusion.generate import MSDiffusion
-from msdiffusion.training.checkpoints import AdapterExport, RunCheckpoint
+from msdiffusion.generation.generate import MSDiffusion
 from msdiffusion.training.datamodule import PairsDataModule
 from msdiffusion.training.module import MSDiffusionModule
+from msdiffusion.training.run.checkpoints import AdapterExport, RunCheckpoint
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""The adapter: its network, its files, and the condition it makes."""

@@ -1,0 +1,1 @@
+"""Attention of the denoiser, and what takes part in it."""

@@ -1,0 +1,1 @@
+"""The frozen networks, and how they are loaded."""

@@ -1,0 +1,1 @@
+"""The commands of ``msdiffusion``, one file each."""

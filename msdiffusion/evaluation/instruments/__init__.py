@@ -1,0 +1,1 @@
+"""Small networks that look at pictures of the world."""

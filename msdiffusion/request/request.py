@@ -1,0 +1,274 @@
+"""What is asked of MSDiffusion.generate, checked once, before the first tensor and without torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from msdiffusion.errors import RequestError, shown, warn_caller
+from msdiffusion.request.subjects import (
+    MAX_STEPS,
+    MAX_WEIGHT,
+    Subjects,
+    check_subjects,
+    check_text,
+    number_between,
+    whole_number,
+)
+
+MISSING: Any = object()
+"""Stands for an argument that must be given, so that its lack is told after a wrong name of it."""
+OTHER_NAMES: Mapping[str, str] = {
+    "image": "images",
+    "reference": "images",
+    "references": "images",
+    "reference_images": "images",
+    "ref_images": "images",
+    "subject_images": "images",
+    "box": "boxes",
+    "bbox": "boxes",
+    "bboxes": "boxes",
+    "bounding_boxes": "boxes",
+    "layout": "boxes",
+    "mask": "masks",
+    "mask_image": "masks",
+    "mask_images": "masks",
+    "phrase": "phrases",
+    "names": "phrases",
+    "text": "prompt",
+    "prompts": "prompt",
+    "negative": "negative_prompt",
+    "neg_prompt": "negative_prompt",
+    "num_inference_steps": "steps",
+    "num_steps": "steps",
+    "sampling_steps": "steps",
+    "num_images_per_prompt": "num_images",
+    "num_samples": "num_images",
+    "n": "num_images",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "guidance": "guidance_scale",
+    "ip_adapter_scale": "scale",
+    "weight": "scale",
+    "weights": "subject_scales",
+    "scales": "subject_scales",
+    "generator": "seed",
+    "random_seed": "seed",
+    "manual_seed": "seed",
+}
+"""What other libraries call arguments of generate."""
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MAX_SEED = 2**63 - 1
+"""Largest seed of a torch generator."""
+FALLBACKS: Mapping[str, Any] = {"steps": 30, "guidance_scale": 7.5, "scale": 1.0, "negative_prompt": None}
+"""For what neither a request nor the adapter's config says."""
+SIZE_STEP = 8
+"""Pixels that height and width must be a multiple of, as in every Stable Diffusion pipeline."""
+MAX_SIDE = 8192
+"""Pixels of height and width."""
+MAX_PIXELS, MAX_BATCH_PIXELS = 2**24, 2**26
+"""Of one picture (4096 x 4096), and of all that are drawn at once (64 of 1024 x 1024)."""
+MAX_IMAGES = 1000
+"""Of one request: all of them are kept in memory."""
+MAX_BATCH = 256
+"""Pictures drawn at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """Checked arguments of one call; None means "the adapter's default"."""
+
+    subjects: Subjects
+    prompt: str
+    negative_prompt: str | None
+    num_images: int
+    steps: int | None
+    guidance_scale: float | None
+    scale: float | None
+    height: int | None
+    width: int | None
+    seed: int | None
+    output_type: OutputType
+    latents: Any
+    """None or a tensor (num_images, channels, rows, columns) of unit noise; only its type is unknown here."""
+    pipeline_options: Mapping[str, Any]
+    """Further arguments of the diffusers pipeline."""
+
+
+def check_request(
+    images: Sequence[Any],
+    boxes: Sequence[Sequence[float] | None] | None,
+    prompt: str,
+    phrases: Sequence[str] | None = None,
+    *,
+    masks: Sequence[Any] | None = None,
+    negative_prompt: str | None = None,
+    num_images: int = 1,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    scale: float | None = None,
+    subject_scales: Sequence[float] | None = None,
+    subject_windows: Sequence[Sequence[float] | None] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    auto_layout: bool = False,
+    auto_layout_threshold: float = 0.5,
+    auto_layout_start: int | None = None,
+    seed: int | None = None,
+    output_type: OutputType = "pil",
+    latents: Any = None,
+    **pipeline_options: Any,
+) -> GenerationRequest:
+    """Check the arguments of MSDiffusion.generate, which documents them, and open the images.
+
+    Raises:
+        RequestError: counts differ, a file is missing, a number is out of range, ...
+        LayoutError: a box or a mask cannot be one.
+        PhraseError: phrases cannot be found.
+    """
+    if isinstance(images, str) and isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        raise RequestError(
+            f"images is the text {shown(images)}, and prompt {shown(prompt)}: the order is images, boxes, prompt"
+        )
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        raise RequestError(
+            f"prompt is one text, got {shown(prompt)}: for several prompts call generate_batch([...]) with a mapping "
+            "of arguments for each"
+        )
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise RequestError(f"the prompt is empty ({shown(prompt)}): say what the picture shows, naming each subject")
+    num_images = whole_number(num_images, "num_images", 1, MAX_IMAGES)
+    if seed is not None:
+        seed = whole_number(seed, "seed", 0, MAX_SEED)
+        if seed + num_images > MAX_SEED:
+            raise RequestError(f"seed + num_images must be at most {MAX_SEED}, got {seed} + {shown(num_images)}")
+    settings = check_settings(
+        {
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "scale": scale,
+            "height": height,
+            "width": width,
+            "negative_prompt": negative_prompt,
+        }
+    )
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+        raise RequestError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {shown(output_type)}")
+    if latents is not None and (getattr(latents, "ndim", None) != 4 or latents.shape[0] != num_images):
+        shape = tuple(latents.shape) if hasattr(latents, "shape") else type(latents).__name__
+        raise RequestError(
+            f"latents must be ({num_images}, channels, rows, columns) for {num_images} pictures: {shape}"
+        )
+    subjects = check_subjects(
+        images,
+        boxes,
+        phrases,
+        prompt=prompt,
+        masks=masks,
+        subject_scales=subject_scales,
+        subject_windows=subject_windows,
+        auto_layout=auto_layout,
+        auto_layout_threshold=auto_layout_threshold,
+        auto_layout_start=auto_layout_start,
+    )
+    return GenerationRequest(
+        subjects=subjects,
+        prompt=prompt,
+        num_images=num_images,
+        seed=seed,
+        output_type=output_type,
+        latents=latents,
+        pipeline_options=pipeline_options,
+        **settings,
+    )
+
+
+def unknown_argument(name: str, known: Iterable[str]) -> str:
+    """What to say of an argument of generate that there is not: the name that it has here, or one spelled like it.
+
+    Args:
+        name: as given.
+        known: names that there are.
+    """
+    ours = OTHER_NAMES.get(name)
+    if ours == "seed" and name == "generator":
+        return "here it is seed=, a whole number; generator.initial_seed() is that of a torch.Generator"
+    if ours is not None:
+        return f"here it is {ours}="
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that an adapter's config may give defaults for, as plain numbers and text; None stays None.
+
+    Args:
+        settings: any of steps, guidance_scale, scale, height, width, negative_prompt.
+
+    Raises:
+        RequestError: one cannot be that.
+    """
+    found = dict(settings)
+    for name, value in settings.items():
+        if value is None:
+            continue
+        if name == "steps":
+            found[name] = whole_number(value, name, 1, MAX_STEPS)
+        elif name in ("height", "width"):
+            size = found[name] = whole_number(value, name, SIZE_STEP, MAX_SIDE)
+            if size % SIZE_STEP:
+                near = max(SIZE_STEP, round(size / SIZE_STEP) * SIZE_STEP)
+                raise RequestError(f"{name} is {size}, but must be a multiple of {SIZE_STEP}: for example {near}")
+        elif name == "negative_prompt":
+            check_text(value, name)
+        else:
+            found[name] = number_between(value, name, 0.0, MAX_WEIGHT)
+    if found.get("height") and found.get("width"):
+        check_size(found["height"], found["width"])
+    return found
+
+
+def check_size(height: int, width: int, pictures: int = 1) -> None:
+    """Raise RequestError where pictures that are drawn at once have too many pixels, before anything is allocated.
+
+    Args:
+        height: pixels.
+        width: pixels.
+        pictures: of the batch.
+    """
+    if height * width > MAX_PIXELS:
+        raise RequestError(
+            f"a picture of {width} x {height} (width x height) has {height * width:,} pixels; {MAX_PIXELS:,} are drawn "
+            "at most: draw a smaller one, and enlarge it"
+        )
+    if pictures * height * width > MAX_BATCH_PIXELS:
+        raise RequestError(
+            f"{pictures} pictures of {width} x {height} (width x height) have {pictures * height * width:,} pixels; "
+            f"{MAX_BATCH_PIXELS:,} are drawn at once at most: {MAX_BATCH_PIXELS // (height * width)} such pictures, "
+            "which the batch size says"
+        )
+
+
+def check_auto_layout_start(subjects: Subjects, steps: int) -> None:
+    """Say where auto layout would start too late to do anything.
+
+    Args:
+        subjects: checked.
+        steps: calls of the UNet in a run, with the adapter's default where the request names none.
+
+    Raises:
+        RequestError: a subject without a box would never get a place.
+    """
+    starts = zip(subjects.auto_layout_starts, subjects.auto_layout, subjects.boxes, strict=True)
+    late = [(start, box is None) for start, automatic, box in starts if automatic and start > steps]
+    for start, free in late:
+        if free:
+            raise RequestError(
+                f"a subject without a box needs auto layout, which starts at step {start}, but there are {steps} steps"
+            )
+    if late:
+        warn_caller(f"auto_layout has no effect: it starts at step {late[0][0]}, but there are {steps} steps")

@@ -1,0 +1,1 @@
+"""The networks of the embedded base, and what fits into memory."""

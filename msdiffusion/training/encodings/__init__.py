@@ -1,0 +1,1 @@
+"""What the frozen networks say of pairs, computed ahead."""

@@ -1,0 +1,1 @@
+"""A run: its command, folder, checkpoints, pictures and progress."""
