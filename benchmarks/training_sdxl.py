@@ -32,7 +32,7 @@ from msdiffusion.adapter.resampler import ResamplerParams
 from msdiffusion.backbone.backbone import Backbone
 from msdiffusion.training.learning.optimizers import make_optimizer
 from msdiffusion.training.module import MSDiffusionModule
-from msdiffusion.training.samples.dataset import PairsBatch
+from msdiffusion.training.samples.batch import PairsBatch
 from msdiffusion.training.samples.draws import OBJECTIVE, SampleDraws, generator_for
 from msdiffusion.training.samples.encoded import EncodedPairs
 

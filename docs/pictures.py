@@ -67,7 +67,7 @@ def draw_model(rows: Path, count: int = 9) -> Image.Image:
         rows: folder `rows` of a `msdiffusion bench world` that has measured shipped, adapter_off and true_renders.
         count: columns.
     """
-    from msdiffusion.commands.evaluate import varied
+    from msdiffusion.evaluation.drawing import varied
     from msdiffusion.evaluation.instruments.judge import Judge
     from msdiffusion.evaluation.report import GridRow, draw_grid
     from msdiffusion.evaluation.world import draw_cases, read_pictures

@@ -1,12 +1,16 @@
-"""Places that are written to: tried before the work, and written whole or not at all."""
+"""Places that are written to: tried before the work, and written whole or not at all; what files hold."""
 
 from __future__ import annotations
 
 import argparse
 import errno
+import functools
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from data_pipeline import outputs
 from data_pipeline.records import MiningError
@@ -105,3 +109,40 @@ def _path(place: str | Path, name: str) -> Path:
 def _why(error: Exception) -> str:
     """What the system says, without paths."""
     return getattr(error, "strerror", None) or str(error)
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Writes a JSON file that is there whole or not at all."""
+    with written(path) as partial:
+        partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's content, as 64 hexadecimal digits.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
+    try:
+        state = Path(path).stat()
+        return _sha256(str(path), state.st_mtime_ns, state.st_size)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path} cannot be read: {error}") from None
+
+
+def folder_sha256(folder: Path) -> str:
+    """One sha256 of names and contents of all files in a folder, those of folders in it left out.
+
+    Raises:
+        RequestError: there are none, or one cannot be read.
+    """
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    if not files:
+        raise RequestError(f"{shown(str(folder))} is missing or empty")
+    return hashlib.sha256("\n".join(f"{path.name} {file_sha256(path)}" for path in files).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=4096)  # a thousand requests often have the same few references
+def _sha256(path: str, modified: int, size: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

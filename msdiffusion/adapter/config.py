@@ -13,7 +13,7 @@ from torch import Tensor
 from data_pipeline.models.weights import check_plain, load_pickle
 from msdiffusion.adapter.resampler import ResamplerParams
 from msdiffusion.errors import RequestError, WeightsError, refused_weights, shown
-from msdiffusion.request.request import check_settings
+from msdiffusion.request.request import FALLBACKS, check_settings, first_given
 
 SCHEMA = "msdiffusion.adapter/1"
 CONFIG_NAME = "config.json"
@@ -99,6 +99,14 @@ class AdapterConfig:
     def reference_features(self) -> str:
         """What the image encoder must give, see ``Backbone.encode_references``."""
         return "global" if self.projector == "global" else "tokens"
+
+    def drawing(self, **asked: float | None) -> dict[str, Any]:
+        """``steps``, ``guidance_scale`` and ``scale`` as asked, else the defaults here, else FALLBACKS."""
+        found = {
+            name: first_given(asked.get(name), self.defaults.get(name), FALLBACKS[name])
+            for name in ("steps", "guidance_scale", "scale")
+        }
+        return found | {name: float(found[name]) for name in ("guidance_scale", "scale")}
 
     def to_json(self) -> str:
         """The text of config.json."""

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_pipeline.picture_formats import open_listed
 from msdiffusion.bench.rows import REFERENCE_ROW, ROWS
-from msdiffusion.bench.world import Settings, Unit
+from msdiffusion.bench.units import Settings, Unit
 from msdiffusion.evaluation.measures import MEASURES, compare_measures, groups_of, summarize_measures
 from msdiffusion.files import written
 
@@ -214,7 +214,7 @@ def sizes(cases: Sequence[WorldCase], values: Mapping[str, Mapping[str, np.ndarr
 
 def grid(cases: Sequence[WorldCase], finished: Finished, out: Path) -> Image.Image:
     """References, boxes, and what each row drew (its first training seed)."""
-    from msdiffusion.commands.evaluate import varied
+    from msdiffusion.evaluation.drawing import varied
     from msdiffusion.evaluation.report import GridRow, draw_grid
 
     chosen = varied(cases, GRID_CASES)

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.safe_text import visible
-from msdiffusion.bench.work import hash_file
-from msdiffusion.bench.world import check_model, command_line, device, write_json
-from msdiffusion.files import written
+from msdiffusion.bench.world import check_model, command_line
+from msdiffusion.evaluation.results import device
+from msdiffusion.files import file_sha256, write_json, written
 from msdiffusion.places import shown
 
 if TYPE_CHECKING:
@@ -71,14 +71,11 @@ class Studio:
 
     def maker(self, scale: float, label: str) -> PictureMaker:
         """Draws with the adapter's defaults but another scale."""
-        from msdiffusion.commands.evaluate import picture_maker
+        from msdiffusion.evaluation.drawing import picture_maker
 
-        defaults = self.model.adapter.config.defaults
         return picture_maker(
             self.model,
-            scale=scale,
-            steps=defaults.get("steps", 30),
-            guidance_scale=float(defaults.get("guidance_scale", 7.5)),
+            **self.model.adapter.config.drawing(scale=scale),
             batch_size=self.draw_batch,
             precision=self.precision,
             label=label,
@@ -87,7 +84,7 @@ class Studio:
     @property
     def scale(self) -> float:
         """The adapter's default."""
-        return float(self.model.adapter.config.defaults.get("scale", 1.0))
+        return self.model.adapter.config.drawing()["scale"]
 
     def point(self, x: float, label: str, cases: list[WorldCase], scale: float | None = None) -> Point:
         """Draws cases and measures them."""
@@ -136,7 +133,7 @@ def run(options: argparse.Namespace) -> None:
         command_line(),
         "```",
         "",
-        f"{device()}; adapter `{hash_file(options.model / 'adapter.safetensors')[:12]}`, seed "
+        f"{device()}; adapter `{file_sha256(options.model / 'adapter.safetensors')[:12]}`, seed "
         f"{options.seed}, {options.pictures} pictures per point.",
     ]
     record: dict[str, Any] = {}

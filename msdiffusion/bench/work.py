@@ -5,7 +5,6 @@ Trains the row's adapter where that is not done, draws its pictures, measures th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -15,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msdiffusion.bench.rows import ROWS, training_arguments
-from msdiffusion.bench.world import Settings, Unit, device, write_json
+from msdiffusion.bench.units import Settings, Unit
 from msdiffusion.errors import MSDiffusionError
-from msdiffusion.files import written
+from msdiffusion.evaluation.results import device
+from msdiffusion.files import file_sha256, folder_sha256, write_json, written
 from msdiffusion.places import CONFIGS, from_here, shown
 
 if TYPE_CHECKING:
@@ -127,9 +127,9 @@ def training_inputs(folder: Path, unit: Unit, settings: Settings) -> dict[str, A
     }
     return {
         "arguments": training_arguments(ROWS[unit.row], common),
-        "configs/msd.yaml": hash_file(CONFIGS / "msd.yaml"),
-        "frozen networks": {name: hash_folder(Path(settings.model) / name) for name in FROZEN},
-        "pairs": hash_file(Path(settings.pairs) / "build.json"),
+        "configs/msd.yaml": file_sha256(CONFIGS / "msd.yaml"),
+        "frozen networks": {name: folder_sha256(Path(settings.model) / name) for name in FROZEN},
+        "pairs": file_sha256(Path(settings.pairs) / "build.json"),
     }
 
 
@@ -157,29 +157,14 @@ def fingerprint(out: Path, unit: Unit, settings: Settings) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "version": VERSION,
         "settings": {name: getattr(settings, name) for name in ("pictures", "seed")},
-        "instruments": {name: hash_folder(model / name) for name in INSTRUMENTS},
+        "instruments": {name: folder_sha256(model / name) for name in INSTRUMENTS},
     }
     if adapter is not None:
         facts["settings"] |= {"draw_batch": settings.draw_batch, "precision": settings.precision}
-        facts["adapter"] = {name: hash_file(adapter / name) for name in ("adapter.safetensors", "config.json")}
-        facts["frozen"] = {name: hash_folder(model / name) for name in FROZEN}
+        facts["adapter"] = {name: file_sha256(adapter / name) for name in ("adapter.safetensors", "config.json")}
+        facts["frozen"] = {name: folder_sha256(model / name) for name in FROZEN}
         facts["drawing"] = dict(ROWS[unit.row].drawing or {})
     return facts
-
-
-def hash_folder(folder: Path) -> str:
-    """One sha256 of names and contents of all files in a folder; MSDiffusionError where there is none."""
-    files = sorted(path for path in folder.glob("*") if path.is_file())
-    if not files:
-        raise MSDiffusionError(f"{shown(folder)} is missing or empty")
-    return hashlib.sha256("\n".join(f"{path.name} {hash_file(path)}" for path in files).encode()).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file; MSDiffusionError where it is missing."""
-    if not path.is_file():
-        raise MSDiffusionError(f"{shown(path)} is missing")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def draw(
@@ -192,15 +177,12 @@ def draw(
     """One picture per case: the true renders, or what the adapter draws."""
     if adapter is None:
         return [case.truth for case in cases]
-    from msdiffusion.commands.evaluate import picture_maker
+    from msdiffusion.evaluation.drawing import picture_maker
     from msdiffusion.generation.generate import MSDiffusion
 
     model = MSDiffusion.from_pretrained(adapter)
-    defaults = model.adapter.config.defaults
     options = {
-        "scale": float(defaults.get("scale", 1.0)),
-        "steps": defaults.get("steps", 30),
-        "guidance_scale": float(defaults.get("guidance_scale", 7.5)),
+        **model.adapter.config.drawing(),
         "batch_size": settings.draw_batch,
         "precision": settings.precision,
         **(drawing or {}),

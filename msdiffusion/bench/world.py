@@ -17,78 +17,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.safe_text import visible
 from msdiffusion.bench.rows import ROWS
+from msdiffusion.bench.units import Settings, Unit, plan_units
 from msdiffusion.errors import DataError, MSDiffusionError, WeightsError
-from msdiffusion.files import written
+from msdiffusion.files import write_json
 from msdiffusion.places import shown
 
 CLIPS = 6000
 """World clips that pairs are mined from, where there are none yet."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the figures; written beside them."""
-
-    model: str
-    pairs: str
-    steps: int
-    train_batch: int
-    pictures: int
-    seed: int
-    draw_batch: int
-    precision: str
-
-    @classmethod
-    def from_options(cls, options: argparse.Namespace) -> Settings:
-        """From the command line; paths absolute, so that a child process finds them."""
-        return cls(
-            model=str(options.model.resolve()),
-            pairs=str(options.pairs.resolve()),
-            **{
-                name: getattr(options, name)
-                for name in ("steps", "train_batch", "pictures", "seed", "draw_batch", "precision")
-            },
-        )
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One row with one training seed."""
-
-    row: str
-    training_seed: int
-
-    def folder(self, out: Path) -> Path:
-        """Where its adapter, pictures and measures are."""
-        return out / "rows" / self.row / f"seed_{self.training_seed}"
-
-    @property
-    def needs(self) -> Unit | None:
-        """The unit that trains the adapter it draws with, if that is another one."""
-        source = ROWS[self.row].adapter_of
-        return None if source in (None, "shipped", self.row) else Unit(source, self.training_seed)
-
-
-def plan_units(rows: Sequence[str], training_seeds: Sequence[int]) -> list[Unit]:
-    """The units of the asked rows, and of the rows whose adapters they need, in an order that works.
-
-    A row that does not depend on a training is done once, whatever the number of training seeds.
-    """
-    units: dict[Unit, None] = {}
-    for row in rows:
-        seeds = training_seeds if ROWS[row].adapter_of not in (None, "shipped") else training_seeds[:1]
-        for seed in seeds:
-            unit = Unit(row, seed)
-            if unit.needs is not None:
-                units.setdefault(unit.needs)
-            units.setdefault(unit)
-    return list(units)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -109,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
     started = time.monotonic()
     work_through(units, out, options.jobs)
     from msdiffusion.bench.document import write_document
+    from msdiffusion.evaluation.results import command_line
 
     document = options.document or out / "world_benchmark.md"
     finished = finished_units(out, settings, options.training_seeds)
@@ -150,19 +92,6 @@ def check_settings(out: Path, settings: Settings) -> None:
             )
         return
     write_json(path, asked)
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Writes a JSON file that is there whole or not at all."""
-    with written(path) as partial:
-        partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-
-
-def device() -> str:
-    """What computes here, in words."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
 
 
 def check_pairs(pairs: Path, *, may_mine: bool) -> None:
@@ -295,9 +224,3 @@ def finished_units(out: Path, settings: Settings, training_seeds: Sequence[int])
         else:
             print(f"left out of the table: {row}, measured for {len(records)} of {wanted} seeds on today's weights")
     return found
-
-
-def command_line() -> str:
-    """The command that is running, as one would type it."""
-    arguments = [shown(part) if Path(part).is_absolute() else part for part in sys.argv[1:]]
-    return shlex.join([Path(sys.argv[0]).name, *arguments])

@@ -226,16 +226,10 @@ def readable(command: Sequence[str]) -> str:
 def draw_and_score(plan: Plan, commands: dict[str, list[str]]) -> None:
     """Pictures of held-out subjects with the shipped adapter, the fine-tuned one and none; scores, grid and page."""
     from msdiffusion.backbone.backbone import quiet_loading
-    from msdiffusion.commands.evaluate import (
-        OFF,
-        ON,
-        describe_file,
-        picture_maker,
-        picture_side,
-        versions,
-        write_results,
-    )
+    from msdiffusion.commands.evaluate import OFF, ON, tell_results
+    from msdiffusion.evaluation.drawing import picture_maker, picture_side
     from msdiffusion.evaluation.instruments.judge import Judge
+    from msdiffusion.evaluation.results import describe_file, versions, write_results
     from msdiffusion.evaluation.world import draw_cases, evaluate_world
     from msdiffusion.generation.generate import MSDiffusion
 
@@ -247,13 +241,8 @@ def draw_and_score(plan: Plan, commands: dict[str, list[str]]) -> None:
     side = picture_side(shipped)
     # Another seed than that of `msdiffusion evaluate` and of the clips: other subjects, layouts and noise.
     cases = draw_cases(plan.subjects, seed=plan.seed + 1000, size=side)
-    defaults = shipped.adapter.config.defaults
-    settings = {
-        "steps": defaults.get("steps", 30),
-        "guidance_scale": float(defaults.get("guidance_scale", 7.5)),
-        "batch_size": BATCH_SIZE,
-    }
-    scale = float(defaults.get("scale", 1.0))
+    settings = {**shipped.adapter.config.drawing(), "batch_size": BATCH_SIZE}
+    scale = settings.pop("scale")
     makers = {
         ON: picture_maker(shipped, scale=scale, label="adapter on (shipped)", **settings),
         FINE_TUNED: picture_maker(tuned, scale=scale, label="adapter fine-tuned just now", **settings),
@@ -283,6 +272,7 @@ def draw_and_score(plan: Plan, commands: dict[str, list[str]]) -> None:
             "What the fine-tuning drew of held-out pairs": "fine_tuning/pictures",
         },
     )
+    tell_results(plan.out, report)
 
 
 def introduction(plan: Plan) -> str:

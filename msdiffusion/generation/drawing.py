@@ -28,7 +28,6 @@ from msdiffusion.generation.subject_batch import Model as EncodingModel
 from msdiffusion.generation.subject_batch import SubjectBatch, check_numbers, check_weights, check_windows, written_out
 from msdiffusion.request.phrases import beyond_limit
 from msdiffusion.request.request import (
-    FALLBACKS,
     GenerationRequest,
     check_auto_layout_start,
     check_size,
@@ -193,15 +192,13 @@ class BatchDrawing:
 
     def _settings(self, request: GenerationRequest) -> dict[str, Any]:
         """What all pictures of a batch must have in common, by the pipeline's names."""
-        defaults = self.model.adapter.config.defaults
+        drawing = self.model.adapter.config.drawing(steps=request.steps, guidance_scale=request.guidance_scale)
         height, width = self._size(request)
         return {
             "height": height,
             "width": width,
-            "num_inference_steps": first_given(request.steps, defaults.get("steps"), FALLBACKS["steps"]),
-            "guidance_scale": float(
-                first_given(request.guidance_scale, defaults.get("guidance_scale"), FALLBACKS["guidance_scale"])
-            ),
+            "num_inference_steps": drawing["steps"],
+            "guidance_scale": drawing["guidance_scale"],
             "output_type": request.output_type,
         }
 

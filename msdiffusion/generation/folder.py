@@ -95,7 +95,7 @@ def identify(
     from msdiffusion.adapter.loading import find_adapter, model_sources
     from msdiffusion.adapter.resampler import ResamplerParams
     from msdiffusion.errors import WeightsError
-    from msdiffusion.request.provenance import file_sha256
+    from msdiffusion.files import file_sha256
 
     place = find_adapter(model)
     if place.suffix == CHECKPOINT_SUFFIX and place.is_file():
@@ -391,7 +391,7 @@ def _finished(picture: Picture) -> tuple[bool, str]:
 
 def _check_unchanged(picture: Picture) -> None:
     """Raise RequestError if a file is no longer what the record says: somebody edits references during a long run."""
-    from msdiffusion.request.provenance import file_sha256
+    from msdiffusion.files import file_sha256
 
     said = picture.record["request"]
     for key in ("images", "masks"):

@@ -31,14 +31,12 @@ from msdiffusion.generation.drawing import (
     BatchDrawing,
     GenerationResult,
     PictureHook,
-    first_given,
     warn_beyond_training,
     with_own_scheduler,
 )
 from msdiffusion.generation.subject_batch import SubjectBatch
 from msdiffusion.generation.turns import Turns, turns_of
 from msdiffusion.request.request import (
-    FALLBACKS,
     MAX_BATCH,
     MAX_IMAGES,
     MISSING,
@@ -287,7 +285,7 @@ class MSDiffusion:
 
     def scale_of(self, scale: float | None) -> float:
         """The weight of all subjects: ``scale``, or the adapter's own for None."""
-        return float(first_given(scale, self.adapter.config.defaults.get("scale"), FALLBACKS["scale"]))
+        return self.adapter.config.drawing(scale=scale)["scale"]
 
     def generate(
         self,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import functools
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from msdiffusion.environment import DTYPES
 from msdiffusion.errors import MSDiffusionError, RequestError, shown
-from msdiffusion.files import written
+from msdiffusion.files import file_sha256, written
 from msdiffusion.request.request import MAX_BATCH
 from msdiffusion.request.request_file import (
     ARGUMENTS,
@@ -54,19 +53,6 @@ _SHAPE: Mapping[str, Mapping[str, tuple[type, ...]]] = {
 }
 _LATER = {"processor", "arithmetic"}
 """Keys that files of earlier versions don't have."""
-
-
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file's content, as 64 hexadecimal digits.
-
-    Raises:
-        RequestError: it cannot be read.
-    """
-    try:
-        state = Path(path).stat()
-        return _sha256(str(path), state.st_mtime_ns, state.st_size)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{path} cannot be read: {error}") from None
 
 
 def request_record(arguments: Mapping[str, Any], folder: Path, *, embed: bool = False) -> dict[str, Any]:
@@ -306,15 +292,6 @@ def _found(item: Mapping[str, str], folder: Path) -> Path | Embedded:
             f"the reference {path} has other content than when the picture was drawn (its sha256 differs)"
         )
     return path
-
-
-@functools.lru_cache(maxsize=4096)  # a thousand requests often have the same few references
-def _sha256(path: str, modified: int, size: int) -> str:
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _content(path: Path, limit: int) -> bytes:

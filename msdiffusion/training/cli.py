@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             number for one that was stopped, its state written.
     """
     from msdiffusion.errors import MSDiffusionError, RequestError
-    from msdiffusion.training.run.setting_names import check_arguments, pairs_of, with_configs
+    from msdiffusion.training.setting_names import check_arguments, pairs_of, with_configs
 
     try:
         if told := missing_extras("training"):
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
     from msdiffusion.errors import TrainingError
-    from msdiffusion.training.local_sgd import process_rank
+    from msdiffusion.training.processes import process_rank
     from msdiffusion.training.run.failures import FailureGuard, RunStoppedError
     from msdiffusion.training.run.foreign_words import told_by_lightning
     from msdiffusion.training.run.pictures import PredictionPictures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -12,19 +13,21 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from msdiffusion.errors import DataError, RequestError
 from msdiffusion.training.catalogue import Catalogue, read_catalogue, split_by_key
+from msdiffusion.training.encodings.keys import changing, part_keys
 from msdiffusion.training.encodings.store import open_store
-from msdiffusion.training.local_sgd import WORLD, process_rank
 from msdiffusion.training.pairs.remote import ShardCache
-from msdiffusion.training.run.setting_names import check_number
+from msdiffusion.training.processes import WORLD, process_rank
 from msdiffusion.training.samples.augmentation import Augmentation
+from msdiffusion.training.samples.batch import PairsBatch, TrainingSample
 from msdiffusion.training.samples.collation import PairsCollator
-from msdiffusion.training.samples.cropping import bucket_sizes, nearest_buckets
-from msdiffusion.training.samples.dataset import PairsBatch, PairsDataset, TrainingSample
+from msdiffusion.training.samples.dataset import PairsDataset
 from msdiffusion.training.samples.encoded import EncodingStore
 from msdiffusion.training.samples.loader import FixedSampler, PairsLoader, PlanSampler, make_loader
 from msdiffusion.training.samples.mixture import MixedStore, Mixture
 from msdiffusion.training.samples.place import Place, resumed_place
 from msdiffusion.training.samples.plan import EpochPlan, PlannedDataset, padded_order
+from msdiffusion.training.samples.settings import SampleSettings
+from msdiffusion.training.setting_names import check_number
 
 SINGLE_FRAMES = 0.1
 """A greater share of pairs whose references come from the target picture itself is worth a warning."""
@@ -117,51 +120,47 @@ class PairsDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         for name, number in (
-            ("batch_size", batch_size), ("max_subjects", max_subjects), ("lanes", lanes),
-            ("shuffle_buffer", shuffle_buffer), ("resolution", resolution), ("bucket_step", bucket_step),
-            ("num_workers", num_workers), ("cache_megabytes", cache_megabytes), ("seed", seed),
+            ("batch_size", batch_size), ("lanes", lanes), ("shuffle_buffer", shuffle_buffer),
+            ("num_workers", num_workers),
         ):  # fmt: skip
             check_number(name, number)
-        if not 0 <= minimum_visible <= 1:
-            raise RequestError(f"minimum_visible must be in [0, 1], got {minimum_visible}")
+        self.samples = SampleSettings(
+            resolution=resolution,
+            bucket_step=bucket_step,
+            max_subjects=max_subjects,
+            minimum_visible=minimum_visible,
+            reference_frame=reference_frame,
+            augmentation=Augmentation(
+                crop, flip_probability, subject_dropout, box_jitter, reference_augmentation, reference_flip_probability
+            ),
+            cache_megabytes=cache_megabytes,
+            seed=seed,
+        )
         if not shard_gigabytes > 0:
             raise RequestError(f"shard_gigabytes must be above 0, got {shard_gigabytes}")
         if not 0 <= validation_fraction < 1:
             raise RequestError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
         for name, choice, choices in (
-            ("reference_frame", reference_frame, ("other", "target")),
             ("encodings", encodings, ("auto", "require", "off")),
             ("worker_start", worker_start, (None, "fork", "spawn", "forkserver")),
         ):
             if choice not in choices:
                 raise RequestError(f"{name} must be {_either(choices)}, got {choice!r}")
         self.sources = _sources(pairs)
-        # where all pictures are squares, the resolution needs to be no multiple of anything
-        self.sizes = bucket_sizes(resolution, bucket_step or resolution)
-        self.augmentation = Augmentation(
-            crop, flip_probability, subject_dropout, box_jitter, reference_augmentation, reference_flip_probability
-        )
-        self.reference_frame = reference_frame
         self.pairs = pairs
-        self.resolution = resolution
         self.validation_pairs = validation_pairs
         self.validation_fraction = validation_fraction
         self.test_pairs = test_pairs
         self.batch_size = batch_size
-        self.max_subjects = max_subjects
-        self.bucket_step = bucket_step
-        self.minimum_visible = minimum_visible
         self.lanes = lanes
         self.shuffle_buffer = shuffle_buffer
         self.num_workers = num_workers
         self.worker_start = worker_start
-        self.cache_megabytes = cache_megabytes
         self.encodings = encodings
         self.encodings_folder = encodings_folder
         self.skip_damaged = skip_damaged
         self.shard_folder = shard_folder
         self.shard_gigabytes = shard_gigabytes
-        self.seed = seed
         self.training: PairsDataset | None = None
         self.validation: PairsDataset | None = None
         self.test: PairsDataset | None = None
@@ -192,12 +191,12 @@ class PairsDataModule(pl.LightningDataModule):
                 f"{', '.join(self.sources)} has {len(training)} pairs to train on, fewer than {one} of "
                 f"{self.batch_size}{processes}; mine more clips, or train with a smaller data.init_args.batch_size"
             )
-        self.training = self._dataset(mixture, training, self.augmentation)
+        self.training = PairsDataset(mixture, training, self.samples, augmented=True)
         self._digest = mixture.digest(training)
-        if stage in ("fit", None) and self.reference_frame == "other":
+        if stage in ("fit", None) and self.samples.reference_frame == "other":
             _warn_of_single_frames(mixture)
         self.validation = (
-            self._dataset(mixture, held_out, None)
+            PairsDataset(mixture, held_out, self.samples)
             if self.validation_pairs is None
             else self._whole(self.validation_pairs)
         )
@@ -210,7 +209,7 @@ class PairsDataModule(pl.LightningDataModule):
         """
         rank, num_processes = self._processes()
         hparams = getattr(self.trainer.lightning_module, "hparams", {})
-        if self.augmentation.changes_references and hparams.get("cache_encodings", False):
+        if self.samples.augmentation.changes_references and hparams.get("cache_encodings", False):
             raise RequestError(
                 "cache_encodings keeps the encoding of every reference, but reference_augmentation or "
                 "reference_flip_probability make each one another picture every time, so memory would fill with "
@@ -241,7 +240,7 @@ class PairsDataModule(pl.LightningDataModule):
                 PlannedDataset(dataset.indices[start:end], shards[dataset.indices[start:end]], weight, source)
                 for (source, weight), start, end in zip(self.sources.items(), parts[:-1], parts[1:], strict=True)
             ],
-            seed=self.seed,
+            seed=self.samples.seed,
             global_batch=num_processes * self.batch_size,
             lanes=-(-self.lanes // num_processes) * num_processes,
             shuffle_buffer=self.shuffle_buffer,
@@ -249,7 +248,9 @@ class PairsDataModule(pl.LightningDataModule):
             batches_per_step=self._batches_per_step(),
         )
         if lost := plan.pairs_never_trained():
-            named = ", ".join(f"{count} of {'x'.join(map(str, self.sizes[bucket]))}" for bucket, count in lost.items())
+            named = ", ".join(
+                f"{count} of {'x'.join(map(str, self.samples.sizes[bucket]))}" for bucket, count in lost.items()
+            )
             rank_zero_warn(
                 f"pairs that are never trained on, because their bucket has fewer than one batch of "
                 f"{plan.global_batch}: {named} pixels. A larger bucket_step makes fewer buckets."
@@ -273,7 +274,7 @@ class PairsDataModule(pl.LightningDataModule):
 
     def fixed_dataset(self, catalogue: Catalogue) -> PairsDataset:
         """All pairs of a dataset as validation sees them, by their numbers in the catalogue."""
-        return self._dataset(Mixture([catalogue]), np.arange(len(catalogue)), None)
+        return PairsDataset(Mixture([catalogue]), np.arange(len(catalogue)), self.samples)
 
     def collate(self, samples: Sequence[TrainingSample]) -> PairsBatch:
         """Samples to a batch, as the loaders do it."""
@@ -310,39 +311,31 @@ class PairsDataModule(pl.LightningDataModule):
     def _batches_per_step(self) -> int:
         return getattr(self.trainer, "accumulate_grad_batches", 1)
 
-    def _dataset(self, mixture: Mixture, indices: np.ndarray, augmentation: Augmentation | None) -> PairsDataset:
-        return PairsDataset(
-            mixture,
-            indices,
-            self.sizes,
-            self.max_subjects,
-            buckets=nearest_buckets(mixture.sizes, self.sizes) if len(self.sizes) > 1 else None,
-            augmentation=augmentation,
-            seed=self.seed,
-            minimum_visible=self.minimum_visible,
-            cache_bytes=self.cache_megabytes * 2**20,
-            reference_frame=self.reference_frame,
-        )
-
     def _catalogue(self, source: str) -> Catalogue:
         cache = ShardCache(self.shard_folder, int(self.shard_gigabytes * 2**30))
         return read_catalogue(source, skip_damaged=self.skip_damaged, cache=cache)
 
     def _whole(self, source: str) -> PairsDataset:
         mixture = Mixture([self._catalogue(source)])
-        return self._dataset(mixture, np.arange(len(mixture)), None)
+        return PairsDataset(mixture, np.arange(len(mixture)), self.samples)
 
     def _stores(self, dataset: PairsDataset) -> EncodingStore | None:
         if self.encodings == "off":
             return None
         model = self.trainer.lightning_module
-        stores = [open_store(self, model, catalogue) for catalogue in dataset.pairs.catalogues]
+        keys = functools.partial(part_keys, self.samples, model.backbone, model.adapter.config)
+        stores = [
+            open_store(
+                catalogue, changing(self.samples.augmentation), keys, self.encodings_folder, self.encodings == "require"
+            )
+            for catalogue in dataset.pairs.catalogues
+        ]
         return None if any(store is None for store in stores) else MixedStore(dataset.pairs, stores)
 
     def _collator(self) -> PairsCollator:
         model = self.trainer.lightning_module
-        shapes = {(h, w): model.latent_shape(h, w) for w, h in self.sizes.tolist()}
-        return PairsCollator(self.max_subjects, model.prepare_references, shapes)
+        shapes = {(h, w): model.latent_shape(h, w) for w, h in self.samples.sizes.tolist()}
+        return PairsCollator(self.samples.max_subjects, model.prepare_references, shapes)
 
     def _with_encodings(self, dataset: PairsDataset) -> PairsDataset:
         return dataset.reading(self._stores(dataset))

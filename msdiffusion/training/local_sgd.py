@@ -32,17 +32,12 @@ import pytorch_lightning as pl
 import torch
 
 from msdiffusion.errors import RequestError
+from msdiffusion.training.processes import RANK, STORE, WORLD, process_rank
 from msdiffusion.training.run.failures import FailureGuard
-from msdiffusion.training.run.setting_names import check_arguments
+from msdiffusion.training.setting_names import check_arguments
 
 GRACE_SECONDS = 60
 """After one process has failed, the others have so long to end by themselves."""
-RANK, WORLD, STORE = "MSD_LOCAL_SGD_RANK", "MSD_LOCAL_SGD_WORLD", "MSD_LOCAL_SGD_STORE"
-
-
-def process_rank() -> int:
-    """Rank of this process among those of the launcher; 0 in an ordinary run."""
-    return int(os.environ.get(RANK, "0"))
 
 
 class WeightAveraging(pl.Callback):

@@ -26,6 +26,7 @@ from msdiffusion.errors import RequestError
 from msdiffusion.request.request import FALLBACKS
 from msdiffusion.training.encodings.frozen import FrozenEncodings
 from msdiffusion.training.learning.averaging import AveragedAdapter
+from msdiffusion.training.learning.drawing import draw_batch
 from msdiffusion.training.learning.inputs import BatchEncoder, Inputs, make_condition
 from msdiffusion.training.learning.layout_loss import LayoutLoss, PhraseTokens
 from msdiffusion.training.learning.objective import DropRates, draw_drops, sample_errors, subject_area
@@ -51,7 +52,7 @@ from msdiffusion.training.precision import HardwarePrecision
 from msdiffusion.training.run.run_folder import check_checkpoint
 
 if TYPE_CHECKING:
-    from msdiffusion.training.samples.dataset import PairsBatch
+    from msdiffusion.training.samples.batch import PairsBatch
 
 CLOSED_VOCABULARY = 2000
 """Tokens: a tokenizer with fewer was made for a small world, in which every word is one token; CLIP's has 49,408."""
@@ -378,16 +379,23 @@ class MSDiffusionModule(pl.LightningModule):
 
     def predict_step(self, batch: PairsBatch, batch_index: int) -> list[Image.Image]:
         """RGB pictures for the pairs of a batch, drawn with the trained adapter's defaults."""
-        from msdiffusion.training.run.pictures import draw_batch
-
         settings = {**FALLBACKS, **self.exported_config()["defaults"]}
-        return draw_batch(
-            self,
+        return self.draw_batch(
             batch,
             num_steps=settings["steps"],
             guidance_scale=settings["guidance_scale"],
             scale=settings["scale"],
             seeds=batch.numbers.tolist(),
+        )
+
+    @torch.no_grad()
+    def draw_batch(
+        self, batch: PairsBatch, *, num_steps: int, guidance_scale: float, scale: float, seeds: Sequence[int]
+    ) -> list[Image.Image]:
+        """RGB pictures for the pairs of a batch, subjects of this weight; see ``learning.drawing``."""
+        condition = make_condition(self.trained_adapter, self.encode(batch), scale=scale)
+        return draw_batch(
+            self.backbone, condition, batch, num_steps=num_steps, guidance_scale=guidance_scale, seeds=seeds
         )
 
     def encode(
@@ -447,9 +455,9 @@ class MSDiffusionModule(pl.LightningModule):
             backbone = self.backbone
             native = int(torch.tensor(backbone.unet.config.sample_size).max()) * backbone.latent_factor
             config |= {
-                "training_resolution": datamodule.resolution,
-                "largest_side": max(datamodule.resolution, native),
-                "most_subjects": datamodule.max_subjects,
+                "training_resolution": datamodule.samples.resolution,
+                "largest_side": max(datamodule.samples.resolution, native),
+                "most_subjects": datamodule.samples.max_subjects,
                 "closed_vocabulary": len(backbone.tokenizer) < CLOSED_VOCABULARY,
             }
         return config

@@ -29,6 +29,7 @@ from msdiffusion.places import find_config
 if TYPE_CHECKING:
     from msdiffusion.training.datamodule import PairsDataModule
     from msdiffusion.training.module import MSDiffusionModule
+    from msdiffusion.training.samples.augmentation import Augmentation
     from msdiffusion.training.samples.encoded import Part
 
 
@@ -81,7 +82,7 @@ def load_run(config: str, arguments: Sequence[str], device: str) -> tuple[PairsD
     return datamodule, model
 
 
-def parts_to_encode(text: str, datamodule: PairsDataModule) -> list[Part]:
+def parts_to_encode(text: str, augmentation: Augmentation) -> list[Part]:
     """The parts of ``--parts``.
 
     Raises:
@@ -93,7 +94,7 @@ def parts_to_encode(text: str, datamodule: PairsDataModule) -> list[Part]:
     asked = [name.strip() for name in text.split(",") if name.strip()]
     if not asked or set(asked) - set(PARTS):
         raise RequestError(f"--parts must be some of {', '.join(PARTS)}, with commas between them, got {text!r}")
-    never = {part: reason for part, reason in changing(datamodule).items() if part in asked}
+    never = {part: reason for part, reason in changing(augmentation).items() if part in asked}
     if never:
         rest = [part for part in asked if part not in never]
         advice = f"--parts {','.join(rest)} encodes the rest ahead" if rest else "nothing is left to encode ahead"
@@ -148,18 +149,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.out is not None:
             check_folder(options.out, "--out")
         from msdiffusion.training.encodings.precomputation import Precomputation
-        from msdiffusion.training.run.setting_names import check_arguments
+        from msdiffusion.training.setting_names import check_arguments
 
         check_arguments(["fit", "-c", options.config, *rest])
 
         datamodule, model = load_run(options.config, rest, options.device)
-        parts = parts_to_encode(options.parts, datamodule)
+        parts = parts_to_encode(options.parts, datamodule.samples.augmentation)
         out = options.out or datamodule.encodings_folder
         for catalogue in datamodule.catalogues():
             work = Precomputation(
-                datamodule,
-                model,
-                catalogue,
+                datamodule.fixed_dataset(catalogue),
+                model.backbone,
+                model.adapter.config,
+                model.prepare_references,
                 parts=parts,
                 dtype=options.dtype,
                 out=out,

@@ -22,7 +22,7 @@ from msdiffusion.errors import WeightsError, reason
 from msdiffusion.training.embedded.budget import BudgetedTraining
 from msdiffusion.training.embedded.networks import build_base, build_image_encoder, build_tokenizer
 from msdiffusion.training.learning.optimizers import Muon
-from msdiffusion.training.local_sgd import process_rank
+from msdiffusion.training.processes import process_rank
 from msdiffusion.weight_files import share
 
 CAPTION_SHARES = {"full": 0.5, "color": 0.2, "plain": 0.3}

@@ -16,7 +16,7 @@ from pathlib import Path
 from data_pipeline.extras import missing_extras
 from msdiffusion.environment import prepare_environment
 from msdiffusion.errors import RequestError
-from msdiffusion.training.run.setting_names import check_arguments
+from msdiffusion.training.setting_names import check_arguments
 
 
 def train_worker(settings: dict[str, object]) -> None:

@@ -235,7 +235,8 @@ def prepare(folder: Path) -> Path:
 
 def record(folder: Path, request: dict, batch: int) -> dict:
     """A record as a PNG of a stranger may have it."""
-    from msdiffusion.request.provenance import REQUEST_KEYS, SCHEMA, file_sha256
+    from msdiffusion.files import file_sha256
+    from msdiffusion.request.provenance import REQUEST_KEYS, SCHEMA
 
     given = {"prompt": "dog", "phrases": ["dog"], "boxes": [[0, 0, 1, 1]], "seed": 0, **request}
     reference = {"path": "a.png", "sha256": file_sha256(folder / "a.png")}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data_pipeline.models.weights import check_weights
 from msdiffusion.errors import WeightsError, refused_weights
-from msdiffusion.training.local_sgd import process_rank
+from msdiffusion.training.processes import process_rank
 from msdiffusion.training.run.run_folder import check_checkpoint, continues, rename_free, writes
 
 STOP_EVERY = 12

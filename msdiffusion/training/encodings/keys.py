@@ -22,8 +22,10 @@ from msdiffusion.training.samples.encoded import Part
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, PreTrainedTokenizerBase
 
-    from msdiffusion.training.datamodule import PairsDataModule
-    from msdiffusion.training.module import MSDiffusionModule
+    from msdiffusion.adapter.config import AdapterConfig
+    from msdiffusion.backbone.backbone import Backbone
+    from msdiffusion.training.samples.augmentation import Augmentation
+    from msdiffusion.training.samples.settings import SampleSettings
 
 SCHEMA = "msdiffusion.encodings/1"
 """Of the manifests and of the files."""
@@ -65,9 +67,8 @@ class PartKey:
         return found
 
 
-def part_keys(datamodule: PairsDataModule, model: MSDiffusionModule) -> dict[Part, PartKey]:
-    """The keys of what a run would encode, after the model's ``configure_model``."""
-    backbone, config = model.backbone, model.adapter.config
+def part_keys(samples: SampleSettings, backbone: Backbone, config: AdapterConfig) -> dict[Part, PartKey]:
+    """The keys of what a run with these settings, networks and adapter would encode."""
     pipeline = backbone.pipeline
     text = {"text encoder": digest_of(pipeline.text_encoder), "tokenizer": tokenizer_digest(pipeline.tokenizer)}
     if backbone.kind == "sdxl":
@@ -78,10 +79,10 @@ def part_keys(datamodule: PairsDataModule, model: MSDiffusionModule) -> dict[Par
             "latents",
             {"autoencoder": digest_of(backbone.vae)},
             {
-                "resolution": datamodule.resolution,
-                "bucket_step": datamodule.bucket_step,
+                "resolution": samples.resolution,
+                "bucket_step": samples.bucket_step,
                 "crop": "center",
-                "minimum_visible": datamodule.minimum_visible,
+                "minimum_visible": samples.minimum_visible,
             },
         ),
         "references": PartKey(
@@ -94,16 +95,16 @@ def part_keys(datamodule: PairsDataModule, model: MSDiffusionModule) -> dict[Par
                 "reference_background": list(config.reference_background),
                 "reference_fit": config.reference_fit,
                 "reference_features": config.reference_features,
-                "reference_frame": datamodule.reference_frame,
+                "reference_frame": samples.reference_frame,
             },
         ),
         "text": PartKey("text", text, {}),
     }
 
 
-def changing(datamodule: PairsDataModule) -> dict[Part, str]:
+def changing(change: Augmentation) -> dict[Part, str]:
     """Parts that are never twice the same under the settings of the data, and why; they cannot be made ahead."""
-    change, found = datamodule.augmentation, {}
+    found = dict[Part, str]()
     if change.crop != "center":
         found["latents"] = f"data.init_args.crop is {change.crop!r}, not 'center'"
     elif change.flip_probability > 0:

@@ -26,10 +26,10 @@ from msdiffusion.training.encodings.store import MANIFEST, content_of, encodings
 from msdiffusion.training.samples.encoded import Part
 
 if TYPE_CHECKING:
-    from msdiffusion.training.catalogue import Catalogue
-    from msdiffusion.training.datamodule import PairsDataModule
-    from msdiffusion.training.module import MSDiffusionModule
+    from msdiffusion.adapter.config import AdapterConfig
+    from msdiffusion.backbone.backbone import Backbone
     from msdiffusion.training.pairs.sources import Shard
+    from msdiffusion.training.samples.dataset import PairsDataset
 
 PROBED = 8
 """Pairs that are encoded to see how many bytes a pair takes."""
@@ -57,19 +57,15 @@ class PairReader:
     """Reads pairs for the encoders, in loading workers: ``torch.utils.data`` calls it a dataset.
 
     Args:
-        datamodule: whose crops are taken.
-        catalogue: one of its sources.
+        dataset: all pairs of one catalogue, without augmentation: the centre, as training crops where its encodings
+            may be made ahead.
         prepare_references: of the model.
         parts: what is asked for.
     """
 
-    def __init__(
-        self, datamodule: PairsDataModule, catalogue: Catalogue, prepare_references: Any, parts: Sequence[Part]
-    ) -> None:
-        self.catalogue, self.parts, self.prepare_references = catalogue, parts, prepare_references
-        self.reference_frame = datamodule.reference_frame
-        # without augmentation: the centre, as training crops where its encodings may be made ahead
-        self.dataset = datamodule.fixed_dataset(catalogue)
+    def __init__(self, dataset: PairsDataset, prepare_references: Any, parts: Sequence[Part]) -> None:
+        self.dataset, self.parts, self.prepare_references = dataset, parts, prepare_references
+        [self.catalogue] = dataset.pairs.catalogues
 
     def __getitems__(self, indices: Sequence[int]) -> list[ReadPair] | str:
         """The pairs with these numbers; a message where one cannot be read, because workers garble exceptions."""
@@ -90,7 +86,7 @@ class PairReader:
             record = self.catalogue.record(index)
             phrases = tuple(subject["phrase"] for subject in record["subjects"])
             return ReadPair(place, record["caption"], phrases, (height, width), None, None)
-        pair = self.catalogue.read(index, self.reference_frame)
+        pair = self.catalogue.read(index, self.dataset.settings.reference_frame)
         target = None
         if "latents" in self.parts:
             pixels = torch.tensor(self.dataset.centred_target(pair, index))
@@ -103,14 +99,15 @@ class PairEncoder:
     """Asks the frozen networks about pairs and hands the answers to writers.
 
     Args:
-        model: after ``configure_model``.
+        backbone: the frozen networks.
+        features: of the references, see ``Backbone.encode_references``.
     """
 
-    def __init__(self, model: MSDiffusionModule) -> None:
-        self.backbone, self.features = model.backbone, model.adapter.config.reference_features
+    def __init__(self, backbone: Backbone, features: str) -> None:
+        self.backbone, self.features = backbone, features
         self._prompts = Remembered(REMEMBERED_BYTES)
         self._phrases = Remembered(REMEMBERED_BYTES)
-        self.long_captions = LongCaptions(model.backbone)
+        self.long_captions = LongCaptions(backbone)
 
     def encode(self, pairs: Sequence[ReadPair], writers: dict[Part, PartWriter]) -> None:
         """Adds these pairs to the writers."""
@@ -194,9 +191,10 @@ class Precomputation:
     """Encodes one catalogue.
 
     Args:
-        datamodule: after ``setup``.
-        model: after ``configure_model``.
-        catalogue: one of the data module's.
+        dataset: all pairs of the catalogue, not augmented.
+        backbone: the frozen networks.
+        config: of the adapter that will be trained.
+        prepare_references: pictures -> what the image encoder takes.
         parts: what to encode.
         dtype: name of the files' number type.
         out: see ``encodings_root``.
@@ -210,9 +208,10 @@ class Precomputation:
 
     def __init__(
         self,
-        datamodule: PairsDataModule,
-        model: MSDiffusionModule,
-        catalogue: Catalogue,
+        dataset: PairsDataset,
+        backbone: Backbone,
+        config: AdapterConfig,
+        prepare_references: Any,
         *,
         parts: Sequence[Part],
         dtype: str,
@@ -221,19 +220,20 @@ class Precomputation:
         batch_size: int,
         share: tuple[int, int] = (0, 1),
     ) -> None:
+        [catalogue] = dataset.pairs.catalogues
         root = encodings_root(catalogue, out)
         if root is None:
             raise RequestError(
                 f"{catalogue.shards[0].place} is not on this machine: say with --out where the encodings go, and give "
                 "training the same folder as --data.init_args.encodings_folder"
             )
-        self.datamodule, self.model, self.catalogue, self.root = datamodule, model, catalogue, root
+        self.dataset, self.prepare_references, self.catalogue, self.root = dataset, prepare_references, catalogue, root
         self.dtype, self.workers, self.batch_size, self.share = dtype, workers, batch_size, share
         self.torch_dtype: torch.dtype = getattr(torch, dtype)
-        keys = part_keys(datamodule, model)
+        keys = part_keys(dataset.settings, backbone, config)
         self.keys: dict[Part, PartKey] = {part: keys[part] for part in parts}
         self.folders = {part: root / f"{part}-{key.fingerprint(dtype)}" for part, key in self.keys.items()}
-        self.encoder = PairEncoder(model)
+        self.encoder = PairEncoder(backbone, config.reference_features)
 
     def tasks(self) -> list[Task]:
         """What is still to be done."""
@@ -330,7 +330,7 @@ class Precomputation:
             yield pairs
 
     def _reader(self, parts: list[Part]) -> PairReader:
-        return PairReader(self.datamodule, self.catalogue, self.model.prepare_references, parts)
+        return PairReader(self.dataset, self.prepare_references, parts)
 
 
 def _mark(share: tuple[int, int]) -> str:

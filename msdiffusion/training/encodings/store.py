@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,12 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from msdiffusion.errors import DataError
 from msdiffusion.training.encodings.files import PartFile, file_name, is_of
-from msdiffusion.training.encodings.keys import PartKey, changing, part_keys
+from msdiffusion.training.encodings.keys import PartKey
 from msdiffusion.training.pairs.data_files import local_path
 from msdiffusion.training.samples.encoded import PARTS, EncodedSample, Part
 
 if TYPE_CHECKING:
     from msdiffusion.training.catalogue import Catalogue
-    from msdiffusion.training.datamodule import PairsDataModule
-    from msdiffusion.training.module import MSDiffusionModule
     from msdiffusion.training.pairs.sources import Shard
 
 FOLDER = "encodings"
@@ -137,20 +135,29 @@ def found_folders(root: Path, part: Part) -> list[Found]:
     return found
 
 
-def open_store(datamodule: PairsDataModule, model: MSDiffusionModule, catalogue: Catalogue) -> ShardEncodings | None:
-    """The encodings of a catalogue that fit a run, after the model's ``configure_model``; None where there are none.
+def open_store(
+    catalogue: Catalogue,
+    never: Mapping[Part, str],
+    make_keys: Callable[[], Mapping[Part, PartKey]],
+    out: str | None = None,
+    required: bool = False,
+) -> ShardEncodings | None:
+    """The encodings of a catalogue that fit a run; None where there are none.
+
+    Args:
+        catalogue: whose pairs they are of.
+        never: parts that are not taken, and why; see ``changing``.
+        make_keys: what fits. Asked where something is there only: it takes seconds for large networks.
+        out: see ``encodings_root``.
+        required: at least one part must be there.
 
     Raises:
         DataError: if there are encodings of a part that do not fit, or not of all pairs: the message says what differs
-            and which command makes them anew; or if the run requires some and there are none that it can use.
+            and which command makes them anew; or if some are required and there are none that the run can use.
     """
-    if datamodule.encodings == "off":
-        return None
-    out = getattr(datamodule, "encodings_folder", None)
     root, source = encodings_root(catalogue, out), _source_of(catalogue)
     folders: dict[Part, Path] = {}
-    never = changing(datamodule)
-    keys: dict[Part, PartKey] = {}
+    keys: Mapping[Part, PartKey] = {}
     for part in PARTS:
         there = [] if root is None else found_folders(root, part)
         if not there:
@@ -158,13 +165,13 @@ def open_store(datamodule: PairsDataModule, model: MSDiffusionModule, catalogue:
         if part in never:
             rank_zero_info(f"encodings of {source}: the {part} made ahead are not used, because {never[part]}")
             continue
-        keys = keys or part_keys(datamodule, model)  # takes seconds for large networks, so only where it is needed
+        keys = keys or make_keys()
         folders[part] = _fitting(keys[part], there, catalogue, source)
     if folders:
         told = ", ".join(f"{part} ({folder.name})" for part, folder in folders.items())
         rank_zero_info(f"encodings of {source} made ahead: {told}, in {root}")
         return ShardEncodings(folders, catalogue)
-    if datamodule.encodings == "require":
+    if required:
         possible = [part for part in PARTS if part not in never]
         where = "they need data.init_args.encodings_folder for remote shards" if root is None else f"they lie in {root}"
         because = f", and {'; '.join(never.values())}" if never else ""

@@ -20,7 +20,7 @@ from msdiffusion.backbone.backbone import Backbone
 from msdiffusion.training.encodings.frozen import FrozenEncodings
 
 if TYPE_CHECKING:
-    from msdiffusion.training.samples.dataset import PairsBatch
+    from msdiffusion.training.samples.batch import PairsBatch
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from data_pipeline.pairs_format import MOST_BUILD_BYTES
 from msdiffusion.errors import DataError, RequestError, shown
+from msdiffusion.files import file_sha256
 from msdiffusion.training.pairs.columns import PATIENCE_SECONDS, from_index, open_shard
-from msdiffusion.training.pairs.data_files import is_remote, joined, local_path, read_bytes, sha256_of
+from msdiffusion.training.pairs.data_files import is_remote, joined, local_path, read_bytes
 from msdiffusion.training.pairs.remote import ShardCache
 from msdiffusion.training.pairs.shards import OpenShard, read_pair, read_record
 from msdiffusion.training.pairs.sources import Damage, Shard, Source, locate
@@ -247,7 +248,7 @@ def _wrong_as_a_whole(job: _Job, opened: OpenShard) -> str | None:
             return "holds other keys than index.parquet says: copy both again"
     # a remote shard was hashed when it was fetched
     if job.deep and job.shard.sha256 is not None and not job.shard.file.is_remote:
-        found = sha256_of(local_path(job.shard.place))
+        found = file_sha256(local_path(job.shard.place))
         if found != job.shard.sha256:
             return f"has sha256 {found[:12]}..., and build.json says {job.shard.sha256[:12]}...: copy it again"
     return None

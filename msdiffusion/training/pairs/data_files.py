@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import re
@@ -243,12 +242,3 @@ def _stamp(info: dict[str, Any]) -> str:
         "created",
     )
     return next((str(info[name]) for name in names if info.get(name)), "")
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hex digits of a file's sha256."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from msdiffusion.errors import DataError, RequestError
-from msdiffusion.training.pairs.data_files import DataFile, attempt, filesystem, sha256_of
+from msdiffusion.files import file_sha256
+from msdiffusion.training.pairs.data_files import DataFile, attempt, filesystem
 
 _log = logging.getLogger(__name__)
 
@@ -263,5 +264,5 @@ def _check(file: DataFile, path: Path) -> None:
     size = path.stat().st_size
     if file.bytes is not None and size != file.bytes:
         raise DataError(f"{size} bytes came, and there should be {file.bytes}")
-    if file.sha256 is not None and (found := sha256_of(path)) != file.sha256:
+    if file.sha256 is not None and (found := file_sha256(path)) != file.sha256:
         raise DataError(f"its sha256 is {found[:12]}..., and build.json says {file.sha256[:12]}...")

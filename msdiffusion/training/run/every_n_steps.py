@@ -20,7 +20,7 @@ def in_first_process(trainer: pl.Trainer, module: pl.LightningModule) -> Iterato
     if trainer.world_size == 1 or not hasattr(module, "trained_adapter"):
         yield trainer.is_global_zero
         return
-    from msdiffusion.training.strategies import whole_weights
+    from msdiffusion.training.learning.sharding import whole_weights
 
     with whole_weights(module):
         yield trainer.is_global_zero

@@ -18,13 +18,11 @@ from PIL import Image, ImageDraw
 from data_pipeline.pairs_format import KEY, KEY_IN_WORDS
 from data_pipeline.picture_formats import open_listed
 from msdiffusion.errors import DataError, RequestError
-from msdiffusion.training.learning.inputs import make_condition
 from msdiffusion.training.run.every_n_steps import EveryNSteps
 from msdiffusion.training.run.run_folder import in_root, set_aside
 
 if TYPE_CHECKING:
-    from msdiffusion.training.module import MSDiffusionModule
-    from msdiffusion.training.samples.dataset import PairsBatch, TrainingSample
+    from msdiffusion.training.samples.batch import TrainingSample
 
 BOX_COLORS = ("#e6194b", "#0082c8", "#3cb44b", "#f58231", "#911eb4", "#808000")
 FOLDER = "pictures"
@@ -76,7 +74,7 @@ class ValidationPictures(EveryNSteps):
         set_aside(trainer, FOLDER)
         super().on_train_start(trainer, pl_module)
 
-    def act(self, trainer: pl.Trainer, module: MSDiffusionModule) -> None:
+    def act(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw the grid; nothing where the run has no validation pairs."""
         samples = trainer.datamodule.validation_samples(self.count)
         if not samples:
@@ -110,12 +108,12 @@ def log_picture(trainer: pl.Trainer, name: str, picture: Image.Image) -> None:
 
 
 def draw_samples(
-    module: MSDiffusionModule, datamodule: Any, samples: Sequence[TrainingSample], seed: int, **settings: Any
+    module: pl.LightningModule, datamodule: Any, samples: Sequence[TrainingSample], seed: int, **settings: Any
 ) -> list[Image.Image]:
     """Pictures for samples of any sizes, in their order.
 
     Args:
-        module: see ``draw_batch``.
+        module: with a ``draw_batch`` as that of MSDiffusionModule.
         datamodule: its ``collate`` makes batches of them.
         samples: at least one; those of one size are drawn together.
         seed: of the noise: that of sample i is ``seed + i``.
@@ -130,50 +128,9 @@ def draw_samples(
     pictures: dict[int, Image.Image] = {}
     for indices in by_size.values():
         batch = datamodule.collate([samples[index] for index in indices]).to(module.device)
-        drawn = draw_batch(module, batch, seeds=[seed + index for index in indices], **settings)
+        drawn = module.draw_batch(batch, seeds=[seed + index for index in indices], **settings)
         pictures.update(zip(indices, drawn, strict=True))
     return [pictures[index] for index in range(len(samples))]
-
-
-@torch.no_grad()
-def draw_batch(
-    module: MSDiffusionModule,
-    batch: PairsBatch,
-    *,
-    num_steps: int,
-    guidance_scale: float,
-    scale: float,
-    seeds: Sequence[int],
-) -> list[Image.Image]:
-    """Pictures for the captions, references and boxes of a batch, by the base's own diffusers pipeline.
-
-    Args:
-        module: after ``configure_model``.
-        batch: on the module's device.
-        num_steps: of the sampler.
-        guidance_scale: of classifier-free guidance.
-        scale: weight of the subjects.
-        seeds: of the noise, drawn on the CPU, one per picture.
-
-    Returns:
-        B RGB pictures of the size of the targets.
-    """
-    backbone = module.backbone
-    condition = make_condition(module.trained_adapter, module.encode(batch), scale=scale)
-    height, width = batch.size
-    backbone.pipeline.set_progress_bar_config(disable=True)
-    latents = backbone.pipeline(
-        prompt=batch.captions,
-        # no negative prompt, as generation without one: the pipeline decides what stands in for it
-        height=height,
-        width=width,
-        num_inference_steps=num_steps,
-        guidance_scale=guidance_scale,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        cross_attention_kwargs={"subjects": condition},
-        output_type="latent",
-    ).images
-    return backbone.decode_latents(latents)
 
 
 def picture_grid(

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from data_pipeline.world import Identity
     from msdiffusion.evaluation.measures import Gallery, Instruments
     from msdiffusion.evaluation.world import WorldCase
-    from msdiffusion.training.samples.dataset import PairsDataset, TrainingSample
+    from msdiffusion.training.samples.batch import TrainingSample
+    from msdiffusion.training.samples.dataset import PairsDataset
 
 SCORES = ("category", "color", "body_color", "pattern", "confusion", "layout", "retrieval", "product")
 """Rates in [0, 1] over subjects (the product: over pictures). All but the confusion are better if greater."""

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from msdiffusion.training.samples.dataset import LoadingFailure, PairsBatch, TrainingSample
+from msdiffusion.training.samples.batch import LoadingFailure, PairsBatch, TrainingSample
 from msdiffusion.training.samples.draws import SampleDraws, generator_for
 from msdiffusion.training.samples.encoded import EncodedPairs
 

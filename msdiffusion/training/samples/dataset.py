@@ -1,4 +1,4 @@
-"""Pairs -> training samples: resize, crop, order of the subjects, what chance changes. And the batch they become.
+"""Pairs -> training samples: resize, crop, order of the subjects, what chance changes.
 
 Shape letters: B batch, S subjects (padded in a batch), s subjects of one sample, H W height and width of the training
 picture, h w those of the image encoder's input. Boxes are normalised xyxy unless a name says pixels.
@@ -6,120 +6,28 @@ picture, h w those of the image encoder's input. Boxes are normalised xyxy unles
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from msdiffusion.errors import DataError
 from msdiffusion.training.pairs.shards import Pair
 from msdiffusion.training.samples.augmentation import (
-    Augmentation,
     SampleChances,
     change_reference,
     drop_subjects,
     jitter_boxes,
 )
-from msdiffusion.training.samples.cropping import choose_crop, crop_boxes, size_that_covers
-from msdiffusion.training.samples.draws import OBJECTIVE, VALIDATION, SampleDraws, number_of
-from msdiffusion.training.samples.encoded import EncodedPairs, EncodedSample, EncodingStore
+from msdiffusion.training.samples.batch import LoadingFailure, TrainingSample
+from msdiffusion.training.samples.cropping import choose_crop, crop_boxes, nearest_buckets, size_that_covers
+from msdiffusion.training.samples.draws import OBJECTIVE, VALIDATION, number_of
+from msdiffusion.training.samples.encoded import EncodingStore
 from msdiffusion.training.samples.mixture import Mixture
-
-
-@dataclass(frozen=True)
-class TrainingSample:
-    """One pair at training resolution, s <= S subjects of which all can be seen in the target."""
-
-    number: int
-    """Of the sample in the run; in validation, of the pair among the validation pairs."""
-    weight: float
-    """0 for a repetition that only fills up a batch, else 1."""
-    stream: tuple[int, ...]
-    """What ``generator_for`` takes: where the random numbers of the objective come from."""
-    key: str
-    caption: str
-    size: tuple[int, int]
-    """(H, W) of the training picture."""
-    target: np.ndarray | None
-    """uint8 (H, W, 3) RGB; None where it was encoded ahead."""
-    phrases: tuple[str, ...]
-    boxes: np.ndarray
-    """float32 (s, 4) in the cropped target."""
-    references: tuple[Image.Image, ...] | None
-    """RGBA cut-outs, any size; None where they were encoded ahead."""
-    reference_ids: tuple[str, ...]
-    """Name of each reference: what has the same name is the same picture, so its encoding may be kept."""
-    original_size: tuple[int, int]
-    """(height, width) in pixels of the target before the resize: the first of SDXL's size conditions."""
-    crop_top_left: tuple[int, int]
-    """(top, left) in pixels of the resized target: the second of SDXL's size conditions."""
-    encoded: EncodedSample | None = None
-    """What was encoded ahead, its subjects those of this sample."""
-
-
-@dataclass(frozen=True)
-class LoadingFailure:
-    """In place of a sample, or of the batch that it belongs to: what went wrong."""
-
-    message: str
-
-
-@dataclass
-class PairsBatch:
-    """A batch, padded to S subjects: a padding subject has present False, a zero box, phrase "" and zero pixels."""
-
-    numbers: Tensor
-    """int64 (B,), see ``TrainingSample``."""
-    weights: Tensor
-    """float32 (B,): 0 for a sample that shall not count, else 1."""
-    keys: list[str]
-    captions: list[str]
-    phrases: list[list[str]]
-    """B lists of S phrases."""
-    reference_ids: list[list[str]]
-    """B lists of S names, "" for padding."""
-    size: tuple[int, int]
-    """(H, W) of the training pictures."""
-    targets: Tensor | None
-    """float32 (B, 3, H, W) in [-1, 1]; None where they were encoded ahead."""
-    boxes: Tensor
-    """float32 (B, S, 4)."""
-    present: Tensor
-    """bool (B, S)."""
-    references: Tensor | None
-    """float32 (B, S, 3, h, w), as the image encoder takes them; None where they were encoded ahead."""
-    original_sizes: Tensor
-    """int64 (B, 2), (height, width)."""
-    crops_top_left: Tensor
-    """int64 (B, 2), (top, left)."""
-    draws: SampleDraws
-    """Everything random about the objective."""
-    encoded: EncodedPairs | None = None
-    """What was encoded ahead."""
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.keys)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairsBatch:
-        """The same batch with its tensors on a device (Lightning calls this)."""
-        return self._each(lambda tensors: tensors.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> PairsBatch:
-        """The same batch in page-locked memory (the data loader calls this)."""
-        return self._each(lambda tensors: tensors.pin_memory())
-
-    def _each(self, change: Callable[[Any], Any]) -> PairsBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{
-            name: change(value) for name, value in values.items()
-            if isinstance(value, Tensor | SampleDraws | EncodedPairs)
-        })  # fmt: skip
+from msdiffusion.training.samples.settings import SampleSettings
 
 
 @dataclass(frozen=True)
@@ -154,16 +62,10 @@ class PairsDataset(Dataset[TrainingSample]):
     Args:
         pairs: where they are read from.
         indices: int64 (n,), the pairs that belong to this dataset.
-        sizes: int64 (buckets, 2), width and height of the training pictures.
-        max_subjects: of a pair with more, this many are chosen at random (the first ones where nothing is changed).
-        buckets: int (len(pairs),), row of ``sizes`` for each pair; None where there is one size only.
-        augmentation: what is changed in training. None gives the same sample every time: centre crop, nothing changed,
-            subjects in the order of the file; as in validation, where a number of n or more marks a repetition that
-            shall not count (weight 0).
-        seed: of all chance.
-        minimum_visible: see ``choose_crop``.
-        cache_bytes: resized pairs are kept in memory up to this size, in every process that reads.
-        reference_frame: see ``read_pair``.
+        settings: how they become samples.
+        augmented: as in training. Otherwise the same sample every time: centre crop, nothing changed, subjects in the
+            order of the file; as in validation, where a number of n or more marks a repetition that shall not count
+            (weight 0).
         store: encodings made ahead; pictures that it stands for are not decoded.
     """
 
@@ -171,29 +73,19 @@ class PairsDataset(Dataset[TrainingSample]):
         self,
         pairs: Mixture,
         indices: np.ndarray,
-        sizes: np.ndarray,
-        max_subjects: int,
+        settings: SampleSettings,
         *,
-        buckets: np.ndarray | None = None,
-        augmentation: Augmentation | None = None,
-        seed: int = 0,
-        minimum_visible: float = 0.25,
-        cache_bytes: int = 0,
-        reference_frame: Literal["other", "target"] = "other",
+        augmented: bool = False,
         store: EncodingStore | None = None,
     ) -> None:
         self.pairs = pairs
         self.indices = indices
-        self.sizes = sizes
-        self.max_subjects = max_subjects
-        self.buckets = buckets
-        self.augmentation = augmentation
-        self.seed = seed
-        self.minimum_visible = minimum_visible
-        self.cache_bytes = cache_bytes
-        self.reference_frame = reference_frame
+        self.settings = settings
+        self.augmentation = settings.augmentation if augmented else None
         self.store = store
-        self._free_bytes = cache_bytes
+        # int (len(pairs),), row of the sizes for each pair; None where there is one size only
+        self.buckets = nearest_buckets(pairs.sizes, settings.sizes) if len(settings.sizes) > 1 else None
+        self._free_bytes = int(settings.cache_megabytes * 2**20)
         self._cache: dict[int, _ResizedPair] = {}
 
     def __len__(self) -> int:
@@ -202,30 +94,19 @@ class PairsDataset(Dataset[TrainingSample]):
 
     def reading(self, store: EncodingStore | None) -> PairsDataset:
         """The same pairs with encodings made ahead, or without."""
-        return PairsDataset(
-            self.pairs,
-            self.indices,
-            self.sizes,
-            self.max_subjects,
-            buckets=self.buckets,
-            augmentation=self.augmentation,
-            seed=self.seed,
-            minimum_visible=self.minimum_visible,
-            cache_bytes=self.cache_bytes,
-            reference_frame=self.reference_frame,
-            store=store,
-        )
+        augmented = self.augmentation is not None
+        return PairsDataset(self.pairs, self.indices, self.settings, augmented=augmented, store=store)
 
     def size_of(self, index: int) -> tuple[int, int]:
         """(width, height) in pixels of the training picture of a pair."""
-        width, height = self.sizes[0 if self.buckets is None else self.buckets[index]].tolist()
+        width, height = self.settings.sizes[0 if self.buckets is None else self.buckets[index]].tolist()
         return width, height
 
     def centred_target(self, pair: Pair, index: int) -> np.ndarray:
         """uint8 (H, W, 3): the target of a pair as every epoch shows it where the crop is the centre, and no flip."""
         crop = self.size_of(index)
         size = size_that_covers(*pair.target.size, crop)
-        (top, left), _ = choose_crop(pair.boxes, size, crop, self.minimum_visible, None)
+        (top, left), _ = choose_crop(pair.boxes, size, crop, self.settings.minimum_visible, None)
         return np.ascontiguousarray(_resize(pair.target, size)[top : top + crop[1], left : left + crop[0]])
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> list[TrainingSample | LoadingFailure]:
@@ -253,14 +134,14 @@ class PairsDataset(Dataset[TrainingSample]):
         number, index = item if isinstance(item, tuple) else (item, int(self.indices[item]))
         pair = self._resized(index)
         crop = self.size_of(index)
-        change, chances = self.augmentation, SampleChances.draw(self.seed, number, len(pair.phrases))
+        change, chances = self.augmentation, SampleChances.draw(self.settings.seed, number, len(pair.phrases))
         where = chances.crop if change is not None and change.crop == "random" else None
-        (top, left), kept = choose_crop(pair.boxes, pair.resized, crop, self.minimum_visible, where)
+        (top, left), kept = choose_crop(pair.boxes, pair.resized, crop, self.settings.minimum_visible, where)
         if change is not None:
             # the order decides nothing in the method, so the adapter must not learn any from the miner's habits
             kept = kept[np.argsort(chances.order[kept])]
             kept = drop_subjects(kept, change.subject_dropout, chances.dropout)
-        kept = kept[: self.max_subjects]
+        kept = kept[: self.settings.max_subjects]
         boxes = crop_boxes(pair.boxes[kept], pair.resized, (top, left), crop)
         target = None if pair.target is None else pair.target[top : top + crop[1], left : left + crop[0]]
         if change is not None and chances.flip < change.flip_probability:
@@ -277,7 +158,7 @@ class PairsDataset(Dataset[TrainingSample]):
         return TrainingSample(
             number=number,
             weight=1.0 if change is not None or number < len(self) else 0.0,
-            stream=(self.seed, OBJECTIVE, number) if change is not None else (0, VALIDATION, number_of(key)),
+            stream=(self.settings.seed, OBJECTIVE, number) if change is not None else (0, VALIDATION, number_of(key)),
             key=key,
             caption=pair.caption,
             size=(crop[1], crop[0]),
@@ -331,7 +212,7 @@ class PairsDataset(Dataset[TrainingSample]):
                 boxes=np.array([subject["target_box"] for subject in subjects], dtype=np.float32),
                 references=None,
             )
-        pair = self.pairs.read(index, self.reference_frame)
+        pair = self.pairs.read(index, self.settings.reference_frame)
         width, height = pair.target.size
         size = size_that_covers(width, height, crop)
         pixels = _resize(pair.target, size) if target else None

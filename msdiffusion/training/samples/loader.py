@@ -21,8 +21,9 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from msdiffusion.errors import DataError
+from msdiffusion.training.samples.batch import LoadingFailure, PairsBatch
 from msdiffusion.training.samples.collation import PairsCollator
-from msdiffusion.training.samples.dataset import LoadingFailure, PairsBatch, PairsDataset
+from msdiffusion.training.samples.dataset import PairsDataset
 from msdiffusion.training.samples.place import Place
 from msdiffusion.training.samples.plan import EpochPlan
 

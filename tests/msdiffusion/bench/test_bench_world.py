@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from msdiffusion import files
 from msdiffusion.bench import work, world
 from msdiffusion.bench.document import _short, comparisons, stacked_values
 from msdiffusion.bench.rows import ROWS
-from msdiffusion.bench.world import Settings, Unit, check_settings, finished_units, plan_units
+from msdiffusion.bench.units import Settings, Unit, plan_units
+from msdiffusion.bench.world import check_settings, finished_units
 from msdiffusion.cli import main
 from msdiffusion.errors import DataError, MSDiffusionError
 from msdiffusion.evaluation.measures import MEASURES, summarize_measures
@@ -191,7 +193,7 @@ def test_stale_rows_and_missing_seeds_stay_out_of_the_table(tmp_path, fake_model
     for seed in (0, 1):
         unit = Unit("shipped", seed)
         record = {"inputs": work.fingerprint(tmp_path, unit, fake_model), "training_seed": seed}
-        world.write_json(unit.folder(tmp_path) / "measures.json", record)
+        files.write_json(unit.folder(tmp_path) / "measures.json", record)
     assert list(finished_units(tmp_path, fake_model, [0])) == ["shipped"]
     assert len(finished_units(tmp_path, fake_model, [0, 1])["shipped"]) == 1  # it has no training seeds
     (tmp_path / "rows" / "no_masks").mkdir()
@@ -202,10 +204,10 @@ def test_stale_rows_and_missing_seeds_stay_out_of_the_table(tmp_path, fake_model
 
 
 def test_missing_weights_are_named(tmp_path):
-    with pytest.raises(MSDiffusionError, match=r"adapter\.safetensors is missing"):
-        work.hash_file(tmp_path / "adapter.safetensors")
+    with pytest.raises(MSDiffusionError, match=r"adapter\.safetensors cannot be read"):
+        files.file_sha256(tmp_path / "adapter.safetensors")
     with pytest.raises(MSDiffusionError, match="missing or empty"):
-        work.hash_folder(tmp_path / "nothing")
+        files.folder_sha256(tmp_path / "nothing")
 
 
 def test_the_model_is_looked_at_before_anything_is_written(tmp_path, capsys):
@@ -256,7 +258,7 @@ def running(group):
 
 
 def test_a_unit_that_can_not_be_done_says_so(tmp_path, capsys):
-    world.write_json(tmp_path / "settings.json", vars(SETTINGS))
+    files.write_json(tmp_path / "settings.json", vars(SETTINGS))
     assert work.main([str(tmp_path), "shipped", "0"]) == 2
     assert "error: " in capsys.readouterr().out
 

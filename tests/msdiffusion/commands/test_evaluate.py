@@ -38,7 +38,7 @@ def pixels(picture):
 
 @pytest.mark.parametrize("scale", [0.0, 0.8])
 def test_batches_draw_what_single_calls_draw(model, scale):
-    from msdiffusion.commands.evaluate import picture_maker
+    from msdiffusion.evaluation.drawing import picture_maker
 
     cases = draw_cases(5, seed=3, shares=(0.5, 0.5))
     assert len({len(case.subjects) for case in cases}) == 2
@@ -61,7 +61,7 @@ def test_batches_draw_what_single_calls_draw(model, scale):
 
 
 def test_switching_the_adapter_off_changes_pictures_not_noise(model):
-    from msdiffusion.commands.evaluate import picture_maker
+    from msdiffusion.evaluation.drawing import picture_maker
 
     cases = draw_cases(1, seed=3, shares=(1.0,))
     settings = {"steps": 2, "guidance_scale": 1.0, "batch_size": 1, "label": "test"}
@@ -71,7 +71,7 @@ def test_switching_the_adapter_off_changes_pictures_not_noise(model):
 
 
 def test_bfloat16_draws_nearly_the_same(model):
-    from msdiffusion.commands.evaluate import picture_maker
+    from msdiffusion.evaluation.drawing import picture_maker
 
     cases = draw_cases(2, seed=3, shares=(0.0, 1.0))
     settings = {"scale": 1.0, "steps": 2, "guidance_scale": 3.0, "batch_size": 2, "label": "test"}
@@ -106,7 +106,7 @@ def test_command_leaves_scores_grid_page_and_pictures(tiny_model_dir, judge_dir,
 @pytest.mark.slow
 def test_the_shipped_adapter_brings_the_colours_of_its_references():
     """A small version of the figure in the README: few subjects, few steps, fixed noise."""
-    from msdiffusion.commands.evaluate import picture_maker
+    from msdiffusion.evaluation.drawing import picture_maker
     from msdiffusion.evaluation.instruments.judge import Judge
     from msdiffusion.evaluation.world import mark_readings, read_pictures
     from msdiffusion.generation.generate import MSDiffusion
@@ -138,7 +138,7 @@ def test_bad_input_is_one_clear_line(arguments, message, tmp_path, capsys):
 
 
 def test_grids_show_every_size_of_set():
-    from msdiffusion.commands.evaluate import varied
+    from msdiffusion.evaluation.drawing import varied
 
     cases = draw_cases(40, seed=5, size=16)
     chosen = varied(cases, 6)
@@ -148,7 +148,7 @@ def test_grids_show_every_size_of_set():
 
 @pytest.mark.parametrize("regions", ["boxes", "masks", "auto_layout"])
 def test_every_kind_of_region_draws_the_same_in_a_batch(model, regions):
-    from msdiffusion.commands.evaluate import picture_maker
+    from msdiffusion.evaluation.drawing import picture_maker
 
     cases = draw_cases(pictures=40, seed=3, shares=(0.0, 1.0))
     short = [case for case in cases if len(case.prompt) < 34][:2]  # the miniature's tokenizer spells words out
@@ -161,7 +161,7 @@ def test_every_kind_of_region_draws_the_same_in_a_batch(model, regions):
 
 def test_regions_change_the_picture_where_they_should(model):
     """Auto layout follows the boxes for four steps, so it differs after the fifth one only; masks differ at once."""
-    from msdiffusion.commands.evaluate import picture_maker
+    from msdiffusion.evaluation.drawing import picture_maker
 
     case = next(c for c in draw_cases(pictures=40, seed=3, shares=(1.0,)) if len(c.prompt) < 30)
     settings = {"scale": 1.0, "guidance_scale": 3.0, "label": "test", "batch_size": 1}
@@ -176,8 +176,8 @@ def test_regions_change_the_picture_where_they_should(model):
 
 
 def test_unknown_regions_are_refused(model):
-    from msdiffusion.commands.evaluate import picture_maker
     from msdiffusion.errors import RequestError
+    from msdiffusion.evaluation.drawing import picture_maker
 
     with pytest.raises(RequestError, match="regions must be"):
         picture_maker(model, scale=1, steps=1, guidance_scale=1, batch_size=1, label="", regions="circles")

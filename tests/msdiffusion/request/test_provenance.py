@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from msdiffusion import files
 from msdiffusion.errors import LayoutError, PhraseError, RequestError
 from msdiffusion.request.provenance import (
     KEY,
@@ -289,7 +290,7 @@ def test_a_picture_that_cannot_be_written(folder):
 
 def test_a_reference_that_cannot_be_read(folder):
     with pytest.raises(RequestError, match="cannot be read"):
-        provenance.file_sha256(folder / "nothing.png")
+        files.file_sha256(folder / "nothing.png")
     with pytest.raises(RequestError, match="cannot be read"):
         request_record({"images": [folder / "nothing.png"], "prompt": "x"}, folder, embed=True)
 

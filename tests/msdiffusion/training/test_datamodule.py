@@ -10,7 +10,7 @@ import torch
 from msdiffusion.errors import DataError, RequestError
 from msdiffusion.training import datamodule as datamodule_file
 from msdiffusion.training.datamodule import PairsDataModule
-from msdiffusion.training.local_sgd import RANK, WORLD
+from msdiffusion.training.processes import RANK, WORLD
 from msdiffusion.training.samples.encoded import EncodedSample
 
 

@@ -16,8 +16,9 @@ import torch
 
 from msdiffusion.adapter.adapter import MSAdapter
 from msdiffusion.training.datamodule import PairsDataModule
+from msdiffusion.training.learning.sharding import is_sharded, whole_weights
 from msdiffusion.training.module import MSDiffusionModule
-from msdiffusion.training.strategies import ShardedAdapter, is_sharded, whole_weights
+from msdiffusion.training.strategies import ShardedAdapter
 
 RESAMPLER = {"width": 32, "depth": 1, "heads": 2, "head_width": 16}
 GLOBAL_BATCH = 4

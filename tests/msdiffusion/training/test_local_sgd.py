@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from msdiffusion.training.local_sgd import WeightAveraging, exchanged_weights, main, process_rank
+from msdiffusion.training.local_sgd import WeightAveraging, exchanged_weights, main
+from msdiffusion.training.processes import process_rank
 
 
 def test_an_ordinary_run_is_rank_zero_and_untouched():
@@ -57,7 +58,8 @@ def test_two_processes_end_with_the_mean_of_their_weights(tmp_path):
         import sys, torch
         from types import SimpleNamespace
         from msdiffusion.training.run.failures import FailureGuard
-        from msdiffusion.training.local_sgd import WeightAveraging, process_rank
+        from msdiffusion.training.local_sgd import WeightAveraging
+        from msdiffusion.training.processes import process_rank
         from msdiffusion.training.run.progress import RunProgress
         class Model(torch.nn.Linear):
             elapsed = 0.0

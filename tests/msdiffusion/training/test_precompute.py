@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from msdiffusion.errors import DataError, RequestError
 from msdiffusion.training import precompute
 from msdiffusion.training.datamodule import PairsDataModule
 from msdiffusion.training.encodings.frozen import precomputation
+from msdiffusion.training.encodings.keys import changing, part_keys
 from msdiffusion.training.encodings.store import open_store
 from msdiffusion.training.module import MSDiffusionModule
 from msdiffusion.training.samples.encoded import PARTS
@@ -101,7 +103,11 @@ def make_run(tiny_model_dir):
 
 def open_first(run, **settings):
     datamodule, module = run
-    return open_store(datamodule, module, datamodule.catalogues()[0])
+    keys = partial(part_keys, datamodule.samples, module.backbone, module.adapter.config)
+    never = changing(datamodule.samples.augmentation)
+    return open_store(
+        datamodule.catalogues()[0], never, keys, datamodule.encodings_folder, datamodule.encodings == "require"
+    )
 
 
 def files_of(pairs, part="*"):
@@ -376,8 +382,8 @@ def test_the_estimate_is_what_is_written(pairs, tiny_model_dir, tmp_path):
     config = write_config(tmp_path / "config.yaml", tiny_model_dir, pairs)
     datamodule, module = precompute.load_run(str(config), [], "cpu")
     work = precomputation.Precomputation(
-        datamodule, module, datamodule.catalogues()[0], parts=["latents", "references"], dtype="float16", out=None,
-        workers=0, batch_size=8,
+        datamodule.fixed_dataset(datamodule.catalogues()[0]), module.backbone, module.adapter.config,
+        module.prepare_references, parts=["latents", "references"], dtype="float16", out=None, workers=0, batch_size=8,
     )  # fmt: skip
     expected = work.bytes_per_pair()
     work.run(work.tasks(), progress=False)

@@ -16,15 +16,8 @@ from msdiffusion.adapter.adapter import MSAdapter
 from msdiffusion.adapter.resampler import ResamplerParams
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.own_memory import give_own_memory
-from msdiffusion.training.strategies import (
-    OffloadedAdapter,
-    ShardedAdapter,
-    check_precision,
-    is_sharded,
-    shard_adapter,
-    shard_unet,
-    whole_weights,
-)
+from msdiffusion.training.learning.sharding import is_sharded, shard_adapter, shard_unet, whole_weights
+from msdiffusion.training.strategies import OffloadedAdapter, ShardedAdapter, check_precision
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None

@@ -19,7 +19,8 @@ def test_every_word_of_the_world_is_one_token():
 
 def test_vocabulary_is_the_same_in_every_process():
     """Weights and tokenizer are made in different processes; the trainer this replaced broke ties at random."""
-    program = "from msdiffusion.training.embedded.networks import build_tokenizer as b; print(sorted(b().get_vocab().items()))"
+    module = "msdiffusion.training.embedded.networks"
+    program = f"from {module} import build_tokenizer; print(sorted(build_tokenizer().get_vocab().items()))"
     outputs = {
         subprocess.check_output([sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed})
         for seed in ("1", "2")

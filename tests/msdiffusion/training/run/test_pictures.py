@@ -17,14 +17,13 @@ from msdiffusion.training.run.pictures import (
     ValidationPictures,
     arrange,
     as_picture,
-    draw_batch,
     draw_samples,
     log_picture,
     picture_cell,
     picture_grid,
     progress_strip,
 )
-from msdiffusion.training.samples.dataset import TrainingSample
+from msdiffusion.training.samples.batch import TrainingSample
 
 
 @pytest.fixture
@@ -107,7 +106,7 @@ def test_validation_draws_what_generation_draws(run):
     trainer = run([], max_steps=1)
     module, [sample] = trainer.lightning_module, trainer.datamodule.validation_samples(1)
     settings = {"guidance_scale": 3.0, "scale": 0.7}
-    [drawn] = draw_batch(module, trainer.datamodule.collate([sample]), num_steps=2, seeds=[5], **settings)
+    [drawn] = module.draw_batch(trainer.datamodule.collate([sample]), num_steps=2, seeds=[5], **settings)
     model = MSDiffusion(module.backbone, module.trained_adapter)
     [generated] = model.generate(
         sample.references,
@@ -147,16 +146,15 @@ def test_samples_of_several_sizes_come_back_in_their_order():
         def to(self, device):
             return self
 
-    module, seen = SimpleNamespace(device="cpu"), []
+    seen = []
     samples = [SimpleNamespace(name=i, target=np.zeros((8, 8 + 8 * (i % 2), 3))) for i in range(4)]
 
-    def fake_draw(module, batch, **settings):
+    def fake_draw(batch, **settings):
         seen.append([sample.name for sample in batch])
         return [f"picture {sample.name}" for sample in batch]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("msdiffusion.training.run.pictures.draw_batch", fake_draw)
-        drawn = draw_samples(module, SimpleNamespace(collate=Batch), samples, seed=0)
+    module = SimpleNamespace(device="cpu", draw_batch=fake_draw)
+    drawn = draw_samples(module, SimpleNamespace(collate=Batch), samples, seed=0)
     assert drawn == [f"picture {i}" for i in range(4)]
     assert seen == [[0, 2], [1, 3]]
 

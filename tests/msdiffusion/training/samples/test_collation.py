@@ -6,11 +6,13 @@ import torch
 
 from msdiffusion.errors import DataError
 from msdiffusion.training.catalogue import read_catalogue
+from msdiffusion.training.samples.batch import LoadingFailure
 from msdiffusion.training.samples.collation import PairsCollator
-from msdiffusion.training.samples.dataset import LoadingFailure, PairsDataset
+from msdiffusion.training.samples.dataset import PairsDataset
 from msdiffusion.training.samples.draws import OBJECTIVE, SampleDraws, generator_for
 from msdiffusion.training.samples.encoded import EncodedSample
 from msdiffusion.training.samples.mixture import Mixture
+from msdiffusion.training.samples.settings import SampleSettings
 
 SHAPES = {(64, 64): (4, 8, 8)}
 
@@ -38,7 +40,7 @@ def pairs(pairs_dir):
 
 @pytest.fixture(scope="module")
 def dataset(pairs):
-    return PairsDataset(pairs, np.arange(len(pairs)), np.array([[64, 64]]), 3)
+    return PairsDataset(pairs, np.arange(len(pairs)), SampleSettings(resolution=64, max_subjects=3))
 
 
 def test_batch_is_padded(dataset, pairs):
@@ -63,9 +65,8 @@ def test_batch_is_padded(dataset, pairs):
 
 
 def test_chance_of_a_batch_is_that_of_its_samples(pairs):
-    from msdiffusion.training.samples.augmentation import Augmentation
 
-    dataset = PairsDataset(pairs, np.arange(24), np.array([[64, 64]]), 3, augmentation=Augmentation(), seed=5)
+    dataset = PairsDataset(pairs, np.arange(24), SampleSettings(resolution=64, max_subjects=3, seed=5), augmented=True)
     collate = PairsCollator(3, mean_colors, SHAPES)
     together = collate([dataset[7, 3], dataset[8, 4]]).draws
     alone = collate([dataset[8, 4]]).draws

@@ -7,11 +7,12 @@ import torch
 from msdiffusion.errors import DataError
 from msdiffusion.training.catalogue import read_catalogue
 from msdiffusion.training.samples.augmentation import Augmentation
-from msdiffusion.training.samples.cropping import bucket_sizes, nearest_buckets
-from msdiffusion.training.samples.dataset import LoadingFailure, PairsDataset
+from msdiffusion.training.samples.batch import LoadingFailure
+from msdiffusion.training.samples.dataset import PairsDataset
 from msdiffusion.training.samples.draws import OBJECTIVE, VALIDATION, number_of
 from msdiffusion.training.samples.encoded import EncodedSample
 from msdiffusion.training.samples.mixture import Mixture
+from msdiffusion.training.samples.settings import SampleSettings
 
 LAYOUT = [(0.02 + 0.12 * i, 0.1, 0.12 + 0.12 * i, 0.9) for i in range(8)]
 """Eight subjects side by side."""
@@ -50,12 +51,18 @@ def crowd(shard_writer, tmp_path):
     return Mixture([read_catalogue(str(tmp_path))])
 
 
-def make(pairs, resolution=64, max_subjects=4, *, sizes=None, validation=False, **settings):
+class Landscape(SampleSettings):
+    """All pictures 96 x 64."""
+
+    sizes = np.array([[96, 64]])
+
+
+def make(pairs, resolution=64, max_subjects=4, *, validation=False, kind=SampleSettings, **settings):
     """A dataset of squares; settings of ``Augmentation`` are sorted out."""
     names = set(Augmentation.__dataclass_fields__) & set(settings)
-    augmentation = None if validation else Augmentation(**{name: settings.pop(name) for name in names})
-    sizes = bucket_sizes(resolution, resolution) if sizes is None else sizes
-    return PairsDataset(pairs, np.arange(len(pairs)), sizes, max_subjects, augmentation=augmentation, **settings)
+    augmentation = Augmentation(**{name: settings.pop(name) for name in names})
+    settings = kind(resolution=resolution, max_subjects=max_subjects, augmentation=augmentation, **settings)
+    return PairsDataset(pairs, np.arange(len(pairs)), settings, augmented=not validation)
 
 
 def test_sample_at_training_resolution(pairs):
@@ -73,9 +80,7 @@ def test_sample_at_training_resolution(pairs):
 @pytest.mark.parametrize("flip_probability", [0.0, 1.0])
 @pytest.mark.parametrize("step", [0, 16])
 def test_boxes_and_references_stay_with_their_subjects(pairs, flip_probability, step):
-    sizes = bucket_sizes(64, step or 64)
-    buckets = nearest_buckets(pairs.sizes, sizes)
-    dataset = make(pairs, sizes=sizes, buckets=buckets, crop="random", flip_probability=flip_probability)
+    dataset = make(pairs, bucket_step=step, crop="random", flip_probability=flip_probability)
     orders = set()
     for sample in (dataset[number, index] for index in range(len(dataset)) for number in range(4)):
         height, width = sample.size
@@ -137,7 +142,7 @@ def test_one_setting_moves_nothing_that_another_decides(crowd):
 def test_eight_subjects(crowd):
     sample = make(crowd, 64, 8)[3, 0]
     assert sorted(sample.phrases) == [f"subject {i}" for i in range(1, 7)]  # the outer two are cut away by the square
-    wide = make(crowd, 64, 8, sizes=np.array([[96, 64]]))[3, 0]
+    wide = make(crowd, 64, 8, kind=Landscape)[3, 0]
     assert sorted(wide.phrases) == [f"subject {i}" for i in range(8)]
     assert wide.phrases != tuple(sorted(wide.phrases))
     expected = np.array([LAYOUT[int(phrase[-1])] for phrase in wide.phrases])
@@ -145,7 +150,7 @@ def test_eight_subjects(crowd):
 
 
 def test_dropped_subjects_lose_box_and_reference_but_not_their_place_in_the_caption(crowd):
-    dataset = make(crowd, 64, 8, sizes=np.array([[96, 64]]), subject_dropout=0.4)
+    dataset = make(crowd, 64, 8, kind=Landscape, subject_dropout=0.4)
     samples = [dataset[number, 0] for number in range(60)]
     counts = [len(sample.phrases) for sample in samples]
     assert min(counts) >= 1
@@ -200,20 +205,20 @@ def test_no_more_subjects_than_asked_for(pairs):
 
 
 def test_memory_cache_gives_the_same_and_keeps_to_its_size(pairs):
-    cached, fresh = (make(pairs, validation=True, cache_bytes=size) for size in (2**24, 0))
+    cached, fresh = (make(pairs, validation=True, cache_megabytes=size) for size in (16, 0))
     for _ in range(2):
         for i in range(len(pairs)):
             np.testing.assert_array_equal(cached[i].target, fresh[i].target)
     assert len(cached._cache) == len(pairs)
     assert not fresh._cache
-    small = make(pairs, validation=True, cache_bytes=100_000)
+    small = make(pairs, validation=True, cache_megabytes=0.1)
     for i in range(len(pairs)):
         small[i]
     assert 0 < sum(pair.num_bytes for pair in small._cache.values()) <= 100_000
 
 
 def test_cached_pairs_are_not_changed_by_reading_them(pairs):
-    dataset = make(pairs, **EVERYTHING, cache_bytes=2**24)
+    dataset = make(pairs, **EVERYTHING, cache_megabytes=16)
     dataset[1]
     boxes, target = dataset._cache[1].boxes.copy(), dataset._cache[1].target.copy()
     reference = np.array(dataset._cache[1].references[0])

@@ -12,13 +12,13 @@ import torch
 
 from msdiffusion.errors import DataError
 from msdiffusion.training.catalogue import read_catalogue
-from msdiffusion.training.samples.augmentation import Augmentation
 from msdiffusion.training.samples.collation import PairsCollator
 from msdiffusion.training.samples.dataset import PairsDataset
 from msdiffusion.training.samples.loader import FixedSampler, PairsLoader, PlanSampler, make_loader
 from msdiffusion.training.samples.mixture import Mixture
 from msdiffusion.training.samples.place import Place
 from msdiffusion.training.samples.plan import EpochPlan, PlannedDataset, padded_order
+from msdiffusion.training.samples.settings import SampleSettings
 
 BOX = [(0.1, 0.1, 0.9, 0.9)]
 
@@ -35,7 +35,7 @@ def pairs(pairs_dir):
 
 @pytest.fixture(scope="module")
 def dataset(pairs):
-    return PairsDataset(pairs, np.arange(24), np.array([[16, 16]]), 2, augmentation=Augmentation())
+    return PairsDataset(pairs, np.arange(24), SampleSettings(resolution=16, max_subjects=2), augmented=True)
 
 
 @pytest.fixture
@@ -126,7 +126,9 @@ def damaged(shard_writer, tmp_path):
     start = [i for i in range(len(content)) if content[i : i + 3] == b"\xff\xd8\xff"][1]
     content[start : start + 200] = bytes(200)
     shard.write_bytes(content)
-    return PairsDataset(Mixture([read_catalogue(str(tmp_path))]), np.arange(4), np.array([[16, 16]]), 2)
+    return PairsDataset(
+        Mixture([read_catalogue(str(tmp_path))]), np.arange(4), SampleSettings(resolution=16, max_subjects=2)
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -141,7 +143,7 @@ def test_a_damaged_pair_arrives_as_the_readers_words(damaged, make, workers):
 
 
 def test_validation_is_shared_and_padded(make, pairs):
-    data = PairsDataset(pairs, np.arange(9), np.array([[16, 16]]), 2)
+    data = PairsDataset(pairs, np.arange(9), SampleSettings(resolution=16, max_subjects=2))
     numbers, indices = padded_order(np.arange(9), 2, 2)
     loaders = [make(FixedSampler(numbers, indices, rank, 2), data, batch_size=2) for rank in range(2)]
     batches = [list(loader) for loader in loaders]

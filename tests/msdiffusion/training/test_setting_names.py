@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from msdiffusion.errors import RequestError
-from msdiffusion.training.run.setting_names import COMMANDS, check_arguments, pairs_of, parameters, with_configs
+from msdiffusion.training.setting_names import COMMANDS, check_arguments, pairs_of, parameters, with_configs
 
-ROOT = Path(__file__).parents[4]
+ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 MSD = ("-c", str(ROOT / "configs" / "msd.yaml"))
 

@@ -1,0 +1,130 @@
+"""Held-out cases drawn by a model, in batches of equally many subjects: the one file here that knows the generator."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from msdiffusion.errors import RequestError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from msdiffusion.evaluation.world import PictureMaker, WorldCase
+    from msdiffusion.generation.generate import MSDiffusion
+
+
+def picture_maker(
+    model: MSDiffusion,
+    *,
+    scale: float,
+    steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    label: str,
+    precision: str = "float32",
+    regions: str = "boxes",
+) -> PictureMaker:
+    """A callable that draws one picture per case with one scale of the adapter, several cases at a time.
+
+    The noise of a case depends on its own seed only: the same for every scale, batch size and order. Cases are drawn
+    together with others of as many subjects, so that nothing is padded.
+
+    Args:
+        model: the generator.
+        scale: of the adapter; 0 switches it off.
+        steps: denoising steps.
+        guidance_scale: weight against the empty prompt.
+        batch_size: cases drawn at once at most.
+        label: of the progress bar.
+        precision: "float32", or "bfloat16" for matrix products and convolutions in bfloat16, all else in float32.
+        regions: where subjects are shown: in their "boxes"; in the "masks" of the true render; or, from the fifth step
+            on, where the text's attention is: "auto_layout".
+
+    Raises:
+        RequestError: unknown regions.
+    """
+    if regions not in ("boxes", "masks", "auto_layout"):
+        raise RequestError(f'regions must be "boxes", "masks" or "auto_layout", got {regions!r}')
+
+    def make(cases: Sequence[WorldCase]) -> list[Image.Image]:
+        from tqdm import tqdm
+
+        pictures: dict[int, Image.Image] = {}
+        with tqdm(total=len(cases), desc=label, unit="picture") as bar:
+            for batch in _batches(cases, batch_size):
+                drawn = _draw(
+                    [cases[index] for index in batch], model, scale, steps, guidance_scale, precision, regions
+                )
+                pictures.update(zip(batch, drawn, strict=True))
+                bar.update(len(batch))
+        return [pictures[index] for index in range(len(cases))]
+
+    return make
+
+
+def picture_side(model: MSDiffusion) -> int:
+    """Side in pixels of the pictures that the base model was made for."""
+    return model.backbone.unet.config.sample_size * model.backbone.latent_factor
+
+
+def _batches(cases: Sequence[WorldCase], batch_size: int) -> list[list[int]]:
+    """Indices of the cases in batches of one number of subjects."""
+    by_count: dict[int, list[int]] = {}
+    for index, case in enumerate(cases):
+        by_count.setdefault(len(case.subjects), []).append(index)
+    return [
+        indices[first : first + batch_size]
+        for _, indices in sorted(by_count.items())
+        for first in range(0, len(indices), batch_size)
+    ]
+
+
+def _draw(
+    cases: Sequence[WorldCase],
+    model: MSDiffusion,
+    scale: float,
+    steps: int,
+    guidance_scale: float,
+    precision: str,
+    regions: str,
+) -> list[Image.Image]:
+    """One batch of the denoiser with another prompt, layout and seed for every picture."""
+    import torch
+
+    from msdiffusion.request.request import check_request
+
+    requests = [
+        check_request(
+            case.references,
+            case.boxes,
+            case.prompt,
+            case.phrases,
+            masks=list(case.masks) if regions == "masks" else None,
+            scale=scale,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            auto_layout=regions == "auto_layout",
+            seed=case.seed,
+        )
+        for case in cases
+    ]
+    with torch.autocast(model.adapter.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="these weights ")  # what they can't do is measured on purpose
+            results = model.generate_batch(requests, progress=False, batch_size=len(requests))
+    return [result.pictures[0] for result in results]
+
+
+def varied(cases: Sequence[WorldCase], count: int) -> list[int]:
+    """Indices of up to `count` cases, as evenly over the numbers of subjects as there are cases, in their order."""
+    by_size: dict[int, list[int]] = {}
+    for index, case in enumerate(cases):
+        by_size.setdefault(len(case.subjects), []).append(index)
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(cases)):
+        for queue in by_size.values():
+            if queue and len(chosen) < count:
+                chosen.append(queue.pop(0))
+    return sorted(chosen, key=lambda index: (len(cases[index].subjects), index))

@@ -1,0 +1,110 @@
+"""What an evaluation leaves: scores, pictures and a page, and what they were made with."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msdiffusion.evaluation.drawing import varied
+from msdiffusion.files import file_sha256, written
+from msdiffusion.places import shown
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from msdiffusion.evaluation.instruments.judge import Judge
+    from msdiffusion.evaluation.world import WorldCase
+
+
+GRID_CASES = 12
+
+
+def write_results(
+    out: Path,
+    cases: Sequence[WorldCase],
+    report: Mapping[str, Any],
+    pictures: Mapping[str, Sequence[Image.Image]],
+    judge: Judge,
+    *,
+    title: str,
+    introduction: str,
+    facts: Mapping[str, Any],
+    links: Mapping[str, str] | None = None,
+) -> None:
+    """Leaves scores.json, grid.png, index.html and pictures/CONDITION/NUMBER.png in `out`.
+
+    Args:
+        out: folder, made if need be; files of these names are replaced.
+        cases, report, pictures: from `evaluate_world`.
+        judge: marks the pictures of the grid.
+        title, introduction: of the page.
+        facts: what else scores.json and the page tell: command, files, settings, times.
+        links: label to address of further pages beside this one.
+    """
+    from msdiffusion.evaluation.report import GridRow, draw_grid, write_page
+    from msdiffusion.evaluation.world import read_pictures
+
+    out.mkdir(parents=True, exist_ok=True)
+    scores = {**{key: report[key] for key in report if key != "questions"}, **facts, "questions": report["questions"]}
+    with written(out / "scores.json") as file:
+        file.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    for condition, made in pictures.items():
+        folder = out / "pictures" / condition
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, picture in enumerate(made):
+            with written(folder / f"{index:04d}.png") as file:
+                picture.save(file)
+    chosen = varied(cases, GRID_CASES)
+    columns = [cases[index] for index in chosen]
+    rows = []
+    for condition, made in pictures.items():
+        shown_pictures = [made[index] for index in chosen]
+        readings = read_pictures(judge, columns, shown_pictures)
+        rows.append(GridRow(condition.replace("_", " "), shown_pictures, readings))
+    grid = draw_grid(columns, rows)
+    with written(out / "grid.png") as file:
+        grid.save(file, optimize=True)
+    with written(out / "index.html") as file:
+        write_page(
+            file,
+            title=title,
+            introduction=introduction,
+            scores=report,
+            pictures=[
+                ("Pictures: what the judge reads is green where it is right, of a colour either of its two", grid)
+            ],
+            details={label: value if isinstance(value, str) else json.dumps(value) for label, value in facts.items()},
+            links=links or {},
+        )
+
+
+def command_line() -> str:
+    """The command that is running, as one would type it."""
+    arguments = [shown(part) if Path(part).is_absolute() else part for part in sys.argv[1:]]
+    return shlex.join([Path(sys.argv[0]).name, *arguments])
+
+
+def describe_file(path: Path) -> dict[str, str]:
+    """Path and sha256 of a file; no sum where it isn't a local file (a hub name)."""
+    if not path.is_file():
+        return {"path": shown(path.parent)}
+    return {"path": shown(path), "sha256": file_sha256(path)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("msdiffusion", "torch", "diffusers", "transformers")}
+
+
+def device() -> str:
+    """What computes here, in words."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
