@@ -25,8 +25,8 @@ start = time.perf_counter()
 import torch, diffusers, transformers
 from msdiffusion import MSDiffusion
 from msdiffusion.backbone.backbone import quiet_loading
-from msdiffusion.adapter.adapter import adapter
-from msdiffusion.backbone.backbone import backbone
+from msdiffusion.adapter import adapter
+from msdiffusion.backbone import backbone
 from PIL import Image
 copy, copying = backbone.give_own_memory if {copies!r} else lambda *modules: None, 0
 def timed(*modules):

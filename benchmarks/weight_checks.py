@@ -71,7 +71,8 @@ def main() -> None:
 
     from data_pipeline.models import weights
     from msdiffusion import MSDiffusion
-    from msdiffusion.backbone.backbone import pretrained, quiet_loading
+    from msdiffusion.backbone import pretrained
+    from msdiffusion.backbone.backbone import quiet_loading
     from msdiffusion.own_memory import give_own_memory
     from msdiffusion.places import DEFAULT_MODEL
 

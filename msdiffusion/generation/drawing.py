@@ -462,8 +462,3 @@ def with_own_scheduler(pipeline: Any) -> Any:
     own = object.__new__(type(kind.__name__, (kind,), {"scheduler": property(lambda _: scheduler, replace)}))
     own.__dict__ = pipeline.__dict__
     return own
-
-
-def first_given(*values: Any) -> Any:
-    """The first value that is not None."""
-    return next(value for value in values if value is not None)

@@ -272,3 +272,8 @@ def check_auto_layout_start(subjects: Subjects, steps: int) -> None:
             )
     if late:
         warn_caller(f"auto_layout has no effect: it starts at step {late[0][0]}, but there are {steps} steps")
+
+
+def first_given(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next(value for value in values if value is not None)

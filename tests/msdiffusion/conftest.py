@@ -119,7 +119,7 @@ def loaded_once(request, monkeypatch, networks_by_files):
     """
     if "shifted" in request.fixturenames:
         return
-    from msdiffusion.backbone.backbone import pretrained
+    from msdiffusion.backbone import pretrained
 
     read = pretrained.load_network
 

@@ -15,8 +15,8 @@ from diffusers import (
 from diffusers.models import ControlNetModel
 from PIL import Image
 
+from msdiffusion.backbone import backbone as backbone_module
 from msdiffusion.backbone.backbone import Backbone, default_device, flatten, quiet_loading
-from msdiffusion.backbone.backbone import backbone as backbone_module
 from msdiffusion.errors import RequestError, WeightsError
 
 WHITE = (255, 255, 255)

@@ -4,8 +4,8 @@ import pytest
 import spacy
 
 from msdiffusion.errors import PhraseError
+from msdiffusion.request import phrases
 from msdiffusion.request.phrases import beyond_limit, find_in_prompt, find_phrases, noun_phrases, token_span
-from msdiffusion.request.request import phrases
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from msdiffusion import files
 from msdiffusion.errors import LayoutError, PhraseError, RequestError
+from msdiffusion.request import provenance
 from msdiffusion.request.provenance import (
     KEY,
     SCHEMA,
@@ -20,7 +21,6 @@ from msdiffusion.request.provenance import (
     same_request,
     save_png,
 )
-from msdiffusion.request.request import provenance
 from msdiffusion.request.request_file import check_entry
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load
 from msdiffusion.errors import DataError, RequestError
 from msdiffusion.training import precompute
 from msdiffusion.training.datamodule import PairsDataModule
-from msdiffusion.training.encodings.frozen import precomputation
+from msdiffusion.training.encodings import precomputation
 from msdiffusion.training.encodings.keys import changing, part_keys
 from msdiffusion.training.encodings.store import open_store
 from msdiffusion.training.module import MSDiffusionModule

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from msdiffusion.training.catalogue import read_catalogue
+from msdiffusion.training.encodings import store as encoding_store
 from msdiffusion.training.encodings.files import PartWriter, file_name, shard_stamp
-from msdiffusion.training.encodings.frozen import store as encoding_store
 from msdiffusion.training.encodings.store import ShardEncodings, content_of, encodings_root, incomplete, unusable
 from msdiffusion.training.samples.mixture import MixedStore, Mixture
 
