@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.safe_text import visible
-from msdiffusion.bench.world import check_model, command_line
-from msdiffusion.evaluation.results import device
+from msdiffusion.bench.world import check_model
+from msdiffusion.evaluation.results import command_line, device
 from msdiffusion.files import file_sha256, write_json, written
 from msdiffusion.places import shown
 

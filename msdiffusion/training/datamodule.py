@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from msdiffusion.errors import DataError, RequestError
 from msdiffusion.training.catalogue import Catalogue, read_catalogue, split_by_key
-from msdiffusion.training.encodings.keys import changing, part_keys
+from msdiffusion.training.encodings.keys import PartKey, changing, part_keys
 from msdiffusion.training.encodings.store import open_store
 from msdiffusion.training.pairs.remote import ShardCache
 from msdiffusion.training.processes import WORLD, process_rank
@@ -21,7 +20,7 @@ from msdiffusion.training.samples.augmentation import Augmentation
 from msdiffusion.training.samples.batch import PairsBatch, TrainingSample
 from msdiffusion.training.samples.collation import PairsCollator
 from msdiffusion.training.samples.dataset import PairsDataset
-from msdiffusion.training.samples.encoded import EncodingStore
+from msdiffusion.training.samples.encoded import EncodingStore, Part
 from msdiffusion.training.samples.loader import FixedSampler, PairsLoader, PlanSampler, make_loader
 from msdiffusion.training.samples.mixture import MixedStore, Mixture
 from msdiffusion.training.samples.place import Place, resumed_place
@@ -323,7 +322,10 @@ class PairsDataModule(pl.LightningDataModule):
         if self.encodings == "off":
             return None
         model = self.trainer.lightning_module
-        keys = functools.partial(part_keys, self.samples, model.backbone, model.adapter.config)
+
+        def keys() -> dict[Part, PartKey]:
+            return part_keys(self.samples, model.backbone, model.adapter.config)
+
         stores = [
             open_store(
                 catalogue, changing(self.samples.augmentation), keys, self.encodings_folder, self.encodings == "require"

@@ -30,10 +30,10 @@ def test_page_curves_and_pictures(tmp_path, tiny_model_dir, monkeypatch):
     monkeypatch.setattr(explore, "SHIFTS", (1.0, 0.5))
     monkeypatch.setattr(explore, "STRANGE_BOXES", {"tiny": explore.STRANGE_BOXES["tiny"]})
     prompts = []
-    from msdiffusion.commands import evaluate
+    from msdiffusion.evaluation import drawing
 
-    original = evaluate._draw
-    monkeypatch.setattr(evaluate, "_draw", lambda cases, *rest: prompts.extend(cases) or original(cases, *rest))
+    original = drawing._draw
+    monkeypatch.setattr(drawing, "_draw", lambda cases, *rest: prompts.extend(cases) or original(cases, *rest))
     arguments = ["--model", str(model), "--out", str(tmp_path / "out"), "--document", str(page), "--pictures", "2"]
     assert main(["bench", "explore", *arguments]) == 0
     points = json.loads((tmp_path / "out" / "points.json").read_text())
