@@ -257,7 +257,7 @@ def test_embedded_references(folder):
 
 
 def test_a_picture_of_too_many_pixels(folder, monkeypatch):
-    monkeypatch.setattr("msdiffusion.pictures.MAX_PIXELS", 32)
+    monkeypatch.setattr("msdiffusion.request.pictures.MAX_PIXELS", 32)
     with pytest.raises(RequestError, match="dog.png' has more than 32 pixels, the most that are read"):
         read_request_file(written(folder, one()))
 
