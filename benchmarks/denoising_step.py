@@ -36,10 +36,11 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
 
-from msdiffusion.adapter.adapter import MSAdapter, cross_attentions
+from msdiffusion.adapter.adapter import MSAdapter
 from msdiffusion.adapter.auto_layout import AutoLayout
 from msdiffusion.adapter.loading import load_adapter
 from msdiffusion.adapter.resampler import ResamplerParams
+from msdiffusion.attention.unet import cross_attentions
 from msdiffusion.places import DEFAULT_MODEL
 
 SDXL = {

@@ -6,7 +6,6 @@ width.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from torch import Tensor, nn
 
 from data_pipeline.models.weights import fill, read_tensors
@@ -23,12 +21,11 @@ from msdiffusion.adapter.condition import SubjectCondition
 from msdiffusion.adapter.config import CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig, read_checkpoint
 from msdiffusion.adapter.official import from_record, read_record, to_record, write_record
 from msdiffusion.adapter.resampler import GlobalProjector, GroundingResampler, ResamplerParams
+from msdiffusion.attention.binding import install, is_installed
+from msdiffusion.attention.control import Backend
 from msdiffusion.attention.unet import (
-    Backend,
-    MultiSubjectAttnProcessor,
-    MultiSubjectIPAdapterAttnProcessor,
-    SubjectBinder,
-    TransparentAttnProcessor,
+    cross_attentions,
+    layer_name,
 )
 from msdiffusion.errors import LayoutError, RequestError, WeightsError, reason, refused_weights
 from msdiffusion.files import written
@@ -139,42 +136,12 @@ class MSAdapter(nn.Module):
             WeightsError: the UNet is of another architecture.
             RequestError: unknown backend.
         """
-        if backend not in ("sdpa", "softmax"):
-            raise RequestError(f'backend must be "sdpa" or "softmax", got {backend!r}')
-        unet = getattr(unet, "_orig_mod", unet)  # torch.compile(unet) wraps it; hooks belong on the inner one
         self.check_unet(unet)
-        numbers, widths = {}, Counter[int]()
-        for layer, projection in self.layers.items():
-            width = projection.to_k.out_features
-            numbers[layer] = torch.tensor([widths[width]])
-            widths[width] += 1
-        processors: dict[str, Any] = {}
-        for name, present in unet.attn_processors.items():
-            layer = _layer_name(name)
-            if isinstance(present, IPAdapterAttnProcessor2_0):
-                processors[name] = MultiSubjectIPAdapterAttnProcessor(present, layer, backend, numbers[layer])
-                continue
-            ours = isinstance(present, (MultiSubjectAttnProcessor, TransparentAttnProcessor))
-            base = present.base if ours else present
-            plain = base is None or isinstance(base, (AttnProcessor, AttnProcessor2_0))
-            if layer in self.layers:
-                processors[name] = MultiSubjectAttnProcessor(layer, backend, None if plain else base, numbers[layer])
-            else:
-                own = AttnProcessor2_0() if backend == "sdpa" else AttnProcessor()
-                processors[name] = TransparentAttnProcessor(own if plain else base)
-        unet.set_attn_processor(processors)
-        for handle, hook in list(unet._forward_pre_hooks.items()):
-            if isinstance(hook, SubjectBinder):
-                del unet._forward_pre_hooks[handle]
-                unet._forward_pre_hooks_with_kwargs.pop(handle, None)
-        attentions = cross_attentions(unet)
-        blocks = [unet.get_submodule(name.replace("/", ".").rpartition(".")[0]) for name in attentions]
-        unet.register_forward_pre_hook(SubjectBinder(list(attentions.values()), blocks), with_kwargs=True)
+        install(unet, {name: layer.to_k.out_features for name, layer in self.layers.items()}, backend)
 
     def is_installed(self, unet: UNet2DConditionModel) -> bool:
         """Whether every cross-attention layer of the UNet shows subjects."""
-        unet = getattr(unet, "_orig_mod", unet)
-        return any(isinstance(hook, SubjectBinder) and hook.in_place() for hook in unet._forward_pre_hooks.values())
+        return is_installed(unet)
 
     def forward(
         self,
@@ -348,7 +315,7 @@ class MSAdapter(nn.Module):
             WeightsError: something is missing, or a UNet of another architecture.
         """
         official = from_record(record, list(unet.attn_processors), head_width=head_width, source=source)
-        names = {key: _layer_name(name) for key, name in official.layer_names.items()}
+        names = {key: layer_name(name) for key, name in official.layer_names.items()}
         weights = {f"resampler.{name}": tensor for name, tensor in official.resampler.items()}
         for (key, part), tensor in official.layers.items():
             weights[f"layers.{names[key]}.{part}.weight"] = tensor
@@ -370,7 +337,7 @@ class MSAdapter(nn.Module):
                 f'an adapter with projector "{self.config.projector}" and regions "{self.config.regions}" is an '
                 'ablation that the official code cannot run; it needs "resampler" and "boxes"'
             )
-        processors = {_layer_name(name): name for name in unet.attn_processors}
+        processors = {layer_name(name): name for name in unet.attn_processors}
         weights = self.state_dict()
         layers = {
             processors.get(name, name): {part: weights[f"layers.{name}.{part}.weight"] for part in ("to_k", "to_v")}
@@ -412,32 +379,6 @@ class MSAdapter(nn.Module):
             fill(adapter, weights, source, assign=True)
         give_own_memory(adapter)
         return adapter
-
-
-def cross_attentions(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
-    """The UNet's cross-attention layers by name, in the order of ``unet.attn_processors``: down, up, mid.
-
-    Raises:
-        WeightsError: there are none, or they have parts that the processors do not know.
-    """
-    found = {}
-    for name in unet.attn_processors:
-        path = name.removesuffix(".processor")
-        if not path.endswith("attn2"):
-            continue
-        module = unet.get_submodule(path)
-        if any(
-            getattr(module, part, None) is not None for part in ("group_norm", "spatial_norm", "norm_q", "add_k_proj")
-        ):
-            raise WeightsError(f"{path} is not a plain cross-attention layer: this kind of UNet is not supported")
-        found[_layer_name(name)] = module
-    if not found:
-        raise WeightsError("the UNet has no cross-attention layers (attn2), so there is nothing to adapt")
-    return found
-
-
-def _layer_name(processor_name: str) -> str:
-    return processor_name.removesuffix(".processor").replace(".", "/")  # a module's name may not hold a dot
 
 
 def _some(names: Sequence[str], limit: int = 6) -> str:

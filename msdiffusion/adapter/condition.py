@@ -16,14 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msdiffusion.adapter.auto_layout import AutoLayout, TextMaps, to_unit_range
-from msdiffusion.attention.unet import (
-    AttentionCall,
-    TextCache,
-    attention_probabilities,
-    dot_product_attention,
-    split_heads,
-)
+from msdiffusion.adapter.auto_layout import AutoLayout
+from msdiffusion.attention.control import AttentionCall, attention_probabilities, dot_product_attention, split_heads
+from msdiffusion.attention.maps import TextMaps, to_unit_range
+from msdiffusion.attention.text_cache import TextCache
 from msdiffusion.errors import LayoutError, RequestError
 from msdiffusion.request.layout import grid_of, patch_masks, pool_masks
 from msdiffusion.request.subjects import true_or_false, whole_number

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from msdiffusion.attention.unet import AttentionCall, attention_probabilities
+from msdiffusion.attention.control import AttentionCall, attention_probabilities
 from msdiffusion.errors import PhraseError
 from msdiffusion.request.layout import grid_of, patch_masks
 from msdiffusion.request.phrases import find_in_prompt, token_span

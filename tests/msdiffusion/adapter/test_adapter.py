@@ -8,11 +8,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import save_file
 
-from msdiffusion.adapter.adapter import MSAdapter, cross_attentions
+from msdiffusion.adapter.adapter import MSAdapter
 from msdiffusion.adapter.auto_layout import AutoLayout
 from msdiffusion.adapter.config import AdapterConfig
 from msdiffusion.adapter.resampler import ResamplerParams
-from msdiffusion.attention.unet import MultiSubjectAttnProcessor, TransparentAttnProcessor
+from msdiffusion.attention.unet import MultiSubjectAttnProcessor, TransparentAttnProcessor, cross_attentions
 from msdiffusion.errors import LayoutError, RequestError, WeightsError
 from msdiffusion.generation.folder import identify
 

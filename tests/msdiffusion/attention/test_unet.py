@@ -11,12 +11,12 @@ from diffusers.models.attention_processor import (
 )
 from torch import nn
 
+from msdiffusion.attention.binding import SubjectBinder
+from msdiffusion.attention.control import AttentionCall
+from msdiffusion.attention.text_cache import TextCache
 from msdiffusion.attention.unet import (
-    AttentionCall,
     MultiSubjectAttnProcessor,
     MultiSubjectIPAdapterAttnProcessor,
-    SubjectBinder,
-    TextCache,
     TransparentAttnProcessor,
 )
 from msdiffusion.errors import RequestError

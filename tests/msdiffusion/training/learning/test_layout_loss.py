@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from msdiffusion.attention.unet import AttentionCall, MultiSubjectAttnProcessor
+from msdiffusion.attention.control import AttentionCall
+from msdiffusion.attention.unet import MultiSubjectAttnProcessor
 from msdiffusion.training.learning.layout_loss import LayoutLoss, PhraseTokens
 
 GRID = (4, 6)  # rows, columns
