@@ -27,7 +27,7 @@ class AttentionCall:
         text_key: Tensor | Callable[[], Tensor],
         text_mask: Tensor | None,
         *,
-        backend: Backend,
+        backend: Backend = "sdpa",
         number: Tensor | None = None,
         owned: bool = False,
     ) -> None:

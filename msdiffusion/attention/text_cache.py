@@ -66,4 +66,5 @@ def _same_things(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> bool:
 
 
 def text_states(attn: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value of the text (B, L, width) for one layer, each (B, H, L, D)."""
     return split_heads(attn.to_k(text), attn.heads), split_heads(attn.to_v(text), attn.heads)

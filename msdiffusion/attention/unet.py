@@ -243,4 +243,5 @@ def cross_attentions(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
 
 
 def layer_name(processor_name: str) -> str:
+    """What a layer is called in an adapter, by the name of its processor."""
     return processor_name.removesuffix(".processor").replace(".", "/")  # a module's name may not hold a dot
