@@ -3,6 +3,7 @@
     python benchmarks/denoising_step.py                                           # the embedded model
     python benchmarks/denoising_step.py --sdxl --latent 64 --dtype bfloat16       # SDXL's sizes, 512 px, random weights
     python benchmarks/denoising_step.py --sdxl --latent 64 --dtype bfloat16 --memory
+    python benchmarks/denoising_step.py --sdxl --narrow --latent 64               # SDXL's structure, a fifth as wide
 
 A step is one call of the UNet on [unconditional; conditional], as in a sampler with guidance. The variants take turns
 within one run, in an order that turns round, so that whatever else the machine does hits all of them alike; medians
@@ -10,6 +11,9 @@ count, and their ratio. On a CPU that others use too, the ratio of CPU time is s
 
 ``naive`` is the straightforward way to do the same: masks rebuilt and keys projected in every layer at every step, an
 explicit softmax, the unconditional half not left out. Its prediction is compared with ours.
+
+``peer`` is what a user would take instead: diffusers' IP-Adapter Plus with a mask per subject and 16 tokens each. Its
+projection of the image tokens runs at every step, as in diffusers' pipelines.
 
 A second table is of the cross-attention layers alone, on what they were given in that step: it says what the care is
 worth where the rest of the UNet does not drown it.
@@ -32,7 +36,8 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterPlusImageProjection, MultiIPAdapterImageProjection
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -42,6 +47,7 @@ from msdiffusion.adapter.loading import load_adapter
 from msdiffusion.adapter.resampler import ResamplerParams
 from msdiffusion.attention.unet import cross_attentions
 from msdiffusion.places import DEFAULT_MODEL
+from msdiffusion.request.layout import patch_masks
 
 SDXL = {
     "sample_size": 128,
@@ -63,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="the adapter's share of a denoising step")
     parser.add_argument("--model", default=str(DEFAULT_MODEL), help="adapter folder (default: the embedded one)")
     parser.add_argument("--sdxl", action="store_true", help="random weights of SDXL's sizes instead, 1024 px")
+    parser.add_argument("--narrow", action="store_true", help="with --sdxl: every layer a fifth as wide")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--subjects", type=int, default=2)
@@ -114,6 +121,7 @@ VARIANTS = {
     "subjects": "with subjects",
     "auto": "with subjects, auto layout",
     "naive": "with subjects, the naive way",
+    "peer": "IP-Adapter Plus of diffusers, a mask per subject",
 }
 
 
@@ -131,10 +139,16 @@ def random_sdxl(options: argparse.Namespace) -> tuple[UNet2DConditionModel, MSAd
     return random_unet(options), random_adapter(options)
 
 
+def sdxl_config(options: argparse.Namespace) -> dict[str, Any]:
+    """SDXL's UNet, or with ``--narrow`` one whose layers and heads are a fifth."""
+    narrow = {"block_out_channels": (64, 128, 256), "attention_head_dim": (1, 2, 4)} if options.narrow else {}
+    return SDXL | narrow
+
+
 def random_unet(options: argparse.Namespace) -> UNet2DConditionModel:
     """SDXL's UNet."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL)
+        unet = UNet2DConditionModel(**sdxl_config(options))
     nn.Module.to(unet, options.dtype)  # diffusers own method warns of a cast that loses nothing here
     return fill(unet.to_empty(device=options.device))
 
@@ -142,7 +156,7 @@ def random_unet(options: argparse.Namespace) -> UNet2DConditionModel:
 def random_adapter(options: argparse.Namespace) -> MSAdapter:
     """The released adapter's sizes."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL)
+        unet = UNet2DConditionModel(**sdxl_config(options))
         adapter = MSAdapter.from_unet(unet, ResamplerParams(image_width=1664, phrase_width=768, output_width=2048))
     return fill(adapter.to(options.dtype).to_empty(device=options.device))
 
@@ -207,11 +221,19 @@ def measure(
         "auto": (installed, inputs, {"subjects": conditions["auto"]}),
         "naive": (naive, joined, {"naive": naive_kwargs}),
     }
+    projection = None
+    if "peer" in options.variants:
+        processors, projection, images, masks = peer(unet, adapter, boxes, options)
+        arguments = inputs | {"added_cond_kwargs": inputs["added_cond_kwargs"] | {"image_embeds": images}}
+        variants["peer"] = (processors, arguments, {"ip_adapter_masks": masks})
     variants = {name: variants[name] for name in variants if name in {"bare", *options.variants}}
 
     def step(name: str) -> Tensor:
         processors, arguments, kwargs = variants[name]
+        unet.encoder_hid_proj = None  # it has attention of its own
         unet.set_attn_processor(dict(processors))  # diffusers empties the dictionary it is given
+        unet.encoder_hid_proj = projection if name == "peer" else None
+        unet.register_to_config(encoder_hid_dim_type="ip_image_proj" if name == "peer" else None)
         return unet(**arguments, cross_attention_kwargs=kwargs).sample
 
     if {"naive", "subjects"} <= variants.keys():
@@ -222,14 +244,18 @@ def measure(
     seen = watch(layers, lambda: step("bare"))
     bound = {name: condition.bind(inputs["sample"], 500) for name, condition in conditions.items()}
 
+    image_tokens = None if projection is None else projection(images)
+
     def attend(name: str) -> Tensor:
         processors, arguments, kwargs = variants[name]
-        extra = dict(kwargs or {})
+        states, extra = arguments["encoder_hidden_states"], dict(kwargs or {})
+        if name == "peer":
+            states = (states, image_tokens)
         if name in bound:
             extra = {"subjects": bound[name], "text_cache": conditions[name].text_cache.begin(text, unet)}
         for layer, processor, hidden in zip(layers, layer_processors(processors), seen, strict=True):
-            layer.processor = processor
-            result = layer(hidden, encoder_hidden_states=arguments["encoder_hidden_states"], **extra)
+            layer.set_processor(processor)
+            result = layer(hidden, encoder_hidden_states=states, **extra)
         return result
 
     return {
@@ -349,6 +375,37 @@ def naive_processors(unet: UNet2DConditionModel, adapter: MSAdapter) -> dict[str
         else IgnoringAttnProcessor()
         for name in unet.attn_processors
     }
+
+
+def peer(
+    unet: UNet2DConditionModel, adapter: MSAdapter, boxes: Tensor, options: argparse.Namespace
+) -> tuple[dict[str, Any], nn.Module, list[Tensor], list[Tensor]]:
+    """Processors, projection, image tokens and masks of an IP-Adapter Plus: random weights of its sizes."""
+    like = {"device": options.device, "dtype": options.dtype}
+    width = unet.config.cross_attention_dim
+    with torch.device("meta"):
+        projection = MultiIPAdapterImageProjection(
+            [
+                IPAdapterPlusImageProjection(
+                    1280, width, hidden_dims=1280, depth=4, dim_head=64, heads=20, num_queries=16
+                )
+            ]
+        )
+        own = {
+            f"{name.replace('/', '.')}.processor": IPAdapterAttnProcessor2_0(
+                layer.to_k.out_features, width, num_tokens=(16,), scale=[[0.6] * options.subjects]
+            )
+            for name, layer in cross_attentions(unet).items()
+        }
+    processors = {
+        name: fill(own[name].to(options.dtype).to_empty(device=options.device)) if name in own else AttnProcessor2_0()
+        for name in unet.attn_processors
+    }
+    projection = fill(projection.to(options.dtype).to_empty(device=options.device))
+    images = [torch.randn(2 * options.pictures, options.subjects, 257, 1280, **like)]
+    side = 8 * (options.latent or unet.config.sample_size)
+    masks = patch_masks(boxes, side, side).unflatten(-1, (side, side)).to(**like)
+    return processors, projection, images, [masks]
 
 
 def print_memory() -> None:
