@@ -13,7 +13,7 @@ from torch import Tensor
 from data_pipeline.models.weights import check_plain, load_pickle
 from msdiffusion.adapter.resampler import ResamplerParams
 from msdiffusion.errors import RequestError, WeightsError, refused_weights, shown
-from msdiffusion.request.request import FALLBACKS, check_settings, first_given
+from msdiffusion.request.request import FALLBACKS, SETTINGS, check_settings, first_given
 
 SCHEMA = "msdiffusion.adapter/1"
 CONFIG_NAME = "config.json"
@@ -84,11 +84,10 @@ class AdapterConfig:
                 raise WeightsError(f"{name} in an adapter's config must be text, got {shown(value)}")
         if not isinstance(self.defaults, Mapping):
             raise WeightsError(f"defaults in an adapter's config must be a mapping, got {shown(self.defaults)}")
-        known = {"scale", "steps", "guidance_scale", "negative_prompt", "height", "width"}
-        unknown = set(self.defaults) - known
+        unknown = set(self.defaults) - set(SETTINGS)
         if unknown:
             raise WeightsError(
-                f"unknown defaults {shown(sorted(unknown), 300)} in an adapter's config; known: {sorted(known)}"
+                f"unknown defaults {shown(sorted(unknown), 300)} in an adapter's config; known: {sorted(SETTINGS)}"
             )
         try:
             check_settings(self.defaults)

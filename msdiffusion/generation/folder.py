@@ -7,7 +7,6 @@ last bits depend on how many are drawn beside it. Its place in the batch stands 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import io
 import json
 import secrets
@@ -23,7 +22,7 @@ from msdiffusion.errors import RequestError
 from msdiffusion.figures import draw_layout
 from msdiffusion.generation.safety import FLAGGED
 from msdiffusion.request.provenance import SCHEMA, read_record, request_record, same_request, save_at_once, save_png
-from msdiffusion.request.request import FALLBACKS, check_auto_layout_start, check_request, check_size
+from msdiffusion.request.request import DEFAULTS, FALLBACKS, check_auto_layout_start, check_size
 from msdiffusion.request.request_file import ARGUMENTS, Embedded, Entry, open_request, picture_names
 
 if TYPE_CHECKING:
@@ -411,13 +410,8 @@ def _flat(references: Any) -> Iterator[Any]:
 
 def _resolved(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments, with what is left out filled in as far as it can be told without the model."""
-    parameters = inspect.signature(check_request).parameters
-    own = {
-        name: parameters[name].default for name in ARGUMENTS if parameters[name].default is not inspect.Parameter.empty
-    }
-    layers = (own, FALLBACKS, defaults, arguments)  # the later ones win, where they say something
-    found: dict[str, Any] = dict.fromkeys(ARGUMENTS)
-    for layer in layers:
+    found: dict[str, Any] = {name: DEFAULTS.get(name) for name in ARGUMENTS}
+    for layer in (FALLBACKS, defaults, arguments):  # the later ones win, where they say something
         found.update({name: value for name, value in layer.items() if value is not None})
     return found
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Unpack
 
 import numpy as np
 import torch
@@ -43,9 +43,17 @@ from msdiffusion.request.request import (
     OTHER_NAMES,
     GenerationRequest,
     OutputType,
+    RequestArguments,
     check_request,
 )
-from msdiffusion.request.subjects import MAX_WEIGHT, check_subjects, number_between, true_or_false, whole_number
+from msdiffusion.request.subjects import (
+    MAX_WEIGHT,
+    SubjectArguments,
+    check_subjects,
+    number_between,
+    true_or_false,
+    whole_number,
+)
 from msdiffusion.weight_files import share
 
 Reference = Image.Image | str | Path
@@ -224,15 +232,10 @@ class MSDiffusion:
         phrases: Sequence[str] | None = None,
         *,
         prompt: str | None = None,
-        masks: Sequence[Any] | None = None,
         scale: float | None = None,
-        subject_scales: Sequence[float] | None = None,
-        subject_windows: Sequence[Sequence[float] | None] | None = None,
-        auto_layout: bool = False,
-        auto_layout_threshold: float = 0.5,
-        auto_layout_start: int | None = None,
         num_images: int = 1,
         guidance: bool | None = None,
+        **arguments: Unpack[SubjectArguments],
     ) -> SubjectCondition:
         """The subjects as one object, for any diffusers pipeline on this UNet: img2img, inpainting, ControlNet, ...
 
@@ -240,38 +243,22 @@ class MSDiffusion:
         size. The condition may be used again, for other prompts (without auto layout), seeds and sizes.
 
         Args:
-            images: as for ``generate``; so are ``boxes``, ``masks``, ``scale``, ``subject_scales``,
-                ``subject_windows`` and the options of auto layout.
-            boxes: see there.
+            images: as for ``generate``.
+            boxes: as for ``generate``.
             phrases: what each subject is called; None: read from ``prompt``.
             prompt: what the pipeline will be given; needed to read phrases from, for subjects without a box and for
                 auto layout.
-            masks: see ``generate``.
-            scale: see ``generate``.
-            subject_scales: see ``generate``.
-            subject_windows: see ``generate``.
-            auto_layout: see ``generate``.
-            auto_layout_threshold: see ``generate``.
-            auto_layout_start: see ``generate``.
+            scale: as for ``generate``.
             num_images: pictures that the pipeline draws at once.
             guidance: None: whether the UNet's batch has an unconditional half is told from its size.
+            arguments: ``masks``, ``subject_scales``, ``subject_windows``, ``auto_layout``, ``auto_layout_threshold``
+                and ``auto_layout_start``, as for ``generate``.
 
         Raises:
             RequestError, LayoutError, PhraseError: an argument cannot be honoured.
         """
         with _CHECKING:
-            subjects = check_subjects(
-                images,
-                boxes,
-                phrases,
-                prompt=prompt,
-                masks=masks,
-                subject_scales=subject_scales,
-                subject_windows=subject_windows,
-                auto_layout=auto_layout,
-                auto_layout_threshold=auto_layout_threshold,
-                auto_layout_start=auto_layout_start,
-            )
+            subjects = check_subjects(images, boxes, phrases, prompt=prompt, **arguments)
         whole_number(num_images, "num_images", 1, MAX_IMAGES)
         guidance = None if guidance is None else true_or_false(guidance, "guidance")
         chosen = self.scale_of(None if scale is None else number_between(scale, "scale", 0.0, MAX_WEIGHT))
@@ -360,32 +347,12 @@ class MSDiffusion:
         Raises:
             RequestError, LayoutError, PhraseError: an argument cannot be honoured.
         """
+        arguments = dict(locals())  # before there is any other name
         _check_drawing(progress, batch_size)
         _check_given({"images": images, "boxes": boxes, "prompt": prompt}, pipeline_options)
+        named = {name: arguments[name] for name in RequestArguments.__annotations__}
         with _CHECKING:
-            request = check_request(
-                images,
-                boxes,
-                prompt,
-                phrases,
-                masks=masks,
-                negative_prompt=negative_prompt,
-                num_images=num_images,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                scale=scale,
-                subject_scales=subject_scales,
-                subject_windows=subject_windows,
-                height=height,
-                width=width,
-                auto_layout=auto_layout,
-                auto_layout_threshold=auto_layout_threshold,
-                auto_layout_start=auto_layout_start,
-                seed=seed,
-                output_type=output_type,
-                latents=latents,
-                **pipeline_options,
-            )
+            request = check_request(images, boxes, prompt, phrases, **named, **pipeline_options)
         return self.generate_batch([request], progress=progress, batch_size=batch_size)[0].pictures
 
     @torch.no_grad()

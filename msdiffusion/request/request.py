@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from msdiffusion.errors import RequestError, shown, warn_caller
 from msdiffusion.request.subjects import (
     MAX_STEPS,
     MAX_WEIGHT,
+    SUBJECT_DEFAULTS,
+    SubjectArguments,
     Subjects,
     check_subjects,
     check_text,
@@ -66,6 +68,8 @@ MAX_SEED = 2**63 - 1
 """Largest seed of a torch generator."""
 FALLBACKS: Mapping[str, Any] = {"steps": 30, "guidance_scale": 7.5, "scale": 1.0, "negative_prompt": None}
 """For what neither a request nor the adapter's config says."""
+SETTINGS = ("steps", "guidance_scale", "scale", "height", "width", "negative_prompt")
+"""Arguments that an adapter's config may give defaults for."""
 SIZE_STEP = 8
 """Pixels that height and width must be a multiple of, as in every Stable Diffusion pipeline."""
 MAX_SIDE = 8192
@@ -99,31 +103,45 @@ class GenerationRequest:
     """Further arguments of the diffusers pipeline."""
 
 
+class RequestArguments(SubjectArguments, total=False):
+    """Arguments of MSDiffusion.generate beside images, boxes, prompt and phrases that say what is drawn."""
+
+    negative_prompt: str | None
+    num_images: int
+    steps: int | None
+    guidance_scale: float | None
+    scale: float | None
+    height: int | None
+    width: int | None
+    seed: int | None
+    output_type: OutputType
+    latents: Any
+
+
+DEFAULTS: Mapping[str, Any] = {
+    **dict.fromkeys(RequestArguments.__annotations__),
+    **SUBJECT_DEFAULTS,
+    "num_images": 1,
+    "output_type": "pil",
+}
+"""Of arguments that are left out, as the signature of MSDiffusion.generate has them."""
+
+
 def check_request(
     images: Sequence[Any],
     boxes: Sequence[Sequence[float] | None] | None,
     prompt: str,
     phrases: Sequence[str] | None = None,
-    *,
-    masks: Sequence[Any] | None = None,
-    negative_prompt: str | None = None,
-    num_images: int = 1,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    scale: float | None = None,
-    subject_scales: Sequence[float] | None = None,
-    subject_windows: Sequence[Sequence[float] | None] | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    auto_layout: bool = False,
-    auto_layout_threshold: float = 0.5,
-    auto_layout_start: int | None = None,
-    seed: int | None = None,
-    output_type: OutputType = "pil",
-    latents: Any = None,
-    **pipeline_options: Any,
+    **arguments: Unpack[RequestArguments],
 ) -> GenerationRequest:
     """Check the arguments of MSDiffusion.generate, which documents them, and open the images.
+
+    Args:
+        images: see there.
+        boxes: see there.
+        prompt: see there.
+        phrases: see there.
+        arguments: those of other names are options of the diffusers pipeline.
 
     Raises:
         RequestError: counts differ, a file is missing, a number is out of range, ...
@@ -141,21 +159,14 @@ def check_request(
         )
     if not isinstance(prompt, str) or not prompt.strip():
         raise RequestError(f"the prompt is empty ({shown(prompt)}): say what the picture shows, naming each subject")
-    num_images = whole_number(num_images, "num_images", 1, MAX_IMAGES)
+    given = {**DEFAULTS, **arguments}
+    num_images, seed = whole_number(given["num_images"], "num_images", 1, MAX_IMAGES), given["seed"]
     if seed is not None:
         seed = whole_number(seed, "seed", 0, MAX_SEED)
         if seed + num_images > MAX_SEED:
             raise RequestError(f"seed + num_images must be at most {MAX_SEED}, got {seed} + {shown(num_images)}")
-    settings = check_settings(
-        {
-            "steps": steps,
-            "guidance_scale": guidance_scale,
-            "scale": scale,
-            "height": height,
-            "width": width,
-            "negative_prompt": negative_prompt,
-        }
-    )
+    settings = check_settings({name: given[name] for name in SETTINGS})
+    output_type, latents = given["output_type"], given["latents"]
     if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise RequestError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {shown(output_type)}")
     if latents is not None and (getattr(latents, "ndim", None) != 4 or latents.shape[0] != num_images):
@@ -163,26 +174,15 @@ def check_request(
         raise RequestError(
             f"latents must be ({num_images}, channels, rows, columns) for {num_images} pictures: {shape}"
         )
-    subjects = check_subjects(
-        images,
-        boxes,
-        phrases,
-        prompt=prompt,
-        masks=masks,
-        subject_scales=subject_scales,
-        subject_windows=subject_windows,
-        auto_layout=auto_layout,
-        auto_layout_threshold=auto_layout_threshold,
-        auto_layout_start=auto_layout_start,
-    )
+    subjects = {name: given[name] for name in SUBJECT_DEFAULTS}
     return GenerationRequest(
-        subjects=subjects,
+        subjects=check_subjects(images, boxes, phrases, prompt=prompt, **subjects),
         prompt=prompt,
         num_images=num_images,
         seed=seed,
         output_type=output_type,
         latents=latents,
-        pipeline_options=pipeline_options,
+        pipeline_options={name: value for name, value in arguments.items() if name not in DEFAULTS},
         **settings,
     )
 
@@ -207,7 +207,7 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments that an adapter's config may give defaults for, as plain numbers and text; None stays None.
 
     Args:
-        settings: any of steps, guidance_scale, scale, height, width, negative_prompt.
+        settings: any of SETTINGS.
 
     Raises:
         RequestError: one cannot be that.

@@ -23,16 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 from msdiffusion.errors import MSDiffusionError, RequestError, shown
 from msdiffusion.request.pictures import open_content, refuse_address
-from msdiffusion.request.request import OTHER_NAMES, GenerationRequest, check_request
+from msdiffusion.request.request import OTHER_NAMES, GenerationRequest, RequestArguments, check_request
 
 if TYPE_CHECKING:
     from PIL import Image
 
 ARGUMENTS = (
-    "images", "boxes", "prompt", "phrases", "masks", "negative_prompt", "num_images", "steps", "guidance_scale",
-    "scale", "subject_scales", "subject_windows", "height", "width", "auto_layout", "auto_layout_threshold",
-    "auto_layout_start", "seed",
-)  # fmt: skip
+    *("images", "boxes", "prompt", "phrases"),
+    *(name for name in RequestArguments.__annotations__ if name not in ("output_type", "latents")),
+)
 """Arguments of MSDiffusion.generate that say what is drawn; the others say how it is handed over."""
 MAX_FILE_BYTES = 16 * 2**20
 MAX_YAML_BYTES = 2**20

@@ -6,10 +6,10 @@ import logging
 import math
 import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from PIL import Image
@@ -65,18 +65,37 @@ class Subjects:
         return tuple(self.phrases[self.numbers.index(number)] for number in range(max(self.numbers) + 1))
 
 
+class SubjectArguments(TypedDict, total=False):
+    """What a call may say of its subjects beside references, boxes, phrases and prompt; lists have an item for each."""
+
+    masks: Sequence[Any] | None
+    """A bool array (rows, columns), a picture in black and white, its path, or None."""
+    subject_scales: Sequence[float] | None
+    """A weight."""
+    subject_windows: Sequence[Sequence[float] | None] | None
+    """(start, end) in [0, 1], or None: always."""
+    auto_layout: bool
+    """Every subject's region follows the text's attention; free subjects' always does."""
+    auto_layout_threshold: float
+    """In [0, 1]."""
+    auto_layout_start: int | None
+    """Counted from 1; None: 5, and 2 for free subjects."""
+
+
+SUBJECT_DEFAULTS: Mapping[str, Any] = {
+    **dict.fromkeys(SubjectArguments.__annotations__),
+    "auto_layout": False,
+    "auto_layout_threshold": 0.5,
+}
+
+
 def check_subjects(
     images: Sequence[Any],
     boxes: Sequence[Sequence[float] | None] | None,
     phrases: Sequence[str] | None,
     *,
     prompt: str | None = None,
-    masks: Sequence[Any] | None = None,
-    subject_scales: Sequence[float] | None = None,
-    subject_windows: Sequence[Sequence[float] | None] | None = None,
-    auto_layout: bool = False,
-    auto_layout_threshold: float = 0.5,
-    auto_layout_start: int | None = None,
+    **arguments: Unpack[SubjectArguments],
 ) -> Subjects:
     """Check what belongs to the subjects, one of each per subject; see MSDiffusion.condition.
 
@@ -85,16 +104,16 @@ def check_subjects(
         boxes: per subject normalised xyxy, or None: free. None for all: no layout.
         phrases: per subject its name; None: the prompt's noun phrases.
         prompt: needed where phrases are left out or a subject's place comes from the text.
-        masks: per subject a bool array (rows, columns), a picture in black and white, its path, or None.
-        subject_scales: per subject a weight.
-        subject_windows: per subject (start, end) in [0, 1], or None: always.
-        auto_layout: every subject's region follows the text's attention; free subjects' always does.
-        auto_layout_threshold: in [0, 1].
-        auto_layout_start: counted from 1; None: 5, and 2 for free subjects.
+        arguments: those left out are SUBJECT_DEFAULTS.
 
     Raises:
         RequestError, LayoutError, PhraseError: as for check_request.
+        TypeError: an argument of another name.
     """
+    unknown = next((name for name in arguments if name not in SUBJECT_DEFAULTS), None)
+    if unknown is not None:
+        raise TypeError(f"MSDiffusion.condition() got an unexpected keyword argument {unknown!r}")
+    given = {**SUBJECT_DEFAULTS, **arguments}
     images = as_sequence(images, "images")
     count = len(images)
     if count == 0:
@@ -112,20 +131,21 @@ def check_subjects(
     _check_counts(count, None if boxes is None else len(layout), None if named is None else len(named))
     room = Room("references", MAX_REFERENCE_PIXELS)
     views = [_views(image, f"images[{index}]", room) for index, image in enumerate(images)]
-    regions = _check_masks(masks, count)
+    regions = _check_masks(given["masks"], count)
     layout = tuple(
         _mask_box(mask) if box is None and mask is not None else box for box, mask in zip(layout, regions, strict=True)
     )
     for index, box in enumerate(layout):
         if box is not None and regions[index] is None and (box[0] == box[2] or box[1] == box[3]):
             warn_caller(f"boxes[{index}] has no area, so that subject is left out")
-    scales = _check_scales(subject_scales, count)
-    windows = _check_windows(subject_windows, count)
-    auto_layout = true_or_false(auto_layout, "auto_layout")
-    number_between(auto_layout_threshold, "auto_layout_threshold", 0.0, 1.0)
-    if auto_layout_start is not None:
+    scales = _check_scales(given["subject_scales"], count)
+    windows = _check_windows(given["subject_windows"], count)
+    auto_layout = true_or_false(given["auto_layout"], "auto_layout")
+    threshold = number_between(given["auto_layout_threshold"], "auto_layout_threshold", 0.0, 1.0)
+    start = given["auto_layout_start"]
+    if start is not None:
         # samplers of second order count twice a step
-        auto_layout_start = whole_number(auto_layout_start, "auto_layout_start", 1, 2 * MAX_STEPS)
+        start = whole_number(start, "auto_layout_start", 1, 2 * MAX_STEPS)
     texts = _check_phrases(named, prompt, count)
     occurrences = _occurrences(texts, layout)
     missing = [] if prompt is None else [text for text in dict.fromkeys(texts) if not occurs(prompt, text)]
@@ -142,9 +162,7 @@ def check_subjects(
                 why = "auto_layout" if auto_layout else f"subject {index} has no box, so its place"
                 raise RequestError(f"{why} follows the text's attention to the phrases: give the prompt")
             find_in_prompt(prompt, texts[index], occurrences[index])
-    starts = [
-        auto_layout_start or (FREE_LAYOUT_START if is_free else AUTO_LAYOUT_START) for is_free in free
-    ]  # fmt: skip
+    starts = [start or (FREE_LAYOUT_START if is_free else AUTO_LAYOUT_START) for is_free in free]
 
     def spread(values: Sequence[Any]) -> tuple[Any, ...]:
         """One per view."""
@@ -160,7 +178,7 @@ def check_subjects(
         occurrences=spread(occurrences),
         auto_layout=spread(automatic),
         auto_layout_starts=spread(starts),
-        auto_layout_threshold=float(auto_layout_threshold),
+        auto_layout_threshold=threshold,
         numbers=spread(range(count)),
     )
 
