@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithP
 
 from msdiffusion.backbone.open_clip_encoder import OpenClipVisionEncoder
 from msdiffusion.backbone.pretrained import load_image_encoder, load_pipeline
+from msdiffusion.backbone.references import ReferencePreparation
 from msdiffusion.environment import DTYPES
 from msdiffusion.errors import RequestError, WeightsError, reason, shown
 from msdiffusion.own_memory import give_own_memory
@@ -27,10 +27,6 @@ from msdiffusion.places import find_model
 
 _HOOKS = {"_hf_hook", "_diffusers_hook"}
 """Attributes of modules by which accelerate and diffusers move weights."""
-SQUASH_SIDE = 512
-"""Pixels of the square that the official scripts squash a reference to before CLIP's own resizing."""
-LONG_SIDE, SHORT_SIDE = 8192, 2048
-"""Pixels: a reference with a side above the first is reduced to about the second before it is padded to a square."""
 
 
 class Backbone:
@@ -311,43 +307,6 @@ class Backbone:
         return {"text_embeds": pooled, "time_ids": torch.cat(pairs, dim=1)}
 
 
-@dataclass(frozen=True)
-class ReferencePreparation:
-    """``Backbone.prepare_references`` without the networks: small enough to be handed to loading processes."""
-
-    image_processor: CLIPImageProcessor
-    background: tuple[int, ...]
-    """RGB, 0-255."""
-    fit: str
-    """"pad" or "squash"."""
-
-    def __call__(self, references: Sequence[Image.Image]) -> Tensor:
-        """PIL pictures -> (N, 3, h, w) float32 on the CPU; RequestError for an unknown ``fit``."""
-        squares = [_square(flatten(reference, self.background), self.background, self.fit) for reference in references]
-        return self.image_processor(images=squares, return_tensors="pt").pixel_values
-
-
-def flatten(reference: Image.Image, background: Sequence[int]) -> Image.Image:
-    """The picture as RGB, with ``background`` (RGB, 0-255) where it is transparent."""
-    if not reference.has_transparency_data:
-        return reference.convert("RGB")
-    canvas = Image.new("RGBA", reference.size, (*background, 255))
-    return Image.alpha_composite(canvas, reference.convert("RGBA")).convert("RGB")
-
-
-def _square(picture: Image.Image, background: Sequence[int], fit: str) -> Image.Image:
-    if fit == "squash":
-        return picture.resize((SQUASH_SIDE, SQUASH_SIDE), Image.Resampling.BICUBIC)
-    if fit == "pad":
-        if max(picture.size) > LONG_SIDE:  # the square of a panorama takes gigabytes
-            picture = picture.reduce(max(picture.size) // SHORT_SIDE)
-        side = max(picture.size)
-        canvas = Image.new("RGB", (side, side), tuple(background))
-        canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        return canvas
-    raise RequestError(f'fit must be "pad" or "squash", got {fit!r}')
-
-
 def weights_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     """The dtype of weights, also by its name ("float16", "torch.float16"); float32 for None.
 
@@ -370,7 +329,7 @@ def usable_device(device: str | int | torch.device | None) -> torch.device:
         RequestError: there is no such device here, or it can't compute.
     """
     if device is None:
-        return default_device()
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if isinstance(device, bytes):
             raise TypeError("it is no text")
@@ -384,11 +343,6 @@ def usable_device(device: str | int | torch.device | None) -> torch.device:
             f"device {shown(device)} cannot be used here ({here} can){hint}: {reason(error)[:200]}"
         ) from None
     return found
-
-
-def default_device() -> torch.device:
-    """The first CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def quiet_loading() -> None:
