@@ -18,8 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from msdiffusion.adapter.adapter import MSAdapter, cross_attentions
 from msdiffusion.adapter.config import CHECKPOINT_SUFFIX, CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig
 from msdiffusion.adapter.official import OFFICIAL_NAME, read_record
+from msdiffusion.backbone.configs import absolute, encoder_widths, hub_reason, is_local, skeleton_unet
 from msdiffusion.backbone.open_clip_encoder import names_open_clip
-from msdiffusion.backbone.pretrained import absolute, encoder_widths, hub_reason, is_local, skeleton_unet
 from msdiffusion.backbone.single_file import names_single_file
 from msdiffusion.errors import RequestError, WeightsError, check_place, shown
 from msdiffusion.places import find_model

@@ -316,7 +316,7 @@ def _check_pictures(
     """Refuse what would only fail after drawing, or destroy a reference: pictures that cannot be written, would be
     written over what they are drawn from, or cannot carry the watermark.
     """
-    from msdiffusion.backbone.pretrained import native_side
+    from msdiffusion.backbone.configs import native_side
     from msdiffusion.generation import folder as batch
 
     if watermark is not None:

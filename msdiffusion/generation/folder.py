@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msdiffusion.backbone.pretrained import calls_per_step
+from msdiffusion.backbone.configs import calls_per_step
 from msdiffusion.errors import RequestError
 from msdiffusion.figures import draw_layout
 from msdiffusion.files import file_sha256

@@ -17,8 +17,8 @@ from msdiffusion import __version__
 from msdiffusion.adapter.config import CHECKPOINT_SUFFIX, CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, read_checkpoint
 from msdiffusion.adapter.loading import Sources, find_adapter, model_sources
 from msdiffusion.adapter.resampler import ResamplerParams
+from msdiffusion.backbone.configs import is_local
 from msdiffusion.backbone.open_clip_encoder import OpenClipName, names_open_clip
-from msdiffusion.backbone.pretrained import is_local
 from msdiffusion.environment import arithmetic
 from msdiffusion.errors import WeightsError
 from msdiffusion.files import file_sha256

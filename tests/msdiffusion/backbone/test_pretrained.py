@@ -26,19 +26,17 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from msdiffusion.backbone.pretrained import (
-    _scheduler_of,
+from msdiffusion.backbone.configs import (
     _split_hub_folder,
     absolute,
     calls_per_step,
     encoder_widths,
     is_local,
     kind_of_class,
-    load_image_encoder,
-    load_pipeline,
     native_side,
     skeleton_unet,
 )
+from msdiffusion.backbone.pretrained import _scheduler_of, load_image_encoder, load_pipeline
 from msdiffusion.backbone.single_file import read_single_file
 from msdiffusion.errors import WeightsError
 from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
@@ -200,7 +198,8 @@ def test_half_precision_takes_the_variant_where_there_is_one(tiny_model_dir, tmp
     base = str(tiny_model_dir / "base")
     assert asked == [(str(tmp_path), "fp16"), (base, None), (base, None)]
     # Of a hub repository only a try tells.
-    monkeypatch.setattr("msdiffusion.backbone.pretrained._with_vocabulary", lambda pipeline, source: pipeline)
+    monkeypatch.setattr("msdiffusion.backbone.pretrained.check_vocabulary", lambda pipeline, source: None)
+    monkeypatch.setattr("msdiffusion.backbone.pretrained.check_fit", lambda pipeline, source: None)
     snapshot = tmp_path / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
     (snapshot / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
