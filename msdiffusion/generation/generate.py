@@ -26,7 +26,7 @@ from msdiffusion.adapter.condition import SubjectCondition
 from msdiffusion.adapter.loading import Sources, check_encoders, load_adapter
 from msdiffusion.backbone.backbone import Backbone, usable_device, weights_dtype
 from msdiffusion.errors import RequestError, WeightsError, reason, shown
-from msdiffusion.files import check_folder
+from msdiffusion.files import check_folder, share
 from msdiffusion.generation.drawing import (
     BatchDrawing,
     GenerationResult,
@@ -54,7 +54,6 @@ from msdiffusion.request.subjects import (
     true_or_false,
     whole_number,
 )
-from msdiffusion.weight_files import share
 
 Reference = Image.Image | str | Path
 BASE_FOLDER, ENCODER_FOLDER = "base", "image_encoder"
