@@ -5,8 +5,11 @@ Nothing large is read before the parts are known to fit.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import json
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +114,27 @@ def load_adapter(
     widths = encoder_widths(sources.base_model, sources.image_encoder, adapter.config.reference_features)
     check_encoders(adapter.config, *widths, sources)
     return LoadedAdapter(adapter, sources, unet)
+
+
+def check_options(options: Iterable[str], loader: Callable[..., Any]) -> None:
+    """Raise RequestError for an option that a loader doesn't know, as other libraries' may, with what to do instead.
+
+    Args:
+        options: names of such.
+        loader: MSDiffusion.from_pretrained.
+    """
+    places = {
+        "dtype": "it is called torch_dtype",
+        "variant": "in half precision the variant fp16 is taken by itself where there is one",
+        "scheduler": "set model.pipeline.scheduler after loading",
+        "device_map": "say device=, or call model.enable_model_cpu_offload() after loading",
+        "safety_checker": "add one to model.picture_hooks after loading (msdiffusion.generation.safety)",
+    }
+    known = [name for name in inspect.signature(loader).parameters if name != "others"]
+    for name in options:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+        raise RequestError(f"from_pretrained takes no {name!r}: {places.get(name, hint)}")
 
 
 def check_base(adapter: MSAdapter, unet: UNet2DConditionModel, base_model: str, needed: str) -> None:

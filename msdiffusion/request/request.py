@@ -17,6 +17,7 @@ from msdiffusion.request.subjects import (
     check_subjects,
     check_text,
     number_between,
+    true_or_false,
     whole_number,
 )
 
@@ -185,6 +186,57 @@ def check_request(
         pipeline_options={name: value for name, value in arguments.items() if name not in DEFAULTS},
         **settings,
     )
+
+
+def check_given(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise RequestError for an argument that is left out, with the name under which it was perhaps given.
+
+    Args:
+        arguments: MISSING where they are.
+        options: what else was given.
+    """
+    for name in (name for name, value in arguments.items() if value is MISSING):
+        other = next((option for option in options if OTHER_NAMES.get(option) == name), None)
+        none = "; boxes=None leaves every subject's place to the text" if name == "boxes" else ""
+        given = f", and it takes no {other!r}: here it is {name}=" if other else none
+        raise RequestError(f"generate needs {name}{given}")
+
+
+def check_drawing(progress: Any, batch_size: Any) -> None:
+    """Raise RequestError for what says how pictures are drawn, not which."""
+    true_or_false(progress, "progress")
+    whole_number(batch_size, "batch_size", 1, MAX_BATCH)
+
+
+def check_requests(requests: Sequence[GenerationRequest | Mapping[str, Any]]) -> list[GenerationRequest]:
+    """The requests of generate_batch; in those that are mappings ``boxes`` may be left out.
+
+    Raises:
+        RequestError, LayoutError, PhraseError: as check_request; or one is no mapping, or says what is of the call.
+    """
+    if isinstance(requests, (str, bytes, Mapping)) or not isinstance(requests, Iterable):
+        raise RequestError(
+            f"requests must be a list with a mapping of generate's arguments for each request, got {shown(requests)}"
+        )
+    return [
+        request if isinstance(request, GenerationRequest) else _request_of(request, index)
+        for index, request in enumerate(requests)
+    ]
+
+
+def _request_of(arguments: Any, index: int) -> GenerationRequest:
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        raise RequestError(
+            f"requests[{index}] must be a mapping of generate's arguments, such as {{'images': [...], 'prompt': ...}}, "
+            f"got {shown(arguments)}"
+        )
+    wrong = sorted({"progress", "batch_size"} & arguments.keys())
+    if wrong:
+        raise RequestError(f"requests[{index}]: {' and '.join(wrong)} are of the whole call, not of one request")
+    missing = sorted({"images", "prompt"} - arguments.keys())
+    if missing:
+        raise RequestError(f"requests[{index}] has no {' and no '.join(missing)}")
+    return check_request(**{"boxes": None, **arguments})
 
 
 def unknown_argument(name: str, known: Iterable[str]) -> str:
