@@ -142,7 +142,7 @@ def check_base(adapter: MSAdapter, unet: UNet2DConditionModel, base_model: str, 
 
     Args:
         adapter: the trained part.
-        unet: of the base model, on any device.
+        unet: on any device.
         base_model: where it is, for the message.
         needed: where the one is that the adapter names.
 
@@ -164,7 +164,7 @@ def check_base(adapter: MSAdapter, unet: UNet2DConditionModel, base_model: str, 
 
 
 def check_encoders(config: AdapterConfig, phrase_width: int, image_width: int, sources: Sources | None = None) -> None:
-    """Raise WeightsError unless the text and image encoders are as wide as the adapter expects.
+    """Raise unless the text and image encoders are as wide as the adapter expects.
 
     Args:
         config: the adapter's.
@@ -233,11 +233,7 @@ def find_adapter(model: str | Path) -> Path:
 
 
 def _check_file(path: Path) -> None:
-    """Raise where a file is none that an adapter can be read from, with a hint where it belongs.
-
-    Raises:
-        WeightsError: weights without their config, or something else.
-    """
+    """Raise WeightsError where a file is none that an adapter can be read from, with a hint where it belongs."""
     if path.name in (WEIGHTS_NAME, CONFIG_NAME) and _is_ours(path.parent):
         raise WeightsError(f"{path} is one file of an adapter: give its folder, {path.parent}")
     if path.suffix.lower() not in (".bin", ".pt", ".pth", CHECKPOINT_SUFFIX):
@@ -284,14 +280,11 @@ def model_sources(
     image_encoder: str | Path | None = None,
     base_config: str | Path | None = None,
 ) -> Sources:
-    """The places of the frozen models: named in an adapter's config, or given instead.
+    """The places of the frozen models: named in an adapter's config, or given instead as for ``load_adapter``.
 
     Args:
         folder: the adapter's.
         config: what it says; None: of the official file, which says nothing.
-        base_model: see ``load_adapter``.
-        image_encoder: see ``load_adapter``.
-        base_config: see ``load_adapter``.
     """
     if config is None:
         named = AdapterConfig.base_model  # the release doesn't say what it was trained on; everybody knows
@@ -310,11 +303,7 @@ def model_sources(
 
 
 def _check_there(sources: Sources, model: str | Path) -> None:
-    """Raise where a model is named by a folder that is not there, as after copying an adapter: no hub can have that.
-
-    Raises:
-        WeightsError: names the argument that takes another place.
-    """
+    """Raise WeightsError for a folder that is not there, as after copying an adapter: no hub can have that."""
     for option, place in vars(sources).items():
         if place is None or is_local(place) or names_open_clip(place) or names_single_file(place):
             continue

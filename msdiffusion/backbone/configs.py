@@ -66,9 +66,7 @@ def kind_of_class(class_name: str, source: str) -> str:
 def skeleton_unet(base_model: str | Path, base_config: str | Path | None = None) -> UNet2DConditionModel:
     """The UNet of a base model without its weights (on the meta device): names and shapes for checks and conversion.
 
-    Args:
-        base_model: see ``load_pipeline``. Of a file only the header is read, and compared with the config.
-        base_config: see ``load_pipeline``.
+    It is named as for ``load_pipeline``; of a file only the header is read, and compared with the config.
 
     Raises:
         WeightsError: there is no such model, it has no UNet, or the file is of another architecture than the config.
@@ -85,12 +83,7 @@ def skeleton_unet(base_model: str | Path, base_config: str | Path | None = None)
 def native_side(base_model: str | Path, base_config: str | Path | None = None) -> int | None:
     """Pixels of height and width that a base model draws where nobody says otherwise, from its configs alone.
 
-    Args:
-        base_model: see ``load_pipeline``.
-        base_config: see ``load_pipeline``.
-
-    Returns:
-        None where the configs don't tell, or aren't there.
+    None where the configs don't tell, or aren't there. It is named as for ``load_pipeline``.
     """
     source = base_config if names_single_file(base_model) else base_model
     sample_size = _config_of(source, "unet").get("sample_size")
@@ -103,9 +96,7 @@ def native_side(base_model: str | Path, base_config: str | Path | None = None) -
 def calls_per_step(base_model: str | Path, base_config: str | Path | None = None) -> int:
     """How often a base model's own sampler calls the UNet in a step, from its configs alone; 1 where they don't tell.
 
-    Args:
-        base_model: see ``load_pipeline``.
-        base_config: see ``load_pipeline``.
+    It is named as for ``load_pipeline``.
     """
     source = base_config if names_single_file(base_model) else base_model
     name = _config_of(source, "scheduler").get("_class_name")
@@ -131,10 +122,7 @@ def encoder_widths(
 ) -> tuple[int, int]:
     """Widths of a phrase embedding and of the image encoder's features, read from configs and headers alone.
 
-    Args:
-        base_model: see ``load_pipeline``.
-        image_encoder: see ``load_image_encoder``.
-        features: see ``Backbone.encode_references``.
+    Models are named as for ``load_pipeline``, ``load_image_encoder``, features as for ``Backbone.encode_references``.
 
     Raises:
         WeightsError: a config is not there.

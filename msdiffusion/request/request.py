@@ -24,42 +24,22 @@ from msdiffusion.request.subjects import (
 MISSING: Any = object()
 """Stands for an argument that must be given, so that its lack is told after a wrong name of it."""
 OTHER_NAMES: Mapping[str, str] = {
-    "image": "images",
-    "reference": "images",
-    "references": "images",
-    "reference_images": "images",
-    "ref_images": "images",
-    "subject_images": "images",
-    "box": "boxes",
-    "bbox": "boxes",
-    "bboxes": "boxes",
-    "bounding_boxes": "boxes",
-    "layout": "boxes",
-    "mask": "masks",
-    "mask_image": "masks",
-    "mask_images": "masks",
-    "phrase": "phrases",
-    "names": "phrases",
-    "text": "prompt",
-    "prompts": "prompt",
-    "negative": "negative_prompt",
-    "neg_prompt": "negative_prompt",
-    "num_inference_steps": "steps",
-    "num_steps": "steps",
-    "sampling_steps": "steps",
-    "num_images_per_prompt": "num_images",
-    "num_samples": "num_images",
-    "n": "num_images",
-    "cfg": "guidance_scale",
-    "cfg_scale": "guidance_scale",
-    "guidance": "guidance_scale",
-    "ip_adapter_scale": "scale",
-    "weight": "scale",
-    "weights": "subject_scales",
-    "scales": "subject_scales",
-    "generator": "seed",
-    "random_seed": "seed",
-    "manual_seed": "seed",
+    other: ours
+    for ours, others in {
+        "images": "image reference references reference_images ref_images subject_images",
+        "boxes": "box bbox bboxes bounding_boxes layout",
+        "masks": "mask mask_image mask_images",
+        "phrases": "phrase names",
+        "prompt": "text prompts",
+        "negative_prompt": "negative neg_prompt",
+        "steps": "num_inference_steps num_steps sampling_steps",
+        "num_images": "num_images_per_prompt num_samples n",
+        "guidance_scale": "cfg cfg_scale guidance",
+        "scale": "ip_adapter_scale weight",
+        "subject_scales": "weights scales",
+        "seed": "generator random_seed manual_seed",
+    }.items()
+    for other in others.split()
 }
 """What other libraries call arguments of generate."""
 

@@ -27,7 +27,6 @@ from transformers import (
 )
 
 from msdiffusion.backbone.configs import (
-    _split_hub_folder,
     absolute,
     calls_per_step,
     encoder_widths,
@@ -35,6 +34,7 @@ from msdiffusion.backbone.configs import (
     kind_of_class,
     native_side,
     skeleton_unet,
+    split_hub_folder,
 )
 from msdiffusion.backbone.pretrained import _scheduler_of, load_image_encoder, load_pipeline
 from msdiffusion.backbone.single_file import read_single_file
@@ -328,12 +328,12 @@ def test_the_embedded_autoencoder_loads_without_a_warning():
 
 
 def test_a_folder_inside_a_hub_repository(tmp_path):
-    assert _split_hub_folder("h94/IP-Adapter/sdxl_models/image_encoder") == (
+    assert split_hub_folder("h94/IP-Adapter/sdxl_models/image_encoder") == (
         "h94/IP-Adapter",
         {"subfolder": "sdxl_models/image_encoder"},
     )
-    assert _split_hub_folder("owner/name") == ("owner/name", {})
-    assert _split_hub_folder(tmp_path) == (str(tmp_path), {})
+    assert split_hub_folder("owner/name") == ("owner/name", {})
+    assert split_hub_folder(tmp_path) == (str(tmp_path), {})
 
 
 def test_places_of_this_machine(tmp_path, monkeypatch):
