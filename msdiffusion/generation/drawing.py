@@ -30,6 +30,7 @@ from msdiffusion.request.request import (
     RequestArguments,
     check_auto_layout_start,
     check_size,
+    first_given,
     unknown_argument,
 )
 from msdiffusion.request.subjects import Subjects
@@ -166,8 +167,8 @@ class BatchDrawing:
         native = backbone.unet.config.sample_size
         sides = native if isinstance(native, (list, tuple)) and len(native) == 2 else (native, native)
         rows, columns = (side * backbone.latent_factor if isinstance(side, (int, float)) else None for side in sides)
-        height = next((value for value in (request.height, defaults.get("height"), rows) if value is not None), None)
-        width = next((value for value in (request.width, defaults.get("width"), columns) if value is not None), None)
+        height = first_given(request.height, defaults.get("height"), rows)
+        width = first_given(request.width, defaults.get("width"), columns)
         if height is None or width is None:
             raise RequestError(
                 f"the UNet's config does not say how large pictures are (sample_size {shown(native)}): give height= "
@@ -317,8 +318,7 @@ class BatchDrawing:
 
     def _maps_of(self, index: int, maps: Tensor) -> Tensor:
         """(subjects, rows, columns): the maps of each subject's first view, without padding."""
-        numbers = self.requests[index].subjects.numbers
-        return maps[[numbers.index(number) for number in range(max(numbers) + 1)]]
+        return maps[self.requests[index].subjects.first_views]
 
     def _result(self, index: int, parts: dict[int, tuple[Any, Tensor | None]]) -> GenerationResult:
         pictures, maps = zip(*(parts[number] for number in range(len(parts))), strict=True)

@@ -257,11 +257,10 @@ def _check_auto_layout(subjects: Subjects, steps: int, sources: Sources) -> None
 
 
 def _write_layout(picture: Picture, result: Any, subjects: Subjects) -> None:
-    first = [subjects.numbers.index(number) for number in range(max(subjects.numbers) + 1)]  # view of each subject
     drawing = draw_layout(
         result.pictures[0],
-        boxes=[subjects.boxes[view] for view in first],
-        phrases=[subjects.phrases[view] for view in first],
+        boxes=[subjects.boxes[view] for view in subjects.first_views],
+        phrases=subjects.names,
         maps=None if result.layout_maps is None else result.layout_maps[0],
     )
     save_at_once(drawing, layout_path(picture.path))

@@ -117,12 +117,7 @@ def check_request(
 ) -> GenerationRequest:
     """Check the arguments of MSDiffusion.generate, which documents them, and open the images.
 
-    Args:
-        images: see there.
-        boxes: see there.
-        prompt: see there.
-        phrases: see there.
-        arguments: those of other names are options of the diffusers pipeline.
+    Those of other names are options of the diffusers pipeline.
 
     Raises:
         RequestError: counts differ, a file is missing, a number is out of range, ...
@@ -220,12 +215,7 @@ def _request_of(arguments: Any, index: int) -> GenerationRequest:
 
 
 def unknown_argument(name: str, known: Iterable[str]) -> str:
-    """What to say of an argument of generate that there is not: the name that it has here, or one spelled like it.
-
-    Args:
-        name: as given.
-        known: names that there are.
-    """
+    """What to say of an argument of generate that there is not: the name that it has here, or a known one like it."""
     ours = OTHER_NAMES.get(name)
     if ours == "seed" and name == "generator":
         return "here it is seed=, a whole number; generator.initial_seed() is that of a torch.Generator"
@@ -236,14 +226,7 @@ def unknown_argument(name: str, known: Iterable[str]) -> str:
 
 
 def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that an adapter's config may give defaults for, as plain numbers and text; None stays None.
-
-    Args:
-        settings: any of SETTINGS.
-
-    Raises:
-        RequestError: one cannot be that.
-    """
+    """Any of SETTINGS as plain numbers and text, None as it is; RequestError where one cannot be that."""
     found = dict(settings)
     for name, value in settings.items():
         if value is None:
@@ -265,13 +248,7 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_size(height: int, width: int, pictures: int = 1) -> None:
-    """Raise RequestError where pictures that are drawn at once have too many pixels, before anything is allocated.
-
-    Args:
-        height: pixels.
-        width: pixels.
-        pictures: of the batch.
-    """
+    """Raise RequestError where pictures that are drawn at once have too many pixels, before anything is allocated."""
     if height * width > MAX_PIXELS:
         raise RequestError(
             f"a picture of {width} x {height} (width x height) has {height * width:,} pixels; {MAX_PIXELS:,} are drawn "
@@ -307,5 +284,5 @@ def check_auto_layout_start(subjects: Subjects, steps: int) -> None:
 
 
 def first_given(*values: Any) -> Any:
-    """The first value that is not None."""
-    return next(value for value in values if value is not None)
+    """The first value that is not None, if any."""
+    return next((value for value in values if value is not None), None)

@@ -6,8 +6,9 @@ import logging
 import math
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -60,9 +61,14 @@ class Subjects:
     """Which subject each entry is a view of, from 0."""
 
     @property
+    def first_views(self) -> list[int]:
+        """Per subject the index of its first entry."""
+        return [self.numbers.index(number) for number in range(max(self.numbers) + 1)]
+
+    @property
     def names(self) -> tuple[str, ...]:
         """One phrase per subject."""
-        return tuple(self.phrases[self.numbers.index(number)] for number in range(max(self.numbers) + 1))
+        return tuple(self.phrases[view] for view in self.first_views)
 
 
 class SubjectArguments(TypedDict, total=False):
@@ -131,15 +137,19 @@ def check_subjects(
     _check_counts(count, None if boxes is None else len(layout), None if named is None else len(named))
     room = Room("references", MAX_REFERENCE_PIXELS)
     views = [_views(image, f"images[{index}]", room) for index, image in enumerate(images)]
-    regions = _check_masks(given["masks"], count)
+    check_mask = partial(_check_mask, room=Room("masks", MAX_MASK_PIXELS))
+    regions = _per_subject(given["masks"], "masks", count, "mask, or None,", 3, None, check_mask, LayoutError)
     layout = tuple(
         _mask_box(mask) if box is None and mask is not None else box for box, mask in zip(layout, regions, strict=True)
     )
     for index, box in enumerate(layout):
         if box is not None and regions[index] is None and (box[0] == box[2] or box[1] == box[3]):
             warn_caller(f"boxes[{index}] has no area, so that subject is left out")
-    scales = _check_scales(given["subject_scales"], count)
-    windows = _check_windows(given["subject_windows"], count)
+    check_scale = partial(number_between, least=0.0, most=MAX_WEIGHT)
+    scales = _per_subject(given["subject_scales"], "subject_scales", count, "number", 1, 1.0, check_scale)
+    windows = _per_subject(
+        given["subject_windows"], "subject_windows", count, "(start, end), or None,", 2, (0.0, 1.0), _check_window
+    )
     auto_layout = true_or_false(given["auto_layout"], "auto_layout")
     threshold = number_between(given["auto_layout_threshold"], "auto_layout_threshold", 0.0, 1.0)
     start = given["auto_layout_start"]
@@ -221,19 +231,28 @@ def _views(image: Any, name: str, room: Room) -> tuple[Image.Image, ...]:
     return (open_reference(image, name, room),)
 
 
-def _check_masks(masks: Any, count: int) -> tuple[np.ndarray | None, ...]:
-    if masks is None:
-        return (None,) * count
-    masks = as_sequence(masks, "masks", 3)
-    if len(masks) != count:
-        raise LayoutError(f"masks must hold one mask, or None, per subject ({count}), got {len(masks)}")
-    room = Room("masks", MAX_MASK_PIXELS)
-    return tuple(
-        None if mask is None else _check_mask(mask, f"masks[{index}]", room) for index, mask in enumerate(masks)
-    )
+def _per_subject(
+    values: Any,
+    name: str,
+    count: int,
+    what: str,
+    axes: int,
+    default: Any,
+    check: Callable[[Any, str], Any],
+    kind: type[RequestError | LayoutError] = RequestError,
+) -> tuple[Any, ...]:
+    """A checked value for each subject, the default for all where there are none; ``axes`` of an array of them."""
+    if values is None:
+        return (default,) * count
+    values = as_sequence(values, name, axes)
+    if len(values) != count:
+        raise kind(f"{name} must hold one {what} per subject ({count}), got {len(values)}")
+    return tuple(check(value, f"{name}[{index}]") for index, value in enumerate(values))
 
 
-def _check_mask(mask: Any, name: str, room: Room) -> np.ndarray:
+def _check_mask(mask: Any, name: str, room: Room) -> np.ndarray | None:
+    if mask is None:
+        return None
     need = "a mask is a bool array (rows, columns), or a picture that is black and white"
     if isinstance(mask, (str, Path, Image.Image)):
         picture = open_upright(mask, name, room)
@@ -268,32 +287,9 @@ def _mask_box(mask: np.ndarray) -> Box:
     )
 
 
-def _check_scales(subject_scales: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    if subject_scales is None:
-        return (1.0,) * count
-    scales = as_sequence(subject_scales, "subject_scales", 1)
-    if len(scales) != count:
-        raise RequestError(f"subject_scales must hold one number per subject ({count}), got {len(scales)}")
-    return tuple(
-        number_between(value, f"subject_scales[{index}]", 0.0, MAX_WEIGHT) for index, value in enumerate(scales)
-    )
-
-
-def _check_windows(windows: Any, count: int) -> tuple[tuple[float, float], ...]:
-    if windows is None:
-        return ((0.0, 1.0),) * count
-    windows = as_sequence(windows, "subject_windows", 2)
-    if len(windows) != count:
-        raise RequestError(
-            f"subject_windows must hold one (start, end), or None, per subject ({count}), got {len(windows)}"
-        )
-    return tuple(
-        (0.0, 1.0) if window is None else _check_window(window, f"subject_windows[{index}]")
-        for index, window in enumerate(windows)
-    )
-
-
 def _check_window(window: Any, name: str) -> tuple[float, float]:
+    if window is None:
+        return 0.0, 1.0
     need = "must be (start, end) with 0 <= start < end <= 1"
     if getattr(window, "ndim", None) == 1:
         window = window.tolist()
