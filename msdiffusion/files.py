@@ -29,11 +29,7 @@ REFUSALS = {
 
 
 def place_of(text: str) -> Path:
-    """A path of the command line; an empty one would be the working folder.
-
-    Raises:
-        argparse.ArgumentTypeError: it is empty.
-    """
+    """A path of the command line; argparse.ArgumentTypeError for an empty one, which would be the working folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is no path: was a variable of the shell empty?")
     return Path(text)
@@ -63,11 +59,7 @@ def check_folder(folder: str | Path, name: str, inside: str = "", *, holds: bool
 
 
 def check_file(path: str | Path, name: str) -> Path:
-    """``check_folder`` for a file that will be written, and for the name that it has meanwhile.
-
-    Raises:
-        RequestError: as check_folder; or a folder stands there.
-    """
+    """``check_folder`` for a file, and the name that it has meanwhile; RequestError too where a folder stands there."""
     place = _path(path, name)
     check_folder(place.parent, name, unfinished(place).name, holds=True)
     if place.is_dir():
@@ -157,11 +149,7 @@ def _new_file_mode(folder: Path) -> int:
 
 
 def file_sha256(path: str | Path) -> str:
-    """sha256 of a file's content, as 64 hexadecimal digits.
-
-    Raises:
-        RequestError: it cannot be read.
-    """
+    """sha256 of a file's content, as 64 hexadecimal digits; RequestError where it cannot be read."""
     try:
         state = Path(path).stat()
         return _sha256(str(path), state.st_mtime_ns, state.st_size)

@@ -114,11 +114,7 @@ class AdapterConfig:
 
     @classmethod
     def read(cls, path: str | Path, source: str | None = None) -> AdapterConfig:
-        """Read config.json from a file; ``source`` is what messages call it.
-
-        Raises:
-            WeightsError: as from_json, or the file cannot be read.
-        """
+        """``from_json`` of a file, ``source`` in messages; WeightsError too where it cannot be read."""
         source = str(path) if source is None else source
         try:
             if Path(path).stat().st_size > MAX_BYTES:
@@ -130,11 +126,7 @@ class AdapterConfig:
 
     @classmethod
     def from_json(cls, text: str, source: str = CONFIG_NAME) -> AdapterConfig:
-        """Read config.json.
-
-        Raises:
-            WeightsError: not JSON, another schema, or keys that are missing or unknown.
-        """
+        """Read config.json; WeightsError where it is not JSON, of another schema, or has missing or unknown keys."""
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:  # also numbers of thousands of digits

@@ -138,16 +138,13 @@ def check_options(options: Iterable[str], loader: Callable[..., Any]) -> None:
 
 
 def check_base(adapter: MSAdapter, unet: UNet2DConditionModel, base_model: str, needed: str) -> None:
-    """Raise unless the adapter is for a UNet of this architecture.
+    """Raise WeightsError unless the adapter is for a UNet of this architecture, with both sizes and what is needed.
 
     Args:
         adapter: the trained part.
         unet: on any device.
         base_model: where it is, for the message.
         needed: where the one is that the adapter names.
-
-    Raises:
-        WeightsError: names the first difference with both sizes, and the base model that is needed.
     """
     ours, theirs = adapter.layers, cross_attentions(unet)
     width, their_width = adapter.config.resampler.output_width, unet.config.cross_attention_dim
@@ -164,16 +161,13 @@ def check_base(adapter: MSAdapter, unet: UNet2DConditionModel, base_model: str, 
 
 
 def check_encoders(config: AdapterConfig, phrase_width: int, image_width: int, sources: Sources | None = None) -> None:
-    """Raise unless the text and image encoders are as wide as the adapter expects.
+    """Raise WeightsError unless text and image encoder are as wide as the adapter expects, with the model needed.
 
     Args:
         config: the adapter's.
         phrase_width: of the text encoder.
         image_width: of the image encoder's features.
         sources: where the encoders are, for the message.
-
-    Raises:
-        WeightsError: names both widths, and the model that is needed.
     """
     for what, ours, theirs in (
         ("phrase embeddings", config.resampler.phrase_width, phrase_width),

@@ -55,11 +55,7 @@ class OfficialAdapter:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """The tensors of the file as they stand there, without unpickling code.
-
-    Raises:
-        WeightsError: no such file, or it holds more than tensors.
-    """
+    """The file's tensors, no code unpickled; WeightsError where there is no such file, or it holds more than that."""
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"no such file: {path}")

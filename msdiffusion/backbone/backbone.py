@@ -94,11 +94,7 @@ class Backbone:
         return cls(pipeline, encoder.to(device), processor)  # moved first: what leaves the CPU is copied that way
 
     def to(self, device: str | torch.device) -> Backbone:
-        """Move all parts.
-
-        Raises:
-            RequestError: there is no such device; before anything is moved.
-        """
+        """Move all parts; RequestError for a device that there is not, before anything is moved."""
         device = usable_device(device)
         self.pipeline.to(device)
         self.image_encoder.to(device)
@@ -242,11 +238,7 @@ class Backbone:
         return (latents - mean) * factor, None if spread is None else spread.float() * factor
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(channels, rows, columns) of the latents of a picture of so many pixels.
-
-        Raises:
-            RequestError: a side is no multiple of ``latent_factor``.
-        """
+        """(channels, rows, columns) of a picture's latents; RequestError for no multiples of ``latent_factor``."""
         factor = self.latent_factor
         if height < factor or width < factor or height % factor or width % factor:
             raise RequestError(
@@ -308,11 +300,7 @@ class Backbone:
 
 
 def weights_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    """The dtype of weights, also by its name ("float16", "torch.float16"); float32 for None.
-
-    Raises:
-        RequestError: none that weights can have here.
-    """
+    """The dtype of weights, also by name ("float16", "torch.float16"), float32 for None; RequestError for others."""
     named = {name: getattr(torch, name) for name in DTYPES}
     found = named.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype or torch.float32
     if found not in (*named.values(), torch.float64):
@@ -323,11 +311,7 @@ def weights_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 
 
 def usable_device(device: str | int | torch.device | None) -> torch.device:
-    """The device, tried; the first CUDA device, if there is one, else the CPU for None.
-
-    Raises:
-        RequestError: there is no such device here, or it can't compute.
-    """
+    """The device, tried; for None the first CUDA device, or else the CPU; RequestError where it cannot be used."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -354,11 +338,7 @@ def quiet_loading() -> None:
 
 
 def _kind(pipeline: Any) -> Literal["sdxl", "sd1"]:
-    """By its parts, so that image-to-image, inpainting and ControlNet pipelines count as well.
-
-    Raises:
-        WeightsError: other parts.
-    """
+    """By its parts, so that image-to-image, inpainting and ControlNet pipelines count; WeightsError for others."""
     parts = (getattr(pipeline, name, None) for name in ("unet", "text_encoder"))
     unet, text_encoder = (getattr(part, "_orig_mod", part) for part in parts)  # torch.compile wraps them
     if isinstance(unet, UNet2DConditionModel) and isinstance(text_encoder, CLIPTextModel):

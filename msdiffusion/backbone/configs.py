@@ -48,11 +48,7 @@ LOADING_ERRORS = (
 
 
 def kind_of_class(class_name: str, source: str) -> str:
-    """The kind, "sdxl" or "sd1", of the diffusers pipelines with this class name (``_class_name`` of model_index.json).
-
-    Raises:
-        WeightsError: another kind.
-    """
+    """By a pipeline's class name (``_class_name`` of model_index.json) its kind, "sdxl" or "sd1"; else WeightsError."""
     if class_name.startswith("StableDiffusionXL"):
         return "sdxl"
     if class_name.startswith("StableDiffusion") and not class_name.startswith("StableDiffusion3"):

@@ -40,11 +40,7 @@ def check_vocabulary(pipeline: DiffusionPipeline, source: str) -> None:
 
 
 def check_fit(pipeline: DiffusionPipeline, source: str | Path) -> None:
-    """Raise unless weights were there, and text encoders, UNet and autoencoder are made for one another.
-
-    Raises:
-        WeightsError: names what is missing, or both widths.
-    """
+    """Raise WeightsError where weights are missing, or text encoders, UNet and VAE are of different models."""
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):  # diffusers leaves weights that were not there on the meta device
             missing = [key for key, weight in part.state_dict().items() if weight.device.type == "meta"]

@@ -124,12 +124,8 @@ def check_batches(batches: Sequence[Sequence[Picture]]) -> None:
 def without_finished(pictures: Sequence[Picture], *, overwrite: bool = False) -> list[Picture]:
     """The pictures, those that are there already marked as not wanted.
 
-    Args:
-        pictures: what is planned.
-        overwrite: take those that are there but are of another request for missing.
-
     Raises:
-        RequestError: such pictures are there, and may not be overwritten.
+        RequestError: some are there but of another request, and may not be taken for missing (``overwrite``).
     """
     marked, others = [], []
     for picture in pictures:

@@ -92,11 +92,7 @@ class MSDiffusion:
         return other
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Pickling: hooks of the networks have no names that a pickle could hold.
-
-        Raises:
-            RequestError: says what to do.
-        """
+        """RequestError, with what to do: hooks of the networks have no names that a pickle could hold."""
         raise RequestError(
             "a model is not pickled: for a file, save_pretrained(folder) and from_pretrained(folder); for another "
             "process, load it there with from_pretrained"
@@ -167,21 +163,13 @@ class MSDiffusion:
             self.adapter.install(self.backbone.unet)
 
     def enable_model_cpu_offload(self, **options: Any) -> None:
-        """Keep every model on the CPU but the one at work: the pipeline's method of this name, for all parts.
-
-        Args:
-            options: of the pipeline's method, such as ``device``.
-        """
+        """Keep every model on the CPU but the one at work: the pipeline's method of this name, for all parts."""
         with self._turns.take():
             self.pipeline.enable_model_cpu_offload(**options)
             self._rest_on_cpu()
 
     def enable_sequential_cpu_offload(self, **options: Any) -> None:
-        """Keep all weights on the CPU but those of the layer at work: least memory, slow. See the pipeline's method.
-
-        Args:
-            options: of the pipeline's method, such as ``device``.
-        """
+        """Keep all weights on the CPU but those of the layer at work: least memory, slow. See the pipeline's method."""
         with self._turns.take():
             self.pipeline.enable_sequential_cpu_offload(**options)
             self._rest_on_cpu()

@@ -51,14 +51,7 @@ class Identity:
 def identify(
     model: str, base_model: str | None, image_encoder: str | None, dtype: str, base_config: str | None = None
 ) -> Identity:
-    """Find the adapter and say what it is.
-
-    Args:
-        model: as for MSDiffusion.from_pretrained.
-        base_model: the same.
-        image_encoder: the same.
-        dtype: name of the weights' dtype.
-        base_config: as for MSDiffusion.from_pretrained.
+    """Find the adapter and say what it is; arguments as for MSDiffusion.from_pretrained, the dtype by its name.
 
     Raises:
         WeightsError: there is no such adapter, or its config is broken.
@@ -90,11 +83,7 @@ def identify(
 
 
 def frozen_name(source: str) -> str:
-    """A frozen model as records call it: a hub name, or a local place's last part with a fingerprint of its content.
-
-    Args:
-        source: folder, file, hub name or ``open_clip:...``.
-    """
+    """A frozen model as records call it: a hub name, or a local place's last part with a fingerprint of its content."""
     if names_open_clip(source):
         name = OpenClipName.parse(source)
         return source if name.file is None else str(replace(name, file=Path(_fingerprinted(name.file))))

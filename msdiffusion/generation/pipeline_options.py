@@ -112,12 +112,7 @@ def _check_scheduler(pipeline: Any) -> None:
 
 
 def check_steps(scheduler: Any, steps: int) -> None:
-    """Raise RequestError for more steps than the scheduler has timesteps, at which several fail.
-
-    Args:
-        scheduler: of diffusers.
-        steps: asked for.
-    """
+    """Raise RequestError for more steps than the scheduler has timesteps, at which several fail."""
     most = scheduler.config.get("num_train_timesteps")
     if isinstance(most, int) and steps > most:
         raise RequestError(f"steps must be at most {most}, the timesteps of {type(scheduler).__name__}, got {steps}")

@@ -104,11 +104,7 @@ class Watermark:
     """Writes a short text invisibly into pictures; ``read_watermark`` reads it."""
 
     def __init__(self, text: str) -> None:
-        """Take the text, of 1 to 16 bytes in UTF-8.
-
-        Raises:
-            RequestError: it is empty, too long, or has a zero byte.
-        """
+        """Take the text, of 1 to 16 bytes in UTF-8, none of them zero; else RequestError."""
         content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else b""
         if not 1 <= len(content) <= MARK_BYTES or 0 in content:
             raise RequestError(f"a watermark is text of 1 to {MARK_BYTES} bytes in UTF-8, got {text!r}")
@@ -120,11 +116,7 @@ class Watermark:
         _check_size(width, height)
 
     def __call__(self, pictures: list[Image.Image]) -> list[Image.Image]:
-        """The pictures with the watermark, RGB.
-
-        Raises:
-            RequestError: a picture is too small.
-        """
+        """The pictures with the watermark, RGB; RequestError where one is too small."""
         return [self._mark(picture) for picture in pictures]
 
     def _mark(self, picture: Image.Image) -> Image.Image:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from msdiffusion.errors import PhraseError, shown, warn_caller
 
@@ -223,7 +223,7 @@ def find_in_prompt(prompt: str, phrase: str, occurrence: int = 0) -> tuple[int, 
     Args:
         prompt: the text to look in.
         phrase: the words to look for.
-        occurrence: 0 for the first time the phrase occurs, 1 for the second, ...
+        occurrence: which one, from 0.
 
     Raises:
         PhraseError: the phrase is empty or does not occur that often.
@@ -259,15 +259,15 @@ def token_span(tokenizer: PreTrainedTokenizerBase, prompt: str, phrase: str, occ
 
     Args:
         tokenizer: a fast tokenizer (one that knows character offsets).
-        prompt: the whole prompt.
-        phrase: words in it.
-        occurrence: which one, from 0, if the phrase occurs several times.
+        prompt: as for ``find_in_prompt``, like the others.
+        phrase: see there.
+        occurrence: see there.
 
     Raises:
         PhraseError: the phrase is not in the prompt that often, or lies beyond the tokenizer's limit.
     """
     first, last = find_in_prompt(prompt, phrase, occurrence)
-    offsets = _encode(tokenizer, prompt, return_offsets_mapping=True)["offset_mapping"]
+    offsets = _offsets(tokenizer, prompt)
     inside = [index for index, (start, end) in enumerate(offsets) if start < last and end > first]
     if not inside:
         raise PhraseError(f"the tokenizer drops the phrase {shown(phrase)}: use words that it knows")
@@ -282,10 +282,11 @@ def token_span(tokenizer: PreTrainedTokenizerBase, prompt: str, phrase: str, occ
 
 def beyond_limit(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """The end of the prompt that the tokenizer's limit cuts off; "" if it fits."""
-    offsets = _encode(tokenizer, prompt, return_offsets_mapping=True)["offset_mapping"]
+    offsets = _offsets(tokenizer, prompt)
     limit = tokenizer.model_max_length
     return prompt[offsets[limit - 1][0] :] if len(offsets) > limit else ""
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, **options: Any) -> dict[str, Any]:
-    return tokenizer(prompt, truncation=False, verbose=False, **options)
+def _offsets(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[tuple[int, int]]:
+    """Per token [start, end) of its characters."""
+    return tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]

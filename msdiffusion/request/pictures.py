@@ -46,11 +46,7 @@ class Room:
         self.what, self.most, self.left = what, pixels, pixels
 
     def take(self, size: tuple[int, ...], name: str) -> None:
-        """Take the pixels of a picture of (width, height).
-
-        Raises:
-            RequestError: there are no more so many; ``name`` is what the message calls the picture.
-        """
+        """Take the pixels of a picture of (width, height), called ``name``; RequestError where so many are not left."""
         self.left -= math.prod(size)
         if self.left < 0:
             raise RequestError(

@@ -93,27 +93,14 @@ def request_record(arguments: Mapping[str, Any], folder: Path, *, embed: bool = 
 
 
 def save_png(picture: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
-    """Write a picture with its record, at once or not at all: whoever sees the file sees all of it.
-
-    Raises:
-        RequestError: it cannot be written.
-    """
+    """Write a picture with its record, at once or not at all; RequestError where it cannot be written."""
     info = PngInfo()
     info.add_text(KEY, json.dumps(record, allow_nan=False))
     save_at_once(picture, path, pnginfo=info)
 
 
 def save_at_once(picture: Image.Image, path: Path, **options: Any) -> None:
-    """Write a picture to another name first, then rename it.
-
-    Args:
-        picture: what to write.
-        path: its suffix is the format.
-        options: of pillow's save.
-
-    Raises:
-        RequestError: it cannot be written.
-    """
+    """Write a picture, in the format of the suffix, at once or not at all; RequestError where it cannot be written."""
     with written(path) as unfinished:
         picture.save(unfinished, **options)
 

@@ -54,11 +54,7 @@ class Embedded:
     """Where the file was, for messages."""
 
     def open(self) -> Image.Image:
-        """The picture.
-
-        Raises:
-            RequestError: it is none.
-        """
+        """The picture; RequestError where it is none."""
         return open_content(self.content, f"the embedded reference {shown(self.path)}")
 
 
@@ -150,11 +146,7 @@ def check_entry(arguments: Mapping[str, Any], folder: Path, where: str, name: st
 
 
 def open_request(arguments: Mapping[str, Any]) -> GenerationRequest:
-    """The checked request of an entry's arguments, with its references opened.
-
-    Raises:
-        RequestError, LayoutError, PhraseError: as check_request.
-    """
+    """``check_request`` of an entry's arguments, with its references opened."""
     opened = with_embedded_opened(arguments)
     opened.setdefault("boxes", None)
     try:
@@ -164,11 +156,7 @@ def open_request(arguments: Mapping[str, Any]) -> GenerationRequest:
 
 
 def with_embedded_opened(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry's arguments as MSDiffusion.generate takes them: embedded references as pictures.
-
-    Raises:
-        RequestError: one is no picture.
-    """
+    """An entry's arguments as generate takes them: embedded references as pictures; RequestError where one is none."""
 
     def opened(reference: Any) -> Any:
         return reference.open() if isinstance(reference, Embedded) else reference
@@ -214,12 +202,7 @@ def _parse(path: Path) -> Any:
 
 
 def parse_json(text: str, source: str) -> Any:
-    """JSON without its surprises.
-
-    Raises:
-        RequestError: not JSON, a key given twice, NaN or infinity, or nested too deeply; the message begins with
-            ``source``.
-    """
+    """JSON; RequestError for keys given twice, NaN, infinity, and what is nested too deeply, in ``source``."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
