@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -61,29 +61,31 @@ class AdapterConfig:
         if len(background) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in background):
             raise WeightsError(f"reference_background must be three whole numbers in 0-255, got {shown(background)}")
         object.__setattr__(self, "reference_background", background)
-        if self.reference_fit not in ("squash", "pad"):
-            raise WeightsError(f'reference_fit must be "squash" or "pad", got {shown(self.reference_fit)}')
-        if self.projector not in ("resampler", "global"):
-            raise WeightsError(f'projector must be "resampler" or "global", got {shown(self.projector)}')
-        if self.regions not in ("boxes", "everywhere"):
-            raise WeightsError(f'regions must be "boxes" or "everywhere", got {shown(self.regions)}')
+        pairs = {
+            "reference_fit": ("squash", "pad"),
+            "projector": ("resampler", "global"),
+            "regions": ("boxes", "everywhere"),
+        }
+        for name, (one, other) in pairs.items():
+            if getattr(self, name) not in (one, other):
+                raise WeightsError(f'{name} must be "{one}" or "{other}", got {shown(getattr(self, name))}')
+
+        def refuse(name: str, need: str) -> NoReturn:
+            raise WeightsError(f"{name} in an adapter's config must be {need}, got {shown(getattr(self, name))}")
+
         for name, most in (("training_resolution", 16384), ("largest_side", 16384), ("most_subjects", 1000)):
             value = getattr(self, name)
             told = value is not None or name == "training_resolution"
             if told and (type(value) is not int or not 1 <= value <= most):
-                raise WeightsError(
-                    f"{name} in an adapter's config must be a whole number from 1 to {most}, got {shown(value)}"
-                )
+                refuse(name, f"a whole number from 1 to {most}")
         if self.closed_vocabulary not in (None, True, False):
-            raise WeightsError(
-                f"closed_vocabulary in an adapter's config must be true or false, got {shown(self.closed_vocabulary)}"
-            )
+            refuse("closed_vocabulary", "true or false")
         for name in ("base_model", "image_encoder", "base_config"):
             value = getattr(self, name)
             if not isinstance(value, str) and (name != "base_config" or value is not None):
-                raise WeightsError(f"{name} in an adapter's config must be text, got {shown(value)}")
+                refuse(name, "text")
         if not isinstance(self.defaults, Mapping):
-            raise WeightsError(f"defaults in an adapter's config must be a mapping, got {shown(self.defaults)}")
+            refuse("defaults", "a mapping")
         unknown = set(self.defaults) - set(SETTINGS)
         if unknown:
             raise WeightsError(

@@ -111,11 +111,7 @@ def _config_of(source: str | Path | None, part: str) -> Mapping[str, Any]:
         return {}
 
 
-def encoder_widths(
-    base_model: str | Path,
-    image_encoder: str | Path,
-    features: str = "tokens",
-) -> tuple[int, int]:
+def encoder_widths(base_model: str | Path, image_encoder: str | Path, features: str = "tokens") -> tuple[int, int]:
     """Widths of a phrase embedding and of the image encoder's features, read from configs and headers alone.
 
     Models are named as for ``load_pipeline``, ``load_image_encoder``, features as for ``Backbone.encode_references``.

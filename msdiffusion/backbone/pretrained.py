@@ -56,12 +56,7 @@ from msdiffusion.backbone.configs import (
 )
 from msdiffusion.backbone.fit import check_fit, check_vocabulary
 from msdiffusion.backbone.open_clip_encoder import OpenClipVisionEncoder, names_open_clip
-from msdiffusion.backbone.single_file import (
-    SingleFile,
-    check_shapes,
-    names_single_file,
-    read_single_file,
-)
+from msdiffusion.backbone.single_file import SingleFile, check_shapes, names_single_file, read_single_file
 from msdiffusion.errors import WeightsError, reason
 from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
 

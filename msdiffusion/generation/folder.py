@@ -187,10 +187,7 @@ def draw(
             _check_unchanged(picture)
 
         def finish(
-            index: int,
-            result: Any,
-            batch: Sequence[Picture] = batch,
-            requests: Sequence[GenerationRequest] = requests,
+            index: int, result: Any, batch: Sequence[Picture] = batch, requests: Sequence[GenerationRequest] = requests
         ) -> None:
             if batch[index].wanted:
                 if layouts:

@@ -25,12 +25,12 @@ from msdiffusion.generation.saving import push, save
 from msdiffusion.generation.subject_batch import SubjectBatch
 from msdiffusion.generation.turns import Turns, turns_of
 from msdiffusion.request.request import (
+    MAX_BATCH,
     MAX_IMAGES,
     MISSING,
     GenerationRequest,
     OutputType,
     RequestArguments,
-    check_drawing,
     check_given,
     check_request,
     check_requests,
@@ -351,7 +351,8 @@ class MSDiffusion:
         """
         if on_result is not None and not callable(on_result):
             raise RequestError(f"on_result must be a function of (index, result), got {shown(on_result)}")
-        check_drawing(progress, batch_size)
+        true_or_false(progress, "progress")
+        whole_number(batch_size, "batch_size", 1, MAX_BATCH)
         with _CHECKING:
             checked = check_requests(requests)
         pipeline = with_own_scheduler(self.pipeline)  # as it is when the call comes, not when its turn does

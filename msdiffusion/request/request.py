@@ -17,7 +17,6 @@ from msdiffusion.request.subjects import (
     check_subjects,
     check_text,
     number_between,
-    true_or_false,
     whole_number,
 )
 
@@ -175,12 +174,6 @@ def check_given(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> Non
         none = "; boxes=None leaves every subject's place to the text" if name == "boxes" else ""
         given = f", and it takes no {other!r}: here it is {name}=" if other else none
         raise RequestError(f"generate needs {name}{given}")
-
-
-def check_drawing(progress: Any, batch_size: Any) -> None:
-    """Raise RequestError for what says how pictures are drawn, not which."""
-    true_or_false(progress, "progress")
-    whole_number(batch_size, "batch_size", 1, MAX_BATCH)
 
 
 def check_requests(requests: Sequence[GenerationRequest | Mapping[str, Any]]) -> list[GenerationRequest]:
