@@ -61,14 +61,12 @@ class AdapterConfig:
         if len(background) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in background):
             raise WeightsError(f"reference_background must be three whole numbers in 0-255, got {shown(background)}")
         object.__setattr__(self, "reference_background", background)
-        pairs = {
-            "reference_fit": ("squash", "pad"),
-            "projector": ("resampler", "global"),
-            "regions": ("boxes", "everywhere"),
-        }
-        for name, (one, other) in pairs.items():
-            if getattr(self, name) not in (one, other):
-                raise WeightsError(f'{name} must be "{one}" or "{other}", got {shown(getattr(self, name))}')
+        if self.reference_fit not in ("squash", "pad"):
+            raise WeightsError(f'reference_fit must be "squash" or "pad", got {shown(self.reference_fit)}')
+        if self.projector not in ("resampler", "global"):
+            raise WeightsError(f'projector must be "resampler" or "global", got {shown(self.projector)}')
+        if self.regions not in ("boxes", "everywhere"):
+            raise WeightsError(f'regions must be "boxes" or "everywhere", got {shown(self.regions)}')
 
         def refuse(name: str, need: str) -> NoReturn:
             raise WeightsError(f"{name} in an adapter's config must be {need}, got {shown(getattr(self, name))}")

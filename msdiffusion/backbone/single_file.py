@@ -98,31 +98,23 @@ def read_single_file(path: str | Path) -> SingleFile:
     except SafetensorError as error:
         raise WeightsError(f"the base model {path} is not a safetensors file: {error}") from None
     with refused_weights():
-        headings = file_headings(path)
-        check_dtypes(
-            f"the base model {path}",
-            {
-                name: heading
-                for name, heading in headings.items()
-                if name.startswith(_NETWORKS) and not name.startswith(LEFT_OVER)
-            },
-        )
-    matrices = (
-        name for name in shapes if name.endswith("attn2.to_k.weight") or name in sum(_TEXT_ENCODERS.values(), ())
-    )
-    for name in matrices:
-        if len(shapes[name]) != 2:
-            raise WeightsError(f"the base model {path} is broken: {name} is no matrix, its shape is {shapes[name]}")
-    for kind, names in _TEXT_ENCODERS.items():
-        for name in names:
-            if name in shapes and any(key.startswith(UNET_PREFIX) for key in shapes):
-                for prefix, what in ((VAE_PREFIX, "autoencoder"), *_MORE[kind]):
-                    if not any(key.startswith(prefix) for key in shapes):
-                        raise WeightsError(
-                            f"the base model {path} is incomplete: it holds no {what} ({prefix}*): use the full "
-                            "version of the checkpoint"
-                        )
-                return SingleFile(path, kind, shapes[name][-1], shapes, sampling)
+        headings = {name: each for name, each in file_headings(path).items() if name.startswith(_NETWORKS)}
+        used = {name: heading for name, heading in headings.items() if not name.startswith(LEFT_OVER)}
+        check_dtypes(f"the base model {path}", used)
+    encoders = {name: kind for kind, names in _TEXT_ENCODERS.items() for name in names}
+    for name, shape in shapes.items():
+        if (name.endswith("attn2.to_k.weight") or name in encoders) and len(shape) != 2:
+            raise WeightsError(f"the base model {path} is broken: {name} is no matrix, its shape is {shape}")
+    for name, kind in encoders.items():
+        if name not in shapes or not any(key.startswith(UNET_PREFIX) for key in shapes):
+            continue
+        for prefix, what in ((VAE_PREFIX, "autoencoder"), *_MORE[kind]):
+            if not any(key.startswith(prefix) for key in shapes):
+                raise WeightsError(
+                    f"the base model {path} is incomplete: it holds no {what} ({prefix}*): use the full version of "
+                    "the checkpoint"
+                )
+        return SingleFile(path, kind, shapes[name][-1], shapes, sampling)
     raise WeightsError(
         f"the base model {path} is no Stable Diffusion checkpoint in the original layout with its text encoders: needs "
         f"{UNET_PREFIX}* and {_TEXT_ENCODERS['sdxl'][0]} (SDXL) or {_TEXT_ENCODERS['sd1'][0]} (1.x); it has "
