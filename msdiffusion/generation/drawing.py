@@ -8,10 +8,10 @@ from __future__ import annotations
 import inspect
 import re
 import secrets
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from msdiffusion.request.request import (
 from msdiffusion.request.subjects import Subjects
 
 PictureHook = Callable[[list[Image.Image]], list[Image.Image]]
+Item = TypeVar("Item")
 
 PHRASES = "phrases"
 """Key in ``picture.info`` of what each subject of the picture was called."""
@@ -83,14 +84,7 @@ class BatchDrawing:
     def __init__(
         self, model: Model, pipeline: Any, requests: Sequence[GenerationRequest], batch_size: int, progress: bool
     ) -> None:
-        """Check the requests against the model.
-
-        Args:
-            model: what draws.
-            pipeline: the model's ``with_own_scheduler``.
-            requests: checked.
-            batch_size: pictures drawn at once at most.
-            progress: whether to show a bar.
+        """Check the requests against the model, whose ``with_own_scheduler`` the pipeline is.
 
         Raises:
             RequestError: no requests, an option that the pipeline does not take, latents of a wrong shape, hooks for
@@ -99,7 +93,7 @@ class BatchDrawing:
         if not requests:
             raise RequestError("no requests: there is nothing to draw")
         self.model, self.pipeline, self.requests = model, pipeline, requests
-        self.batch_size, self.progress = batch_size, progress
+        self.progress = progress
         for request in requests:
             self._check(request)
         warn_beyond_training(
@@ -114,7 +108,7 @@ class BatchDrawing:
             for seed in [secrets.randbelow(2**31) if request.seed is None else request.seed]
             for number in range(request.num_images)
         ]
-        self.batches = self._batches()
+        self.batches = grouped(self.pictures, lambda picture: self._key(picture.request), batch_size)
         for batch in self.batches:
             check_size(*self._size(requests[batch[0].request]), len(batch))
 
@@ -202,14 +196,6 @@ class BatchDrawing:
         """None where nobody gave one: then the pipeline does what its base model was made for."""
         default = self.model.adapter.config.defaults.get("negative_prompt")
         return default if request.negative_prompt is None else request.negative_prompt
-
-    def _batches(self) -> list[list[_Picture]]:
-        """All pictures, those that may share a batch together, at most ``batch_size`` at once."""
-        groups: dict[Hashable, list[_Picture]] = {}
-        for picture in self.pictures:
-            groups.setdefault(self._key(picture.request), []).append(picture)
-        size = self.batch_size
-        return [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
 
     def draw(self, on_result: Callable[[int, GenerationResult], None] | None = None) -> list[GenerationResult]:
         """Draw everything; see MSDiffusion.generate_batch."""
@@ -333,6 +319,14 @@ class BatchDrawing:
             for picture in joined:
                 picture.info[PHRASES] = phrases
         return GenerationResult(joined, seeds, phrases, None if maps[0] is None else torch.stack(maps))
+
+
+def grouped(items: Iterable[Item], kind: Callable[[Item], Hashable], size: int) -> list[list[Item]]:
+    """The items in batches of at most ``size``, each of one kind, in their order."""
+    groups: dict[Hashable, list[Item]] = {}
+    for item in items:
+        groups.setdefault(kind(item), []).append(item)
+    return [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
 
 
 def warn_beyond_training(

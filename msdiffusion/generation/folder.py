@@ -17,6 +17,7 @@ from msdiffusion.backbone.configs import calls_per_step
 from msdiffusion.errors import RequestError
 from msdiffusion.figures import draw_layout
 from msdiffusion.files import file_sha256
+from msdiffusion.generation.drawing import grouped
 from msdiffusion.generation.identity import Identity, made_with
 from msdiffusion.generation.safety import FLAGGED
 from msdiffusion.request.provenance import SCHEMA, read_record, request_record, same_request, save_at_once, save_png
@@ -144,10 +145,7 @@ def without_finished(pictures: Sequence[Picture], *, overwrite: bool = False) ->
 
 def in_batches(pictures: Sequence[Picture], size: int) -> list[list[Picture]]:
     """The pictures in batches of at most ``size`` that are drawn together, the same ones whatever is finished."""
-    groups: dict[Any, list[Picture]] = {}
-    for picture in pictures:
-        groups.setdefault(_kind(picture.arguments), []).append(picture)
-    return [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
+    return grouped(pictures, lambda picture: _kind(picture.arguments), size)
 
 
 def repeated(picture: Picture, size: int, position: int) -> list[Picture]:

@@ -216,14 +216,9 @@ def _language() -> Language:
 
 
 def find_in_prompt(prompt: str, phrase: str, occurrence: int = 0) -> tuple[int, int]:
-    """Where the phrase stands in the prompt: [start, end) in characters.
+    """Where the phrase stands in the prompt: [start, end) in characters, of its first ``occurrence`` for 0, ...
 
     Whole words are compared, without regard to case or to the amount of white space.
-
-    Args:
-        prompt: the text to look in.
-        phrase: the words to look for.
-        occurrence: which one, from 0.
 
     Raises:
         PhraseError: the phrase is empty or does not occur that often.
@@ -255,13 +250,8 @@ def token_span(tokenizer: PreTrainedTokenizerBase, prompt: str, phrase: str, occ
     """The tokens [start, end) of a phrase in the tokenized prompt, the start token counted.
 
     Source: ``get_phrase_idx`` of the official code gives the same span for words it finds; this one also finds
-    phrases beside any punctuation, in any case, and of words that are several tokens.
-
-    Args:
-        tokenizer: a fast tokenizer (one that knows character offsets).
-        prompt: as for ``find_in_prompt``, like the others.
-        phrase: see there.
-        occurrence: see there.
+    phrases beside any punctuation, in any case, and of words that are several tokens. It takes a fast tokenizer (one
+    that knows character offsets); for the rest see ``find_in_prompt``.
 
     Raises:
         PhraseError: the phrase is not in the prompt that often, or lies beyond the tokenizer's limit.

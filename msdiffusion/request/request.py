@@ -256,11 +256,7 @@ def check_size(height: int, width: int, pictures: int = 1) -> None:
 
 
 def check_auto_layout_start(subjects: Subjects, steps: int) -> None:
-    """Say where auto layout would start too late to do anything.
-
-    Args:
-        subjects: checked.
-        steps: calls of the UNet in a run, with the adapter's default where the request names none.
+    """Say where auto layout would start too late to do anything in so many calls of the UNet.
 
     Raises:
         RequestError: a subject without a box would never get a place.
