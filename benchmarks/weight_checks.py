@@ -71,13 +71,13 @@ def main() -> None:
 
     from data_pipeline.models import weights
     from msdiffusion import MSDiffusion
-    from msdiffusion.backbone import pretrained
+    from msdiffusion.backbone import configs, pretrained
     from msdiffusion.backbone.backbone import quiet_loading
     from msdiffusion.own_memory import give_own_memory
     from msdiffusion.places import DEFAULT_MODEL
 
     quiet_loading()
-    weights.check_network = pretrained.check_network = timed("claims", weights.check_network)
+    weights.check_network = configs.check_network = timed("claims", weights.check_network)
     weights.read_headings = timed("headings", weights.read_headings)
     weights._check_size = timed("sizes", counted_anew(weights._check_size, weights._numbers))
     weights.check_finite = pretrained.check_finite = timed("finite", weights.check_finite)

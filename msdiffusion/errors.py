@@ -1,13 +1,5 @@
 """Every exception that this package raises on purpose.
 
-    MSDiffusionError
-    ├── LayoutError (ValueError)     boxes or masks that cannot be a layout
-    ├── PhraseError (ValueError)     a phrase that cannot be found in, or told apart in, a prompt
-    ├── RequestError (ValueError)    any other argument of a call that cannot be honoured
-    ├── DataError (ValueError)       a dataset that is missing, incomplete or of another schema
-    ├── WeightsError                 weights that are missing, incomplete or of another architecture
-    └── TrainingError                a training run that cannot go on: a loss that is no number, memory that is used up
-
 Catch ``MSDiffusionError`` to catch them all; those that blame a value are also a ``ValueError``.
 """
 

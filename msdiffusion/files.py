@@ -1,4 +1,4 @@
-"""Places that are written to: tried before the work, and written whole or not at all; what files hold."""
+"""Places that are written to: tried before the work, and written whole or not at all; sha256 of what files hold."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import errno
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from data_pipeline import outputs
 from data_pipeline.records import MiningError
-from msdiffusion.errors import RequestError, shown
+from msdiffusion.errors import RequestError, reason, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REFUSALS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
@@ -24,11 +29,7 @@ REFUSALS = {
 
 
 def place_of(text: str) -> Path:
-    """A path of the command line; an empty one would be the working folder.
-
-    Raises:
-        argparse.ArgumentTypeError: it is empty.
-    """
+    """A path of the command line; argparse.ArgumentTypeError for an empty one, which would be the working folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is no path: was a variable of the shell empty?")
     return Path(text)
@@ -58,11 +59,7 @@ def check_folder(folder: str | Path, name: str, inside: str = "", *, holds: bool
 
 
 def check_file(path: str | Path, name: str) -> Path:
-    """``check_folder`` for a file that will be written, and for the name that it has meanwhile.
-
-    Raises:
-        RequestError: as check_folder; or a folder stands there.
-    """
+    """``check_folder`` for a file, and the name that it has meanwhile; RequestError too where a folder stands there."""
     place = _path(path, name)
     check_folder(place.parent, name, unfinished(place).name, holds=True)
     if place.is_dir():
@@ -89,7 +86,7 @@ def written(path: Path, under: str | None = None) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as error:
-        raise RequestError(f"{shown(str(path), 600)} cannot be written: {_why(error)}") from None
+        raise RequestError(f"{shown(str(path), 600)} cannot be written: {error.strerror or error}") from None
     finally:
         with suppress(OSError):  # of a name that no file can have, which is said above
             partial.unlink(missing_ok=True)
@@ -106,23 +103,53 @@ def _path(place: str | Path, name: str) -> Path:
     return Path(place)
 
 
-def _why(error: Exception) -> str:
-    """What the system says, without paths."""
-    return getattr(error, "strerror", None) or str(error)
-
-
 def write_json(path: Path, record: Any) -> None:
     """Writes a JSON file that is there whole or not at all."""
     with written(path) as partial:
         partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file's content, as 64 hexadecimal digits.
+def write_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write safetensors: tensors on the CPU by their names, in place of a file of that name.
+
+    Who reads that one keeps it as it was, and a run that is killed meanwhile leaves it.
 
     Raises:
-        RequestError: it cannot be read.
+        RequestError: it cannot be written, as on a full disk.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    with written(path, f"{path.name}.tmp") as partial:
+        try:
+            save_file(dict(weights), partial, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:
+            raise OSError(errno.EIO, reason(error)) from None
+        share(partial)
+
+
+def share(place: str | Path) -> None:
+    """Give a file, or all safetensors under a folder, the mode of new files: the library's is for the owner alone."""
+    place = Path(place)
+    mode = _new_file_mode(place if place.is_dir() else place.parent)
+    for path in place.rglob("*.safetensors") if place.is_dir() else [place]:
+        if not path.is_symlink():  # whose file that is isn't known
+            path.chmod(mode)
+
+
+def _new_file_mode(folder: Path) -> int:
+    """What the umask makes of a new file; seen from one, as asking for it would change it for all threads."""
+    trial = folder / f".{uuid4().hex}.tmp"
+    trial.touch()
+    try:
+        return stat.S_IMODE(trial.stat().st_mode)
+    finally:
+        trial.unlink()
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's content, as 64 hexadecimal digits; RequestError where it cannot be read."""
     try:
         state = Path(path).stat()
         return _sha256(str(path), state.st_mtime_ns, state.st_size)

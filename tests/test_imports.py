@@ -22,7 +22,7 @@ PACKAGES = ("msdiffusion", "data_pipeline")
 RANKS = {
     **dict.fromkeys(("errors", "places", "environment", "own_memory", "pixel_autoencoder"), 0),
     **dict.fromkeys(("files", "figures", "attention"), 1),
-    **dict.fromkeys(("weight_files", "request", "backbone"), 2),
+    **dict.fromkeys(("request", "backbone"), 2),
     "adapter": 3,
     "generation": 4,
     "evaluation": 5,

@@ -28,9 +28,8 @@ from msdiffusion.attention.unet import (
     layer_name,
 )
 from msdiffusion.errors import LayoutError, RequestError, WeightsError, reason, refused_weights
-from msdiffusion.files import written
+from msdiffusion.files import write_weights, written
 from msdiffusion.own_memory import give_own_memory
-from msdiffusion.weight_files import write_weights
 
 
 class SubjectProjection(nn.Module):

@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
 from data_pipeline.models.weights import check_plain, load_pickle
 from msdiffusion.adapter.resampler import ResamplerParams
 from msdiffusion.errors import RequestError, WeightsError, refused_weights, shown
-from msdiffusion.request.request import FALLBACKS, check_settings, first_given
+from msdiffusion.request.request import FALLBACKS, SETTINGS, check_settings, first_given
 
 SCHEMA = "msdiffusion.adapter/1"
 CONFIG_NAME = "config.json"
@@ -67,28 +67,27 @@ class AdapterConfig:
             raise WeightsError(f'projector must be "resampler" or "global", got {shown(self.projector)}')
         if self.regions not in ("boxes", "everywhere"):
             raise WeightsError(f'regions must be "boxes" or "everywhere", got {shown(self.regions)}')
+
+        def refuse(name: str, need: str) -> NoReturn:
+            raise WeightsError(f"{name} in an adapter's config must be {need}, got {shown(getattr(self, name))}")
+
         for name, most in (("training_resolution", 16384), ("largest_side", 16384), ("most_subjects", 1000)):
             value = getattr(self, name)
             told = value is not None or name == "training_resolution"
             if told and (type(value) is not int or not 1 <= value <= most):
-                raise WeightsError(
-                    f"{name} in an adapter's config must be a whole number from 1 to {most}, got {shown(value)}"
-                )
+                refuse(name, f"a whole number from 1 to {most}")
         if self.closed_vocabulary not in (None, True, False):
-            raise WeightsError(
-                f"closed_vocabulary in an adapter's config must be true or false, got {shown(self.closed_vocabulary)}"
-            )
+            refuse("closed_vocabulary", "true or false")
         for name in ("base_model", "image_encoder", "base_config"):
             value = getattr(self, name)
             if not isinstance(value, str) and (name != "base_config" or value is not None):
-                raise WeightsError(f"{name} in an adapter's config must be text, got {shown(value)}")
+                refuse(name, "text")
         if not isinstance(self.defaults, Mapping):
-            raise WeightsError(f"defaults in an adapter's config must be a mapping, got {shown(self.defaults)}")
-        known = {"scale", "steps", "guidance_scale", "negative_prompt", "height", "width"}
-        unknown = set(self.defaults) - known
+            refuse("defaults", "a mapping")
+        unknown = set(self.defaults) - set(SETTINGS)
         if unknown:
             raise WeightsError(
-                f"unknown defaults {shown(sorted(unknown), 300)} in an adapter's config; known: {sorted(known)}"
+                f"unknown defaults {shown(sorted(unknown), 300)} in an adapter's config; known: {sorted(SETTINGS)}"
             )
         try:
             check_settings(self.defaults)
@@ -115,11 +114,7 @@ class AdapterConfig:
 
     @classmethod
     def read(cls, path: str | Path, source: str | None = None) -> AdapterConfig:
-        """Read config.json from a file; ``source`` is what messages call it.
-
-        Raises:
-            WeightsError: as from_json, or the file cannot be read.
-        """
+        """``from_json`` of a file, ``source`` in messages; WeightsError too where it cannot be read."""
         source = str(path) if source is None else source
         try:
             if Path(path).stat().st_size > MAX_BYTES:
@@ -131,11 +126,7 @@ class AdapterConfig:
 
     @classmethod
     def from_json(cls, text: str, source: str = CONFIG_NAME) -> AdapterConfig:
-        """Read config.json.
-
-        Raises:
-            WeightsError: not JSON, another schema, or keys that are missing or unknown.
-        """
+        """Read config.json; WeightsError where it is not JSON, of another schema, or has missing or unknown keys."""
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:  # also numbers of thousands of digits

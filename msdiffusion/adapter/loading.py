@@ -5,8 +5,11 @@ Nothing large is read before the parts are known to fit.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import json
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,8 @@ from msdiffusion.adapter.adapter import MSAdapter
 from msdiffusion.adapter.config import CHECKPOINT_SUFFIX, CONFIG_NAME, SCHEMA, WEIGHTS_NAME, AdapterConfig
 from msdiffusion.adapter.official import OFFICIAL_NAME, read_record
 from msdiffusion.attention.unet import cross_attentions
+from msdiffusion.backbone.configs import absolute, encoder_widths, hub_reason, is_local, skeleton_unet
 from msdiffusion.backbone.open_clip_encoder import names_open_clip
-from msdiffusion.backbone.pretrained import absolute, encoder_widths, hub_reason, is_local, skeleton_unet
 from msdiffusion.backbone.single_file import names_single_file
 from msdiffusion.errors import RequestError, WeightsError, check_place, shown
 from msdiffusion.places import find_model
@@ -114,17 +117,35 @@ def load_adapter(
     return LoadedAdapter(adapter, sources, unet)
 
 
+def check_options(options: Iterable[str], loader: Callable[..., Any]) -> None:
+    """Raise RequestError for an option that a loader doesn't know, as other libraries' may, with what to do instead.
+
+    Args:
+        options: names of such.
+        loader: MSDiffusion.from_pretrained.
+    """
+    places = {
+        "dtype": "it is called torch_dtype",
+        "variant": "in half precision the variant fp16 is taken by itself where there is one",
+        "scheduler": "set model.pipeline.scheduler after loading",
+        "device_map": "say device=, or call model.enable_model_cpu_offload() after loading",
+        "safety_checker": "add one to model.picture_hooks after loading (msdiffusion.generation.safety)",
+    }
+    known = [name for name in inspect.signature(loader).parameters if name != "others"]
+    for name in options:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+        raise RequestError(f"from_pretrained takes no {name!r}: {places.get(name, hint)}")
+
+
 def check_base(adapter: MSAdapter, unet: UNet2DConditionModel, base_model: str, needed: str) -> None:
-    """Raise unless the adapter is for a UNet of this architecture.
+    """Raise WeightsError unless the adapter is for a UNet of this architecture, with both sizes and what is needed.
 
     Args:
         adapter: the trained part.
-        unet: of the base model, on any device.
+        unet: on any device.
         base_model: where it is, for the message.
         needed: where the one is that the adapter names.
-
-    Raises:
-        WeightsError: names the first difference with both sizes, and the base model that is needed.
     """
     ours, theirs = adapter.layers, cross_attentions(unet)
     width, their_width = adapter.config.resampler.output_width, unet.config.cross_attention_dim
@@ -141,16 +162,13 @@ def check_base(adapter: MSAdapter, unet: UNet2DConditionModel, base_model: str, 
 
 
 def check_encoders(config: AdapterConfig, phrase_width: int, image_width: int, sources: Sources | None = None) -> None:
-    """Raise WeightsError unless the text and image encoders are as wide as the adapter expects.
+    """Raise WeightsError unless text and image encoder are as wide as the adapter expects, with the model needed.
 
     Args:
         config: the adapter's.
         phrase_width: of the text encoder.
         image_width: of the image encoder's features.
         sources: where the encoders are, for the message.
-
-    Raises:
-        WeightsError: names both widths, and the model that is needed.
     """
     for what, ours, theirs in (
         ("phrase embeddings", config.resampler.phrase_width, phrase_width),
@@ -210,11 +228,7 @@ def find_adapter(model: str | Path) -> Path:
 
 
 def _check_file(path: Path) -> None:
-    """Raise where a file is none that an adapter can be read from, with a hint where it belongs.
-
-    Raises:
-        WeightsError: weights without their config, or something else.
-    """
+    """Raise WeightsError where a file is none that an adapter can be read from, with a hint where it belongs."""
     if path.name in (WEIGHTS_NAME, CONFIG_NAME) and _is_ours(path.parent):
         raise WeightsError(f"{path} is one file of an adapter: give its folder, {path.parent}")
     if path.suffix.lower() not in (".bin", ".pt", ".pth", CHECKPOINT_SUFFIX):
@@ -261,14 +275,11 @@ def model_sources(
     image_encoder: str | Path | None = None,
     base_config: str | Path | None = None,
 ) -> Sources:
-    """The places of the frozen models: named in an adapter's config, or given instead.
+    """The places of the frozen models: named in an adapter's config, or given instead as for ``load_adapter``.
 
     Args:
         folder: the adapter's.
         config: what it says; None: of the official file, which says nothing.
-        base_model: see ``load_adapter``.
-        image_encoder: see ``load_adapter``.
-        base_config: see ``load_adapter``.
     """
     if config is None:
         named = AdapterConfig.base_model  # the release doesn't say what it was trained on; everybody knows
@@ -287,11 +298,7 @@ def model_sources(
 
 
 def _check_there(sources: Sources, model: str | Path) -> None:
-    """Raise where a model is named by a folder that is not there, as after copying an adapter: no hub can have that.
-
-    Raises:
-        WeightsError: names the argument that takes another place.
-    """
+    """Raise WeightsError for a folder that is not there, as after copying an adapter: no hub can have that."""
     for option, place in vars(sources).items():
         if place is None or is_local(place) or names_open_clip(place) or names_single_file(place):
             continue

@@ -25,33 +25,19 @@ from msdiffusion.request.subjects import whole_number
 
 OFFICIAL_NAME = "ms_adapter.bin"
 DUMMY_TOKENS = 4
-# Longest first where one is the beginning of another.
-_RENAMES = (
-    (r"^grounding_latents$", "null_queries"),
-    (r"^latent_proj\.", "query_projection."),
-    (r"^latent_norm\.", "query_norm."),
-    (r"^proj_in\.", "image_projection."),
-    (r"^attention_norm\.", "final_norm."),
-    (r"^proj_out\.", "output_projection."),
-    (r"^norm_out\.", "output_norm."),
-    (r"^layers\.(\d+)\.0\.norm1\.", r"blocks.\1.attention.image_norm."),
-    (r"^layers\.(\d+)\.0\.norm2\.", r"blocks.\1.attention.query_norm."),
-    (r"^layers\.(\d+)\.0\.", r"blocks.\1.attention."),
-    (r"^layers\.(\d+)\.1\.", r"blocks.\1.feed_forward."),
-)
-# The way back, in the same order.
-_OFFICIAL_NAMES = (
-    (r"^null_queries$", "grounding_latents"),
-    (r"^query_projection\.", "latent_proj."),
-    (r"^query_norm\.", "latent_norm."),
-    (r"^image_projection\.", "proj_in."),
-    (r"^final_norm\.", "attention_norm."),
-    (r"^output_projection\.", "proj_out."),
-    (r"^output_norm\.", "norm_out."),
-    (r"^blocks\.(\d+)\.attention\.image_norm\.", r"layers.\1.0.norm1."),
-    (r"^blocks\.(\d+)\.attention\.query_norm\.", r"layers.\1.0.norm2."),
-    (r"^blocks\.(\d+)\.attention\.", r"layers.\1.0."),
-    (r"^blocks\.(\d+)\.feed_forward\.", r"layers.\1.1."),
+# Beginnings of the resampler's names, theirs and ours, "#" a number; longest first where one begins another.
+_NAMES = (
+    ("grounding_latents", "null_queries"),
+    ("latent_proj.", "query_projection."),
+    ("latent_norm.", "query_norm."),
+    ("proj_in.", "image_projection."),
+    ("attention_norm.", "final_norm."),
+    ("proj_out.", "output_projection."),
+    ("norm_out.", "output_norm."),
+    ("layers.#.0.norm1.", "blocks.#.attention.image_norm."),
+    ("layers.#.0.norm2.", "blocks.#.attention.query_norm."),
+    ("layers.#.0.", "blocks.#.attention."),
+    ("layers.#.1.", "blocks.#.feed_forward."),
 )
 
 
@@ -69,11 +55,7 @@ class OfficialAdapter:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """The tensors of the file as they stand there, without unpickling code.
-
-    Raises:
-        WeightsError: no such file, or it holds more than tensors.
-    """
+    """The file's tensors, no code unpickled; WeightsError where there is no such file, or it holds more than that."""
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"no such file: {path}")
@@ -150,7 +132,10 @@ def to_record(
             f"the adapter has {len(layers)} cross-attention layers and the UNet {len(expected)}, not all the same: use "
             "the base model that it was trained on"
         )
-    plain = {_rename(name, _OFFICIAL_NAMES): tensor.detach() for name, tensor in resampler.items()}
+    plain = {
+        _rename(name, [(ours, theirs) for theirs, ours in _NAMES]): tensor.detach()
+        for name, tensor in resampler.items()
+    }
     projections = {
         f"{index}.{part}_ip.weight": layers[name][part].detach()
         for index, name in enumerate(processor_names)
@@ -183,14 +168,14 @@ def _map_tensors(record: Mapping[str, Any], change: Callable[[Tensor], Tensor]) 
 
 def rename_resampler(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The official resampler's weights under this project's names; unknown names stay as they are."""
-    return {_rename(name, _RENAMES): tensor for name, tensor in weights.items()}
+    return {_rename(name, _NAMES): tensor for name, tensor in weights.items()}
 
 
 def _rename(name: str, table: Sequence[tuple[str, str]]) -> str:
-    for pattern, new in table:
-        renamed, count = re.subn(pattern, new, name)
-        if count:
-            return renamed
+    for old, new in table:
+        match = re.match(re.escape(old).replace(r"\#", r"(\d+)"), name)
+        if match is not None and (old.endswith(".") or match[0] == name):
+            return new.replace("#", "".join(match.groups())) + name[match.end() :]
     return name
 
 

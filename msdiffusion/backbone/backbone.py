@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithP
 
 from msdiffusion.backbone.open_clip_encoder import OpenClipVisionEncoder
 from msdiffusion.backbone.pretrained import load_image_encoder, load_pipeline
+from msdiffusion.backbone.references import ReferencePreparation
 from msdiffusion.environment import DTYPES
 from msdiffusion.errors import RequestError, WeightsError, reason, shown
 from msdiffusion.own_memory import give_own_memory
@@ -27,10 +27,6 @@ from msdiffusion.places import find_model
 
 _HOOKS = {"_hf_hook", "_diffusers_hook"}
 """Attributes of modules by which accelerate and diffusers move weights."""
-SQUASH_SIDE = 512
-"""Pixels of the square that the official scripts squash a reference to before CLIP's own resizing."""
-LONG_SIDE, SHORT_SIDE = 8192, 2048
-"""Pixels: a reference with a side above the first is reduced to about the second before it is padded to a square."""
 
 
 class Backbone:
@@ -98,11 +94,7 @@ class Backbone:
         return cls(pipeline, encoder.to(device), processor)  # moved first: what leaves the CPU is copied that way
 
     def to(self, device: str | torch.device) -> Backbone:
-        """Move all parts.
-
-        Raises:
-            RequestError: there is no such device; before anything is moved.
-        """
+        """Move all parts; RequestError for a device that there is not, before anything is moved."""
         device = usable_device(device)
         self.pipeline.to(device)
         self.image_encoder.to(device)
@@ -246,11 +238,7 @@ class Backbone:
         return (latents - mean) * factor, None if spread is None else spread.float() * factor
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(channels, rows, columns) of the latents of a picture of so many pixels.
-
-        Raises:
-            RequestError: a side is no multiple of ``latent_factor``.
-        """
+        """(channels, rows, columns) of a picture's latents; RequestError for no multiples of ``latent_factor``."""
         factor = self.latent_factor
         if height < factor or width < factor or height % factor or width % factor:
             raise RequestError(
@@ -311,49 +299,8 @@ class Backbone:
         return {"text_embeds": pooled, "time_ids": torch.cat(pairs, dim=1)}
 
 
-@dataclass(frozen=True)
-class ReferencePreparation:
-    """``Backbone.prepare_references`` without the networks: small enough to be handed to loading processes."""
-
-    image_processor: CLIPImageProcessor
-    background: tuple[int, ...]
-    """RGB, 0-255."""
-    fit: str
-    """"pad" or "squash"."""
-
-    def __call__(self, references: Sequence[Image.Image]) -> Tensor:
-        """PIL pictures -> (N, 3, h, w) float32 on the CPU; RequestError for an unknown ``fit``."""
-        squares = [_square(flatten(reference, self.background), self.background, self.fit) for reference in references]
-        return self.image_processor(images=squares, return_tensors="pt").pixel_values
-
-
-def flatten(reference: Image.Image, background: Sequence[int]) -> Image.Image:
-    """The picture as RGB, with ``background`` (RGB, 0-255) where it is transparent."""
-    if not reference.has_transparency_data:
-        return reference.convert("RGB")
-    canvas = Image.new("RGBA", reference.size, (*background, 255))
-    return Image.alpha_composite(canvas, reference.convert("RGBA")).convert("RGB")
-
-
-def _square(picture: Image.Image, background: Sequence[int], fit: str) -> Image.Image:
-    if fit == "squash":
-        return picture.resize((SQUASH_SIDE, SQUASH_SIDE), Image.Resampling.BICUBIC)
-    if fit == "pad":
-        if max(picture.size) > LONG_SIDE:  # the square of a panorama takes gigabytes
-            picture = picture.reduce(max(picture.size) // SHORT_SIDE)
-        side = max(picture.size)
-        canvas = Image.new("RGB", (side, side), tuple(background))
-        canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        return canvas
-    raise RequestError(f'fit must be "pad" or "squash", got {fit!r}')
-
-
 def weights_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    """The dtype of weights, also by its name ("float16", "torch.float16"); float32 for None.
-
-    Raises:
-        RequestError: none that weights can have here.
-    """
+    """The dtype of weights, also by name ("float16", "torch.float16"), float32 for None; RequestError for others."""
     named = {name: getattr(torch, name) for name in DTYPES}
     found = named.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype or torch.float32
     if found not in (*named.values(), torch.float64):
@@ -364,13 +311,9 @@ def weights_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 
 
 def usable_device(device: str | int | torch.device | None) -> torch.device:
-    """The device, tried; the first CUDA device, if there is one, else the CPU for None.
-
-    Raises:
-        RequestError: there is no such device here, or it can't compute.
-    """
+    """The device, tried; for None the first CUDA device, or else the CPU; RequestError where it cannot be used."""
     if device is None:
-        return default_device()
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if isinstance(device, bytes):
             raise TypeError("it is no text")
@@ -386,11 +329,6 @@ def usable_device(device: str | int | torch.device | None) -> torch.device:
     return found
 
 
-def default_device() -> torch.device:
-    """The first CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def quiet_loading() -> None:
     """Turn off the libraries' bars for loading weights; for command lines."""
     import transformers
@@ -400,11 +338,7 @@ def quiet_loading() -> None:
 
 
 def _kind(pipeline: Any) -> Literal["sdxl", "sd1"]:
-    """By its parts, so that image-to-image, inpainting and ControlNet pipelines count as well.
-
-    Raises:
-        WeightsError: other parts.
-    """
+    """By its parts, so that image-to-image, inpainting and ControlNet pipelines count; WeightsError for others."""
     parts = (getattr(pipeline, name, None) for name in ("unet", "text_encoder"))
     unet, text_encoder = (getattr(part, "_orig_mod", part) for part in parts)  # torch.compile wraps them
     if isinstance(unet, UNet2DConditionModel) and isinstance(text_encoder, CLIPTextModel):

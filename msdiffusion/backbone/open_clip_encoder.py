@@ -52,11 +52,7 @@ class OpenClipName:
 
     @classmethod
     def parse(cls, name: str) -> OpenClipName:
-        """Read ``open_clip:MODEL[/TAG | @FILE.safetensors]``.
-
-        Raises:
-            WeightsError: no model in it, or a file that is no safetensors.
-        """
+        """Read ``open_clip:MODEL[/TAG | @FILE.safetensors]``; WeightsError for anything else."""
         rest = str(name).removeprefix(PREFIX)
         model, at, file = rest.partition("@")
         model, _, tag = model.partition("/")

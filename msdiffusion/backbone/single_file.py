@@ -98,31 +98,23 @@ def read_single_file(path: str | Path) -> SingleFile:
     except SafetensorError as error:
         raise WeightsError(f"the base model {path} is not a safetensors file: {error}") from None
     with refused_weights():
-        headings = file_headings(path)
-        check_dtypes(
-            f"the base model {path}",
-            {
-                name: heading
-                for name, heading in headings.items()
-                if name.startswith(_NETWORKS) and not name.startswith(LEFT_OVER)
-            },
-        )
-    matrices = (
-        name for name in shapes if name.endswith("attn2.to_k.weight") or name in sum(_TEXT_ENCODERS.values(), ())
-    )
-    for name in matrices:
-        if len(shapes[name]) != 2:
-            raise WeightsError(f"the base model {path} is broken: {name} is no matrix, its shape is {shapes[name]}")
-    for kind, names in _TEXT_ENCODERS.items():
-        for name in names:
-            if name in shapes and any(key.startswith(UNET_PREFIX) for key in shapes):
-                for prefix, what in ((VAE_PREFIX, "autoencoder"), *_MORE[kind]):
-                    if not any(key.startswith(prefix) for key in shapes):
-                        raise WeightsError(
-                            f"the base model {path} is incomplete: it holds no {what} ({prefix}*): use the full "
-                            "version of the checkpoint"
-                        )
-                return SingleFile(path, kind, shapes[name][-1], shapes, sampling)
+        headings = {name: each for name, each in file_headings(path).items() if name.startswith(_NETWORKS)}
+        used = {name: heading for name, heading in headings.items() if not name.startswith(LEFT_OVER)}
+        check_dtypes(f"the base model {path}", used)
+    encoders = {name: kind for kind, names in _TEXT_ENCODERS.items() for name in names}
+    for name, shape in shapes.items():
+        if (name.endswith("attn2.to_k.weight") or name in encoders) and len(shape) != 2:
+            raise WeightsError(f"the base model {path} is broken: {name} is no matrix, its shape is {shape}")
+    for name, kind in encoders.items():
+        if name not in shapes or not any(key.startswith(UNET_PREFIX) for key in shapes):
+            continue
+        for prefix, what in ((VAE_PREFIX, "autoencoder"), *_MORE[kind]):
+            if not any(key.startswith(prefix) for key in shapes):
+                raise WeightsError(
+                    f"the base model {path} is incomplete: it holds no {what} ({prefix}*): use the full version of "
+                    "the checkpoint"
+                )
+        return SingleFile(path, kind, shapes[name][-1], shapes, sampling)
     raise WeightsError(
         f"the base model {path} is no Stable Diffusion checkpoint in the original layout with its text encoders: needs "
         f"{UNET_PREFIX}* and {_TEXT_ENCODERS['sdxl'][0]} (SDXL) or {_TEXT_ENCODERS['sd1'][0]} (1.x); it has "
@@ -147,100 +139,19 @@ def _sampling(marks: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | N
     return {}
 
 
-def check_unet_shapes(file: SingleFile, unet: torch.nn.Module, config_source: str) -> None:
-    """Raise unless the file's UNet has the names and shapes that a config asks for.
+def check_shapes(file: SingleFile, part: str, network: torch.nn.Module, config_source: str) -> None:
+    """Raise unless one of the file's networks has the names and shapes that a config asks for.
 
     Args:
         file: the checkpoint.
-        unet: built from the config, on the meta device.
+        part: "unet", "vae", "text_encoder" or "text_encoder_2".
+        network: built from the config, on the meta device.
         config_source: where the config came from, for the message.
 
     Raises:
         WeightsError: names the first difference, with both shapes.
     """
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-    _check_shapes(
-        file,
-        UNET_PREFIX,
-        lambda held: convert_ldm_unet_checkpoint(held, dict(unet.config)),
-        unet,
-        config_source,
-        "UNet",
-    )
-
-
-def check_vae_shapes(file: SingleFile, vae: torch.nn.Module, config_source: str) -> None:
-    """The same of the autoencoder; see check_unet_shapes."""
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-
-    _check_shapes(
-        file, VAE_PREFIX, lambda held: convert_ldm_vae_checkpoint(held, dict(vae.config)), vae, config_source,
-        "autoencoder",
-    )  # fmt: skip
-
-
-def check_text_shapes(file: SingleFile, encoder: torch.nn.Module, part: str, config_source: str) -> None:
-    """The same of a text encoder; see check_unet_shapes.
-
-    Args:
-        file: the checkpoint.
-        encoder: as for the UNet.
-        part: "text_encoder" or "text_encoder_2".
-        config_source: as for the UNet.
-
-    Raises:
-        WeightsError: as for the UNet.
-    """
-    from diffusers.loaders.single_file_utils import (
-        SD_2_TEXT_ENCODER_KEYS_TO_IGNORE,
-        convert_ldm_clip_checkpoint,
-        convert_open_clip_checkpoint,
-    )
-
-    place = "cond_stage_model." if file.kind == "sd1" else f"conditioner.embedders.{int(part.endswith('_2'))}."
-    inner = f"{place}model."
-    # the second of SDXL, and that of 2.x
-    open_clip = f"{place}transformer.text_model.embeddings.position_embedding.weight" not in file.shapes
-
-    def convert(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return convert_open_clip_checkpoint(encoder, held, inner) if open_clip else convert_ldm_clip_checkpoint(held)
-
-    # the other tower, and the layer that 2.x does without
-    known = (*SD_2_TEXT_ENCODER_KEYS_TO_IGNORE, *(f"{inner}{name}" for name in ("logit_scale", "text_projection")),
-             f"{inner}visual.", f"{place}logit_scale",
-             *(f"{place}transformer.{name}" for name in ("vision_model.", "visual_projection.", "text_projection.",
-                                                          "logit_scale")))  # fmt: skip
-    what = "second text encoder" if part.endswith("_2") else "text encoder"
-    _check_shapes(file, place, convert, encoder, config_source, what, known, by_name=True)
-
-
-def _check_shapes(
-    file: SingleFile,
-    prefix: str,
-    convert: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
-    network: torch.nn.Module,
-    config_source: str,
-    what: str,
-    known: tuple[str, ...] = (),
-    by_name: bool = False,
-) -> None:
-    """See check_unet_shapes.
-
-    Args:
-        file: as there.
-        prefix: beginning of the network's names in the file.
-        convert: from tensors by these names to those of the network.
-        network: as there.
-        config_source: as there.
-        what: the network, for messages.
-        known: beginnings of names that are left out where the network has no place for them.
-        by_name: whether tensors are cut up on the way, so that what is used can't be told from the results. Then
-            each has to be converted by itself.
-
-    Raises:
-        WeightsError: as there.
-    """
+    what, prefix, convert, known = _layout(file, part, network)
     held = {
         name: torch.empty(shape, device="meta")
         for name, shape in file.shapes.items()
@@ -251,6 +162,7 @@ def _check_shapes(
         converted = convert(dict(held))
         own = {_flat(name): tuple(weight.shape) for name, weight in network.state_dict().items()}
         theirs = {_flat(name): tuple(tensor.shape) for name, tensor in converted.items()}
+        by_name = part.startswith("text")  # tensors are cut up on the way: what is used can't be told from the results
         targets = {name: convert({name: tensor}) for name, tensor in held.items()} if by_name else {}
     except KeyError as error:
         raise WeightsError(
@@ -273,6 +185,39 @@ def _check_shapes(
     extra = [name for name in extra if not name.startswith(known) and not is_counter(name)]
     with refused_weights():
         check_names(f"the {what} of {file.path}", (), extra)
+
+
+def _layout(
+    file: SingleFile, part: str, network: torch.nn.Module
+) -> tuple[str, str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], tuple[str, ...]]:
+    """A part for messages; how its names in the file begin; what turns tensors by these names into those of the
+    network; and beginnings of names that are left out where the network has no place for them.
+    """
+    from diffusers.loaders import single_file_utils as layouts
+
+    if part == "unet":
+        return "UNet", UNET_PREFIX, lambda held: layouts.convert_ldm_unet_checkpoint(held, dict(network.config)), ()
+    if part == "vae":
+        read = layouts.convert_ldm_vae_checkpoint
+        return "autoencoder", VAE_PREFIX, lambda held: read(held, dict(network.config)), ()
+    place = "cond_stage_model." if file.kind == "sd1" else f"conditioner.embedders.{int(part.endswith('_2'))}."
+    inner = f"{place}model."
+    # the second of SDXL, and that of 2.x
+    open_clip = f"{place}transformer.text_model.embeddings.position_embedding.weight" not in file.shapes
+
+    def convert(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if open_clip:
+            return layouts.convert_open_clip_checkpoint(network, held, inner)
+        return layouts.convert_ldm_clip_checkpoint(held)
+
+    # the other tower, and the layer that 2.x does without
+    other = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+    known = (
+        *layouts.SD_2_TEXT_ENCODER_KEYS_TO_IGNORE,
+        *(f"{inner}{name}" for name in ("logit_scale", "text_projection", "visual.")),
+        *(f"{place}logit_scale", *(f"{place}transformer.{name}" for name in other)),
+    )
+    return "second text encoder" if part.endswith("_2") else "text encoder", place, convert, known
 
 
 def _flat(name: str) -> str:

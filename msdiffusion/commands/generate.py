@@ -17,7 +17,8 @@ from msdiffusion.files import check_file, check_folder, place_of
 from msdiffusion.places import DEFAULT_MODEL, find_model
 
 if TYPE_CHECKING:
-    from msdiffusion.generation.folder import Identity, Picture
+    from msdiffusion.generation.folder import Picture
+    from msdiffusion.generation.identity import Identity
     from msdiffusion.generation.safety import SafetyChecker, Watermark
     from msdiffusion.request.request_file import Entry
 
@@ -136,19 +137,20 @@ def run(options: argparse.Namespace) -> None:
 
     from msdiffusion.backbone.backbone import usable_device
     from msdiffusion.generation import folder as batch
+    from msdiffusion.generation.identity import frozen_name, identify, made_with
 
     device = str(usable_device(options.device))
     dtype = options.dtype or (record["model"]["dtype"] if record else "float32")
-    identity = batch.identify(
+    identity = identify(
         options.model, options.base_model, options.image_encoder, dtype, base_config=options.base_config
     )
     hooks = {
-        "safety_checker": None if options.safety_checker is None else batch.frozen_name(options.safety_checker),
+        "safety_checker": None if options.safety_checker is None else frozen_name(options.safety_checker),
         "watermark": watermark.text if watermark else None,
     }
     if record is not None:
         _check_model(record, identity, hooks)
-        _tell_differences(record["made_with"], batch.made_with(device), dtype)
+        _tell_differences(record["made_with"], made_with(device), dtype)
     folder = options.out if many else options.out.parent
     suffix = ".png" if many else options.out.suffix
     pictures = batch.plan(entries, folder, identity, hooks, suffix=suffix, embed=options.embed_references)
@@ -314,7 +316,7 @@ def _check_pictures(
     """Refuse what would only fail after drawing, or destroy a reference: pictures that cannot be written, would be
     written over what they are drawn from, or cannot carry the watermark.
     """
-    from msdiffusion.backbone.pretrained import native_side
+    from msdiffusion.backbone.configs import native_side
     from msdiffusion.generation import folder as batch
 
     if watermark is not None:

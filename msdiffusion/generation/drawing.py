@@ -5,40 +5,42 @@ Shapes: P pictures of a batch, S subjects.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 import secrets
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
-from weakref import WeakSet
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from msdiffusion.backbone.pretrained import withheld
 from msdiffusion.errors import RequestError, shown, warn_caller
-from msdiffusion.generation.pipeline_options import Watched, check_options, check_steps, refusal
+from msdiffusion.generation.pipeline_call import call_pipeline
+from msdiffusion.generation.pipeline_options import check_options, check_steps
 from msdiffusion.generation.safety import FLAGGED
 from msdiffusion.generation.subject_batch import Model as EncodingModel
 from msdiffusion.generation.subject_batch import SubjectBatch, check_numbers, check_weights, check_windows, written_out
 from msdiffusion.request.phrases import beyond_limit
 from msdiffusion.request.request import (
     GenerationRequest,
+    RequestArguments,
     check_auto_layout_start,
     check_size,
+    first_given,
     unknown_argument,
 )
 from msdiffusion.request.subjects import Subjects
 
 PictureHook = Callable[[list[Image.Image]], list[Image.Image]]
+Item = TypeVar("Item")
 
 PHRASES = "phrases"
 """Key in ``picture.info`` of what each subject of the picture was called."""
+_ARGUMENTS = ("images", "boxes", "prompt", "phrases", *RequestArguments.__annotations__, "progress", "batch_size")
 # Arguments of the diffusers pipeline that a request sets by its own names.
 _SET_BY_REQUEST = {
     *("self", "kwargs", "prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale"),
@@ -46,24 +48,10 @@ _SET_BY_REQUEST = {
 }
 
 
-_COMPUTING = ("text_encoder", "text_encoder_2", "unet", "vae")
-"""Parts of a pipeline that hand each other what they compute."""
-_DENOISING: WeakSet[Any] = WeakSet()
-"""UNets that are at work; whoever looks has taken their turn (``msdiffusion.generation.turns``)."""
-
-
 class Model(EncodingModel, Protocol):
     """What drawing needs of MSDiffusion."""
 
     picture_hooks: list[PictureHook]
-
-    def scale_of(self, scale: float | None) -> float:
-        """The weight of all subjects, the adapter's own for None."""
-        ...
-
-    def generate(self, *arguments: Any, **options: Any) -> Any:
-        """The public call, whose arguments' names a hint may suggest."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -96,14 +84,7 @@ class BatchDrawing:
     def __init__(
         self, model: Model, pipeline: Any, requests: Sequence[GenerationRequest], batch_size: int, progress: bool
     ) -> None:
-        """Check the requests against the model.
-
-        Args:
-            model: what draws.
-            pipeline: the model's ``with_own_scheduler``.
-            requests: checked.
-            batch_size: pictures drawn at once at most.
-            progress: whether to show a bar.
+        """Check the requests against the model, whose ``with_own_scheduler`` the pipeline is.
 
         Raises:
             RequestError: no requests, an option that the pipeline does not take, latents of a wrong shape, hooks for
@@ -112,7 +93,7 @@ class BatchDrawing:
         if not requests:
             raise RequestError("no requests: there is nothing to draw")
         self.model, self.pipeline, self.requests = model, pipeline, requests
-        self.batch_size, self.progress = batch_size, progress
+        self.progress = progress
         for request in requests:
             self._check(request)
         warn_beyond_training(
@@ -127,7 +108,7 @@ class BatchDrawing:
             for seed in [secrets.randbelow(2**31) if request.seed is None else request.seed]
             for number in range(request.num_images)
         ]
-        self.batches = self._batches()
+        self.batches = grouped(self.pictures, lambda picture: self._key(picture.request), batch_size)
         for batch in self.batches:
             check_size(*self._size(requests[batch[0].request]), len(batch))
 
@@ -136,8 +117,7 @@ class BatchDrawing:
         known = set(inspect.signature(type(pipeline).__call__).parameters) - _SET_BY_REQUEST
         for name in request.pipeline_options:
             if name not in known:
-                ours = set(inspect.signature(type(self.model).generate).parameters) - {"self", "pipeline_options"}
-                hint = unknown_argument(name, known | ours)
+                hint = unknown_argument(name, known | set(_ARGUMENTS))
                 other = "" if name in _SET_BY_REQUEST else f", and neither does {type(pipeline).__name__}"
                 raise RequestError(f"generate takes no {name!r}{other}{hint and '; '}{hint}")
         if self.model.picture_hooks and request.output_type != "pil":
@@ -181,8 +161,8 @@ class BatchDrawing:
         native = backbone.unet.config.sample_size
         sides = native if isinstance(native, (list, tuple)) and len(native) == 2 else (native, native)
         rows, columns = (side * backbone.latent_factor if isinstance(side, (int, float)) else None for side in sides)
-        height = next((value for value in (request.height, defaults.get("height"), rows) if value is not None), None)
-        width = next((value for value in (request.width, defaults.get("width"), columns) if value is not None), None)
+        height = first_given(request.height, defaults.get("height"), rows)
+        width = first_given(request.width, defaults.get("width"), columns)
         if height is None or width is None:
             raise RequestError(
                 f"the UNet's config does not say how large pictures are (sample_size {shown(native)}): give height= "
@@ -217,14 +197,6 @@ class BatchDrawing:
         default = self.model.adapter.config.defaults.get("negative_prompt")
         return default if request.negative_prompt is None else request.negative_prompt
 
-    def _batches(self) -> list[list[_Picture]]:
-        """All pictures, those that may share a batch together, at most ``batch_size`` at once."""
-        groups: dict[Hashable, list[_Picture]] = {}
-        for picture in self.pictures:
-            groups.setdefault(self._key(picture.request), []).append(picture)
-        size = self.batch_size
-        return [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
-
     def draw(self, on_result: Callable[[int, GenerationResult], None] | None = None) -> list[GenerationResult]:
         """Draw everything; see MSDiffusion.generate_batch."""
         subjects = [request.subjects for request in self.requests]
@@ -249,66 +221,22 @@ class BatchDrawing:
     def _draw_batch(self, batch: Sequence[_Picture], encoded: SubjectBatch, done: int) -> tuple[Any, Tensor | None]:
         """Pictures of one batch, and layout maps (P, S, rows, columns) if there are any."""
         request = self.requests[batch[0].request]
-        scales = [self.model.scale_of(each.scale) for each in self.requests]
+        scales = [self.model.adapter.config.drawing(scale=each.scale)["scale"] for each in self.requests]
         condition = encoded.condition([picture.request for picture in batch], scales)
         condition.check_batch = False  # known here; and pictures of one seed have equal latents
-        pipeline = self.pipeline
-        if pipeline.unet in _DENOISING:  # the pipeline would go on with the settings of the inner run
-            raise RequestError(
-                "generate was called by a callback of a run of the same model: draw after the run, or from on_result"
-            )
-        before = dict(getattr(pipeline, "_progress_bar_config", {}))
-        pipeline.set_progress_bar_config(
-            disable=not self.progress, desc=f"pictures {done + 1}-{done + len(batch)} of {len(self.pictures)}"
-        )
-        options = {name: value for name, value in request.pipeline_options.items() if value is not None}
-        settings = self._settings(request)
+        pipeline, options, settings = self.pipeline, request.pipeline_options, self._settings(request)
         # As numbers, so that NaN is seen: in a picture it is black. Pasting into another picture needs pictures.
         if settings["output_type"] in ("pil", "np") and options.get("padding_mask_crop") is None:
             settings["output_type"] = "pt"
-        watched = "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters
-        callback = options.get("callback_on_step_end")
-        if watched and not hasattr(callback, "tensor_inputs"):  # diffusers' own say by it what they want to see
-            callback = options["callback_on_step_end"] = Watched(callback, partial(self._check_numbers, part="UNet"))
-        kwargs = {**(options.pop("cross_attention_kwargs", None) or {}), "subjects": condition}
-        encoder = getattr(pipeline.text_encoder, "_orig_mod", pipeline.text_encoder)
-        # diffusers looks for the last norm where transformers had it before 5.6. Not for longer than this call: by the
-        # same name LoRA loaders tell how layers are called.
-        stand_in = options.get("clip_skip") is not None and not hasattr(encoder, "text_model")
-        try:  # whatever is set here is taken back, also where Ctrl+C comes in between
-            _DENOISING.add(pipeline.unet)
-            if stand_in:
-                encoder.__dict__["text_model"] = encoder
-            with withheld([type(pipeline).encode_prompt.__module__], "input was truncated"):  # _check has said it
-                output = pipeline(
-                    **self._texts(batch),
-                    **settings,
-                    generator=[torch.Generator("cpu").manual_seed(picture.seed) for picture in batch],
-                    latents=self._latents(batch),
-                    cross_attention_kwargs=kwargs,
-                    **options,
-                )
-        except Exception as error:
-            if getattr(callback, "error", None) is error:
-                raise
-            parts = {name: getattr(getattr(pipeline, name, None), "dtype", None) for name in _COMPUTING}
-            mixed = isinstance(error, RuntimeError) and "dtype" in str(error) and len(set(parts.values()) - {None}) > 1
-            if not mixed:
-                refused = refusal(error, pipeline, request.pipeline_options)
-                if refused is None:
-                    raise
-                raise refused from error
-            told = ", ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in parts.items() if dtype)
-            raise RequestError(
-                f"the parts of the pipeline compute in types that do not fit together: {told}; move all of them, "
-                "model.pipeline.to(dtype)"
-            ) from error
-        finally:
-            _DENOISING.discard(pipeline.unet)
-            if stand_in:
-                encoder.__dict__.pop("text_model", None)
-            pipeline._cross_attention_kwargs = None  # the pipeline would keep the condition alive
-            pipeline.set_progress_bar_config(**before)
+        arguments = {
+            **self._texts(batch),
+            **settings,
+            "generator": [torch.Generator("cpu").manual_seed(picture.seed) for picture in batch],
+            "latents": self._latents(batch),
+        }
+        told = f"pictures {done + 1}-{done + len(batch)} of {len(self.pictures)}"
+        bar = {"disable": not self.progress, "desc": told}
+        output = call_pipeline(pipeline, arguments, options, condition, partial(self._check_numbers, part="UNet"), bar)
         drawn = output.images
         if isinstance(drawn, Tensor):
             self._check_numbers(drawn, "UNet" if request.output_type == "latent" else "VAE")
@@ -376,8 +304,7 @@ class BatchDrawing:
 
     def _maps_of(self, index: int, maps: Tensor) -> Tensor:
         """(subjects, rows, columns): the maps of each subject's first view, without padding."""
-        numbers = self.requests[index].subjects.numbers
-        return maps[[numbers.index(number) for number in range(max(numbers) + 1)]]
+        return maps[self.requests[index].subjects.first_views]
 
     def _result(self, index: int, parts: dict[int, tuple[Any, Tensor | None]]) -> GenerationResult:
         pictures, maps = zip(*(parts[number] for number in range(len(parts))), strict=True)
@@ -392,6 +319,14 @@ class BatchDrawing:
             for picture in joined:
                 picture.info[PHRASES] = phrases
         return GenerationResult(joined, seeds, phrases, None if maps[0] is None else torch.stack(maps))
+
+
+def grouped(items: Iterable[Item], kind: Callable[[Item], Hashable], size: int) -> list[list[Item]]:
+    """The items in batches of at most ``size``, each of one kind, in their order."""
+    groups: dict[Hashable, list[Item]] = {}
+    for item in items:
+        groups.setdefault(kind(item), []).append(item)
+    return [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
 
 
 def warn_beyond_training(
@@ -445,20 +380,3 @@ def warn_beyond_training(
                 f"these weights know few words, and these are none of them: {', '.join(map(repr, unknown[:5]))}{more}; "
                 "something else is drawn in their place"
             )
-
-
-def with_own_scheduler(pipeline: Any) -> Any:
-    """The pipeline with a scheduler of its own, as the pipeline's is now; everything else is shared, not copied.
-
-    A run counts its steps in the scheduler, so a run of another pipeline on the same scheduler, or another scheduler in
-    its place, would change this one. What is set on either (``_interrupt``, ...) is set on both.
-    """
-    kind, scheduler = type(pipeline), copy.copy(pipeline.scheduler)
-
-    def replace(_: Any, other: Any) -> None:  # by a callback
-        nonlocal scheduler
-        scheduler = other
-
-    own = object.__new__(type(kind.__name__, (kind,), {"scheduler": property(lambda _: scheduler, replace)}))
-    own.__dict__ = pipeline.__dict__
-    return own

@@ -6,24 +6,22 @@ last bits depend on how many are drawn beside it. Its place in the batch stands 
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import io
-import json
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msdiffusion import __version__
-from msdiffusion.environment import arithmetic
+from msdiffusion.backbone.configs import calls_per_step
 from msdiffusion.errors import RequestError
 from msdiffusion.figures import draw_layout
+from msdiffusion.files import file_sha256
+from msdiffusion.generation.drawing import grouped
+from msdiffusion.generation.identity import Identity, made_with
 from msdiffusion.generation.safety import FLAGGED
 from msdiffusion.request.provenance import SCHEMA, read_record, request_record, same_request, save_at_once, save_png
-from msdiffusion.request.request import FALLBACKS, check_auto_layout_start, check_request, check_size
+from msdiffusion.request.request import DEFAULTS, FALLBACKS, check_auto_layout_start, check_size
 from msdiffusion.request.request_file import ARGUMENTS, Embedded, Entry, open_request, picture_names
 
 if TYPE_CHECKING:
@@ -31,30 +29,6 @@ if TYPE_CHECKING:
     from msdiffusion.generation.generate import MSDiffusion
     from msdiffusion.request.request import GenerationRequest
     from msdiffusion.request.subjects import Subjects
-
-_SAMPLES, _SAMPLE_BYTES = 64, 2**16
-_NOT_IDENTITY = (
-    "base_model", "image_encoder", "base_config", "defaults", "largest_side", "most_subjects", "closed_vocabulary"
-)  # fmt: skip
-"""What an adapter's config says of places, which are told by their content, of arguments, which records have, and of
-what it was trained for, which changes no picture."""
-_MODEL_FILES = (
-    *(".safetensors", ".bin", "config.json", "index.json", "tokenizer.json", "vocab.json", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json"),
-)
-"""Weights, configs and vocabularies."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Which model draws, told without loading it."""
-
-    model: Mapping[str, str | None]
-    """As records have it."""
-    defaults: Mapping[str, Any]
-    """Of the adapter."""
-    sources: Sources
-    """Where the frozen models are."""
 
 
 @dataclass(frozen=True)
@@ -68,76 +42,6 @@ class Picture:
     """What its file will say, as far as that is known before it is drawn; a seed that nobody chose is None."""
     wanted: bool = True
     """False: it is drawn for its neighbours' sake, but not written."""
-
-
-def identify(
-    model: str, base_model: str | None, image_encoder: str | None, dtype: str, base_config: str | None = None
-) -> Identity:
-    """Find the adapter and say what it is.
-
-    Args:
-        model: as for MSDiffusion.from_pretrained.
-        base_model: the same.
-        image_encoder: the same.
-        dtype: name of the weights' dtype.
-        base_config: as for MSDiffusion.from_pretrained.
-
-    Raises:
-        WeightsError: there is no such adapter, or its config is broken.
-    """
-    from msdiffusion.adapter.config import (
-        CHECKPOINT_SUFFIX,
-        CONFIG_NAME,
-        WEIGHTS_NAME,
-        AdapterConfig,
-        read_checkpoint,
-    )
-    from msdiffusion.adapter.loading import find_adapter, model_sources
-    from msdiffusion.adapter.resampler import ResamplerParams
-    from msdiffusion.errors import WeightsError
-    from msdiffusion.files import file_sha256
-
-    place = find_adapter(model)
-    if place.suffix == CHECKPOINT_SUFFIX and place.is_file():
-        weights, (config, _) = place, read_checkpoint(place)
-        sources = model_sources(place.parent, config, base_model, image_encoder, base_config)
-    elif place.is_file():  # the official file says nothing but weights
-        weights = place
-        config = AdapterConfig(resampler=ResamplerParams(image_width=1, phrase_width=1, output_width=1))
-        sources = model_sources(place, None, base_model, image_encoder, base_config)
-    else:
-        weights = place / WEIGHTS_NAME
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not (place / name).is_file():
-                raise WeightsError(f"{place} holds no {name}: an adapter is {CONFIG_NAME} and {WEIGHTS_NAME}")
-        config = AdapterConfig.read(place / CONFIG_NAME)
-        sources = model_sources(place, config, base_model, image_encoder, base_config)
-    settings = {name: value for name, value in asdict(config).items() if name not in _NOT_IDENTITY}
-    names = {
-        "adapter": Path(model).resolve().name if Path(model).exists() else model,
-        "adapter_sha256": file_sha256(weights),
-        "adapter_config": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16],
-        "base_model": frozen_name(sources.base_model),
-        "base_config": None if sources.base_config is None else frozen_name(sources.base_config),
-        "image_encoder": frozen_name(sources.image_encoder),
-        "dtype": dtype,
-    }
-    return Identity(names, config.defaults, sources)
-
-
-def frozen_name(source: str) -> str:
-    """A frozen model as records call it: a hub name, or a local place's last part with a fingerprint of its content.
-
-    Args:
-        source: folder, file, hub name or ``open_clip:...``.
-    """
-    from msdiffusion.backbone.open_clip_encoder import OpenClipName, names_open_clip
-    from msdiffusion.backbone.pretrained import is_local
-
-    if names_open_clip(source):
-        name = OpenClipName.parse(source)
-        return source if name.file is None else str(replace(name, file=Path(_fingerprinted(name.file))))
-    return _fingerprinted(Path(source)) if is_local(source) else source
 
 
 def plan(
@@ -221,12 +125,8 @@ def check_batches(batches: Sequence[Sequence[Picture]]) -> None:
 def without_finished(pictures: Sequence[Picture], *, overwrite: bool = False) -> list[Picture]:
     """The pictures, those that are there already marked as not wanted.
 
-    Args:
-        pictures: what is planned.
-        overwrite: take those that are there but are of another request for missing.
-
     Raises:
-        RequestError: such pictures are there, and may not be overwritten.
+        RequestError: some are there but of another request, and may not be taken for missing (``overwrite``).
     """
     marked, others = [], []
     for picture in pictures:
@@ -245,10 +145,7 @@ def without_finished(pictures: Sequence[Picture], *, overwrite: bool = False) ->
 
 def in_batches(pictures: Sequence[Picture], size: int) -> list[list[Picture]]:
     """The pictures in batches of at most ``size`` that are drawn together, the same ones whatever is finished."""
-    groups: dict[Any, list[Picture]] = {}
-    for picture in pictures:
-        groups.setdefault(_kind(picture.arguments), []).append(picture)
-    return [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
+    return grouped(pictures, lambda picture: _kind(picture.arguments), size)
 
 
 def repeated(picture: Picture, size: int, position: int) -> list[Picture]:
@@ -288,10 +185,7 @@ def draw(
             _check_unchanged(picture)
 
         def finish(
-            index: int,
-            result: Any,
-            batch: Sequence[Picture] = batch,
-            requests: Sequence[GenerationRequest] = requests,
+            index: int, result: Any, batch: Sequence[Picture] = batch, requests: Sequence[GenerationRequest] = requests
         ) -> None:
             if batch[index].wanted:
                 if layouts:
@@ -327,16 +221,6 @@ def check_layout_paths(pictures: Sequence[Picture]) -> None:
             )
 
 
-def made_with(device: str) -> dict[str, str]:
-    """Versions, kind of device, and what computes there: all that decides the last bits of a picture."""
-    import diffusers
-    import torch
-
-    kind = device.partition(":")[0]
-    versions = {"msdiffusion": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    return {**versions, "device": kind, **arithmetic(device)}
-
-
 def _write(picture: Picture, result: Any, model: MSDiffusion, place: Mapping[str, int]) -> None:
     drawn = result.pictures[0]
     if picture.path.suffix.lower() != ".png":
@@ -355,8 +239,6 @@ def _write(picture: Picture, result: Any, model: MSDiffusion, place: Mapping[str
 
 def _check_auto_layout(subjects: Subjects, steps: int, sources: Sources) -> None:
     """Raise RequestError if a subject without a box would not find its place."""
-    from msdiffusion.backbone.pretrained import calls_per_step
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # drawing says it
         try:
@@ -366,11 +248,10 @@ def _check_auto_layout(subjects: Subjects, steps: int, sources: Sources) -> None
 
 
 def _write_layout(picture: Picture, result: Any, subjects: Subjects) -> None:
-    first = [subjects.numbers.index(number) for number in range(max(subjects.numbers) + 1)]  # view of each subject
     drawing = draw_layout(
         result.pictures[0],
-        boxes=[subjects.boxes[view] for view in first],
-        phrases=[subjects.phrases[view] for view in first],
+        boxes=[subjects.boxes[view] for view in subjects.first_views],
+        phrases=subjects.names,
         maps=None if result.layout_maps is None else result.layout_maps[0],
     )
     save_at_once(drawing, layout_path(picture.path))
@@ -391,8 +272,6 @@ def _finished(picture: Picture) -> tuple[bool, str]:
 
 def _check_unchanged(picture: Picture) -> None:
     """Raise RequestError if a file is no longer what the record says: somebody edits references during a long run."""
-    from msdiffusion.files import file_sha256
-
     said = picture.record["request"]
     for key in ("images", "masks"):
         paths, records = picture.arguments.get(key), said[key]
@@ -411,13 +290,8 @@ def _flat(references: Any) -> Iterator[Any]:
 
 def _resolved(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments, with what is left out filled in as far as it can be told without the model."""
-    parameters = inspect.signature(check_request).parameters
-    own = {
-        name: parameters[name].default for name in ARGUMENTS if parameters[name].default is not inspect.Parameter.empty
-    }
-    layers = (own, FALLBACKS, defaults, arguments)  # the later ones win, where they say something
-    found: dict[str, Any] = dict.fromkeys(ARGUMENTS)
-    for layer in layers:
+    found: dict[str, Any] = {name: DEFAULTS.get(name) for name in ARGUMENTS}
+    for layer in (FALLBACKS, defaults, arguments):  # the later ones win, where they say something
         found.update({name: value for name, value in layer.items() if value is not None})
     return found
 
@@ -440,32 +314,3 @@ def _follows_text(arguments: Mapping[str, Any]) -> bool:
     boxes, masks = arguments["boxes"] or nothing, arguments["masks"] or nothing
     placed = all(box is not None or mask is not None for box, mask in zip(boxes, masks, strict=True))
     return bool(arguments["auto_layout"]) or not placed
-
-
-def _fingerprinted(place: Path) -> str:
-    inside = [place] if place.is_file() else [file for file in place.rglob("*") if file.name.endswith(_MODEL_FILES)]
-    digest = hashlib.sha256()
-    for file in sorted(path for path in inside if path.is_file()):
-        own = _without_place(file)
-        size = file.stat().st_size if own is None else len(own)
-        digest.update(f"{file.relative_to(place) if place.is_dir() else ''} {size}\n".encode())
-        # samples will do: reading ten gigabytes would take longer than drawing
-        with file.open("rb") if own is None else io.BytesIO(own) as content:
-            for number in range(_SAMPLES):
-                content.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
-                digest.update(content.read(_SAMPLE_BYTES))
-    return f"{place.resolve().name}#{digest.hexdigest()[:16]}"
-
-
-def _without_place(file: Path) -> bytes | None:
-    """A config without the place that it was once loaded from, which saving writes into it; None: as it stands."""
-    if file.suffix != ".json" or b'"_name_or_path"' not in (content := file.read_bytes()):
-        return None
-    try:
-        record = json.loads(content)
-    except ValueError:
-        return None
-    if not isinstance(record, dict):
-        return None
-    record.pop("_name_or_path", None)
-    return (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()  # as diffusers and transformers write it

@@ -3,53 +3,48 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import inspect
-import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Unpack
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from msdiffusion.adapter.adapter import MSAdapter
-from msdiffusion.adapter.card import CARD_NAME, is_generated, write_card
 from msdiffusion.adapter.condition import SubjectCondition
-from msdiffusion.adapter.loading import Sources, check_encoders, load_adapter
+from msdiffusion.adapter.loading import Sources, check_encoders, check_options, load_adapter
 from msdiffusion.backbone.backbone import Backbone, usable_device, weights_dtype
-from msdiffusion.errors import RequestError, WeightsError, reason, shown
-from msdiffusion.files import check_folder
-from msdiffusion.generation.drawing import (
-    BatchDrawing,
-    GenerationResult,
-    PictureHook,
-    warn_beyond_training,
-    with_own_scheduler,
-)
+from msdiffusion.errors import RequestError, shown
+from msdiffusion.generation.drawing import BatchDrawing, GenerationResult, PictureHook, warn_beyond_training
+from msdiffusion.generation.pipeline_call import with_own_scheduler
+from msdiffusion.generation.saving import push, save
 from msdiffusion.generation.subject_batch import SubjectBatch
 from msdiffusion.generation.turns import Turns, turns_of
 from msdiffusion.request.request import (
     MAX_BATCH,
     MAX_IMAGES,
     MISSING,
-    OTHER_NAMES,
     GenerationRequest,
     OutputType,
+    RequestArguments,
+    check_given,
     check_request,
+    check_requests,
 )
-from msdiffusion.request.subjects import MAX_WEIGHT, check_subjects, number_between, true_or_false, whole_number
-from msdiffusion.weight_files import share
+from msdiffusion.request.subjects import (
+    MAX_WEIGHT,
+    SubjectArguments,
+    check_subjects,
+    number_between,
+    true_or_false,
+    whole_number,
+)
 
 Reference = Image.Image | str | Path
-BASE_FOLDER, ENCODER_FOLDER = "base", "image_encoder"
 _CHECKING = threading.RLock()
 """Taken where arguments are checked: a picture that is read only now, and spaCy, serve one thread at a time."""
 
@@ -97,11 +92,7 @@ class MSDiffusion:
         return other
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Pickling: hooks of the networks have no names that a pickle could hold.
-
-        Raises:
-            RequestError: says what to do.
-        """
+        """RequestError, with what to do: hooks of the networks have no names that a pickle could hold."""
         raise RequestError(
             "a model is not pickled: for a file, save_pretrained(folder) and from_pretrained(folder); for another "
             "process, load it there with from_pretrained"
@@ -139,17 +130,10 @@ class MSDiffusion:
             WeightsError: something is missing, or parts of different models; before any large file is read where that
                 can be told from the configs.
         """
-        for name in others:
-            raise RequestError(f"from_pretrained takes no {name!r}: {_elsewhere(name)}")
+        check_options(others, cls.from_pretrained)
         torch_dtype, device = weights_dtype(torch_dtype), usable_device(device)
         found = load_adapter(model, base_model, image_encoder, base_config)
-        backbone = Backbone.from_pretrained(
-            found.sources.base_model,
-            found.sources.image_encoder,
-            torch_dtype,
-            device,
-            base_config=found.sources.base_config,
-        )
+        backbone = Backbone.from_pretrained(**vars(found.sources), torch_dtype=torch_dtype, device=device)
         return cls(backbone, found.adapter, found.sources)
 
     @property
@@ -179,21 +163,13 @@ class MSDiffusion:
             self.adapter.install(self.backbone.unet)
 
     def enable_model_cpu_offload(self, **options: Any) -> None:
-        """Keep every model on the CPU but the one at work: the pipeline's method of this name, for all parts.
-
-        Args:
-            options: of the pipeline's method, such as ``device``.
-        """
+        """Keep every model on the CPU but the one at work: the pipeline's method of this name, for all parts."""
         with self._turns.take():
             self.pipeline.enable_model_cpu_offload(**options)
             self._rest_on_cpu()
 
     def enable_sequential_cpu_offload(self, **options: Any) -> None:
-        """Keep all weights on the CPU but those of the layer at work: least memory, slow. See the pipeline's method.
-
-        Args:
-            options: of the pipeline's method, such as ``device``.
-        """
+        """Keep all weights on the CPU but those of the layer at work: least memory, slow. See the pipeline's method."""
         with self._turns.take():
             self.pipeline.enable_sequential_cpu_offload(**options)
             self._rest_on_cpu()
@@ -224,15 +200,10 @@ class MSDiffusion:
         phrases: Sequence[str] | None = None,
         *,
         prompt: str | None = None,
-        masks: Sequence[Any] | None = None,
         scale: float | None = None,
-        subject_scales: Sequence[float] | None = None,
-        subject_windows: Sequence[Sequence[float] | None] | None = None,
-        auto_layout: bool = False,
-        auto_layout_threshold: float = 0.5,
-        auto_layout_start: int | None = None,
         num_images: int = 1,
         guidance: bool | None = None,
+        **arguments: Unpack[SubjectArguments],
     ) -> SubjectCondition:
         """The subjects as one object, for any diffusers pipeline on this UNet: img2img, inpainting, ControlNet, ...
 
@@ -240,38 +211,22 @@ class MSDiffusion:
         size. The condition may be used again, for other prompts (without auto layout), seeds and sizes.
 
         Args:
-            images: as for ``generate``; so are ``boxes``, ``masks``, ``scale``, ``subject_scales``,
-                ``subject_windows`` and the options of auto layout.
+            images: as for ``generate``, as are ``boxes`` and ``scale``.
             boxes: see there.
             phrases: what each subject is called; None: read from ``prompt``.
             prompt: what the pipeline will be given; needed to read phrases from, for subjects without a box and for
                 auto layout.
-            masks: see ``generate``.
-            scale: see ``generate``.
-            subject_scales: see ``generate``.
-            subject_windows: see ``generate``.
-            auto_layout: see ``generate``.
-            auto_layout_threshold: see ``generate``.
-            auto_layout_start: see ``generate``.
+            scale: see there.
             num_images: pictures that the pipeline draws at once.
             guidance: None: whether the UNet's batch has an unconditional half is told from its size.
+            arguments: ``masks``, ``subject_scales``, ``subject_windows``, ``auto_layout``, ``auto_layout_threshold``
+                and ``auto_layout_start``, as for ``generate``.
 
         Raises:
             RequestError, LayoutError, PhraseError: an argument cannot be honoured.
         """
         with _CHECKING:
-            subjects = check_subjects(
-                images,
-                boxes,
-                phrases,
-                prompt=prompt,
-                masks=masks,
-                subject_scales=subject_scales,
-                subject_windows=subject_windows,
-                auto_layout=auto_layout,
-                auto_layout_threshold=auto_layout_threshold,
-                auto_layout_start=auto_layout_start,
-            )
+            subjects = check_subjects(images, boxes, phrases, prompt=prompt, **arguments)
         whole_number(num_images, "num_images", 1, MAX_IMAGES)
         guidance = None if guidance is None else true_or_false(guidance, "guidance")
         chosen = self.scale_of(None if scale is None else number_between(scale, "scale", 0.0, MAX_WEIGHT))
@@ -360,32 +315,11 @@ class MSDiffusion:
         Raises:
             RequestError, LayoutError, PhraseError: an argument cannot be honoured.
         """
-        _check_drawing(progress, batch_size)
-        _check_given({"images": images, "boxes": boxes, "prompt": prompt}, pipeline_options)
+        arguments = dict(locals())  # before there is any other name
+        check_given({"images": images, "boxes": boxes, "prompt": prompt}, pipeline_options)
+        named = {name: arguments[name] for name in RequestArguments.__annotations__}
         with _CHECKING:
-            request = check_request(
-                images,
-                boxes,
-                prompt,
-                phrases,
-                masks=masks,
-                negative_prompt=negative_prompt,
-                num_images=num_images,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                scale=scale,
-                subject_scales=subject_scales,
-                subject_windows=subject_windows,
-                height=height,
-                width=width,
-                auto_layout=auto_layout,
-                auto_layout_threshold=auto_layout_threshold,
-                auto_layout_start=auto_layout_start,
-                seed=seed,
-                output_type=output_type,
-                latents=latents,
-                **pipeline_options,
-            )
+            request = check_request(images, boxes, prompt, phrases, **named, **pipeline_options)
         return self.generate_batch([request], progress=progress, batch_size=batch_size)[0].pictures
 
     @torch.no_grad()
@@ -415,19 +349,12 @@ class MSDiffusion:
         Raises:
             RequestError, LayoutError, PhraseError: a request cannot be honoured; before anything is drawn.
         """
-        if isinstance(requests, (str, bytes, Mapping)) or not isinstance(requests, Iterable):
-            raise RequestError(
-                "requests must be a list with a mapping of generate's arguments for each request, got "
-                f"{shown(requests)}"
-            )
         if on_result is not None and not callable(on_result):
             raise RequestError(f"on_result must be a function of (index, result), got {shown(on_result)}")
-        _check_drawing(progress, batch_size)
+        true_or_false(progress, "progress")
+        whole_number(batch_size, "batch_size", 1, MAX_BATCH)
         with _CHECKING:
-            checked = [
-                request if isinstance(request, GenerationRequest) else _checked(request, index)
-                for index, request in enumerate(requests)
-            ]
+            checked = check_requests(requests)
         pipeline = with_own_scheduler(self.pipeline)  # as it is when the call comes, not when its turn does
         with self._turns.take():
             return BatchDrawing(self, pipeline, checked, batch_size, progress).draw(on_result)
@@ -444,49 +371,10 @@ class MSDiffusion:
 
         Raises:
             RequestError: nothing can be written there.
-            WeightsError: ``include_backbone`` is off, and the backbone was not loaded from
-                anywhere; or it is on, and something was put into the networks that their files have no place for (a
-                LoRA, an IP-Adapter).
+            WeightsError: ``include_backbone`` is off, and the backbone was not loaded from anywhere; or it is on, and
+                something was put into the networks that their files have no place for (a LoRA, an IP-Adapter).
         """
-        directory = check_folder(directory, "directory")
-        if true_or_false(include_backbone, "include_backbone"):
-            self._check_savable()
-            new = [directory / name for name in (BASE_FOLDER, ENCODER_FOLDER) if not (directory / name).exists()]
-            try:
-                self.pipeline.save_pretrained(directory / BASE_FOLDER)
-                self.backbone.image_encoder.save_pretrained(directory / ENCODER_FOLDER)
-                self.backbone.image_processor.save_pretrained(directory / ENCODER_FOLDER)
-            except (OSError, SafetensorError) as error:  # of a full disk
-                for folder in new:
-                    shutil.rmtree(folder, ignore_errors=True)
-                raise RequestError(f"{directory} cannot be written: {reason(error)}") from error
-            for folder in (BASE_FOLDER, ENCODER_FOLDER):
-                share(directory / folder)
-            sources = Sources(BASE_FOLDER, ENCODER_FOLDER)
-        elif self.sources is None:
-            raise WeightsError("this model's backbone was built in memory: save it with include_backbone=True")
-        else:
-            sources = self.sources
-        self.adapter.save_pretrained(directory, **vars(sources))
-        write_card(directory, self.adapter)
-
-    def _check_savable(self) -> None:
-        """Raise WeightsError where the files of a base would not give these networks again."""
-        pipeline = self.pipeline
-        for name in ("unet", "text_encoder", "text_encoder_2"):
-            weights = {} if getattr(pipeline, name, None) is None else getattr(pipeline, name).state_dict()
-            if any(".base_layer." in key for key in weights):
-                raise WeightsError(
-                    f"a LoRA is in the {name}, which the files of a base have no place for: take it out with "
-                    "model.pipeline.unload_lora_weights(), after model.pipeline.fuse_lora() where it shall be kept"
-                )
-            if any(weight.device.type == "meta" for weight in weights.values()):
-                raise WeightsError(f"offloading keeps weights of the {name} elsewhere: save a model without it")
-        if getattr(pipeline.unet, "encoder_hid_proj", None) is not None:
-            raise WeightsError(
-                "an IP-Adapter is in the UNet, which the files of a base have no place for: take it out with "
-                "model.pipeline.unload_ip_adapter()"
-            )
+        save(self.backbone, self.adapter, self.sources, directory, include_backbone)
 
     def push_to_hub(
         self, repo_id: str, *, include_backbone: bool = False, private: bool = False, token: str | None = None
@@ -498,61 +386,4 @@ class MSDiffusion:
         Raises:
             WeightsError: the config would point to a folder of this machine.
         """
-        if not include_backbone and (self.sources is None or self.sources.local):
-            raise WeightsError("the backbone lies on this machine only: push with include_backbone=True")
-        api = HfApi(token=token)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, include_backbone=include_backbone)
-            write_card(folder, self.adapter, repo_id)
-            url = api.create_repo(repo_id, private=private, exist_ok=True)
-            if api.file_exists(repo_id, CARD_NAME):
-                present = Path(api.hf_hub_download(repo_id, CARD_NAME)).read_text(encoding="utf-8")
-                if not is_generated(present):
-                    (Path(folder) / CARD_NAME).unlink()
-            api.upload_folder(repo_id=repo_id, folder_path=folder)
-        return str(url)
-
-
-def _elsewhere(name: str) -> str:
-    """Where something is said that other libraries' ``from_pretrained`` takes."""
-    places = {
-        "dtype": "it is called torch_dtype",
-        "variant": "in half precision the variant fp16 is taken by itself where there is one",
-        "scheduler": "set model.pipeline.scheduler after loading",
-        "device_map": "say device=, or call model.enable_model_cpu_offload() after loading",
-        "safety_checker": "add one to model.picture_hooks after loading (msdiffusion.generation.safety)",
-    }
-    known = [key for key in inspect.signature(MSDiffusion.from_pretrained).parameters if key not in ("cls", "others")]
-    near = difflib.get_close_matches(name, known, n=1)
-    return places.get(name) or (f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}")
-
-
-def _check_given(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Raise RequestError for an argument that is left out, with the name under which it was perhaps given."""
-    for name in (name for name, value in arguments.items() if value is MISSING):
-        other = next((option for option in options if OTHER_NAMES.get(option) == name), None)
-        none = "; boxes=None leaves every subject's place to the text" if name == "boxes" else ""
-        given = f", and it takes no {other!r}: here it is {name}=" if other else none
-        raise RequestError(f"generate needs {name}{given}")
-
-
-def _check_drawing(progress: Any, batch_size: Any) -> None:
-    """Raise RequestError for what says how pictures are drawn, not which."""
-    true_or_false(progress, "progress")
-    whole_number(batch_size, "batch_size", 1, MAX_BATCH)
-
-
-def _checked(arguments: Mapping[str, Any], index: int) -> GenerationRequest:
-    """A request of generate_batch from a mapping; ``boxes`` may be left out."""
-    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
-        raise RequestError(
-            f"requests[{index}] must be a mapping of generate's arguments, such as {{'images': [...], 'prompt': ...}}, "
-            f"got {shown(arguments)}"
-        )
-    wrong = sorted({"progress", "batch_size"} & arguments.keys())
-    if wrong:
-        raise RequestError(f"requests[{index}]: {' and '.join(wrong)} are of the whole call, not of one request")
-    missing = sorted({"images", "prompt"} - arguments.keys())
-    if missing:
-        raise RequestError(f"requests[{index}] has no {' and no '.join(missing)}")
-    return check_request(**{"boxes": None, **arguments})
+        return push(self.backbone, self.adapter, self.sources, repo_id, include_backbone, private, token)

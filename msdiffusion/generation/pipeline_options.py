@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import inspect
 import math
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from diffusers.pipelines.pag.pag_utils import PAGMixin
 from PIL import Image
 from torch import Tensor
 
-from msdiffusion.errors import RequestError, reason, shown
+from msdiffusion.errors import RequestError, shown
 from msdiffusion.request.layout import as_number
 from msdiffusion.request.request import MAX_SIDE
 from msdiffusion.request.subjects import MAX_STEPS, MAX_WEIGHT, as_sequence, check_text, number_between, whole_number
@@ -97,31 +95,6 @@ def check_options(pipeline: Any, options: Mapping[str, Any], most_skipped: int) 
     _check_start(options.get("image"))
 
 
-def refusal(error: Exception, pipeline: Any, options: Mapping[str, Any]) -> RequestError | None:
-    """What to say of an error that diffusers raised of its own accord at these options; None: it is another's.
-
-    Args:
-        error: caught round the pipeline's call.
-        pipeline: of diffusers.
-        options: that were handed on.
-    """
-    given = [name for name, value in options.items() if value is not None and not name.startswith("callback")]
-    if not given or not isinstance(error, (ValueError, TypeError, AttributeError, RuntimeError)):
-        return None
-    if isinstance(error, torch.OutOfMemoryError) or not _raised_by_libraries(error.__traceback__):
-        return None
-    return RequestError(
-        f"{type(pipeline).__name__} cannot be called with {', '.join(given)} as given: {reason(error)[:300]}"
-    )
-
-
-def _raised_by_libraries(trace: TracebackType | None) -> bool:
-    """Whether below the line that called the pipeline there is none of ours, and none of a user's hook or callback."""
-    lines = [] if trace is None else [frame for frame, _ in traceback.walk_tb(trace)][1:]
-    packages = {str(frame.f_globals.get("__name__")).partition(".")[0] for frame in lines}
-    return packages <= {"diffusers", "torch", "transformers", "huggingface_hub"} and "diffusers" in packages
-
-
 def _check_scheduler(pipeline: Any) -> None:
     scheduler = pipeline.scheduler
     step = inspect.signature(scheduler.step).parameters.values()
@@ -139,12 +112,7 @@ def _check_scheduler(pipeline: Any) -> None:
 
 
 def check_steps(scheduler: Any, steps: int) -> None:
-    """Raise RequestError for more steps than the scheduler has timesteps, at which several fail.
-
-    Args:
-        scheduler: of diffusers.
-        steps: asked for.
-    """
+    """Raise RequestError for more steps than the scheduler has timesteps, at which several fail."""
     most = scheduler.config.get("num_train_timesteps")
     if isinstance(most, int) and steps > most:
         raise RequestError(f"steps must be at most {most}, the timesteps of {type(scheduler).__name__}, got {steps}")
@@ -209,43 +177,3 @@ def _check_start(start: Any) -> None:
                 f"image is {found}, but the pipeline wants RGB (it takes four channels for latents): image.convert"
                 '("RGB"), or paste a cut-out on a background'
             )
-
-
-class Watched:
-    """A user's callback at the end of a step, which may return nothing, and whose damage is told as its own."""
-
-    def __init__(self, callback: Callable[..., Any] | None, check_first: Callable[[Tensor], None]) -> None:
-        """``check_first``: called with the latents after the first step, before the callback sees them."""
-        self.callback, self.check_first = callback, check_first
-        self.error: BaseException | None = None
-        """What the callback has raised."""
-
-    def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A callback of the pipeline: a broken network is told before the other steps are computed in vain.
-
-        Raises:
-            RequestError: the callback gave latents that are no numbers, or no mapping of tensors.
-        """
-        latents = tensors.get("latents")
-        if step == 0 and latents is not None:
-            self.check_first(latents)
-        if self.callback is None:
-            return tensors
-        sound = latents is None or bool(torch.isfinite(latents).all())
-        try:
-            changed = self.callback(pipeline, step, timestep, tensors)
-        except BaseException as error:
-            self.error = error
-            raise
-        changed = tensors if changed is None else changed
-        if not isinstance(changed, Mapping):
-            raise RequestError(
-                f"callback_on_step_end returned {shown(changed)}: it must return the mapping of tensors, or nothing"
-            )
-        for name, tensor in changed.items():
-            if sound and isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise RequestError(
-                    f"callback_on_step_end gave {name} that are no numbers (NaN or infinite) after step {step}: the "
-                    "mistake is in the callback"
-                )
-        return changed

@@ -104,31 +104,29 @@ class Watermark:
     """Writes a short text invisibly into pictures; ``read_watermark`` reads it."""
 
     def __init__(self, text: str) -> None:
-        """Take the text, of 1 to 16 bytes in UTF-8.
-
-        Raises:
-            RequestError: it is empty, too long, or has a zero byte.
-        """
+        """Take the text, of 1 to 16 bytes in UTF-8, none of them zero; else RequestError."""
         content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else b""
         if not 1 <= len(content) <= MARK_BYTES or 0 in content:
             raise RequestError(f"a watermark is text of 1 to {MARK_BYTES} bytes in UTF-8, got {text!r}")
         self.text = text
         self.bits = _bits(content.ljust(MARK_BYTES, b"\0"))
 
-    def check_size(self, width: int, height: int) -> None:
+    @staticmethod
+    def check_size(width: int, height: int) -> None:
         """Raise RequestError if a picture of so many pixels is too small to carry a watermark."""
-        _check_size(width, height)
+        need = VOTES * MARK_BITS
+        if (width // CELL) * (height // CELL) < need:
+            raise RequestError(
+                f"a picture of {width} x {height} pixels is too small for a watermark: it needs {need} blocks of "
+                f"{CELL} x {CELL}, for example {CELL * 24} x {CELL * 24} pixels"
+            )
 
     def __call__(self, pictures: list[Image.Image]) -> list[Image.Image]:
-        """The pictures with the watermark, RGB.
-
-        Raises:
-            RequestError: a picture is too small.
-        """
+        """The pictures with the watermark, RGB; RequestError where one is too small."""
         return [self._mark(picture) for picture in pictures]
 
     def _mark(self, picture: Image.Image) -> Image.Image:
-        _check_size(*picture.size)
+        self.check_size(*picture.size)
         pixels = np.array(picture.convert("RGB"))
         blocks = _blocks(pixels)
         wanted = self.bits[np.arange(len(blocks)) % MARK_BITS]
@@ -148,7 +146,7 @@ def read_watermark(picture: Image.Image | str | Path) -> str | None:
         RequestError: not a picture, or too small to carry a watermark.
     """
     picture = open_upright(picture, "picture")
-    _check_size(*picture.size)
+    Watermark.check_size(*picture.size)
     values = _largest(_chroma(_blocks(np.array(picture.convert("RGB")))))
     votes = np.where(values % STEP > STEP / 2, 1, -1)
     bits = np.bincount(np.arange(len(votes)) % MARK_BITS, votes, MARK_BITS) > 0
@@ -170,15 +168,6 @@ def _bits(content: bytes) -> np.ndarray:
     """(MARK_BITS,) bool: the padded text and its checksum."""
     checksum = binascii.crc_hqx(content, 0xFFFF).to_bytes(2, "big")
     return np.unpackbits(np.frombuffer(content + checksum, np.uint8)).astype(bool)
-
-
-def _check_size(width: int, height: int) -> None:
-    need = VOTES * MARK_BITS
-    if (width // CELL) * (height // CELL) < need:
-        raise RequestError(
-            f"a picture of {width} x {height} pixels is too small for a watermark: it needs {need} blocks of "
-            f"{CELL} x {CELL}, for example {CELL * 24} x {CELL * 24} pixels"
-        )
 
 
 def _blocks(pixels: np.ndarray) -> np.ndarray:

@@ -37,15 +37,6 @@ class Model(Protocol):
     backbone: Backbone
     adapter: MSAdapter
 
-    @property
-    def pipeline(self) -> Any:
-        """The diffusers pipeline."""
-        ...
-
-    def install(self) -> None:
-        """Put the attention processors in place."""
-        ...
-
     def at_work(self) -> AbstractContextManager[torch.device]:
         """The device to compute on, with image encoder and adapter there for a while."""
         ...
@@ -71,9 +62,9 @@ class SubjectBatch:
         """
         remove_pag(model.backbone.unet)  # what a run that was broken off has left
         if not model.adapter.is_installed(model.backbone.unet):
-            model.install()
+            model.adapter.install(model.backbone.unet)
         self.model, self.scheduler, self.layouts = model, scheduler, layouts
-        tokenizer, written = model.backbone.tokenizer, functools.partial(written_out, model.pipeline)
+        tokenizer, written = model.backbone.tokenizer, functools.partial(written_out, model.backbone.pipeline)
         self._spans = [
             [
                 token_span(tokenizer, written(prompt or ""), written(phrase), occurrence) if automatic else (0, 0)
@@ -95,7 +86,7 @@ class SubjectBatch:
         backbone, adapter = self.model.backbone, self.model.adapter
         config, dtype = adapter.config, adapter.dtype
         images = [image for layout in self.layouts for image in layout.images]
-        phrases = [written_out(self.model.pipeline, phrase) for layout in self.layouts for phrase in layout.phrases]
+        phrases = [written_out(backbone.pipeline, phrase) for layout in self.layouts for phrase in layout.phrases]
         free = torch.tensor([[box is None for layout in self.layouts for box in layout.boxes]], device=device)
         pixels = backbone.prepare_references(images, config.reference_background, config.reference_fit)
         encoded = [

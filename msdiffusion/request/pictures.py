@@ -46,11 +46,7 @@ class Room:
         self.what, self.most, self.left = what, pixels, pixels
 
     def take(self, size: tuple[int, ...], name: str) -> None:
-        """Take the pixels of a picture of (width, height).
-
-        Raises:
-            RequestError: there are no more so many; ``name`` is what the message calls the picture.
-        """
+        """Take the pixels of a picture of (width, height), called ``name``; RequestError where so many are not left."""
         self.left -= math.prod(size)
         if self.left < 0:
             raise RequestError(
@@ -186,7 +182,8 @@ def _decoded(source: Path | io.BytesIO | Image.Image, name: str, called: str, ro
 def _what_else(source: Any) -> str:
     """What a file is instead of a picture, or ""."""
     try:
-        start = source.getvalue()[:512] if isinstance(source, io.BytesIO) else _first_bytes(source)
+        with io.BytesIO(source.getvalue()) if isinstance(source, io.BytesIO) else source.open("rb") as file:
+            start = file.read(512)
     except (OSError, AttributeError):
         return ""
     if not start:
@@ -201,11 +198,6 @@ def _what_else(source: Any) -> str:
     if text.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS, not the picture: git lfs pull fetches that"
     return ""
-
-
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(512)
 
 
 def _reduced(picture: Image.Image) -> Image.Image:
@@ -282,7 +274,9 @@ def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
         space = profile.profile.xcolor_space.strip()
         mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "Lab": "LAB"}.get(space)
-        plain = picture if picture.mode == mode else _without_alpha(picture, name)
+        plain = picture
+        if picture.mode != mode:  # then it is in the mode that a profile speaks of, but for transparency
+            plain = picture.convert("L") if picture.mode in ("1", "LA", "La") else _as_rgb(picture, name)
         if plain.mode != mode:
             raise ImageCms.PyCMSError(f"it is of {space}, the picture of {picture.mode}")
         transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
@@ -296,11 +290,6 @@ def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
         return _as_rgb(picture, name)
     result.info.clear()
     return result
-
-
-def _without_alpha(picture: Image.Image, name: str) -> Image.Image:
-    """In the mode that a profile speaks of: L for grey pictures, RGB for others."""
-    return picture.convert("L") if picture.mode in ("1", "LA", "La") else _as_rgb(picture, name)
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:

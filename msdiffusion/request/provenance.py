@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,27 +94,14 @@ def request_record(arguments: Mapping[str, Any], folder: Path, *, embed: bool = 
 
 
 def save_png(picture: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
-    """Write a picture with its record, at once or not at all: whoever sees the file sees all of it.
-
-    Raises:
-        RequestError: it cannot be written.
-    """
+    """Write a picture with its record, at once or not at all; RequestError where it cannot be written."""
     info = PngInfo()
     info.add_text(KEY, json.dumps(record, allow_nan=False))
     save_at_once(picture, path, pnginfo=info)
 
 
 def save_at_once(picture: Image.Image, path: Path, **options: Any) -> None:
-    """Write a picture to another name first, then rename it.
-
-    Args:
-        picture: what to write.
-        path: its suffix is the format.
-        options: of pillow's save.
-
-    Raises:
-        RequestError: it cannot be written.
-    """
+    """Write a picture, in the format of the suffix, at once or not at all; RequestError where it cannot be written."""
     with written(path) as unfinished:
         picture.save(unfinished, **options)
 
@@ -127,7 +115,7 @@ def read_record(source: str | Path | Image.Image) -> dict[str, Any]:
         RequestError: no such file, no PNG, without a record, or with one that is broken or of another version.
     """
     name = "the picture" if isinstance(source, Image.Image) else str(source)
-    text = _text_in(source, name) if isinstance(source, Image.Image) else _text_of(Path(source))
+    text = _text_of(source, name)
     if not isinstance(text, str):
         raise RequestError(f"{name} has no metadata of msdiffusion: only PNGs that msdiffusion generate wrote have it")
     if len(text) > MAX_RECORD_CHARACTERS:
@@ -201,27 +189,21 @@ def _essence(record: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str,
     return {"request": request, "model": model, "hooks": record["hooks"]}
 
 
-def _text_in(picture: Image.Image, name: str) -> Any:
+def _text_of(source: str | Path | Image.Image, name: str) -> Any:
     """The text chunk, also where another program has put it behind the pixels, which then have to be read."""
+    given = isinstance(source, Image.Image)
+    if not given:
+        if not is_file(Path(source)):
+            raise RequestError(f"no such file: {name}")
+        if Path(source).stat().st_size > MAX_PNG_BYTES:
+            raise RequestError(f"{name} has more than {MAX_PNG_BYTES // 2**20} MiB, which is no picture of ours")
     try:
-        if KEY not in picture.info:
-            picture.load()
+        with nullcontext(source) if given else Image.open(source, formats=["PNG"]) as picture:
+            if KEY not in picture.info:
+                picture.load()
+            return picture.info.get(KEY)
     except Exception as error:  # of broken files pillow raises many things
         raise RequestError(f"{name} is not a PNG that can be read: {error}") from None
-    return picture.info.get(KEY)
-
-
-def _text_of(path: Path) -> Any:
-    if not is_file(path):
-        raise RequestError(f"no such file: {path}")
-    if path.stat().st_size > MAX_PNG_BYTES:
-        raise RequestError(f"{path} has more than {MAX_PNG_BYTES // 2**20} MiB, which is no picture of ours")
-    try:
-        picture = Image.open(path, formats=["PNG"])
-    except Exception as error:  # of broken files pillow raises many things
-        raise RequestError(f"{path} is not a PNG that can be read: {error}") from None
-    with picture:
-        return _text_in(picture, str(path))
 
 
 def _wrong_part(record: Mapping[str, Any]) -> str | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from msdiffusion.errors import RequestError, shown, warn_caller
 from msdiffusion.request.subjects import (
     MAX_STEPS,
     MAX_WEIGHT,
+    SUBJECT_DEFAULTS,
+    SubjectArguments,
     Subjects,
     check_subjects,
     check_text,
@@ -21,42 +23,22 @@ from msdiffusion.request.subjects import (
 MISSING: Any = object()
 """Stands for an argument that must be given, so that its lack is told after a wrong name of it."""
 OTHER_NAMES: Mapping[str, str] = {
-    "image": "images",
-    "reference": "images",
-    "references": "images",
-    "reference_images": "images",
-    "ref_images": "images",
-    "subject_images": "images",
-    "box": "boxes",
-    "bbox": "boxes",
-    "bboxes": "boxes",
-    "bounding_boxes": "boxes",
-    "layout": "boxes",
-    "mask": "masks",
-    "mask_image": "masks",
-    "mask_images": "masks",
-    "phrase": "phrases",
-    "names": "phrases",
-    "text": "prompt",
-    "prompts": "prompt",
-    "negative": "negative_prompt",
-    "neg_prompt": "negative_prompt",
-    "num_inference_steps": "steps",
-    "num_steps": "steps",
-    "sampling_steps": "steps",
-    "num_images_per_prompt": "num_images",
-    "num_samples": "num_images",
-    "n": "num_images",
-    "cfg": "guidance_scale",
-    "cfg_scale": "guidance_scale",
-    "guidance": "guidance_scale",
-    "ip_adapter_scale": "scale",
-    "weight": "scale",
-    "weights": "subject_scales",
-    "scales": "subject_scales",
-    "generator": "seed",
-    "random_seed": "seed",
-    "manual_seed": "seed",
+    other: ours
+    for ours, others in {
+        "images": "image reference references reference_images ref_images subject_images",
+        "boxes": "box bbox bboxes bounding_boxes layout",
+        "masks": "mask mask_image mask_images",
+        "phrases": "phrase names",
+        "prompt": "text prompts",
+        "negative_prompt": "negative neg_prompt",
+        "steps": "num_inference_steps num_steps sampling_steps",
+        "num_images": "num_images_per_prompt num_samples n",
+        "guidance_scale": "cfg cfg_scale guidance",
+        "scale": "ip_adapter_scale weight",
+        "subject_scales": "weights scales",
+        "seed": "generator random_seed manual_seed",
+    }.items()
+    for other in others.split()
 }
 """What other libraries call arguments of generate."""
 
@@ -66,6 +48,8 @@ MAX_SEED = 2**63 - 1
 """Largest seed of a torch generator."""
 FALLBACKS: Mapping[str, Any] = {"steps": 30, "guidance_scale": 7.5, "scale": 1.0, "negative_prompt": None}
 """For what neither a request nor the adapter's config says."""
+SETTINGS = ("steps", "guidance_scale", "scale", "height", "width", "negative_prompt")
+"""Arguments that an adapter's config may give defaults for."""
 SIZE_STEP = 8
 """Pixels that height and width must be a multiple of, as in every Stable Diffusion pipeline."""
 MAX_SIDE = 8192
@@ -99,31 +83,40 @@ class GenerationRequest:
     """Further arguments of the diffusers pipeline."""
 
 
+class RequestArguments(SubjectArguments, total=False):
+    """Arguments of MSDiffusion.generate beside images, boxes, prompt and phrases that say what is drawn."""
+
+    negative_prompt: str | None
+    num_images: int
+    steps: int | None
+    guidance_scale: float | None
+    scale: float | None
+    height: int | None
+    width: int | None
+    seed: int | None
+    output_type: OutputType
+    latents: Any
+
+
+DEFAULTS: Mapping[str, Any] = {
+    **dict.fromkeys(RequestArguments.__annotations__),
+    **SUBJECT_DEFAULTS,
+    "num_images": 1,
+    "output_type": "pil",
+}
+"""Of arguments that are left out, as the signature of MSDiffusion.generate has them."""
+
+
 def check_request(
     images: Sequence[Any],
     boxes: Sequence[Sequence[float] | None] | None,
     prompt: str,
     phrases: Sequence[str] | None = None,
-    *,
-    masks: Sequence[Any] | None = None,
-    negative_prompt: str | None = None,
-    num_images: int = 1,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    scale: float | None = None,
-    subject_scales: Sequence[float] | None = None,
-    subject_windows: Sequence[Sequence[float] | None] | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    auto_layout: bool = False,
-    auto_layout_threshold: float = 0.5,
-    auto_layout_start: int | None = None,
-    seed: int | None = None,
-    output_type: OutputType = "pil",
-    latents: Any = None,
-    **pipeline_options: Any,
+    **arguments: Unpack[RequestArguments],
 ) -> GenerationRequest:
     """Check the arguments of MSDiffusion.generate, which documents them, and open the images.
+
+    Those of other names are options of the diffusers pipeline.
 
     Raises:
         RequestError: counts differ, a file is missing, a number is out of range, ...
@@ -141,21 +134,14 @@ def check_request(
         )
     if not isinstance(prompt, str) or not prompt.strip():
         raise RequestError(f"the prompt is empty ({shown(prompt)}): say what the picture shows, naming each subject")
-    num_images = whole_number(num_images, "num_images", 1, MAX_IMAGES)
+    given = {**DEFAULTS, **arguments}
+    num_images, seed = whole_number(given["num_images"], "num_images", 1, MAX_IMAGES), given["seed"]
     if seed is not None:
         seed = whole_number(seed, "seed", 0, MAX_SEED)
         if seed + num_images > MAX_SEED:
             raise RequestError(f"seed + num_images must be at most {MAX_SEED}, got {seed} + {shown(num_images)}")
-    settings = check_settings(
-        {
-            "steps": steps,
-            "guidance_scale": guidance_scale,
-            "scale": scale,
-            "height": height,
-            "width": width,
-            "negative_prompt": negative_prompt,
-        }
-    )
+    settings = check_settings({name: given[name] for name in SETTINGS})
+    output_type, latents = given["output_type"], given["latents"]
     if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise RequestError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {shown(output_type)}")
     if latents is not None and (getattr(latents, "ndim", None) != 4 or latents.shape[0] != num_images):
@@ -163,37 +149,66 @@ def check_request(
         raise RequestError(
             f"latents must be ({num_images}, channels, rows, columns) for {num_images} pictures: {shape}"
         )
-    subjects = check_subjects(
-        images,
-        boxes,
-        phrases,
-        prompt=prompt,
-        masks=masks,
-        subject_scales=subject_scales,
-        subject_windows=subject_windows,
-        auto_layout=auto_layout,
-        auto_layout_threshold=auto_layout_threshold,
-        auto_layout_start=auto_layout_start,
-    )
+    subjects = {name: given[name] for name in SUBJECT_DEFAULTS}
     return GenerationRequest(
-        subjects=subjects,
+        subjects=check_subjects(images, boxes, phrases, prompt=prompt, **subjects),
         prompt=prompt,
         num_images=num_images,
         seed=seed,
         output_type=output_type,
         latents=latents,
-        pipeline_options=pipeline_options,
+        pipeline_options={name: value for name, value in arguments.items() if name not in DEFAULTS},
         **settings,
     )
 
 
-def unknown_argument(name: str, known: Iterable[str]) -> str:
-    """What to say of an argument of generate that there is not: the name that it has here, or one spelled like it.
+def check_given(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise RequestError for an argument that is left out, with the name under which it was perhaps given.
 
     Args:
-        name: as given.
-        known: names that there are.
+        arguments: MISSING where they are.
+        options: what else was given.
     """
+    for name in (name for name, value in arguments.items() if value is MISSING):
+        other = next((option for option in options if OTHER_NAMES.get(option) == name), None)
+        none = "; boxes=None leaves every subject's place to the text" if name == "boxes" else ""
+        given = f", and it takes no {other!r}: here it is {name}=" if other else none
+        raise RequestError(f"generate needs {name}{given}")
+
+
+def check_requests(requests: Sequence[GenerationRequest | Mapping[str, Any]]) -> list[GenerationRequest]:
+    """The requests of generate_batch; in those that are mappings ``boxes`` may be left out.
+
+    Raises:
+        RequestError, LayoutError, PhraseError: as check_request; or one is no mapping, or says what is of the call.
+    """
+    if isinstance(requests, (str, bytes, Mapping)) or not isinstance(requests, Iterable):
+        raise RequestError(
+            f"requests must be a list with a mapping of generate's arguments for each request, got {shown(requests)}"
+        )
+    return [
+        request if isinstance(request, GenerationRequest) else _request_of(request, index)
+        for index, request in enumerate(requests)
+    ]
+
+
+def _request_of(arguments: Any, index: int) -> GenerationRequest:
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        raise RequestError(
+            f"requests[{index}] must be a mapping of generate's arguments, such as {{'images': [...], 'prompt': ...}}, "
+            f"got {shown(arguments)}"
+        )
+    wrong = sorted({"progress", "batch_size"} & arguments.keys())
+    if wrong:
+        raise RequestError(f"requests[{index}]: {' and '.join(wrong)} are of the whole call, not of one request")
+    missing = sorted({"images", "prompt"} - arguments.keys())
+    if missing:
+        raise RequestError(f"requests[{index}] has no {' and no '.join(missing)}")
+    return check_request(**{"boxes": None, **arguments})
+
+
+def unknown_argument(name: str, known: Iterable[str]) -> str:
+    """What to say of an argument of generate that there is not: the name that it has here, or a known one like it."""
     ours = OTHER_NAMES.get(name)
     if ours == "seed" and name == "generator":
         return "here it is seed=, a whole number; generator.initial_seed() is that of a torch.Generator"
@@ -204,14 +219,7 @@ def unknown_argument(name: str, known: Iterable[str]) -> str:
 
 
 def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that an adapter's config may give defaults for, as plain numbers and text; None stays None.
-
-    Args:
-        settings: any of steps, guidance_scale, scale, height, width, negative_prompt.
-
-    Raises:
-        RequestError: one cannot be that.
-    """
+    """Any of SETTINGS as plain numbers and text, None as it is; RequestError where one cannot be that."""
     found = dict(settings)
     for name, value in settings.items():
         if value is None:
@@ -233,13 +241,7 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_size(height: int, width: int, pictures: int = 1) -> None:
-    """Raise RequestError where pictures that are drawn at once have too many pixels, before anything is allocated.
-
-    Args:
-        height: pixels.
-        width: pixels.
-        pictures: of the batch.
-    """
+    """Raise RequestError where pictures that are drawn at once have too many pixels, before anything is allocated."""
     if height * width > MAX_PIXELS:
         raise RequestError(
             f"a picture of {width} x {height} (width x height) has {height * width:,} pixels; {MAX_PIXELS:,} are drawn "
@@ -254,11 +256,7 @@ def check_size(height: int, width: int, pictures: int = 1) -> None:
 
 
 def check_auto_layout_start(subjects: Subjects, steps: int) -> None:
-    """Say where auto layout would start too late to do anything.
-
-    Args:
-        subjects: checked.
-        steps: calls of the UNet in a run, with the adapter's default where the request names none.
+    """Say where auto layout would start too late to do anything in so many calls of the UNet.
 
     Raises:
         RequestError: a subject without a box would never get a place.
@@ -275,5 +273,5 @@ def check_auto_layout_start(subjects: Subjects, steps: int) -> None:
 
 
 def first_given(*values: Any) -> Any:
-    """The first value that is not None."""
-    return next(value for value in values if value is not None)
+    """The first value that is not None, if any."""
+    return next((value for value in values if value is not None), None)

@@ -23,16 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 from msdiffusion.errors import MSDiffusionError, RequestError, shown
 from msdiffusion.request.pictures import open_content, refuse_address
-from msdiffusion.request.request import OTHER_NAMES, GenerationRequest, check_request
+from msdiffusion.request.request import OTHER_NAMES, GenerationRequest, RequestArguments, check_request
 
 if TYPE_CHECKING:
     from PIL import Image
 
 ARGUMENTS = (
-    "images", "boxes", "prompt", "phrases", "masks", "negative_prompt", "num_images", "steps", "guidance_scale",
-    "scale", "subject_scales", "subject_windows", "height", "width", "auto_layout", "auto_layout_threshold",
-    "auto_layout_start", "seed",
-)  # fmt: skip
+    *("images", "boxes", "prompt", "phrases"),
+    *(name for name in RequestArguments.__annotations__ if name not in ("output_type", "latents")),
+)
 """Arguments of MSDiffusion.generate that say what is drawn; the others say how it is handed over."""
 MAX_FILE_BYTES = 16 * 2**20
 MAX_YAML_BYTES = 2**20
@@ -55,11 +54,7 @@ class Embedded:
     """Where the file was, for messages."""
 
     def open(self) -> Image.Image:
-        """The picture.
-
-        Raises:
-            RequestError: it is none.
-        """
+        """The picture; RequestError where it is none."""
         return open_content(self.content, f"the embedded reference {shown(self.path)}")
 
 
@@ -151,11 +146,7 @@ def check_entry(arguments: Mapping[str, Any], folder: Path, where: str, name: st
 
 
 def open_request(arguments: Mapping[str, Any]) -> GenerationRequest:
-    """The checked request of an entry's arguments, with its references opened.
-
-    Raises:
-        RequestError, LayoutError, PhraseError: as check_request.
-    """
+    """``check_request`` of an entry's arguments, with its references opened."""
     opened = with_embedded_opened(arguments)
     opened.setdefault("boxes", None)
     try:
@@ -165,11 +156,7 @@ def open_request(arguments: Mapping[str, Any]) -> GenerationRequest:
 
 
 def with_embedded_opened(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry's arguments as MSDiffusion.generate takes them: embedded references as pictures.
-
-    Raises:
-        RequestError: one is no picture.
-    """
+    """An entry's arguments as generate takes them: embedded references as pictures; RequestError where one is none."""
 
     def opened(reference: Any) -> Any:
         return reference.open() if isinstance(reference, Embedded) else reference
@@ -215,12 +202,7 @@ def _parse(path: Path) -> Any:
 
 
 def parse_json(text: str, source: str) -> Any:
-    """JSON without its surprises.
-
-    Raises:
-        RequestError: not JSON, a key given twice, NaN or infinity, or nested too deeply; the message begins with
-            ``source``.
-    """
+    """JSON; RequestError for keys given twice, NaN, infinity, and what is nested too deeply, in ``source``."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -6,10 +6,11 @@ import logging
 import math
 import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from PIL import Image
@@ -60,9 +61,38 @@ class Subjects:
     """Which subject each entry is a view of, from 0."""
 
     @property
+    def first_views(self) -> list[int]:
+        """Per subject the index of its first entry."""
+        return [self.numbers.index(number) for number in range(max(self.numbers) + 1)]
+
+    @property
     def names(self) -> tuple[str, ...]:
         """One phrase per subject."""
-        return tuple(self.phrases[self.numbers.index(number)] for number in range(max(self.numbers) + 1))
+        return tuple(self.phrases[view] for view in self.first_views)
+
+
+class SubjectArguments(TypedDict, total=False):
+    """What a call may say of its subjects beside references, boxes, phrases and prompt; lists have an item for each."""
+
+    masks: Sequence[Any] | None
+    """A bool array (rows, columns), a picture in black and white, its path, or None."""
+    subject_scales: Sequence[float] | None
+    """A weight."""
+    subject_windows: Sequence[Sequence[float] | None] | None
+    """(start, end) in [0, 1], or None: always."""
+    auto_layout: bool
+    """Every subject's region follows the text's attention; free subjects' always does."""
+    auto_layout_threshold: float
+    """In [0, 1]."""
+    auto_layout_start: int | None
+    """Counted from 1; None: 5, and 2 for free subjects."""
+
+
+SUBJECT_DEFAULTS: Mapping[str, Any] = {
+    **dict.fromkeys(SubjectArguments.__annotations__),
+    "auto_layout": False,
+    "auto_layout_threshold": 0.5,
+}
 
 
 def check_subjects(
@@ -71,12 +101,7 @@ def check_subjects(
     phrases: Sequence[str] | None,
     *,
     prompt: str | None = None,
-    masks: Sequence[Any] | None = None,
-    subject_scales: Sequence[float] | None = None,
-    subject_windows: Sequence[Sequence[float] | None] | None = None,
-    auto_layout: bool = False,
-    auto_layout_threshold: float = 0.5,
-    auto_layout_start: int | None = None,
+    **arguments: Unpack[SubjectArguments],
 ) -> Subjects:
     """Check what belongs to the subjects, one of each per subject; see MSDiffusion.condition.
 
@@ -85,16 +110,16 @@ def check_subjects(
         boxes: per subject normalised xyxy, or None: free. None for all: no layout.
         phrases: per subject its name; None: the prompt's noun phrases.
         prompt: needed where phrases are left out or a subject's place comes from the text.
-        masks: per subject a bool array (rows, columns), a picture in black and white, its path, or None.
-        subject_scales: per subject a weight.
-        subject_windows: per subject (start, end) in [0, 1], or None: always.
-        auto_layout: every subject's region follows the text's attention; free subjects' always does.
-        auto_layout_threshold: in [0, 1].
-        auto_layout_start: counted from 1; None: 5, and 2 for free subjects.
+        arguments: those left out are SUBJECT_DEFAULTS.
 
     Raises:
         RequestError, LayoutError, PhraseError: as for check_request.
+        TypeError: an argument of another name.
     """
+    unknown = next((name for name in arguments if name not in SUBJECT_DEFAULTS), None)
+    if unknown is not None:
+        raise TypeError(f"MSDiffusion.condition() got an unexpected keyword argument {unknown!r}")
+    given = {**SUBJECT_DEFAULTS, **arguments}
     images = as_sequence(images, "images")
     count = len(images)
     if count == 0:
@@ -112,20 +137,25 @@ def check_subjects(
     _check_counts(count, None if boxes is None else len(layout), None if named is None else len(named))
     room = Room("references", MAX_REFERENCE_PIXELS)
     views = [_views(image, f"images[{index}]", room) for index, image in enumerate(images)]
-    regions = _check_masks(masks, count)
+    check_mask = partial(_check_mask, room=Room("masks", MAX_MASK_PIXELS))
+    regions = _per_subject(given["masks"], "masks", count, "mask, or None,", 3, None, check_mask, LayoutError)
     layout = tuple(
         _mask_box(mask) if box is None and mask is not None else box for box, mask in zip(layout, regions, strict=True)
     )
     for index, box in enumerate(layout):
         if box is not None and regions[index] is None and (box[0] == box[2] or box[1] == box[3]):
             warn_caller(f"boxes[{index}] has no area, so that subject is left out")
-    scales = _check_scales(subject_scales, count)
-    windows = _check_windows(subject_windows, count)
-    auto_layout = true_or_false(auto_layout, "auto_layout")
-    number_between(auto_layout_threshold, "auto_layout_threshold", 0.0, 1.0)
-    if auto_layout_start is not None:
+    check_scale = partial(number_between, least=0.0, most=MAX_WEIGHT)
+    scales = _per_subject(given["subject_scales"], "subject_scales", count, "number", 1, 1.0, check_scale)
+    windows = _per_subject(
+        given["subject_windows"], "subject_windows", count, "(start, end), or None,", 2, (0.0, 1.0), _check_window
+    )
+    auto_layout = true_or_false(given["auto_layout"], "auto_layout")
+    threshold = number_between(given["auto_layout_threshold"], "auto_layout_threshold", 0.0, 1.0)
+    start = given["auto_layout_start"]
+    if start is not None:
         # samplers of second order count twice a step
-        auto_layout_start = whole_number(auto_layout_start, "auto_layout_start", 1, 2 * MAX_STEPS)
+        start = whole_number(start, "auto_layout_start", 1, 2 * MAX_STEPS)
     texts = _check_phrases(named, prompt, count)
     occurrences = _occurrences(texts, layout)
     missing = [] if prompt is None else [text for text in dict.fromkeys(texts) if not occurs(prompt, text)]
@@ -142,9 +172,7 @@ def check_subjects(
                 why = "auto_layout" if auto_layout else f"subject {index} has no box, so its place"
                 raise RequestError(f"{why} follows the text's attention to the phrases: give the prompt")
             find_in_prompt(prompt, texts[index], occurrences[index])
-    starts = [
-        auto_layout_start or (FREE_LAYOUT_START if is_free else AUTO_LAYOUT_START) for is_free in free
-    ]  # fmt: skip
+    starts = [start or (FREE_LAYOUT_START if is_free else AUTO_LAYOUT_START) for is_free in free]
 
     def spread(values: Sequence[Any]) -> tuple[Any, ...]:
         """One per view."""
@@ -160,7 +188,7 @@ def check_subjects(
         occurrences=spread(occurrences),
         auto_layout=spread(automatic),
         auto_layout_starts=spread(starts),
-        auto_layout_threshold=float(auto_layout_threshold),
+        auto_layout_threshold=threshold,
         numbers=spread(range(count)),
     )
 
@@ -203,19 +231,28 @@ def _views(image: Any, name: str, room: Room) -> tuple[Image.Image, ...]:
     return (open_reference(image, name, room),)
 
 
-def _check_masks(masks: Any, count: int) -> tuple[np.ndarray | None, ...]:
-    if masks is None:
-        return (None,) * count
-    masks = as_sequence(masks, "masks", 3)
-    if len(masks) != count:
-        raise LayoutError(f"masks must hold one mask, or None, per subject ({count}), got {len(masks)}")
-    room = Room("masks", MAX_MASK_PIXELS)
-    return tuple(
-        None if mask is None else _check_mask(mask, f"masks[{index}]", room) for index, mask in enumerate(masks)
-    )
+def _per_subject(
+    values: Any,
+    name: str,
+    count: int,
+    what: str,
+    axes: int,
+    default: Any,
+    check: Callable[[Any, str], Any],
+    kind: type[RequestError | LayoutError] = RequestError,
+) -> tuple[Any, ...]:
+    """A checked value for each subject, the default for all where there are none; ``axes`` of an array of them."""
+    if values is None:
+        return (default,) * count
+    values = as_sequence(values, name, axes)
+    if len(values) != count:
+        raise kind(f"{name} must hold one {what} per subject ({count}), got {len(values)}")
+    return tuple(check(value, f"{name}[{index}]") for index, value in enumerate(values))
 
 
-def _check_mask(mask: Any, name: str, room: Room) -> np.ndarray:
+def _check_mask(mask: Any, name: str, room: Room) -> np.ndarray | None:
+    if mask is None:
+        return None
     need = "a mask is a bool array (rows, columns), or a picture that is black and white"
     if isinstance(mask, (str, Path, Image.Image)):
         picture = open_upright(mask, name, room)
@@ -250,32 +287,9 @@ def _mask_box(mask: np.ndarray) -> Box:
     )
 
 
-def _check_scales(subject_scales: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    if subject_scales is None:
-        return (1.0,) * count
-    scales = as_sequence(subject_scales, "subject_scales", 1)
-    if len(scales) != count:
-        raise RequestError(f"subject_scales must hold one number per subject ({count}), got {len(scales)}")
-    return tuple(
-        number_between(value, f"subject_scales[{index}]", 0.0, MAX_WEIGHT) for index, value in enumerate(scales)
-    )
-
-
-def _check_windows(windows: Any, count: int) -> tuple[tuple[float, float], ...]:
-    if windows is None:
-        return ((0.0, 1.0),) * count
-    windows = as_sequence(windows, "subject_windows", 2)
-    if len(windows) != count:
-        raise RequestError(
-            f"subject_windows must hold one (start, end), or None, per subject ({count}), got {len(windows)}"
-        )
-    return tuple(
-        (0.0, 1.0) if window is None else _check_window(window, f"subject_windows[{index}]")
-        for index, window in enumerate(windows)
-    )
-
-
 def _check_window(window: Any, name: str) -> tuple[float, float]:
+    if window is None:
+        return 0.0, 1.0
     need = "must be (start, end) with 0 <= start < end <= 1"
     if getattr(window, "ndim", None) == 1:
         window = window.tolist()

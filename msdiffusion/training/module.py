@@ -21,7 +21,8 @@ from torch import Tensor
 
 from msdiffusion.adapter.adapter import MSAdapter
 from msdiffusion.adapter.config import AdapterConfig
-from msdiffusion.backbone.backbone import Backbone, ReferencePreparation, quiet_loading
+from msdiffusion.backbone.backbone import Backbone, quiet_loading
+from msdiffusion.backbone.references import ReferencePreparation
 from msdiffusion.errors import RequestError
 from msdiffusion.request.request import FALLBACKS
 from msdiffusion.training.encodings.frozen import FrozenEncodings

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from data_pipeline.world import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS, write_caption
 from data_pipeline.world.renderings import Renderings, RenderingSettings, identity_labels, load_or_render
 from msdiffusion.errors import WeightsError, reason
+from msdiffusion.files import share
 from msdiffusion.training.embedded.budget import BudgetedTraining
 from msdiffusion.training.embedded.networks import build_base, build_image_encoder, build_tokenizer
 from msdiffusion.training.learning.optimizers import Muon
 from msdiffusion.training.processes import process_rank
-from msdiffusion.weight_files import share
 
 CAPTION_SHARES = {"full": 0.5, "color": 0.2, "plain": 0.3}
 """How often a training caption names the whole identity, the main colour only, or the category only."""

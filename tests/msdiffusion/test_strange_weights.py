@@ -419,7 +419,8 @@ def single(folder):
 
 @pytest.mark.parametrize("config", ["config.json", "preprocessor_config.json"])
 def test_code_in_an_encoder_is_named(config, tiny_model_dir, tmp_path):
-    from msdiffusion.backbone.pretrained import encoder_widths, load_image_encoder
+    from msdiffusion.backbone.configs import encoder_widths
+    from msdiffusion.backbone.pretrained import load_image_encoder
 
     shutil.copytree(tiny_model_dir / "image_encoder", tmp_path / "encoder")
     path = tmp_path / "encoder" / config
@@ -556,7 +557,7 @@ def test_preprocessing_of_another_encoder_is_refused(entries, message, tiny_mode
     ],
 )
 def test_settings_of_an_encoder_that_no_library_can_build_are_told_shortly(entries, message, tiny_model_dir, tmp_path):
-    from msdiffusion.backbone.pretrained import encoder_widths
+    from msdiffusion.backbone.configs import encoder_widths
 
     shutil.copytree(tiny_model_dir / "image_encoder", tmp_path / "image_encoder")
     path = tmp_path / "image_encoder/config.json"

@@ -1,6 +1,7 @@
 """Wrong calls of the model in Python, one table per door: each is told in one sentence, nothing is computed for it."""
 
 import copy
+import inspect
 import math
 import pickle
 import re
@@ -16,6 +17,7 @@ from msdiffusion import MSDiffusion
 from msdiffusion.adapter.auto_layout import AutoLayout
 from msdiffusion.adapter.condition import SubjectCondition
 from msdiffusion.errors import LayoutError, MSDiffusionError, RequestError
+from msdiffusion.request.request import DEFAULTS
 
 DOG = Image.new("RGB", (64, 64), "red")
 GOOD = {
@@ -31,6 +33,13 @@ def model(new_model):
     model = new_model()
     model.pipeline.unet.register_forward_pre_hook(lambda *_: pytest.fail("something was computed"))
     return model
+
+
+def test_the_signature_says_what_is_taken_where_an_argument_is_left_out():
+    signature = inspect.signature(MSDiffusion.generate).parameters
+    assert {name: signature[name].default for name in DEFAULTS} == DEFAULTS
+    others = {"self", "images", "boxes", "prompt", "phrases", "progress", "batch_size", "pipeline_options"}
+    assert signature.keys() == DEFAULTS.keys() | others
 
 
 class Odd:

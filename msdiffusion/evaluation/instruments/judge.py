@@ -25,8 +25,8 @@ from data_pipeline.models.model_claims import check_network, read_json
 from data_pipeline.models.weights import fill, read_tensors
 from data_pipeline.records import InputError
 from msdiffusion.errors import DataError, WeightsError
+from msdiffusion.files import write_weights
 from msdiffusion.own_memory import give_own_memory
-from msdiffusion.weight_files import write_weights
 
 if TYPE_CHECKING:
     import numpy as np

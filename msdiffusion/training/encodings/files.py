@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from msdiffusion.errors import DataError
+from msdiffusion.files import share
 from msdiffusion.training.encodings.keys import SCHEMA
 from msdiffusion.training.samples.encoded import Part
-from msdiffusion.weight_files import share
 
 if TYPE_CHECKING:
     from msdiffusion.training.pairs.sources import Shard

@@ -12,7 +12,7 @@ from msdiffusion.adapter.config import CHECKPOINT_SUFFIX, CONFIG_NAME, AdapterCo
 from msdiffusion.adapter.loading import find_adapter
 from msdiffusion.adapter.resampler import ResamplerParams
 from msdiffusion.backbone.backbone import Backbone
-from msdiffusion.backbone.pretrained import skeleton_unet
+from msdiffusion.backbone.configs import skeleton_unet
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.places import find_model
 from msdiffusion.training.learning.optimizers import check_optimizer

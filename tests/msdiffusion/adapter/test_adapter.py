@@ -14,7 +14,7 @@ from msdiffusion.adapter.config import AdapterConfig
 from msdiffusion.adapter.resampler import ResamplerParams
 from msdiffusion.attention.unet import MultiSubjectAttnProcessor, TransparentAttnProcessor, cross_attentions
 from msdiffusion.errors import LayoutError, RequestError, WeightsError
-from msdiffusion.generation.folder import identify
+from msdiffusion.generation.identity import identify
 
 
 @pytest.fixture(scope="module")

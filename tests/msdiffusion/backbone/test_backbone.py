@@ -15,8 +15,9 @@ from diffusers import (
 from diffusers.models import ControlNetModel
 from PIL import Image
 
-from msdiffusion.backbone import backbone as backbone_module
-from msdiffusion.backbone.backbone import Backbone, default_device, flatten, quiet_loading
+from msdiffusion.backbone import references
+from msdiffusion.backbone.backbone import Backbone, quiet_loading, usable_device
+from msdiffusion.backbone.references import flatten
 from msdiffusion.errors import RequestError, WeightsError
 
 WHITE = (255, 255, 255)
@@ -124,13 +125,13 @@ def test_pad_keeps_the_aspect_and_squash_does_not(backbone):
 def test_a_long_reference_is_reduced_before_it_becomes_a_square(backbone, size, monkeypatch):
     picture = Image.effect_noise(size, 60).convert("RGB").resize((60, 60)).resize(size)
     whole = backbone.prepare_references([picture], WHITE)
-    monkeypatch.setattr(backbone_module, "LONG_SIDE", 1000)
-    monkeypatch.setattr(backbone_module, "SHORT_SIDE", 300)
+    monkeypatch.setattr(references, "LONG_SIDE", 1000)
+    monkeypatch.setattr(references, "SHORT_SIDE", 300)
     assert abs(backbone.prepare_references([picture], WHITE) - whole).mean() < 0.01  # of a range of 4
-    assert backbone_module._square(picture, WHITE, "pad").size == (300 if size[0] == 1200 else 325,) * 2
+    assert references._square(picture, WHITE, "pad").size == (300 if size[0] == 1200 else 325,) * 2
     monkeypatch.undo()
-    assert backbone_module._square(Image.new("RGB", (16000, 3500)), WHITE, "pad").size == (2286, 2286)
-    assert backbone_module._square(Image.new("RGB", (8192, 10)), WHITE, "pad").size == (8192, 8192)
+    assert references._square(Image.new("RGB", (16000, 3500)), WHITE, "pad").size == (2286, 2286)
+    assert references._square(Image.new("RGB", (8192, 10)), WHITE, "pad").size == (8192, 8192)
 
 
 def test_pictures_and_latents(backbone):
@@ -226,7 +227,7 @@ def test_another_kind_of_pipeline_is_refused(backbone):
 
 
 def test_device_and_quiet():
-    assert default_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert usable_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
     quiet_loading()
 
 

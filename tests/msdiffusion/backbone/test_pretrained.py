@@ -26,19 +26,17 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from msdiffusion.backbone.pretrained import (
-    _scheduler_of,
-    _split_hub_folder,
+from msdiffusion.backbone.configs import (
     absolute,
     calls_per_step,
     encoder_widths,
     is_local,
     kind_of_class,
-    load_image_encoder,
-    load_pipeline,
     native_side,
     skeleton_unet,
+    split_hub_folder,
 )
+from msdiffusion.backbone.pretrained import _scheduler_of, load_image_encoder, load_pipeline
 from msdiffusion.backbone.single_file import read_single_file
 from msdiffusion.errors import WeightsError
 from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
@@ -200,7 +198,8 @@ def test_half_precision_takes_the_variant_where_there_is_one(tiny_model_dir, tmp
     base = str(tiny_model_dir / "base")
     assert asked == [(str(tmp_path), "fp16"), (base, None), (base, None)]
     # Of a hub repository only a try tells.
-    monkeypatch.setattr("msdiffusion.backbone.pretrained._with_vocabulary", lambda pipeline, source: pipeline)
+    monkeypatch.setattr("msdiffusion.backbone.pretrained.check_vocabulary", lambda pipeline, source: None)
+    monkeypatch.setattr("msdiffusion.backbone.pretrained.check_fit", lambda pipeline, source: None)
     snapshot = tmp_path / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
     (snapshot / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
@@ -329,12 +328,12 @@ def test_the_embedded_autoencoder_loads_without_a_warning():
 
 
 def test_a_folder_inside_a_hub_repository(tmp_path):
-    assert _split_hub_folder("h94/IP-Adapter/sdxl_models/image_encoder") == (
+    assert split_hub_folder("h94/IP-Adapter/sdxl_models/image_encoder") == (
         "h94/IP-Adapter",
         {"subfolder": "sdxl_models/image_encoder"},
     )
-    assert _split_hub_folder("owner/name") == ("owner/name", {})
-    assert _split_hub_folder(tmp_path) == (str(tmp_path), {})
+    assert split_hub_folder("owner/name") == ("owner/name", {})
+    assert split_hub_folder(tmp_path) == (str(tmp_path), {})
 
 
 def test_places_of_this_machine(tmp_path, monkeypatch):

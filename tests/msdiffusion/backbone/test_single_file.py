@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from msdiffusion.backbone.pretrained import skeleton_unet
-from msdiffusion.backbone.single_file import check_unet_shapes, names_single_file, read_single_file
+from msdiffusion.backbone.configs import skeleton_unet
+from msdiffusion.backbone.single_file import check_shapes, names_single_file, read_single_file
 from msdiffusion.errors import WeightsError
 
 
@@ -73,16 +73,16 @@ def test_weights_that_are_no_matrices(single_file, tmp_path, name, shape):
 
 def test_a_unet_of_another_architecture_than_the_config(single_file, sd1_single_file, tiny_model_dir, tmp_path):
     unet = skeleton_unet(tiny_model_dir / "base")
-    check_unet_shapes(read_single_file(single_file), unet, "here")
+    check_shapes(read_single_file(single_file), "unet", unet, "here")
     with pytest.raises(WeightsError, match=r"has no label_emb.*which the config of here asks for: base_config="):
-        check_unet_shapes(read_single_file(sd1_single_file), unet, "here")
+        check_shapes(read_single_file(sd1_single_file), "unet", unet, "here")
     weights = load_file(single_file)
     key = "model.diffusion_model.input_blocks.3.1.transformer_blocks.0.attn2.to_k.weight"
     key = key if key in weights else next(name for name in weights if name.endswith("attn2.to_k.weight"))
     save_file({**weights, key: torch.zeros(16, 50)}, tmp_path / "wide.safetensors")
     with pytest.raises(WeightsError, match=r"attn2\.to_k\.weight has shape \(16, 50\), the config asks for \(16, 48\)"):
-        check_unet_shapes(read_single_file(tmp_path / "wide.safetensors"), unet, "here")
+        check_shapes(read_single_file(tmp_path / "wide.safetensors"), "unet", unet, "here")
     del weights[key]
     save_file(weights, tmp_path / "less.safetensors")
     with pytest.raises(WeightsError, match=r"has shape nothing, the config asks for \(16, 48\)"):
-        check_unet_shapes(read_single_file(tmp_path / "less.safetensors"), unet, "here")
+        check_shapes(read_single_file(tmp_path / "less.safetensors"), "unet", unet, "here")

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from msdiffusion.cli import main
-from msdiffusion.errors import RequestError, WeightsError
+from msdiffusion.errors import RequestError
 from msdiffusion.generation import folder as batch
 from msdiffusion.generation.generate import MSDiffusion
+from msdiffusion.generation.identity import identify
 from msdiffusion.request.provenance import read_record
 from msdiffusion.request.request_file import check_entry
 
@@ -30,7 +31,7 @@ def model(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def identity(tiny_model_dir):
-    return batch.identify(str(tiny_model_dir), None, None, "float32")
+    return identify(str(tiny_model_dir), None, None, "float32")
 
 
 @pytest.fixture
@@ -206,7 +207,7 @@ def test_others_are_not_overwritten_unasked(model, folder, identity, spoil, reas
 
 def test_pictures_of_another_model_are_others(model, folder, identity, tiny_model_dir):
     draw(model, planned(folder, identity))
-    half = batch.identify(str(tiny_model_dir), None, None, "float16")
+    half = identify(str(tiny_model_dir), None, None, "float16")
     with pytest.raises(
         RequestError, match=r"a_0.png \(another model\), .*a_2.png \(another model\) and 6 more; --over"
     ):
@@ -253,84 +254,6 @@ def test_other_formats_have_no_record(model, folder, identity):
     assert Image.open(folder / "out" / "a.JPG").format == "JPEG"
 
 
-def test_identity(tiny_model_dir, tmp_path, official_adapter_file):
-    ours = batch.identify(str(tiny_model_dir), None, None, "float32")
-    named = batch.identify(str(tiny_model_dir), str(tiny_model_dir / "base"), None, "float32")
-    assert named == ours, "the same base, however it is called"
-    assert ours.model["adapter"] == tiny_model_dir.name
-    assert ours.model["base_model"].startswith("base#")
-    hub = batch.identify(str(tiny_model_dir), "somebody/sdxl", "openai/clip", "float32").model
-    assert (hub["base_model"], hub["image_encoder"]) == ("somebody/sdxl", "openai/clip")
-    official = batch.identify(str(official_adapter_file), None, None, "float32")
-    assert official.model["base_model"] == "stabilityai/stable-diffusion-xl-base-1.0"
-    assert official.defaults["scale"] == 0.6
-    with pytest.raises(WeightsError, match=r"holds no config.json"):
-        batch.identify(str(tmp_path), None, None, "float32")
-
-
-def test_other_weights_under_the_same_name_are_another_base(tiny_model_dir, tmp_path):
-    shutil.copytree(tiny_model_dir, tmp_path / "copy")
-    ours = batch.identify(str(tiny_model_dir), None, None, "float32").model
-    copy = batch.identify(str(tmp_path / "copy"), None, None, "float32").model
-    assert {**copy, "adapter": ours["adapter"]} == ours
-    [weights] = (tmp_path / "copy" / "base" / "unet").glob("*.safetensors")
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    assert batch.identify(str(tmp_path / "copy"), None, None, "float32").model["base_model"] != ours["base_model"]
-
-
-@pytest.mark.parametrize(
-    ("file", "part"),
-    [
-        ("config.json", "adapter_config"),
-        ("base/scheduler/scheduler_config.json", "base_model"),
-        ("base/model_index.json", "base_model"),
-        ("base/unet/config.json", "base_model"),
-        ("base/vae/config.json", "base_model"),
-        ("base/text_encoder_2/config.json", "base_model"),
-        ("base/tokenizer/tokenizer_config.json", "base_model"),
-        ("image_encoder/preprocessor_config.json", "image_encoder"),
-        ("image_encoder/config.json", "image_encoder"),
-    ],
-)
-def test_other_settings_are_another_model(tiny_model_dir, tmp_path, file, part):
-    shutil.copytree(tiny_model_dir, tmp_path / "copy")
-    ours = batch.identify(str(tmp_path / "copy"), None, None, "float32").model
-    content = json.loads((tmp_path / "copy" / file).read_text())
-    content.update({"regions": "everywhere"} if file == "config.json" else {"prediction_type": "other"})
-    (tmp_path / "copy" / file).write_text(json.dumps(content))
-    changed = batch.identify(str(tmp_path / "copy"), None, None, "float32").model
-    assert [name for name in ours if ours[name] != changed[name]] == [part]
-
-
-def test_places_and_defaults_of_the_config_are_no_part_of_the_model(tiny_model_dir, tmp_path):
-    shutil.copytree(tiny_model_dir, tmp_path / "copy")
-    path = tmp_path / "copy" / "config.json"
-    changes = {"base_model": str(tmp_path / "copy" / "base"), "defaults": {"scale": 0.1}}
-    ours = batch.identify(str(tmp_path / "copy"), None, None, "float32").model
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    assert batch.identify(str(tmp_path / "copy"), None, None, "float32").model == ours
-
-
-def test_no_place_of_this_machine_is_told(tiny_model_dir, single_file, tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "vision.safetensors").write_bytes(name.encode())
-    encoders = [f"open_clip:ViT-B-32@{tmp_path / name / 'vision.safetensors'}" for name in ("a", "b")]
-    models = [
-        batch.identify(str(tiny_model_dir), str(single_file), encoder, "float32", base_config=config).model
-        for encoder, config in zip(encoders, (None, "owner/base"), strict=True)
-    ]
-    assert models[0]["image_encoder"].startswith("open_clip:ViT-B-32@vision.safetensors#")
-    assert models[0]["image_encoder"] != models[1]["image_encoder"], "the same name, other weights"
-    assert models[0]["base_model"].startswith("fine_tune.safetensors#")
-    assert models[0]["base_config"].startswith("base#")
-    assert models[1]["base_config"] == "owner/base"
-    assert "/" not in "".join(models[0].values())
-    assert batch.frozen_name("open_clip:ViT-B-32/openai") == "open_clip:ViT-B-32/openai"
-
-
 def test_a_subject_that_would_never_find_its_place(folder, identity):
     late = entry(folder, "late", boxes=None, auto_layout_start=4)
     with pytest.raises(RequestError, match="late: a subject without a box .* starts at step 4, but there are 3 steps"):
@@ -342,7 +265,7 @@ def test_a_sampler_of_two_calls_per_step_gives_a_subject_more_time(folder, tiny_
     shutil.copytree(tiny_model_dir, tmp_path / "model")
     path = tmp_path / "model" / "base" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "HeunDiscreteScheduler"}))
-    heun = batch.identify(str(tmp_path / "model"), None, None, "float32")
+    heun = identify(str(tmp_path / "model"), None, None, "float32")
     planned(folder, heun, chosen=[entry(folder, "x", boxes=None, auto_layout_start=4)])
     with pytest.raises(RequestError, match="starts at step 7, but there are 6"):
         planned(folder, heun, chosen=[entry(folder, "x", boxes=None, auto_layout_start=7)])
@@ -377,21 +300,3 @@ def test_a_real_kill(folder, tiny_model_dir):
     assert len(contents(folder / "whole")) == 12
     finished = {name: content for name, content in contents(folder / "killed").items() if name[0] != "."}
     assert finished == contents(folder / "whole")
-
-
-def test_a_base_is_known_by_what_it_computes(tiny_model_dir, tmp_path):
-    """Not by the notes beside it, nor by the place that a library wrote into its configs."""
-    base = shutil.copytree(tiny_model_dir / "base", tmp_path / "base")
-    before = batch.frozen_name(str(base))
-    (base / "NOTES.txt").write_text("mine")
-    (base / "unet" / "notes.json").write_text("{}")
-    config = json.loads((base / "unet" / "config.json").read_text())
-    places = {"old/place", "/other"}
-    found = set()
-    for place in places:
-        text = json.dumps({**config, "_name_or_path": place}, indent=2, sort_keys=True) + "\n"
-        (base / "unet" / "config.json").write_text(text)
-        found.add(batch.frozen_name(str(base)))
-    assert found == {before}
-    (base / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 8}))
-    assert batch.frozen_name(str(base)) != before

@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,8 +26,8 @@ from diffusers import (
 from PIL import Image
 
 import msdiffusion.adapter.loading
-import msdiffusion.generation.drawing
-import msdiffusion.generation.generate
+import msdiffusion.generation.pipeline_call
+import msdiffusion.generation.saving
 from msdiffusion import MSDiffusion
 from msdiffusion.backbone.backbone import Backbone
 from msdiffusion.errors import LayoutError, PhraseError, RequestError, WeightsError
@@ -685,12 +686,12 @@ def test_push_to_hub_uploads_what_is_saved(model, tmp_path, monkeypatch):
             return str(card)
 
         def upload_folder(self, *, repo_id, folder_path):
-            config = json.loads((msdiffusion.generation.generate.Path(folder_path) / "config.json").read_text())
+            config = json.loads((Path(folder_path) / "config.json").read_text())
             uploads["config"] = (repo_id, config["base_model"])
-            path = msdiffusion.generation.generate.Path(folder_path) / "README.md"
+            path = Path(folder_path) / "README.md"
             uploads["card"] = path.read_text() if path.exists() else None
 
-    monkeypatch.setattr(msdiffusion.generation.generate, "HfApi", FakeApi)
+    monkeypatch.setattr(msdiffusion.generation.saving, "HfApi", FakeApi)
     url = model.push_to_hub("owner/name", include_backbone=True, private=True, token="secret")
     assert url == "https://hub/owner/name"
     card.write_text(uploads.pop("card"))
@@ -847,14 +848,14 @@ def test_the_tokenizer_is_only_asked_by_whose_turn_it_is(trained_for_little, in_
 
 
 def test_an_interrupt_just_as_a_run_begins_leaves_the_model_usable(model, monkeypatch):
-    class Interrupted(type(msdiffusion.generation.drawing._DENOISING)):
+    class Interrupted(type(msdiffusion.generation.pipeline_call._DENOISING)):
         def add(self, item):
             super().add(item)
             raise KeyboardInterrupt
 
     with monkeypatch.context() as changed:
         at_work = Interrupted()
-        changed.setattr(msdiffusion.generation.drawing, "_DENOISING", at_work)
+        changed.setattr(msdiffusion.generation.pipeline_call, "_DENOISING", at_work)
         with pytest.raises(KeyboardInterrupt):
             draw(model, steps=1)
         assert not at_work

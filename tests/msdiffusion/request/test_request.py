@@ -241,6 +241,8 @@ def test_masks_of_any_kind_bring_their_box_along(tmp_path):
 
 def test_subjects_alone_need_phrases_or_a_prompt():
     assert check_subjects([DOG], [WHOLE], ["dog"]).phrases == ("dog",)
+    with pytest.raises(TypeError, match=r"MSDiffusion.condition\(\) got an unexpected keyword argument 'mask'"):
+        check_subjects([DOG], [WHOLE], ["dog"], mask=None)
     assert check_subjects([DOG], [WHOLE], None, prompt="a dog").phrases == ("dog",)
     with pytest.raises(RequestError, match="one phrase per subject, or the prompt"):
         check_subjects([DOG], [WHOLE], None)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msdiffusion.adapter.adapter import MSAdapter
 from msdiffusion.adapter.config import AdapterConfig
-from msdiffusion.backbone.pretrained import skeleton_unet
+from msdiffusion.backbone.configs import skeleton_unet
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.training.datamodule import PairsDataModule
 from msdiffusion.training.learning.schedules import draw_shares, training_schedule
