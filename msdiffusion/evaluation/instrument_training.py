@@ -9,8 +9,6 @@ Letters: B scenes of a batch, N subjects of all of them together.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -22,20 +20,20 @@ from torchvision.ops import generalized_box_iou_loss
 from data_pipeline.world import CATEGORIES, COLORS, PATTERNS
 from data_pipeline.world.renderings import Renderings, RenderingSettings, identity_labels, load_or_render
 from data_pipeline.world.subjects import SHAPE_VARIANTS
-from msdiffusion.errors import DataError
 from msdiffusion.evaluation.instruments.locator import Locator, LocatorParams, grid_centers, layout_ious
 from msdiffusion.evaluation.instruments.recognizer import VIEW_BACKGROUND, Recognizer, RecognizerParams
-from msdiffusion.evaluation.judge_training import degrade
+from msdiffusion.evaluation.instruments.training import Batch, InstrumentTraining, check_counts, degrade
 
-Batch = dict[str, Tensor]
-"""pictures (B, 3, H, W) in [0, 1]; boxes (N, 4) normalised xyxy; owners (N,) int64; labels (N, 6) int64 and identities
-(N,) int64; views (N, 3, H, W) in [0, 1], another picture of each subject on grey."""
 LABEL_SIZES = (len(CATEGORIES), len(COLORS), len(COLORS), len(COLORS), len(PATTERNS), SHAPE_VARIANTS)
 """Possible answers per column of `identity_labels`."""
 
 
 class SubjectScenes(Dataset[Batch]):
-    """Rendered scenes and views; a batch is made at once."""
+    """Rendered scenes and views; a batch is made at once.
+
+    Its further tensors: labels (N, 6) int64 and identities (N,) int64; views (N, 3, H, W) in [0, 1], another picture of
+    each subject on grey, and view_boxes (N, 4), where it is in there.
+    """
 
     def __init__(self, renderings: Renderings, seed: int) -> None:
         self.renderings = renderings
@@ -111,14 +109,7 @@ class InstrumentRenderings(pl.LightningDataModule):
         workers: int = 2,
     ) -> None:
         super().__init__()
-        for name, value in {
-            "scenes": scenes,
-            "identities": identities,
-            "validation_scenes": validation_scenes,
-            "batch_size": batch_size,
-        }.items():
-            if value < 1:
-                raise DataError(f"{name} must be at least 1, got {value}")
+        check_counts(scenes=scenes, identities=identities, validation_scenes=validation_scenes, batch_size=batch_size)
         self.save_hyperparameters()
 
     def setup(self, stage: str | None = None) -> None:
@@ -141,26 +132,6 @@ class InstrumentRenderings(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         """Held-out scenes in a fixed order."""
         return DataLoader(self.validation_set, self.hparams.batch_size, collate_fn=lambda batch: batch)
-
-
-class InstrumentTraining(pl.LightningModule):
-    """What both trainings share: a one-cycle AdamW, and the network written to `output` when training ends."""
-
-    network: Locator | Recognizer
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with a one-cycle learning rate over the whole run."""
-        optimizer = torch.optim.AdamW(
-            self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay
-        )
-        steps = max(2, int(self.trainer.estimated_stepping_batches))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.hparams.learning_rate, steps, pct_start=0.15)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_train_end(self) -> None:
-        """Writes the network."""
-        if self.trainer.is_global_zero:
-            self.network.save_pretrained(Path(self.hparams.output))
 
 
 class LocatorTraining(InstrumentTraining):
