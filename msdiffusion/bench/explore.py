@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.safe_text import visible
 from msdiffusion.bench.world import check_model
 from msdiffusion.evaluation.results import command_line, device
+from msdiffusion.figures import INK, PAPER, color_of, enlarge, outline
 from msdiffusion.files import file_sha256, write_json, written
 from msdiffusion.places import shown
 
@@ -321,16 +322,12 @@ def plot(points: Sequence[Point], path: Path, extra: Extra) -> None:
 
 def strip(points: Sequence[Point]) -> Image.Image:
     """A row per point: its label, then for the first cases the boxes drawn over what came out; references on top."""
-    from PIL import ImageDraw, ImageFont
-
-    from msdiffusion.evaluation.report import BOX_COLORS, enlarge
-
     label_width, gap = 150, 6
     shared = all(point.cases is points[0].cases for point in points)
     tops = 1 if shared else 0
     cell_height = CELL + (0 if shared else CELL // 2)
     size = (label_width + SHOWN * (CELL + gap), tops * (CELL + gap) + len(points) * (cell_height + gap))
-    sheet = Image.new("RGB", size, "#ffffff")
+    sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
 
     def paste_references(case: WorldCase, left: int, top: int, room: int) -> None:
@@ -339,24 +336,22 @@ def strip(points: Sequence[Point]) -> Image.Image:
             view = reference.convert("RGBA")
             view.thumbnail((share - 4, room - 8))
             sheet.paste(view, (left + index * share + 2, top + (room - view.height) // 2), view)
-            color = BOX_COLORS[index % len(BOX_COLORS)]
-            draw.rectangle((left + index * share + 2, top + room - 4, left + (index + 1) * share - 2, top + room - 2),
-                           fill=color)  # fmt: skip
+            bar = (left + index * share + 2, top + room - 4, left + (index + 1) * share - 2, top + room - 2)
+            draw.rectangle(bar, fill=color_of(index))
 
     if shared:
-        draw.text((6, CELL // 2), "references", fill="#22262e", font=ImageFont.load_default(14))
+        draw.text((6, CELL // 2), "references", fill=INK, font=ImageFont.load_default(14))
         for column, case in enumerate(points[0].cases[:SHOWN]):
             paste_references(case, label_width + column * (CELL + gap), 0, CELL)
     for row, point in enumerate(points):
         top = tops * (CELL + gap) + row * (cell_height + gap)
-        draw.text((6, top + cell_height // 2), point.label, fill="#22262e", font=ImageFont.load_default(14))
+        draw.text((6, top + cell_height // 2), point.label, fill=INK, font=ImageFont.load_default(14))
         for column, (case, picture) in enumerate(zip(point.cases[:SHOWN], point.pictures[:SHOWN], strict=True)):
             left, below = label_width + column * (CELL + gap), top
             if not shared:
                 paste_references(case, left, top, CELL // 2)
                 below = top + CELL // 2
-            sheet.paste(enlarge(picture, CELL), (left, below))
-            for index, box in enumerate(case.boxes):
-                corners = [offset + edge * (CELL - 1) for offset, edge in zip((left, below) * 2, box, strict=True)]
-                draw.rectangle(corners, outline=BOX_COLORS[index % len(BOX_COLORS)])
+            cell = enlarge(picture, CELL)
+            outline(cell, case.boxes)
+            sheet.paste(cell, (left, below))
     return sheet
