@@ -211,16 +211,15 @@ def finished_units(out: Path, settings: Settings, training_seeds: Sequence[int])
         if not (out / "rows" / row).is_dir():
             continue
         records = []
-        for unit in plan_units([row], training_seeds):
+        wanted = [unit for unit in plan_units([row], training_seeds) if unit.row == row]
+        for unit in wanted:
             path = unit.folder(out) / "measures.json"
-            if unit.row != row or not path.is_file():
-                continue
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if record["inputs"] == fingerprint(out, unit, settings):
+            record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            if record is not None and record["inputs"] == fingerprint(out, unit, settings):
                 records.append(record)
-        wanted = sum(unit.row == row for unit in plan_units([row], training_seeds))
-        if len(records) == wanted:
+        if len(records) == len(wanted):
             found[row] = records
         else:
-            print(f"left out of the table: {row}, measured for {len(records)} of {wanted} seeds on today's weights")
+            seeds = f"{len(records)} of {len(wanted)} seeds"
+            print(f"left out of the table: {row}, measured for {seeds} on today's weights")
     return found

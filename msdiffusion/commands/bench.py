@@ -25,22 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "to go on where it was interrupted.",
     )
     _add_common(world, pictures=300)
-    world.add_argument(
-        "--rows",
-        nargs="+",
-        choices=list(ROWS),
-        default=list(ROWS),
-        metavar="ROW",
-        help=f"any of {', '.join(ROWS)}; default: all",
-    )
-    world.add_argument("--pairs", type=place_of, default=DEFAULT_PAIRS, metavar="FOLDER", help="mined from world clips")
-    world.add_argument("--steps", type=int, default=900, help="training steps of every trained row")
-    world.add_argument("--train-batch", type=int, default=16, help="pairs per step")
-    world.add_argument(
-        "--training-seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of each trained row (default 0)"
-    )
-    world.add_argument("--jobs", type=int, default=1, help="rows worked on at once, one thread each if above 1")
-    world.add_argument("--document", type=place_of, metavar="FILE.md", help="where the table goes; default: in --out")
+    add = world.add_argument
+    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW",
+        help=f"any of {', '.join(ROWS)}; default: all")  # fmt: skip
+    add("--pairs", type=place_of, default=DEFAULT_PAIRS, metavar="FOLDER", help="mined from world clips")
+    add("--steps", type=int, default=900, help="training steps of every trained row")
+    add("--train-batch", type=int, default=16, help="pairs per step")
+    add("--training-seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of each trained row (default 0)")
+    add("--jobs", type=int, default=1, help="rows worked on at once, one thread each if above 1")
+    add("--document", type=place_of, metavar="FILE.md", help="where the table goes; default: in --out")
     world.set_defaults(run=run_world)
     explore = benchmarks.add_parser(
         "explore",
@@ -53,20 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser, pictures: int) -> None:
-    parser.add_argument(
-        "--out", type=place_of, default=DEFAULT_OUT, metavar="FOLDER", help="adapters, pictures, scores"
-    )
-    parser.add_argument(
-        "--model",
-        type=lambda place: Path(find_model(place_of(place))),
-        default=DEFAULT_MODEL,
-        metavar="FOLDER",
-        help="embedded model: base, encoder, judge, ...",
-    )
-    parser.add_argument("--pictures", type=int, default=pictures, help="held-out pictures per row")
-    parser.add_argument("--seed", type=int, default=0, help="of the cases and of the noise")
-    parser.add_argument("--draw-batch", type=int, default=16, help="pictures drawn at once")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="while drawing")
+    add = parser.add_argument
+    add("--out", type=place_of, default=DEFAULT_OUT, metavar="FOLDER", help="adapters, pictures, scores")
+    add("--model", type=lambda place: Path(find_model(place_of(place))), default=DEFAULT_MODEL, metavar="FOLDER",
+        help="embedded model: base, encoder, judge, ...")  # fmt: skip
+    add("--pictures", type=int, default=pictures, help="held-out pictures per row")
+    add("--seed", type=int, default=0, help="of the cases and of the noise")
+    add("--draw-batch", type=int, default=16, help="pictures drawn at once")
+    add("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="while drawing")
 
 
 def run_world(options: argparse.Namespace) -> None:
@@ -92,8 +79,12 @@ def run_explore(options: argparse.Namespace) -> None:
 
     Raises:
         RequestError: a number is out of range, or nothing can be written.
+        WeightsError: the model or an instrument is not there.
     """
+    from msdiffusion.bench.world import check_model
+
     _check(options, ("pictures",))
+    check_model(options.model)
     from msdiffusion.bench.explore import run
 
     run(options)

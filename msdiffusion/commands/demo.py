@@ -69,16 +69,13 @@ class Plan:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msdiffusion demo`; imports nothing heavy."""
-    parser.add_argument(
-        "--out", type=place_of, required=True, metavar="FOLDER", help="an earlier demo in it is replaced"
-    )
-    parser.add_argument("--model", type=place_of, default=DEFAULT_MODEL, help="folder of the adapter to start from")
-    parser.add_argument("--clips", type=int, default=60, help="clips to write and mine (default 60)")
-    parser.add_argument("--train-steps", type=int, default=30, help="fine-tuning steps (default 30)")
-    parser.add_argument(
-        "--subjects", type=int, default=40, help="least number of held-out subjects to draw (default 40)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of clips, subject sets and noise")
+    add = parser.add_argument
+    add("--out", type=place_of, required=True, metavar="FOLDER", help="an earlier demo in it is replaced")
+    add("--model", type=place_of, default=DEFAULT_MODEL, help="folder of the adapter to start from")
+    add("--clips", type=int, default=60, help="clips to write and mine (default 60)")
+    add("--train-steps", type=int, default=30, help="fine-tuning steps (default 30)")
+    add("--subjects", type=int, default=40, help="least number of held-out subjects to draw (default 40)")
+    add("--seed", type=int, default=0, help="of clips, subject sets and noise")
     parser.set_defaults(run=run)
 
 
@@ -229,12 +226,12 @@ def draw_and_score(plan: Plan, commands: dict[str, list[str]]) -> None:
     from msdiffusion.commands.evaluate import OFF, ON, tell_results
     from msdiffusion.evaluation.drawing import picture_maker, picture_side
     from msdiffusion.evaluation.instruments.judge import Judge
-    from msdiffusion.evaluation.results import describe_file, versions, write_results
-    from msdiffusion.evaluation.world import draw_cases, evaluate_world
+    from msdiffusion.evaluation.results import describe_file, evaluate
+    from msdiffusion.evaluation.world import draw_cases
     from msdiffusion.generation.generate import MSDiffusion
 
     quiet_loading()
-    start = time.monotonic()
+    started = time.monotonic()
     judge = Judge.from_pretrained(plan.model / "judge")
     shipped = MSDiffusion.from_pretrained(plan.model)
     tuned = MSDiffusion.from_pretrained(plan.adapter)
@@ -248,25 +245,22 @@ def draw_and_score(plan: Plan, commands: dict[str, list[str]]) -> None:
         FINE_TUNED: picture_maker(tuned, scale=scale, label="adapter fine-tuned just now", **settings),
         OFF: picture_maker(shipped, scale=0.0, label="adapter off", **settings),
     }
-    report, pictures = evaluate_world(cases, makers, judge, pairs=[(ON, OFF), (FINE_TUNED, OFF)])
-    facts = {
-        **{f"{name} command": readable(command) for name, command in commands.items()},
-        "model": describe_file(plan.model / "adapter.safetensors"),
-        "fine_tuned model": describe_file(plan.adapter / "adapter.safetensors"),
-        "judge": describe_file(plan.model / "judge" / "model.safetensors"),
-        "settings": {**settings, "scale": scale, "seed": plan.seed + 1000, "split": "held_out", "size": side},
-        "seconds": round(time.monotonic() - start, 1),
-        "versions": versions(),
-    }
-    write_results(
+    report = evaluate(
         plan.out,
         cases,
-        report,
-        pictures,
+        makers,
         judge,
+        pairs=[(ON, OFF), (FINE_TUNED, OFF)],
         title="MS-Diffusion, the whole loop",
         introduction=introduction(plan),
-        facts=facts,
+        facts={
+            **{f"{name} command": readable(command) for name, command in commands.items()},
+            "model": describe_file(plan.model / "adapter.safetensors"),
+            "fine_tuned model": describe_file(plan.adapter / "adapter.safetensors"),
+            "judge": describe_file(plan.model / "judge" / "model.safetensors"),
+            "settings": {**settings, "scale": scale, "seed": plan.seed + 1000, "split": "held_out", "size": side},
+        },
+        started=started,
         links={
             "The mined pairs, and why others were rejected": "pairs/report.html",
             "What the fine-tuning drew of held-out pairs": "fine_tuning/pictures",
