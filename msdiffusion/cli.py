@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     options = parser.parse_args(_bind_negative(arguments))
     try:
-        if told := missing_extras(*options.extras):
+        if told := missing_extras(*getattr(options, "extras", ())):
             raise RequestError(told)
         options.run(options)
         sys.stdout.flush()
@@ -129,34 +129,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="msdiffusion", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"msdiffusion {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, declare, summary, *extras in (
+    for name, declare, summary in (
         ("generate", generate_command.add_arguments, "draw pictures of your subjects, each in its box"),
         ("convert", _add_convert, "turn the official ms_adapter.bin into an adapter folder, or back"),
-        (
-            "configs",
-            _add_configs,
-            "list the configs of lightning fit that come along, or copy some, to change them",
-        ),
+        ("configs", _add_configs, "list the configs of lightning fit that come along, or copy some, to change them"),
         ("cutout", None, "cut things out of photographs, to draw them: PNGs with transparency, by SAM"),
-        (
-            *("evaluate", evaluate.add_arguments),
-            *("draw held-out subjects with the adapter on and off, and score both", "evaluation"),
-        ),
-        (
-            *(
-                "bench",
-                bench.add_arguments,
-                "compare methods on the procedural world, and explore where this one fails",
-            ),
-            *("training", "evaluation"),
-        ),
-        (
-            *("demo", demo.add_arguments, "mine, fine-tune, generate and score on fresh clips"),
-            *("mining", "training", "evaluation"),
-        ),
+        ("evaluate", evaluate.add_arguments, "draw held-out subjects with the adapter on and off, and score both"),
+        ("bench", bench.add_arguments, "compare methods on the procedural world, and explore where this one fails"),
+        ("demo", demo.add_arguments, "mine, fine-tune, generate and score on fresh clips"),
     ):
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        command.set_defaults(extras=extras)
         if declare is not None:
             declare(command)
     return parser

@@ -17,6 +17,7 @@ DEFAULT_PAIRS = Path("data") / "world" / "pairs"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msdiffusion bench world` and `msdiffusion bench explore`."""
+    parser.set_defaults(extras=("training", "evaluation"))
     benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
     world = benchmarks.add_parser(
         "world",

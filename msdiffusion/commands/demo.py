@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-steps", type=int, default=30, help="fine-tuning steps (default 30)")
     add("--subjects", type=int, default=40, help="least number of held-out subjects to draw (default 40)")
     add("--seed", type=int, default=0, help="of clips, subject sets and noise")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, extras=("mining", "training", "evaluation"))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     add("--precision", choices=("float32", "bfloat16"), default="float32",
         help="of the networks' products; bfloat16 takes half the time on CPUs with AMX and on GPUs")  # fmt: skip
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, extras=("evaluation",))
 
 
 def run(options: argparse.Namespace) -> None:
