@@ -101,13 +101,7 @@ def outline(picture: Image.Image, boxes: Sequence[Sequence[Any]], width: int = 1
 
 
 def draw_boxes(boxes: Sequence[Sequence[float]], phrases: Sequence[str], side: int) -> Image.Image:
-    """A layout on an empty sheet: each box in its own colour with its phrase.
-
-    Args:
-        boxes: normalised xyxy.
-        phrases: one per box.
-        side: of the returned RGB square.
-    """
+    """A layout on an empty RGB sheet of `side` pixels: each box (normalised xyxy) in its colour with its phrase."""
     sheet = Image.new("RGB", (side, side), "#f1f3f6")
     draw = ImageDraw.Draw(sheet, "RGBA")
     for index, (box, phrase) in enumerate(zip(boxes, phrases, strict=True)):

@@ -73,14 +73,8 @@ class Studio:
 
     def point(self, x: float, label: str, cases: list[WorldCase], scale: float | None = None) -> Point:
         """Draws cases and measures them; with the adapter's defaults but, where it is given, another scale."""
-        draw = picture_maker(
-            self.model,
-            **self.model.adapter.config.drawing(scale=scale),
-            batch_size=self.draw_batch,
-            precision=self.precision,
-            label=label,
-        )
-        pictures = draw(cases)
+        batches = {"batch_size": self.draw_batch, "precision": self.precision}
+        pictures = picture_maker(self.model, scale=scale, label=label, **batches)(cases)
         truth = [case.truth for case in cases]
         measured, ceiling = (
             measure_pictures(cases, made, self.instruments, self.gallery) for made in (pictures, truth)

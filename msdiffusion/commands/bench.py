@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from msdiffusion.bench.rows import ROWS
+from msdiffusion.commands.evaluate import check_common
 from msdiffusion.errors import RequestError
-from msdiffusion.files import check_file, check_folder, place_of
+from msdiffusion.files import check_file, place_of
 from msdiffusion.places import DEFAULT_MODEL, find_model
 
 DEFAULT_OUT = Path("runs") / "world_benchmark"
@@ -67,7 +68,7 @@ def run_world(options: argparse.Namespace) -> None:
     from msdiffusion.bench.world import check_pairs, run
     from msdiffusion.request.subjects import whole_number
 
-    _check(options, ("pictures", "steps", "train_batch"))
+    _check(options, "pictures", "steps", "train_batch")
     whole_number(options.jobs, "--jobs", 1, MAX_JOBS)
     if len(set(options.training_seeds)) != len(options.training_seeds) or min(options.training_seeds) < 0:
         raise RequestError(f"--training-seeds must be different and not below 0, got {options.training_seeds}")
@@ -84,21 +85,18 @@ def run_explore(options: argparse.Namespace) -> None:
     """
     from msdiffusion.bench.world import check_model
 
-    _check(options, ("pictures",))
+    _check(options, "pictures")
     check_model(options.model)
     from msdiffusion.bench.explore import run
 
     run(options)
 
 
-def _check(options: argparse.Namespace, names: tuple[str, ...]) -> None:
-    from msdiffusion.commands.evaluate import MAX_SEED, check_counts
+def _check(options: argparse.Namespace, *names: str) -> None:
     from msdiffusion.request.request import MAX_BATCH
     from msdiffusion.request.subjects import whole_number
 
-    check_counts({f"--{name.replace('_', '-')}": getattr(options, name) for name in names})
+    check_common(options, *names)
     whole_number(options.draw_batch, "--draw-batch", 1, MAX_BATCH)
-    whole_number(options.seed, "--seed", 0, MAX_SEED)
-    check_folder(options.out, "--out")
     if options.document is not None:
         check_file(options.document, "--document")

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.safe_text import visible
+from msdiffusion.commands.evaluate import OFF, ON, check_common, tell_results
 from msdiffusion.errors import DataError, MSDiffusionError, WeightsError
-from msdiffusion.files import check_folder, place_of
+from msdiffusion.files import place_of
 from msdiffusion.places import CONFIGS, DEFAULT_MODEL, find_model, from_here, shown
 
 MARKER = ".msdiffusion-demo"
@@ -88,12 +89,7 @@ def run(options: argparse.Namespace) -> None:
         DataError: the folder holds something that no demo made.
         MSDiffusionError: a stage failed; the message holds its command.
     """
-    from msdiffusion.commands.evaluate import MAX_SEED, check_counts
-    from msdiffusion.request.subjects import whole_number
-
-    check_counts({"--clips": options.clips, "--train-steps": options.train_steps, "--subjects": options.subjects})
-    whole_number(options.seed, "--seed", 0, MAX_SEED)
-    check_folder(options.out, "--out")
+    check_common(options, "clips", "train_steps", "subjects")
     plan = Plan(
         out=options.out.resolve(),
         model=Path(find_model(options.model)).resolve(),
@@ -223,7 +219,6 @@ def readable(command: Sequence[str]) -> str:
 def draw_and_score(plan: Plan, commands: dict[str, list[str]]) -> None:
     """Pictures of held-out subjects with the shipped adapter, the fine-tuned one and none; scores, grid and page."""
     from msdiffusion.backbone.backbone import quiet_loading
-    from msdiffusion.commands.evaluate import OFF, ON, tell_results
     from msdiffusion.evaluation.drawing import picture_maker, picture_side
     from msdiffusion.evaluation.instruments.judge import Judge
     from msdiffusion.evaluation.results import describe_file, evaluate

@@ -112,9 +112,8 @@ def check(options: argparse.Namespace) -> None:
     from msdiffusion.request.request import MAX_BATCH, check_settings
     from msdiffusion.request.subjects import MAX_STEPS, whole_number
 
-    check_counts({"--subjects": options.subjects})
+    check_common(options, "subjects")
     whole_number(options.batch_size, "--batch-size", 1, MAX_BATCH)
-    whole_number(options.seed, "--seed", 0, MAX_SEED)
     if options.steps is not None:
         whole_number(options.steps, "--steps", 1, MAX_STEPS)
     check_settings({"guidance_scale": options.guidance_scale, "scale": options.scale})
@@ -122,12 +121,21 @@ def check(options: argparse.Namespace) -> None:
         raise RequestError(f"--scale must be above 0, got {options.scale}: 0 is the adapter off, which is drawn anyway")
     for name, place in (("--model", options.model), ("--judge", options.judge)):
         check_place(place, name)
-    check_folder(options.out, "--out")
 
 
-def check_counts(counts: Mapping[str, int]) -> None:
-    """Raise RequestError unless each is a number of things that one run can do, 1 to MAX_COUNT; by their flags."""
+def check_common(options: argparse.Namespace, *counts: str) -> None:
+    """Check what several commands ask for.
+
+    Args:
+        options: with ``seed`` and ``out``.
+        counts: names of options that are numbers of things which one run can do, 1 to MAX_COUNT.
+
+    Raises:
+        RequestError: a number is out of range, or nothing can be written to ``--out``.
+    """
     from msdiffusion.request.subjects import whole_number
 
-    for flag, count in counts.items():
-        whole_number(count, flag, 1, MAX_COUNT)
+    for name in counts:
+        whole_number(getattr(options, name), f"--{name.replace('_', '-')}", 1, MAX_COUNT)
+    whole_number(options.seed, "--seed", 0, MAX_SEED)
+    check_folder(options.out, "--out")

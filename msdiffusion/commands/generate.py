@@ -18,7 +18,7 @@ from msdiffusion.places import DEFAULT_MODEL, find_model
 
 if TYPE_CHECKING:
     from msdiffusion.generation.folder import Identity, Picture
-    from msdiffusion.generation.safety import SafetyChecker, Watermark
+    from msdiffusion.generation.safety import Watermark
     from msdiffusion.request.request_file import Entry
 
 PICTURE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
@@ -170,7 +170,11 @@ def _draw(
     from msdiffusion.generation.generate import MSDiffusion
 
     quiet_loading()
-    checker = _safety_checker(options, device)
+    checker = None
+    if options.safety_checker is not None:
+        from msdiffusion.generation.safety import SafetyChecker
+
+        checker = SafetyChecker.from_pretrained(options.safety_checker, device)
     model = MSDiffusion.from_pretrained(
         options.model,
         base_model=options.base_model,
@@ -317,14 +321,6 @@ def _check_pictures(
             raise RequestError(f"{path} is what is drawn from, and would be written over: give another --out")
     longest = max((picture.path for picture in pictures), key=lambda path: len(os.fsencode(path.name)))
     check_file(batch.layout_path(longest) if layouts else longest, "--out")
-
-
-def _safety_checker(options: argparse.Namespace, device: Any) -> SafetyChecker | None:
-    if options.safety_checker is None:
-        return None
-    from msdiffusion.generation.safety import SafetyChecker
-
-    return SafetyChecker.from_pretrained(options.safety_checker, device)
 
 
 def _check_model(record: dict[str, Any], identity: Identity, hooks: dict[str, str | None]) -> None:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 def picture_maker(
     model: MSDiffusion,
     *,
-    scale: float,
-    steps: int,
-    guidance_scale: float,
     batch_size: int,
     label: str,
+    scale: float | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     precision: str = "float32",
     regions: str = "boxes",
 ) -> PictureMaker:
@@ -34,11 +34,11 @@ def picture_maker(
 
     Args:
         model: the generator.
-        scale: of the adapter; 0 switches it off.
-        steps: denoising steps.
-        guidance_scale: weight against the empty prompt.
         batch_size: cases drawn at once at most.
         label: of the progress bar.
+        scale: of the adapter; 0 switches it off. This and the next two: None for the adapter's default.
+        steps: denoising steps.
+        guidance_scale: weight against the empty prompt.
         precision: "float32", or "bfloat16" for matrix products and convolutions in bfloat16, all else in float32.
         regions: where subjects are shown: in their "boxes"; in the "masks" of the true render; or, from the fifth step
             on, where the text's attention is: "auto_layout".
@@ -48,8 +48,7 @@ def picture_maker(
     """
     if regions not in ("boxes", "masks", "auto_layout"):
         raise RequestError(f'regions must be "boxes", "masks" or "auto_layout", got {regions!r}')
-
-    settings = {"scale": scale, "steps": steps, "guidance_scale": guidance_scale}
+    settings = model.adapter.config.drawing(scale=scale, steps=steps, guidance_scale=guidance_scale)
 
     def make(cases: Sequence[WorldCase]) -> list[Image.Image]:
         from tqdm import tqdm

@@ -154,7 +154,6 @@ class LocatorTraining(InstrumentTraining):
         super().__init__()
         self.save_hyperparameters()
         self.network = Locator(LocatorParams(widths=tuple(widths)))
-        self._ious: list[np.ndarray] = []
 
     def losses(self, pictures: Tensor, boxes: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
         """(confidence loss, edge loss) of pictures (B, 3, H, W) with boxes (N, 4) of owners (N,)."""
@@ -173,20 +172,16 @@ class LocatorTraining(InstrumentTraining):
         self.log_dict({"confidence": confidence, "edges": edges}, prog_bar=True, batch_size=len(pictures))
         return 4 * confidence + edges
 
-    def on_validation_epoch_start(self) -> None:
-        """Forgets the last validation."""
-        self._ious = []
-
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """IoU of the found boxes on held-out subjects."""
         pixels = (batch["pictures"].permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
         boxes, owners = batch["boxes"].cpu().numpy(), batch["owners"].cpu().numpy()
         for index, located in enumerate(self.network.find(list(pixels))):
-            self._ious.append(layout_ious(boxes[owners == index], located))
+            self.seen["ious"].append(layout_ious(boxes[owners == index], located))
 
     def on_validation_epoch_end(self) -> None:
         """Mean IoU and share above .5."""
-        ious = np.concatenate(self._ious)
+        ious = np.concatenate(self.seen["ious"])
         self.log_dict({"val/iou": float(ious.mean()), "val/found": float((ious >= 0.5).mean())})
         self.print(f"held-out renders: mean IoU {ious.mean():.3f}, IoU >= .5 for {(ious >= 0.5).mean():.3f}")
 
@@ -251,7 +246,6 @@ class RecognizerTraining(InstrumentTraining):
         self.network = Recognizer(RecognizerParams(widths=tuple(widths)))
         width = self.network.params.embedding_width
         self.heads = nn.ModuleList(nn.Linear(width, size) for size in LABEL_SIZES)
-        self._embeddings: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def embeddings(self, batch: Batch, degraded: bool) -> tuple[Tensor, Tensor]:
         """Unit vectors (N, D) of the boxes and of the views."""
@@ -283,18 +277,15 @@ class RecognizerTraining(InstrumentTraining):
         self.log_dict({"contrastive": contrastive, "naming": naming}, prog_bar=True, batch_size=count)
         return contrastive + self.hparams.naming_weight * naming
 
-    def on_validation_epoch_start(self) -> None:
-        """Forgets the last validation."""
-        self._embeddings = []
-
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Embeds held-out subjects."""
-        boxes, views = self.embeddings(batch, degraded=False)
-        self._embeddings.append((boxes, views, batch["labels"]))
+        for name, part in zip(("boxes", "views"), self.embeddings(batch, degraded=False), strict=True):
+            self.seen[name].append(part)
+        self.seen["labels"].append(batch["labels"])
 
     def on_validation_epoch_end(self) -> None:
         """How often the right view comes first among up to 100 of its category."""
-        boxes, views, labels = (torch.cat(parts) for parts in zip(*self._embeddings, strict=True))
+        boxes, views, labels = (torch.cat(self.seen[name]) for name in ("boxes", "views", "labels"))
         rate = float(np.mean(list(_first_places(boxes, views, labels))))
         self.log("val/retrieval", rate)
         self.print(f"held-out renders: right one first among 100 of its category {rate:.3f}")

@@ -177,7 +177,6 @@ class JudgeTraining(InstrumentTraining):
         self.save_hyperparameters()
         self.network = Judge(world_params(widths=tuple(widths)))
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        self._right: dict[str, list[Tensor]] = {}
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         if self.hparams.degrade:
@@ -189,20 +188,16 @@ class JudgeTraining(InstrumentTraining):
         self.log("loss", total, prog_bar=True, logger=False)
         return total
 
-    def on_validation_epoch_start(self) -> None:
-        self._right = {}
-
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         # A fixed generator, so that every validation degrades the renders in the same way.
         generator = torch.Generator().manual_seed(batch_index)
         for prefix, shown in (("val", batch), ("val_degraded", degrade(batch, generator=generator))):
             logits = self.network(shown["pictures"], shown["boxes"], shown["owners"])
             for question in QUESTIONS:
-                right = logits[question].argmax(1) == batch[question]
-                self._right.setdefault(f"{prefix}/{question}", []).append(right)
+                self.seen[f"{prefix}/{question}"].append(logits[question].argmax(1) == batch[question])
 
     def on_validation_epoch_end(self) -> None:
-        rates = {name: torch.cat(flags).float().mean() for name, flags in self._right.items()}
+        rates = {name: torch.cat(flags).float().mean() for name, flags in self.seen.items()}
         self.log_dict(rates, prog_bar=False)
         self.print("held-out renders: " + ", ".join(f"{name} {float(rate):.3f}" for name, rate in rates.items()))
 

@@ -16,6 +16,8 @@ from msdiffusion.files import file_sha256, written
 from msdiffusion.places import shown
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from msdiffusion.evaluation.instruments.judge import Judge
     from msdiffusion.evaluation.world import PictureMaker, WorldCase
 
@@ -55,16 +57,11 @@ def evaluate(
 
     report, pictures = evaluate_world(cases, makers, judge, pairs=pairs)
     facts = {**facts, "seconds": round(time.monotonic() - started, 1), "versions": versions()}
-    out.mkdir(parents=True, exist_ok=True)
     scores = {**{key: report[key] for key in report if key != "questions"}, **facts, "questions": report["questions"]}
     with written(out / "scores.json") as file:
         file.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     for condition, made in pictures.items():
-        folder = out / "pictures" / condition
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, picture in enumerate(made):
-            with written(folder / f"{index:04d}.png") as file:
-                picture.save(file)
+        save_pictures(made, out / "pictures" / condition)
     chosen = varied(cases, GRID_CASES)
     columns = [cases[index] for index in chosen]
     rows = []
@@ -88,6 +85,13 @@ def evaluate(
             links=links or {},
         )
     return report
+
+
+def save_pictures(pictures: Sequence[Image.Image], folder: Path) -> None:
+    """Writes 0000.png, 0001.png, ... into a folder, which is made if need be."""
+    for index, picture in enumerate(pictures):
+        with written(folder / f"{index:04d}.png") as file:
+            picture.save(file)
 
 
 def command_line() -> str:

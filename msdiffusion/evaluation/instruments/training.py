@@ -5,6 +5,7 @@ Letters: B scenes of a batch, N subjects of all of them together.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ class InstrumentTraining(pl.LightningModule):
     """A one-cycle AdamW, and the network written to `output` when training ends."""
 
     network: Instrument
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, list[Any]] = defaultdict(list)
+        """What the validation that is running has found so far."""
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the last validation."""
+        self.seen.clear()
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with a one-cycle learning rate over the whole run."""
