@@ -59,33 +59,21 @@ def run(options: argparse.Namespace) -> None:
 
 
 def check_model(model: Path) -> None:
-    """Raise unless a folder has what the benchmarks use of the embedded model.
-
-    Raises:
-        WeightsError: names the first part that is missing.
-    """
-    for name in (
-        "base/model_index.json",
-        "image_encoder/model.safetensors",
-        *(f"{instrument}/model.safetensors" for instrument in ("judge", "locator", "recognizer")),
-    ):
+    """Raise WeightsError, which names the first part that is missing, unless a folder is like the embedded model."""
+    networks = ("image_encoder", "judge", "locator", "recognizer")
+    for name in ("base/model_index.json", *(f"{network}/model.safetensors" for network in networks)):
         if not (model / name).is_file():
             raise WeightsError(f"--model must be a folder like checkpoints/tiny, but {shown(model / name)} is missing")
 
 
 def check_settings(out: Path, settings: Settings) -> None:
-    """Writes settings.json in a new folder; in an old one it must say the same.
-
-    Raises:
-        DataError: it names the settings that differ.
-    """
+    """Writes settings.json in a new folder; raises DataError in an old one where it says otherwise, naming where."""
     path = out / "settings.json"
     asked = asdict(settings)
     if path.is_file():
         there = json.loads(path.read_text(encoding="utf-8"))
-        differing = [f"{name}: there {there.get(name)!r}, asked {asked[name]!r}" for name in asked
-                     if there.get(name) != asked[name]]  # fmt: skip
-        if differing:
+        pairs = [(name, there.get(name), value) for name, value in asked.items()]
+        if differing := [f"{name}: there {old!r}, asked {new!r}" for name, old, new in pairs if old != new]:
             raise DataError(
                 f"{shown(out)} holds results of other settings ({'; '.join(differing)}): give another --out, or remove "
                 "it"

@@ -93,10 +93,7 @@ def run(options: argparse.Namespace) -> None:
     plan = Plan(
         out=options.out.resolve(),
         model=Path(find_model(options.model)).resolve(),
-        clips=options.clips,
-        train_steps=options.train_steps,
-        subjects=options.subjects,
-        seed=options.seed,
+        **{name: getattr(options, name) for name in ("clips", "train_steps", "subjects", "seed")},
     )
     check_model(plan.model)
     clear(plan.out)
@@ -131,11 +128,7 @@ def run_stages(stages: Sequence[Stage]) -> None:
 
 
 def check_model(model: Path) -> None:
-    """Raise unless `model` has what the demo starts from.
-
-    Raises:
-        WeightsError: names what is missing.
-    """
+    """Raise WeightsError, which names what is missing, unless `model` has what the demo starts from."""
     for name in ("adapter.safetensors", "config.json", "judge/model.safetensors"):
         if not (model / name).is_file():
             raise WeightsError(f"the demo starts from trained weights, but {shown(model / name)} is missing")

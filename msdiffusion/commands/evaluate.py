@@ -103,12 +103,7 @@ def tell_results(out: Path, report: Mapping[str, Any]) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Say what is wrong with the options before anything heavy is loaded.
-
-    Raises:
-        RequestError: a number is out of range, or nothing can be written to ``--out``.
-        WeightsError: a model is not there.
-    """
+    """Say what is wrong with the options before anything heavy is loaded, see `run`."""
     from msdiffusion.request.request import MAX_BATCH, check_settings
     from msdiffusion.request.subjects import MAX_STEPS, whole_number
 
