@@ -44,14 +44,9 @@ class LabelledScene:
 
 def label_scene(scene: Scene, params: JudgeParams) -> LabelledScene:
     """A rendered scene as class numbers of `params`."""
-    labels = [
-        (
-            params.categories.index(subject.category),
-            params.colors.index(subject.main_color),
-            params.patterns.index(subject.pattern),
-        )
-        for subject in scene.subjects
-    ]
+    names = (params.categories, params.colors, params.patterns)
+    shown = [(subject.category, subject.main_color, subject.pattern) for subject in scene.subjects]
+    labels = [[own.index(name) for own, name in zip(names, subject, strict=True)] for subject in shown]
     return LabelledScene(
         picture=scene.image,
         boxes=np.asarray(scene.boxes, dtype=np.float32),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.ops import nms
+from torchvision.ops import box_iou, nms
 
 from msdiffusion.errors import DataError
 from msdiffusion.evaluation.instruments.networks import HalvingStage, Instrument, as_pixels, resample
@@ -141,9 +141,4 @@ def layout_ious(requested: Sequence[Sequence[float]], located: Located) -> np.nd
 
 def box_ious(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """IoU (N, M) of boxes (N, 4) and (M, 4), xyxy; an empty box has IoU 0 with everything."""
-    low = np.maximum(first[:, None, :2], second[None, :, :2])
-    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    shared = np.prod(np.clip(high - low, 0, None), -1)
-    areas = [np.prod(np.clip(boxes[:, 2:] - boxes[:, :2], 0, None), -1) for boxes in (first, second)]
-    union = areas[0][:, None] + areas[1][None] - shared
-    return np.where(union > 0, shared / np.where(union > 0, union, 1), 0.0)
+    return box_iou(torch.from_numpy(first), torch.from_numpy(second)).nan_to_num().numpy()
