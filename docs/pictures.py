@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw
 
 from data_pipeline.world import BACKGROUNDS, CATEGORIES, render_subject, sample_identity, sample_scene
 from data_pipeline.world.renderings import center_view
+from msdiffusion.figures import COLORS
 
 FOLDER = Path(__file__).parent / "pictures"
-BOX_COLORS = ((255, 40, 40), (40, 90, 255), (255, 200, 0))
 
 
 def sheet(pictures: list[np.ndarray], columns: int, gap: int = 6) -> Image.Image:
@@ -53,7 +53,7 @@ def draw_scenes(size: int = 128) -> Image.Image:
         for background in BACKGROUNDS:
             scene = sample_scene(rng, num_subjects=count, size=size, background=background)
             image = Image.fromarray(scene.image)
-            for box, color in zip(scene.boxes * size, BOX_COLORS, strict=False):
+            for box, color in zip(scene.boxes * size, COLORS, strict=False):
                 x1, y1, x2, y2 = box.tolist()
                 ImageDraw.Draw(image).rectangle((x1, y1, x2 - 1, y2 - 1), outline=color)
             pictures.append(np.asarray(image))

@@ -23,8 +23,6 @@ from msdiffusion.files import REFUSALS, check_file, check_folder, place_of, writ
 from msdiffusion.places import CONFIGS, config_names, find_model
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from msdiffusion.adapter.config import AdapterConfig
 
 
@@ -131,61 +129,38 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="msdiffusion", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"msdiffusion {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_command(commands, "generate", generate_command, "draw pictures of your subjects, each in its box")
-    _add_convert(commands)
-    _add_configs(commands)
-    commands.add_parser("cutout", help="cut things out of photographs, to draw them: PNGs with transparency, by SAM")
-    for name, module, summary, *extras in (
-        ("evaluate", evaluate, "draw held-out subjects with the adapter on and off, and score both", "evaluation"),
-        (
-            *("bench", bench, "compare methods on the procedural world, and explore where this one fails"),
-            *("training", "evaluation"),
-        ),
-        ("demo", demo, "mine, fine-tune, generate and score on fresh clips", "mining", "training", "evaluation"),
+    for name, declare, summary in (
+        ("generate", generate_command.add_arguments, "draw pictures of your subjects, each in its box"),
+        ("convert", _add_convert, "turn the official ms_adapter.bin into an adapter folder, or back"),
+        ("configs", _add_configs, "list the configs of lightning fit that come along, or copy some, to change them"),
+        ("cutout", None, "cut things out of photographs, to draw them: PNGs with transparency, by SAM"),
+        ("evaluate", evaluate.add_arguments, "draw held-out subjects with the adapter on and off, and score both"),
+        ("bench", bench.add_arguments, "compare methods on the procedural world, and explore where this one fails"),
+        ("demo", demo.add_arguments, "mine, fine-tune, generate and score on fresh clips"),
     ):
-        _add_command(commands, name, module, summary).set_defaults(extras=extras)
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if declare is not None:
+            declare(command)
     return parser
 
 
-def _add_command(
-    commands: argparse._SubParsersAction, name: str, module: ModuleType, summary: str
-) -> argparse.ArgumentParser:
-    """Add a command that has a module of its own, which declares its flags and sets ``run``."""
-    parser = commands.add_parser(name, help=summary, description=_sentence(summary))
-    module.add_arguments(parser)
-    return parser
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", type=find_model, help="ms_adapter.bin, or an adapter's folder, or a hub repository with one of them")
+    add("--to", choices=("folder", "official"), default="folder", help="what is written")
+    add("--out", required=True, type=place_of, metavar="PLACE", help="folder, or file such as ms_adapter.bin")
+    add("--base-model", type=find_model, help="the SDXL pipeline it was trained on; only configs are read")
+    add("--base-config", help="configs for a base model in one .safetensors file")
+    add("--image-encoder", type=find_model, help="the image encoder it was trained on; only configs are read")
+    add("--head-width", type=int, help="of the official file's resampler, which it doesn't tell: 64")
+    add("--license", metavar="NAME", help="of the weights, for the model card; default: not told")
+    parser.set_defaults(run=_convert)
 
 
-def _sentence(summary: str) -> str:
-    return f"{summary[0].upper()}{summary[1:]}."
-
-
-def _add_convert(commands: argparse._SubParsersAction) -> None:
-    summary = "turn the official ms_adapter.bin into an adapter folder, or back"
-    add = commands.add_parser("convert", help=summary, description=_sentence(summary))
-    add.add_argument(
-        "model", type=find_model, help="ms_adapter.bin, or an adapter's folder, or a hub repository with one of them"
-    )
-    add.add_argument("--to", choices=("folder", "official"), default="folder", help="what is written")
-    add.add_argument(
-        "--out", required=True, type=place_of, metavar="PLACE", help="folder, or file such as ms_adapter.bin"
-    )
-    add.add_argument("--base-model", type=find_model, help="the SDXL pipeline it was trained on; only configs are read")
-    add.add_argument("--base-config", help="configs for a base model in one .safetensors file")
-    add.add_argument(
-        "--image-encoder", type=find_model, help="the image encoder it was trained on; only configs are read"
-    )
-    add.add_argument("--head-width", type=int, help="of the official file's resampler, which it doesn't tell: 64")
-    add.add_argument("--license", metavar="NAME", help="of the weights, for the model card; default: not told")
-    add.set_defaults(run=_convert)
-
-
-def _add_configs(commands: argparse._SubParsersAction) -> None:
-    summary = "list the configs of lightning fit that come along, or copy some, to change them"
-    add = commands.add_parser("configs", help=summary, description=_sentence(summary))
-    add.add_argument("names", nargs="*", metavar="NAME", help="what to copy, such as msd.yaml; default: none")
-    add.add_argument("--out", type=place_of, default=".", metavar="FOLDER", help="where to; default: here")
-    add.set_defaults(run=_configs)
+def _add_configs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="what to copy, such as msd.yaml; default: none")
+    parser.add_argument("--out", type=place_of, default=".", metavar="FOLDER", help="where to; default: here")
+    parser.set_defaults(run=_configs)
 
 
 def _configs(options: argparse.Namespace) -> None:

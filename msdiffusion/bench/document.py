@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,11 +13,11 @@ from PIL import Image
 from data_pipeline.picture_formats import open_listed
 from msdiffusion.bench.rows import REFERENCE_ROW, ROWS
 from msdiffusion.bench.units import Settings, Unit
+from msdiffusion.evaluation.drawing import varied
 from msdiffusion.evaluation.measures import MEASURES, compare_measures, groups_of, summarize_measures
+from msdiffusion.evaluation.report import GridRow, draw_grid
+from msdiffusion.evaluation.world import WorldCase, draw_cases
 from msdiffusion.files import written
-
-if TYPE_CHECKING:
-    from msdiffusion.evaluation.world import WorldCase
 
 Finished = Mapping[str, Sequence[Mapping[str, Any]]]
 GRID_CASES = 7
@@ -35,8 +35,6 @@ def write_document(path: Path, out: Path, settings: Settings, finished: Finished
         finished: row to the records of its training seeds.
         command: what was typed.
     """
-    from msdiffusion.evaluation.world import draw_cases
-
     cases = draw_cases(pictures=settings.pictures, seed=settings.seed)
     values = {row: stacked_values(records) for row, records in finished.items()}
     picture = path.parent / "pictures" / f"{path.stem}.jpg"
@@ -108,12 +106,17 @@ def table(cases: Sequence[WorldCase], values: Mapping[str, Mapping[str, np.ndarr
     """The Markdown table: a line per row, a column per measure."""
     arrows = {1: " ↑", -1: " ↓", 0: ""}
     heads = [f"{measure.title}{arrows[measure.better]}" for measure in MEASURES.values()]
-    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    rows = {}
     for row, measured in values.items():
         summary = summarize_measures(cases, measured)
-        cells = [_cell(summary[name]) for name in MEASURES]
-        lines.append(f"| {ROWS[row].title} | {' | '.join(cells)} |")
-    return lines
+        rows[ROWS[row].title] = [_cell(summary[name]) for name in MEASURES]
+    return markdown_table(heads, rows)
+
+
+def markdown_table(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
+    """Lines of a table: a first column without a head for the keys of `rows`, then their cells under `heads`."""
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    return lines + [f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()]
 
 
 def _cell(summary: Mapping[str, Any]) -> str:
@@ -157,9 +160,8 @@ def comparisons(cases: Sequence[WorldCase], values: Mapping[str, Mapping[str, np
         f"leaves out zero; {len(MEASURES)} columns are looked at for each row, so a few may be luck"
         + (", and with one training per row the luck of a training is not in the intervals." if single else "."),
         "",
-        "| | MS-Diffusion is better | MS-Diffusion is worse |",
-        "|---|---|---|",
     ]
+    rows: dict[str, list[str]] = {}
     lost: dict[str, list[str]] = {}
     alike: list[str] = []
     for row, measured in values.items():
@@ -174,12 +176,12 @@ def comparisons(cases: Sequence[WorldCase], values: Mapping[str, Mapping[str, np
                 (worse if found["difference"] * sign > 0 else better).append(text)
                 if found["difference"] * sign > 0:
                     lost.setdefault(MEASURES[name].title, []).append(ROWS[row].title.strip("*"))
-        lines.append(f"| {ROWS[row].title} | {', '.join(better) or 'nowhere'} | {', '.join(worse) or 'nowhere'} |")
+        rows[ROWS[row].title] = [", ".join(better) or "nowhere", ", ".join(worse) or "nowhere"]
         if not better and not worse:
             alike.append(ROWS[row].title.strip("*"))
-    lines.append("")
+    lines += [*markdown_table(["MS-Diffusion is better", "MS-Diffusion is worse"], rows), ""]
     if lost:
-        told = "; ".join(f"in {measure} it loses to: {', '.join(rows)}" for measure, rows in lost.items())
+        told = "; ".join(f"in {measure} it loses to: {', '.join(winners)}" for measure, winners in lost.items())
         lines.append(f"MS-Diffusion does **not** win everywhere: {told}.")
     else:
         lines.append("No row is better than MS-Diffusion in any column beyond its interval.")
@@ -196,27 +198,20 @@ def sizes(cases: Sequence[WorldCase], values: Mapping[str, Mapping[str, np.ndarr
     chosen = ("category", "body_color", "pattern", "layout", "retrieval", "product")
     counts = np.array([len(case.subjects) for case in cases])
     present = np.unique(counts)
-    lines = [
-        "## By number of subjects",
-        f"Means for pictures with {', '.join(map(str, present))} subjects.",
-        "",
-        f"| | {' | '.join(MEASURES[name].title for name in chosen)} |",
-        f"|---|{'---|' * len(chosen)}",
-    ]
-    for row, measured in values.items():
-        cells = []
-        for name in chosen:
-            own = counts[groups_of(cases, name)]
-            cells.append(" / ".join(_short(float(np.nanmean(measured[name][:, own == size]))) for size in present))
-        lines.append(f"| {ROWS[row].title} | {' | '.join(cells)} |")
-    return lines
+    sizes_of = {name: counts[groups_of(cases, name)] for name in chosen}
+    rows = {
+        ROWS[row].title: [
+            " / ".join(_short(float(np.nanmean(measured[name][:, sizes_of[name] == size]))) for size in present)
+            for name in chosen
+        ]
+        for row, measured in values.items()
+    }
+    told = f"Means for pictures with {', '.join(map(str, present))} subjects."
+    return ["## By number of subjects", told, "", *markdown_table([MEASURES[name].title for name in chosen], rows)]
 
 
 def grid(cases: Sequence[WorldCase], finished: Finished, out: Path) -> Image.Image:
     """References, boxes, and what each row drew (its first training seed)."""
-    from msdiffusion.evaluation.drawing import varied
-    from msdiffusion.evaluation.report import GridRow, draw_grid
-
     chosen = varied(cases, GRID_CASES)
     rows = []
     for row, records in finished.items():

@@ -10,21 +10,23 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.safe_text import visible
-from msdiffusion.bench.world import check_model
+from data_pipeline.world import COLORS
+from msdiffusion.backbone.backbone import quiet_loading
+from msdiffusion.bench.document import markdown_table
+from msdiffusion.evaluation.drawing import picture_maker
+from msdiffusion.evaluation.measures import MEASURES, Gallery, Instruments, measure_pictures, summarize_measures
 from msdiffusion.evaluation.results import command_line, device
+from msdiffusion.evaluation.world import WorldCase, accepted_answers, draw_case, draw_cases, read_pictures
+from msdiffusion.figures import INK, PAPER, color_of, enlarge, outline
 from msdiffusion.files import file_sha256, write_json, written
+from msdiffusion.generation.generate import MSDiffusion
 from msdiffusion.places import shown
-
-if TYPE_CHECKING:
-    from msdiffusion.evaluation.measures import Gallery, Instruments
-    from msdiffusion.evaluation.world import PictureMaker, WorldCase
-    from msdiffusion.generation.generate import MSDiffusion
 
 SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 COUNTS = (1, 2, 3, 4)
@@ -69,28 +71,10 @@ class Studio:
     draw_batch: int
     precision: str
 
-    def maker(self, scale: float, label: str) -> PictureMaker:
-        """Draws with the adapter's defaults but another scale."""
-        from msdiffusion.evaluation.drawing import picture_maker
-
-        return picture_maker(
-            self.model,
-            **self.model.adapter.config.drawing(scale=scale),
-            batch_size=self.draw_batch,
-            precision=self.precision,
-            label=label,
-        )
-
-    @property
-    def scale(self) -> float:
-        """The adapter's default."""
-        return self.model.adapter.config.drawing()["scale"]
-
     def point(self, x: float, label: str, cases: list[WorldCase], scale: float | None = None) -> Point:
-        """Draws cases and measures them."""
-        from msdiffusion.evaluation.measures import measure_pictures
-
-        pictures = self.maker(self.scale if scale is None else scale, label)(cases)
+        """Draws cases and measures them; with the adapter's defaults but, where it is given, another scale."""
+        batches = {"batch_size": self.draw_batch, "precision": self.precision}
+        pictures = picture_maker(self.model, scale=scale, label=label, **batches)(cases)
         truth = [case.truth for case in cases]
         measured, ceiling = (
             measure_pictures(cases, made, self.instruments, self.gallery) for made in (pictures, truth)
@@ -104,11 +88,6 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         WeightsError: the model or an instrument can't be loaded.
     """
-    check_model(options.model)
-    from msdiffusion.backbone.backbone import quiet_loading
-    from msdiffusion.evaluation.measures import Gallery, Instruments
-    from msdiffusion.generation.generate import MSDiffusion
-
     quiet_loading()
     instruments = Instruments.from_pretrained(options.model)
     studio = Studio(
@@ -163,13 +142,12 @@ def run(options: argparse.Namespace) -> None:
 
 Extra = dict[str, list[float]]
 """Further curves of an experiment: name to one value per point."""
-Experiment = Callable[[Studio, int, int], tuple[list[Point], tuple[str, str], Extra]]
+Explored = tuple[list[Point], tuple[str, str], Extra]
+"""Points of an experiment; title and text of its section; further curves."""
 
 
-def explore_scale(studio: Studio, count: int, seed: int) -> tuple[list[Point], tuple[str, str], Extra]:
+def explore_scale(studio: Studio, count: int, seed: int) -> Explored:
     """One scale after another on the same cases."""
-    from msdiffusion.evaluation.world import draw_cases
-
     cases = draw_cases(pictures=count, seed=seed + 10)
     points = [studio.point(scale, f"scale {scale:g}", cases, scale) for scale in SCALES]
     text = (
@@ -180,10 +158,8 @@ def explore_scale(studio: Studio, count: int, seed: int) -> tuple[list[Point], t
     return points, text, {}
 
 
-def explore_count(studio: Studio, count: int, seed: int) -> tuple[list[Point], tuple[str, str], Extra]:
+def explore_count(studio: Studio, count: int, seed: int) -> Explored:
     """One to four subjects; training showed up to three."""
-    from msdiffusion.evaluation.world import draw_case
-
     points = []
     for number in COUNTS:
         rng = np.random.default_rng([seed, 11, number])
@@ -193,10 +169,8 @@ def explore_count(studio: Studio, count: int, seed: int) -> tuple[list[Point], t
     return points, text, {}
 
 
-def explore_overlap(studio: Studio, count: int, seed: int) -> tuple[list[Point], tuple[str, str], Extra]:
+def explore_overlap(studio: Studio, count: int, seed: int) -> Explored:
     """Two equal boxes that move into each other."""
-    from msdiffusion.evaluation.world import draw_case
-
     points = []
     for shift in SHIFTS:
         left = 0.5 - SIDE * (1 + shift) / 2
@@ -213,10 +187,8 @@ def explore_overlap(studio: Studio, count: int, seed: int) -> tuple[list[Point],
     return points, text, {"confusion": [float(np.nanmean(point.measured["confusion"])) for point in points]}
 
 
-def explore_boxes(studio: Studio, count: int, seed: int) -> tuple[list[Point], tuple[str, str], Extra]:
+def explore_boxes(studio: Studio, count: int, seed: int) -> Explored:
     """Boxes far from anything that training showed."""
-    from msdiffusion.evaluation.world import draw_case
-
     points = []
     for place, (label, box) in enumerate(STRANGE_BOXES.items()):
         rng = np.random.default_rng([seed, 13])
@@ -229,11 +201,8 @@ def explore_boxes(studio: Studio, count: int, seed: int) -> tuple[list[Point], t
     return points, text, {}
 
 
-def explore_contradiction(studio: Studio, count: int, seed: int) -> tuple[list[Point], tuple[str, str], Extra]:
+def explore_contradiction(studio: Studio, count: int, seed: int) -> Explored:
     """The prompt names a colour that the reference doesn't have: "a purple dog" with a green one."""
-    from data_pipeline.world import COLORS
-    from msdiffusion.evaluation.world import accepted_answers, draw_case, read_pictures
-
     rng = np.random.default_rng([seed, 14])
     cases, named = [], []
     while len(cases) < count:
@@ -259,7 +228,7 @@ def explore_contradiction(studio: Studio, count: int, seed: int) -> tuple[list[P
     return points, text, extra
 
 
-EXPERIMENTS: Mapping[str, Experiment] = {
+EXPERIMENTS: Mapping[str, Callable[[Studio, int, int], Explored]] = {
     "scale": explore_scale,
     "count": explore_count,
     "overlap": explore_overlap,
@@ -270,25 +239,18 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 def describe(point: Point) -> dict[str, Any]:
     """A point as plain numbers."""
-    from msdiffusion.evaluation.measures import summarize_measures
-
     return {"x": point.x, "label": point.label, "measures": summarize_measures(point.cases, point.measured)}
 
 
 def point_table(points: Sequence[Point], extra: Extra) -> list[str]:
     """Means per point as Markdown."""
-    from msdiffusion.evaluation.measures import MEASURES
-
     heads = [MEASURES[name].title for name in CURVES] + list(extra)
-    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    rows = {}
     for index, point in enumerate(points):
-        cells = [
-            f"{float(np.nanmean(point.measured[name])):.2f} / {float(np.nanmean(point.ceiling[name])):.2f}"
-            for name in CURVES
-        ]
-        cells += [f"{curve[index]:.2f}" for curve in extra.values()]
-        lines.append(f"| {point.label} | {' | '.join(cells)} |")
-    return lines
+        means = [(np.nanmean(point.measured[name]), np.nanmean(point.ceiling[name])) for name in CURVES]
+        cells = [f"{drawn:.2f} / {true:.2f}" for drawn, true in means]
+        rows[point.label] = cells + [f"{curve[index]:.2f}" for curve in extra.values()]
+    return markdown_table(heads, rows)
 
 
 def plot(points: Sequence[Point], path: Path, extra: Extra) -> None:
@@ -297,8 +259,6 @@ def plot(points: Sequence[Point], path: Path, extra: Extra) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-
-    from msdiffusion.evaluation.measures import MEASURES
 
     figure, axes = pyplot.subplots(figsize=(8, 4))
     xs = [point.x for point in points]
@@ -321,16 +281,12 @@ def plot(points: Sequence[Point], path: Path, extra: Extra) -> None:
 
 def strip(points: Sequence[Point]) -> Image.Image:
     """A row per point: its label, then for the first cases the boxes drawn over what came out; references on top."""
-    from PIL import ImageDraw, ImageFont
-
-    from msdiffusion.evaluation.report import BOX_COLORS, enlarge
-
     label_width, gap = 150, 6
     shared = all(point.cases is points[0].cases for point in points)
     tops = 1 if shared else 0
     cell_height = CELL + (0 if shared else CELL // 2)
     size = (label_width + SHOWN * (CELL + gap), tops * (CELL + gap) + len(points) * (cell_height + gap))
-    sheet = Image.new("RGB", size, "#ffffff")
+    sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
 
     def paste_references(case: WorldCase, left: int, top: int, room: int) -> None:
@@ -339,24 +295,22 @@ def strip(points: Sequence[Point]) -> Image.Image:
             view = reference.convert("RGBA")
             view.thumbnail((share - 4, room - 8))
             sheet.paste(view, (left + index * share + 2, top + (room - view.height) // 2), view)
-            color = BOX_COLORS[index % len(BOX_COLORS)]
-            draw.rectangle((left + index * share + 2, top + room - 4, left + (index + 1) * share - 2, top + room - 2),
-                           fill=color)  # fmt: skip
+            bar = (left + index * share + 2, top + room - 4, left + (index + 1) * share - 2, top + room - 2)
+            draw.rectangle(bar, fill=color_of(index))
 
     if shared:
-        draw.text((6, CELL // 2), "references", fill="#22262e", font=ImageFont.load_default(14))
+        draw.text((6, CELL // 2), "references", fill=INK, font=ImageFont.load_default(14))
         for column, case in enumerate(points[0].cases[:SHOWN]):
             paste_references(case, label_width + column * (CELL + gap), 0, CELL)
     for row, point in enumerate(points):
         top = tops * (CELL + gap) + row * (cell_height + gap)
-        draw.text((6, top + cell_height // 2), point.label, fill="#22262e", font=ImageFont.load_default(14))
+        draw.text((6, top + cell_height // 2), point.label, fill=INK, font=ImageFont.load_default(14))
         for column, (case, picture) in enumerate(zip(point.cases[:SHOWN], point.pictures[:SHOWN], strict=True)):
             left, below = label_width + column * (CELL + gap), top
             if not shared:
                 paste_references(case, left, top, CELL // 2)
                 below = top + CELL // 2
-            sheet.paste(enlarge(picture, CELL), (left, below))
-            for index, box in enumerate(case.boxes):
-                corners = [offset + edge * (CELL - 1) for offset, edge in zip((left, below) * 2, box, strict=True)]
-                draw.rectangle(corners, outline=BOX_COLORS[index % len(BOX_COLORS)])
+            cell = enlarge(picture, CELL)
+            outline(cell, case.boxes)
+            sheet.paste(cell, (left, below))
     return sheet

@@ -32,80 +32,58 @@ class Row:
     drawing: Mapping[str, Any] | None = field(default_factory=dict)
 
 
-def _trained(name: str, title: str, meaning: str, **training: Any) -> tuple[str, Row]:
-    return name, Row(title, meaning, {key.replace("__", "."): value for key, value in training.items()}, name)
+_UNGROUNDED = {"model.init_args.resampler": {**RESAMPLER, "grounding": False}}
+_UNMASKED = {"model.init_args.regions": "everywhere"}
 
-
-_MODEL, _DATA = "model__init_args__", "data__init_args__"
-
-ROWS: Mapping[str, Row] = dict(
-    [
-        _trained("ms_diffusion", "**MS-Diffusion**", "grounding resampler and box masks"),
-        _trained(
-            "learned_queries",
-            "without grounding init",
-            "the resampler starts from learned queries; phrases and boxes reach it not at all",
-            **{f"{_MODEL}resampler": {**RESAMPLER, "grounding": False}},
-        ),
-        _trained(
-            "no_masks",
-            "without masks",
-            "every patch may look at every subject, in training and drawing",
-            **{f"{_MODEL}regions": "everywhere"},
-        ),
-        _trained(
-            "ip_adapter_plus",
-            "neither (IP-Adapter-Plus-style)",
-            "learned queries and no masks",
-            **{f"{_MODEL}resampler": {**RESAMPLER, "grounding": False}, f"{_MODEL}regions": "everywhere"},
-        ),
-        _trained(
-            "ip_adapter",
-            "IP-Adapter",
-            "four tokens from one embedding of each whole reference, no masks",
-            **{
-                f"{_MODEL}resampler": {"tokens": 4},
-                f"{_MODEL}projector": "global",
-                f"{_MODEL}regions": "everywhere",
-            },
-        ),
-        _trained(
-            "same_frame",
-            "reference equals target",
-            "MS-Diffusion trained with references cut out of the target picture itself: no video pairs",
-            **{f"{_DATA}reference_frame": "target"},
-        ),
-        (
-            "subject_masks",
-            Row(
-                "mask instead of box",
-                "MS-Diffusion's adapter; its regions are the silhouettes of the true render, which tell the pose too",
-                None,
-                "ms_diffusion",
-                {"regions": "masks"},
-            ),
-        ),
-        (
-            "auto_layout",
-            Row(
-                "auto layout",
-                "MS-Diffusion's adapter; from the fifth step on its regions are where the text attends to the phrase",
-                None,
-                "ms_diffusion",
-                {"regions": "auto_layout"},
-            ),
-        ),
-        (
-            "adapter_off",
-            Row("adapter off", "the bare base: prompt only", None, "ms_diffusion", {"scale": 0.0}),
-        ),
-        ("true_renders", Row("true renders", "the world's own drawing: the ceiling of every column", None, None, None)),
-        (
-            "shipped",
-            Row("*embedded default*", "the adapter in checkpoints/tiny: MS-Diffusion trained longer", None, "shipped"),
-        ),
-    ]
-)
+ROWS: Mapping[str, Row] = {
+    "ms_diffusion": Row("**MS-Diffusion**", "grounding resampler and box masks", {}, "ms_diffusion"),
+    "learned_queries": Row(
+        "without grounding init",
+        "the resampler starts from learned queries; phrases and boxes reach it not at all",
+        _UNGROUNDED,
+        "learned_queries",
+    ),
+    "no_masks": Row(
+        "without masks", "every patch may look at every subject, in training and drawing", _UNMASKED, "no_masks"
+    ),
+    "ip_adapter_plus": Row(
+        "neither (IP-Adapter-Plus-style)",
+        "learned queries and no masks",
+        _UNGROUNDED | _UNMASKED,
+        "ip_adapter_plus",
+    ),
+    "ip_adapter": Row(
+        "IP-Adapter",
+        "four tokens from one embedding of each whole reference, no masks",
+        {"model.init_args.resampler": {"tokens": 4}, "model.init_args.projector": "global", **_UNMASKED},
+        "ip_adapter",
+    ),
+    "same_frame": Row(
+        "reference equals target",
+        "MS-Diffusion trained with references cut out of the target picture itself: no video pairs",
+        {"data.init_args.reference_frame": "target"},
+        "same_frame",
+    ),
+    "subject_masks": Row(
+        "mask instead of box",
+        "MS-Diffusion's adapter; its regions are the silhouettes of the true render, which tell the pose too",
+        None,
+        "ms_diffusion",
+        {"regions": "masks"},
+    ),
+    "auto_layout": Row(
+        "auto layout",
+        "MS-Diffusion's adapter; from the fifth step on its regions are where the text attends to the phrase",
+        None,
+        "ms_diffusion",
+        {"regions": "auto_layout"},
+    ),
+    "adapter_off": Row("adapter off", "the bare base: prompt only", None, "ms_diffusion", {"scale": 0.0}),
+    "true_renders": Row("true renders", "the world's own drawing: the ceiling of every column", None, None, None),
+    "shipped": Row(
+        "*embedded default*", "the adapter in checkpoints/tiny: MS-Diffusion trained longer", None, "shipped"
+    ),
+}
 REFERENCE_ROW = "ms_diffusion"
 """The row that the others are compared with."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from msdiffusion.bench.rows import ROWS
@@ -26,14 +26,8 @@ class Settings:
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> Settings:
         """From the command line; paths absolute, so that a child process finds them."""
-        return cls(
-            model=str(options.model.resolve()),
-            pairs=str(options.pairs.resolve()),
-            **{
-                name: getattr(options, name)
-                for name in ("steps", "train_batch", "pictures", "seed", "draw_batch", "precision")
-            },
-        )
+        asked = {field.name: getattr(options, field.name) for field in fields(cls)}
+        return cls(**asked | {name: str(asked[name].resolve()) for name in ("model", "pairs")})
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from msdiffusion.bench.rows import ROWS, training_arguments
 from msdiffusion.bench.units import Settings, Unit
 from msdiffusion.errors import MSDiffusionError
-from msdiffusion.evaluation.results import device
-from msdiffusion.files import file_sha256, folder_sha256, write_json, written
+from msdiffusion.evaluation.results import device, save_pictures
+from msdiffusion.files import file_sha256, folder_sha256, write_json
 from msdiffusion.places import CONFIGS, from_here, shown
 
 if TYPE_CHECKING:
@@ -55,10 +55,7 @@ def work(out: Path, unit: Unit) -> None:
     instruments = Instruments.from_pretrained(settings.model)
     cases = draw_cases(pictures=settings.pictures, seed=settings.seed)
     pictures = draw(cases, adapter_folder(out, unit, settings), settings, row.drawing, f"drawing {unit.row}")
-    for index, picture in enumerate(pictures):
-        path = folder / "pictures" / f"{index:04d}.png"
-        with written(path) as partial:
-            picture.save(partial)
+    save_pictures(pictures, folder / "pictures")
     drawn = time.monotonic()
     measured = measure_pictures(cases, pictures, instruments, Gallery(instruments.recognizer))
     record = {
@@ -168,11 +165,7 @@ def fingerprint(out: Path, unit: Unit, settings: Settings) -> dict[str, Any]:
 
 
 def draw(
-    cases: Sequence[WorldCase],
-    adapter: Path | None,
-    settings: Settings,
-    drawing: Mapping[str, Any] | None,
-    label: str,
+    cases: Sequence[WorldCase], adapter: Path | None, settings: Settings, drawing: Mapping[str, Any] | None, label: str
 ) -> list[Image.Image]:
     """One picture per case: the true renders, or what the adapter draws."""
     if adapter is None:
@@ -181,13 +174,8 @@ def draw(
     from msdiffusion.generation.generate import MSDiffusion
 
     model = MSDiffusion.from_pretrained(adapter)
-    options = {
-        **model.adapter.config.drawing(),
-        "batch_size": settings.draw_batch,
-        "precision": settings.precision,
-        **(drawing or {}),
-    }
-    return picture_maker(model, label=label, **options)(cases)
+    batches = {"batch_size": settings.draw_batch, "precision": settings.precision}
+    return picture_maker(model, label=label, **batches, **(drawing or {}))(cases)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -59,33 +59,21 @@ def run(options: argparse.Namespace) -> None:
 
 
 def check_model(model: Path) -> None:
-    """Raise unless a folder has what the benchmarks use of the embedded model.
-
-    Raises:
-        WeightsError: names the first part that is missing.
-    """
-    for name in (
-        "base/model_index.json",
-        "image_encoder/model.safetensors",
-        *(f"{instrument}/model.safetensors" for instrument in ("judge", "locator", "recognizer")),
-    ):
+    """Raise WeightsError, which names the first part that is missing, unless a folder is like the embedded model."""
+    networks = ("image_encoder", "judge", "locator", "recognizer")
+    for name in ("base/model_index.json", *(f"{network}/model.safetensors" for network in networks)):
         if not (model / name).is_file():
             raise WeightsError(f"--model must be a folder like checkpoints/tiny, but {shown(model / name)} is missing")
 
 
 def check_settings(out: Path, settings: Settings) -> None:
-    """Writes settings.json in a new folder; in an old one it must say the same.
-
-    Raises:
-        DataError: it names the settings that differ.
-    """
+    """Writes settings.json in a new folder; raises DataError in an old one where it says otherwise, naming where."""
     path = out / "settings.json"
     asked = asdict(settings)
     if path.is_file():
         there = json.loads(path.read_text(encoding="utf-8"))
-        differing = [f"{name}: there {there.get(name)!r}, asked {asked[name]!r}" for name in asked
-                     if there.get(name) != asked[name]]  # fmt: skip
-        if differing:
+        pairs = [(name, there.get(name), value) for name, value in asked.items()]
+        if differing := [f"{name}: there {old!r}, asked {new!r}" for name, old, new in pairs if old != new]:
             raise DataError(
                 f"{shown(out)} holds results of other settings ({'; '.join(differing)}): give another --out, or remove "
                 "it"
@@ -211,16 +199,15 @@ def finished_units(out: Path, settings: Settings, training_seeds: Sequence[int])
         if not (out / "rows" / row).is_dir():
             continue
         records = []
-        for unit in plan_units([row], training_seeds):
+        wanted = [unit for unit in plan_units([row], training_seeds) if unit.row == row]
+        for unit in wanted:
             path = unit.folder(out) / "measures.json"
-            if unit.row != row or not path.is_file():
-                continue
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if record["inputs"] == fingerprint(out, unit, settings):
+            record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            if record is not None and record["inputs"] == fingerprint(out, unit, settings):
                 records.append(record)
-        wanted = sum(unit.row == row for unit in plan_units([row], training_seeds))
-        if len(records) == wanted:
+        if len(records) == len(wanted):
             found[row] = records
         else:
-            print(f"left out of the table: {row}, measured for {len(records)} of {wanted} seeds on today's weights")
+            seeds = f"{len(records)} of {len(wanted)} seeds"
+            print(f"left out of the table: {row}, measured for {seeds} on today's weights")
     return found

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from msdiffusion.bench.rows import ROWS
+from msdiffusion.commands.evaluate import check_common
 from msdiffusion.errors import RequestError
-from msdiffusion.files import check_file, check_folder, place_of
+from msdiffusion.files import check_file, place_of
 from msdiffusion.places import DEFAULT_MODEL, find_model
 
 DEFAULT_OUT = Path("runs") / "world_benchmark"
@@ -17,6 +18,7 @@ DEFAULT_PAIRS = Path("data") / "world" / "pairs"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msdiffusion bench world` and `msdiffusion bench explore`."""
+    parser.set_defaults(extras=("training", "evaluation"))
     benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
     world = benchmarks.add_parser(
         "world",
@@ -25,22 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "to go on where it was interrupted.",
     )
     _add_common(world, pictures=300)
-    world.add_argument(
-        "--rows",
-        nargs="+",
-        choices=list(ROWS),
-        default=list(ROWS),
-        metavar="ROW",
-        help=f"any of {', '.join(ROWS)}; default: all",
-    )
-    world.add_argument("--pairs", type=place_of, default=DEFAULT_PAIRS, metavar="FOLDER", help="mined from world clips")
-    world.add_argument("--steps", type=int, default=900, help="training steps of every trained row")
-    world.add_argument("--train-batch", type=int, default=16, help="pairs per step")
-    world.add_argument(
-        "--training-seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of each trained row (default 0)"
-    )
-    world.add_argument("--jobs", type=int, default=1, help="rows worked on at once, one thread each if above 1")
-    world.add_argument("--document", type=place_of, metavar="FILE.md", help="where the table goes; default: in --out")
+    add = world.add_argument
+    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW",
+        help=f"any of {', '.join(ROWS)}; default: all")  # fmt: skip
+    add("--pairs", type=place_of, default=DEFAULT_PAIRS, metavar="FOLDER", help="mined from world clips")
+    add("--steps", type=int, default=900, help="training steps of every trained row")
+    add("--train-batch", type=int, default=16, help="pairs per step")
+    add("--training-seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of each trained row (default 0)")
+    add("--jobs", type=int, default=1, help="rows worked on at once, one thread each if above 1")
+    add("--document", type=place_of, metavar="FILE.md", help="where the table goes; default: in --out")
     world.set_defaults(run=run_world)
     explore = benchmarks.add_parser(
         "explore",
@@ -53,20 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser, pictures: int) -> None:
-    parser.add_argument(
-        "--out", type=place_of, default=DEFAULT_OUT, metavar="FOLDER", help="adapters, pictures, scores"
-    )
-    parser.add_argument(
-        "--model",
-        type=lambda place: Path(find_model(place_of(place))),
-        default=DEFAULT_MODEL,
-        metavar="FOLDER",
-        help="embedded model: base, encoder, judge, ...",
-    )
-    parser.add_argument("--pictures", type=int, default=pictures, help="held-out pictures per row")
-    parser.add_argument("--seed", type=int, default=0, help="of the cases and of the noise")
-    parser.add_argument("--draw-batch", type=int, default=16, help="pictures drawn at once")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="while drawing")
+    add = parser.add_argument
+    add("--out", type=place_of, default=DEFAULT_OUT, metavar="FOLDER", help="adapters, pictures, scores")
+    add("--model", type=lambda place: Path(find_model(place_of(place))), default=DEFAULT_MODEL, metavar="FOLDER",
+        help="embedded model: base, encoder, judge, ...")  # fmt: skip
+    add("--pictures", type=int, default=pictures, help="held-out pictures per row")
+    add("--seed", type=int, default=0, help="of the cases and of the noise")
+    add("--draw-batch", type=int, default=16, help="pictures drawn at once")
+    add("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="while drawing")
 
 
 def run_world(options: argparse.Namespace) -> None:
@@ -79,7 +68,7 @@ def run_world(options: argparse.Namespace) -> None:
     from msdiffusion.bench.world import check_pairs, run
     from msdiffusion.request.subjects import whole_number
 
-    _check(options, ("pictures", "steps", "train_batch"))
+    _check(options, "pictures", "steps", "train_batch")
     whole_number(options.jobs, "--jobs", 1, MAX_JOBS)
     if len(set(options.training_seeds)) != len(options.training_seeds) or min(options.training_seeds) < 0:
         raise RequestError(f"--training-seeds must be different and not below 0, got {options.training_seeds}")
@@ -92,21 +81,22 @@ def run_explore(options: argparse.Namespace) -> None:
 
     Raises:
         RequestError: a number is out of range, or nothing can be written.
+        WeightsError: the model or an instrument is not there.
     """
-    _check(options, ("pictures",))
+    from msdiffusion.bench.world import check_model
+
+    _check(options, "pictures")
+    check_model(options.model)
     from msdiffusion.bench.explore import run
 
     run(options)
 
 
-def _check(options: argparse.Namespace, names: tuple[str, ...]) -> None:
-    from msdiffusion.commands.evaluate import MAX_SEED, check_counts
+def _check(options: argparse.Namespace, *names: str) -> None:
     from msdiffusion.request.request import MAX_BATCH
     from msdiffusion.request.subjects import whole_number
 
-    check_counts({f"--{name.replace('_', '-')}": getattr(options, name) for name in names})
+    check_common(options, *names)
     whole_number(options.draw_batch, "--draw-batch", 1, MAX_BATCH)
-    whole_number(options.seed, "--seed", 0, MAX_SEED)
-    check_folder(options.out, "--out")
     if options.document is not None:
         check_file(options.document, "--document")

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.safe_text import visible
+from msdiffusion.commands.evaluate import OFF, ON, check_common, tell_results
 from msdiffusion.errors import DataError, MSDiffusionError, WeightsError
-from msdiffusion.files import check_folder, place_of
+from msdiffusion.files import place_of
 from msdiffusion.places import CONFIGS, DEFAULT_MODEL, find_model, from_here, shown
 
 MARKER = ".msdiffusion-demo"
@@ -69,17 +70,14 @@ class Plan:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msdiffusion demo`; imports nothing heavy."""
-    parser.add_argument(
-        "--out", type=place_of, required=True, metavar="FOLDER", help="an earlier demo in it is replaced"
-    )
-    parser.add_argument("--model", type=place_of, default=DEFAULT_MODEL, help="folder of the adapter to start from")
-    parser.add_argument("--clips", type=int, default=60, help="clips to write and mine (default 60)")
-    parser.add_argument("--train-steps", type=int, default=30, help="fine-tuning steps (default 30)")
-    parser.add_argument(
-        "--subjects", type=int, default=40, help="least number of held-out subjects to draw (default 40)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of clips, subject sets and noise")
-    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("--out", type=place_of, required=True, metavar="FOLDER", help="an earlier demo in it is replaced")
+    add("--model", type=place_of, default=DEFAULT_MODEL, help="folder of the adapter to start from")
+    add("--clips", type=int, default=60, help="clips to write and mine (default 60)")
+    add("--train-steps", type=int, default=30, help="fine-tuning steps (default 30)")
+    add("--subjects", type=int, default=40, help="least number of held-out subjects to draw (default 40)")
+    add("--seed", type=int, default=0, help="of clips, subject sets and noise")
+    parser.set_defaults(run=run, extras=("mining", "training", "evaluation"))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -91,19 +89,11 @@ def run(options: argparse.Namespace) -> None:
         DataError: the folder holds something that no demo made.
         MSDiffusionError: a stage failed; the message holds its command.
     """
-    from msdiffusion.commands.evaluate import MAX_SEED, check_counts
-    from msdiffusion.request.subjects import whole_number
-
-    check_counts({"--clips": options.clips, "--train-steps": options.train_steps, "--subjects": options.subjects})
-    whole_number(options.seed, "--seed", 0, MAX_SEED)
-    check_folder(options.out, "--out")
+    check_common(options, "clips", "train_steps", "subjects")
     plan = Plan(
         out=options.out.resolve(),
         model=Path(find_model(options.model)).resolve(),
-        clips=options.clips,
-        train_steps=options.train_steps,
-        subjects=options.subjects,
-        seed=options.seed,
+        **{name: getattr(options, name) for name in ("clips", "train_steps", "subjects", "seed")},
     )
     check_model(plan.model)
     clear(plan.out)
@@ -138,11 +128,7 @@ def run_stages(stages: Sequence[Stage]) -> None:
 
 
 def check_model(model: Path) -> None:
-    """Raise unless `model` has what the demo starts from.
-
-    Raises:
-        WeightsError: names what is missing.
-    """
+    """Raise WeightsError, which names what is missing, unless `model` has what the demo starts from."""
     for name in ("adapter.safetensors", "config.json", "judge/model.safetensors"):
         if not (model / name).is_file():
             raise WeightsError(f"the demo starts from trained weights, but {shown(model / name)} is missing")
@@ -226,15 +212,14 @@ def readable(command: Sequence[str]) -> str:
 def draw_and_score(plan: Plan, commands: dict[str, list[str]]) -> None:
     """Pictures of held-out subjects with the shipped adapter, the fine-tuned one and none; scores, grid and page."""
     from msdiffusion.backbone.backbone import quiet_loading
-    from msdiffusion.commands.evaluate import OFF, ON, tell_results
     from msdiffusion.evaluation.drawing import picture_maker, picture_side
     from msdiffusion.evaluation.instruments.judge import Judge
-    from msdiffusion.evaluation.results import describe_file, versions, write_results
-    from msdiffusion.evaluation.world import draw_cases, evaluate_world
+    from msdiffusion.evaluation.results import describe_file, evaluate
+    from msdiffusion.evaluation.world import draw_cases
     from msdiffusion.generation.generate import MSDiffusion
 
     quiet_loading()
-    start = time.monotonic()
+    started = time.monotonic()
     judge = Judge.from_pretrained(plan.model / "judge")
     shipped = MSDiffusion.from_pretrained(plan.model)
     tuned = MSDiffusion.from_pretrained(plan.adapter)
@@ -248,25 +233,22 @@ def draw_and_score(plan: Plan, commands: dict[str, list[str]]) -> None:
         FINE_TUNED: picture_maker(tuned, scale=scale, label="adapter fine-tuned just now", **settings),
         OFF: picture_maker(shipped, scale=0.0, label="adapter off", **settings),
     }
-    report, pictures = evaluate_world(cases, makers, judge, pairs=[(ON, OFF), (FINE_TUNED, OFF)])
-    facts = {
-        **{f"{name} command": readable(command) for name, command in commands.items()},
-        "model": describe_file(plan.model / "adapter.safetensors"),
-        "fine_tuned model": describe_file(plan.adapter / "adapter.safetensors"),
-        "judge": describe_file(plan.model / "judge" / "model.safetensors"),
-        "settings": {**settings, "scale": scale, "seed": plan.seed + 1000, "split": "held_out", "size": side},
-        "seconds": round(time.monotonic() - start, 1),
-        "versions": versions(),
-    }
-    write_results(
+    report = evaluate(
         plan.out,
         cases,
-        report,
-        pictures,
+        makers,
         judge,
+        pairs=[(ON, OFF), (FINE_TUNED, OFF)],
         title="MS-Diffusion, the whole loop",
         introduction=introduction(plan),
-        facts=facts,
+        facts={
+            **{f"{name} command": readable(command) for name, command in commands.items()},
+            "model": describe_file(plan.model / "adapter.safetensors"),
+            "fine_tuned model": describe_file(plan.adapter / "adapter.safetensors"),
+            "judge": describe_file(plan.model / "judge" / "model.safetensors"),
+            "settings": {**settings, "scale": scale, "seed": plan.seed + 1000, "split": "held_out", "size": side},
+        },
+        started=started,
         links={
             "The mined pairs, and why others were rejected": "pairs/report.html",
             "What the fine-tuning drew of held-out pairs": "fine_tuning/pictures",

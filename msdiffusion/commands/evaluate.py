@@ -15,7 +15,7 @@ from typing import Any
 from data_pipeline.safe_text import visible
 from msdiffusion.errors import RequestError, check_place
 from msdiffusion.evaluation.drawing import picture_maker, picture_side
-from msdiffusion.evaluation.results import command_line, describe_file, versions, write_results
+from msdiffusion.evaluation.results import command_line, describe_file, evaluate
 from msdiffusion.files import check_folder, place_of
 from msdiffusion.places import DEFAULT_MODEL, find_model, shown
 
@@ -28,35 +28,21 @@ MAX_SEED = 2**62
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msdiffusion evaluate`; imports nothing heavy."""
-    parser.add_argument(
-        "--model",
-        default=str(DEFAULT_MODEL),
-        type=find_model,
-        help="adapter: folder, hub name, or ms_adapter.bin (default: embedded)",
-    )
-    parser.add_argument(
-        "--judge",
-        default=str(DEFAULT_MODEL / "judge"),
-        type=find_model,
-        help="its folder (default: embedded/judge)",
-    )
-    parser.add_argument("--subjects", type=int, default=200, help="least number of held-out subjects (default 200)")
-    parser.add_argument(
-        "--out", type=place_of, required=True, metavar="FOLDER", help="scores, report and pictures go there"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the subject sets and of the noise")
-    parser.add_argument("--steps", type=int, help="denoising steps; default: the adapter's")
-    parser.add_argument("--guidance-scale", type=float, help="default: the adapter's")
-    parser.add_argument("--scale", type=float, help="weight of the subjects when the adapter is on; default: its own")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures drawn at once")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
-    parser.add_argument(
-        "--precision",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the networks' products; bfloat16 takes half the time on CPUs with AMX and on GPUs",
-    )
-    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("--model", default=str(DEFAULT_MODEL), type=find_model,
+        help="adapter: folder, hub name, or ms_adapter.bin (default: embedded)")  # fmt: skip
+    add("--judge", default=str(DEFAULT_MODEL / "judge"), type=find_model, help="its folder (default: embedded/judge)")
+    add("--subjects", type=int, default=200, help="least number of held-out subjects (default 200)")
+    add("--out", type=place_of, required=True, metavar="FOLDER", help="scores, report and pictures go there")
+    add("--seed", type=int, default=0, help="of the subject sets and of the noise")
+    add("--steps", type=int, help="denoising steps; default: the adapter's")
+    add("--guidance-scale", type=float, help="default: the adapter's")
+    add("--scale", type=float, help="weight of the subjects when the adapter is on; default: its own")
+    add("--batch-size", type=int, default=16, help="pictures drawn at once")
+    add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    add("--precision", choices=("float32", "bfloat16"), default="float32",
+        help="of the networks' products; bfloat16 takes half the time on CPUs with AMX and on GPUs")  # fmt: skip
+    parser.set_defaults(run=run, extras=("evaluation",))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -70,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     print("loading the model and the judge", file=sys.stderr, flush=True)
     from msdiffusion.backbone.backbone import quiet_loading, usable_device
     from msdiffusion.evaluation.instruments.judge import Judge
-    from msdiffusion.evaluation.world import draw_cases, evaluate_world
+    from msdiffusion.evaluation.world import draw_cases
     from msdiffusion.generation.generate import MSDiffusion
 
     quiet_loading()
@@ -78,42 +64,31 @@ def run(options: argparse.Namespace) -> None:
     started = time.monotonic()
     judge = Judge.from_pretrained(options.judge)
     model = MSDiffusion.from_pretrained(options.model, device=device)
-    cases = draw_cases(options.subjects, seed=options.seed, size=picture_side(model))
+    side = picture_side(model)
+    cases = draw_cases(options.subjects, seed=options.seed, size=side)
     asked = {name: getattr(options, name) for name in ("steps", "guidance_scale", "scale")}
-    settings = {
-        **model.adapter.config.drawing(**asked),
-        "batch_size": options.batch_size,
-        "precision": options.precision,
-    }
+    drawn = {"batch_size": options.batch_size, "precision": options.precision}
+    settings = model.adapter.config.drawing(**asked) | drawn
     scale = settings.pop("scale")
     makers = {
         ON: picture_maker(model, scale=scale, label="adapter on", **settings),
         OFF: picture_maker(model, scale=0.0, label="adapter off", **settings),
     }
-    report, pictures = evaluate_world(cases, makers, judge, pairs=[(ON, OFF)])
-    facts = {
-        "command": command_line(),
-        "model": describe_file(Path(options.model) / "adapter.safetensors"),
-        "judge": describe_file(Path(options.judge) / "model.safetensors"),
-        "settings": {
-            **settings,
-            "scale": scale,
-            "seed": options.seed,
-            "split": "held_out",
-            "size": picture_side(model),
-        },
-        "seconds": round(time.monotonic() - started, 1),
-        "versions": versions(),
-    }
-    write_results(
+    report = evaluate(
         options.out,
         cases,
-        report,
-        pictures,
+        makers,
         judge,
+        pairs=[(ON, OFF)],
         title="Held-out subjects, adapter on and off",
         introduction="No training of the model has seen any of these combinations of colours and pattern.",
-        facts=facts,
+        facts={
+            "command": command_line(),
+            "model": describe_file(Path(options.model) / "adapter.safetensors"),
+            "judge": describe_file(Path(options.judge) / "model.safetensors"),
+            "settings": {**settings, "scale": scale, "seed": options.seed, "split": "held_out", "size": side},
+        },
+        started=started,
     )
     tell_results(options.out, report)
 
@@ -128,18 +103,12 @@ def tell_results(out: Path, report: Mapping[str, Any]) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Say what is wrong with the options before anything heavy is loaded.
-
-    Raises:
-        RequestError: a number is out of range, or nothing can be written to ``--out``.
-        WeightsError: a model is not there.
-    """
+    """Say what is wrong with the options before anything heavy is loaded, see `run`."""
     from msdiffusion.request.request import MAX_BATCH, check_settings
     from msdiffusion.request.subjects import MAX_STEPS, whole_number
 
-    check_counts({"--subjects": options.subjects})
+    check_common(options, "subjects")
     whole_number(options.batch_size, "--batch-size", 1, MAX_BATCH)
-    whole_number(options.seed, "--seed", 0, MAX_SEED)
     if options.steps is not None:
         whole_number(options.steps, "--steps", 1, MAX_STEPS)
     check_settings({"guidance_scale": options.guidance_scale, "scale": options.scale})
@@ -147,12 +116,21 @@ def check(options: argparse.Namespace) -> None:
         raise RequestError(f"--scale must be above 0, got {options.scale}: 0 is the adapter off, which is drawn anyway")
     for name, place in (("--model", options.model), ("--judge", options.judge)):
         check_place(place, name)
-    check_folder(options.out, "--out")
 
 
-def check_counts(counts: Mapping[str, int]) -> None:
-    """Raise RequestError unless each is a number of things that one run can do, 1 to MAX_COUNT; by their flags."""
+def check_common(options: argparse.Namespace, *counts: str) -> None:
+    """Check what several commands ask for.
+
+    Args:
+        options: with ``seed`` and ``out``.
+        counts: names of options that are numbers of things which one run can do, 1 to MAX_COUNT.
+
+    Raises:
+        RequestError: a number is out of range, or nothing can be written to ``--out``.
+    """
     from msdiffusion.request.subjects import whole_number
 
-    for flag, count in counts.items():
-        whole_number(count, flag, 1, MAX_COUNT)
+    for name in counts:
+        whole_number(getattr(options, name), f"--{name.replace('_', '-')}", 1, MAX_COUNT)
+    whole_number(options.seed, "--seed", 0, MAX_SEED)
+    check_folder(options.out, "--out")

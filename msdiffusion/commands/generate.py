@@ -19,7 +19,7 @@ from msdiffusion.places import DEFAULT_MODEL, find_model
 if TYPE_CHECKING:
     from msdiffusion.generation.folder import Picture
     from msdiffusion.generation.identity import Identity
-    from msdiffusion.generation.safety import SafetyChecker, Watermark
+    from msdiffusion.generation.safety import Watermark
     from msdiffusion.request.request_file import Entry
 
 PICTURE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
@@ -67,32 +67,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--negative-prompt", metavar="TEXT", help="what to stay away from; default: the adapter's")
     add("--num-images", type=int, metavar="N", help="how many pictures, each with the next seed (default 1)")
     add("--steps", type=int, metavar="N", help="denoising steps; default: the adapter's, or 30")
-    add(
-        "--guidance-scale", type=float, metavar="G",
-        help="weight of prompt and subjects against the negative prompt; default: the adapter's, or 7.5",
-    )  # fmt: skip
+    add("--guidance-scale", type=float, metavar="G",
+        help="weight of prompt and subjects against the negative prompt; default: the adapter's, or 7.5")  # fmt: skip
     add("--scale", type=float, help="weight of all subjects against the text; default: the adapter's, or 1")
-    add(
-        "--subject-scales",
-        type=_numbers,
-        metavar="S1,S2,...",
-        help="one weight per subject, times --scale (default: 1 each)",
-    )
-    add(
-        "--subject-windows", type=_windows, metavar="FROM:TO,...",
+    add("--subject-scales", type=_numbers, metavar="S1,S2,...",
+        help="one weight per subject, times --scale (default: 1 each)")  # fmt: skip
+    add("--subject-windows", type=_windows, metavar="FROM:TO,...",
         help="per subject the part of the way from noise (0) to picture (1) in which it is there; - for always",
     )  # fmt: skip
     add("--height", type=int, help="pixels, a multiple of 8; default: the adapter's, or the base model's")
     add("--width", type=int, help="the same")
     add("--auto-layout", action="store_true", default=None, help="let the text's attention refine the boxes")
-    add(
-        "--auto-layout-threshold", type=float, metavar="T",
+    add("--auto-layout-threshold", type=float, metavar="T",
         help="share of its highest attention that a place needs to belong to a subject, 0 to 1 (default 0.5)",
     )  # fmt: skip
-    add(
-        "--auto-layout-start", type=int, metavar="STEP",
-        help="first step, from 1, that follows the text (default 5; 2 for subjects without a box)",
-    )  # fmt: skip
+    add("--auto-layout-start", type=int, metavar="STEP",
+        help="first step, from 1, that follows the text (default 5; 2 for subjects without a box)")  # fmt: skip
     add("--seed", type=int, help="of the noise; default: a new one each time, which the PNG tells")
     add = parser.add_argument_group("in place of these").add_argument
     add("--request", type=place_of, metavar="FILE", help="many pictures: a YAML or JSON file, see docs/inference.md")
@@ -182,7 +172,11 @@ def _draw(
     from msdiffusion.generation.generate import MSDiffusion
 
     quiet_loading()
-    checker = _safety_checker(options, device)
+    checker = None
+    if options.safety_checker is not None:
+        from msdiffusion.generation.safety import SafetyChecker
+
+        checker = SafetyChecker.from_pretrained(options.safety_checker, device)
     model = MSDiffusion.from_pretrained(
         options.model,
         base_model=options.base_model,
@@ -273,8 +267,7 @@ def _entry_of_flags(options: argparse.Namespace) -> Entry:
         )
         _note(options, f"phrases from the prompt: {drawn}; --phrase sets them")
     if boxes is None and masks is None:
-        where = "every subject finds its place by the text's attention to its phrase"
-        _note(options, f"no --box and no --mask: {where}")
+        _note(options, "no --box and no --mask: every subject finds its place by the text's attention to its phrase")
     return entry
 
 
@@ -332,14 +325,6 @@ def _check_pictures(
     check_file(batch.layout_path(longest) if layouts else longest, "--out")
 
 
-def _safety_checker(options: argparse.Namespace, device: Any) -> SafetyChecker | None:
-    if options.safety_checker is None:
-        return None
-    from msdiffusion.generation.safety import SafetyChecker
-
-    return SafetyChecker.from_pretrained(options.safety_checker, device)
-
-
 def _check_model(record: dict[str, Any], identity: Identity, hooks: dict[str, str | None]) -> None:
     """Refuse to draw a PNG again with other means than it was drawn with."""
     flags = {
@@ -361,9 +346,8 @@ def _check_model(record: dict[str, Any], identity: Identity, hooks: dict[str, st
         drawn = record["hooks"][name]
         if drawn != value:
             flag = "--" + name.replace("_", "-")
-            raise RequestError(
-                f"the PNG was drawn with {flag} {drawn!r}, not {value!r}: give the same, or none if None"
-            )
+            asked = f"{flag} {drawn!r}, not {value!r}"
+            raise RequestError(f"the PNG was drawn with {asked}: give the same, or none if None")
 
 
 def _tell_differences(there: dict[str, str], here: dict[str, str], dtype: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
 def picture_maker(
     model: MSDiffusion,
     *,
-    scale: float,
-    steps: int,
-    guidance_scale: float,
     batch_size: int,
     label: str,
+    scale: float | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     precision: str = "float32",
     regions: str = "boxes",
 ) -> PictureMaker:
@@ -33,11 +34,11 @@ def picture_maker(
 
     Args:
         model: the generator.
-        scale: of the adapter; 0 switches it off.
-        steps: denoising steps.
-        guidance_scale: weight against the empty prompt.
         batch_size: cases drawn at once at most.
         label: of the progress bar.
+        scale: of the adapter; 0 switches it off. This and the next two: None for the adapter's default.
+        steps: denoising steps.
+        guidance_scale: weight against the empty prompt.
         precision: "float32", or "bfloat16" for matrix products and convolutions in bfloat16, all else in float32.
         regions: where subjects are shown: in their "boxes"; in the "masks" of the true render; or, from the fifth step
             on, where the text's attention is: "auto_layout".
@@ -47,6 +48,7 @@ def picture_maker(
     """
     if regions not in ("boxes", "masks", "auto_layout"):
         raise RequestError(f'regions must be "boxes", "masks" or "auto_layout", got {regions!r}')
+    settings = model.adapter.config.drawing(scale=scale, steps=steps, guidance_scale=guidance_scale)
 
     def make(cases: Sequence[WorldCase]) -> list[Image.Image]:
         from tqdm import tqdm
@@ -54,9 +56,7 @@ def picture_maker(
         pictures: dict[int, Image.Image] = {}
         with tqdm(total=len(cases), desc=label, unit="picture") as bar:
             for batch in _batches(cases, batch_size):
-                drawn = _draw(
-                    [cases[index] for index in batch], model, scale, steps, guidance_scale, precision, regions
-                )
+                drawn = _draw([cases[index] for index in batch], model, precision, regions, **settings)
                 pictures.update(zip(batch, drawn, strict=True))
                 bar.update(len(batch))
         return [pictures[index] for index in range(len(cases))]
@@ -69,26 +69,25 @@ def picture_side(model: MSDiffusion) -> int:
     return model.backbone.unet.config.sample_size * model.backbone.latent_factor
 
 
+def _by_count(cases: Sequence[WorldCase]) -> dict[int, list[int]]:
+    """Numbers of subjects, as they come up, to the indices of the cases that have them."""
+    found: dict[int, list[int]] = {}
+    for index, case in enumerate(cases):
+        found.setdefault(len(case.subjects), []).append(index)
+    return found
+
+
 def _batches(cases: Sequence[WorldCase], batch_size: int) -> list[list[int]]:
     """Indices of the cases in batches of one number of subjects."""
-    by_count: dict[int, list[int]] = {}
-    for index, case in enumerate(cases):
-        by_count.setdefault(len(case.subjects), []).append(index)
     return [
         indices[first : first + batch_size]
-        for _, indices in sorted(by_count.items())
+        for _, indices in sorted(_by_count(cases).items())
         for first in range(0, len(indices), batch_size)
     ]
 
 
 def _draw(
-    cases: Sequence[WorldCase],
-    model: MSDiffusion,
-    scale: float,
-    steps: int,
-    guidance_scale: float,
-    precision: str,
-    regions: str,
+    cases: Sequence[WorldCase], model: MSDiffusion, precision: str, regions: str, **settings: float
 ) -> list[Image.Image]:
     """One batch of the denoiser with another prompt, layout and seed for every picture."""
     import torch
@@ -102,11 +101,9 @@ def _draw(
             case.prompt,
             case.phrases,
             masks=list(case.masks) if regions == "masks" else None,
-            scale=scale,
-            steps=steps,
-            guidance_scale=guidance_scale,
             auto_layout=regions == "auto_layout",
             seed=case.seed,
+            **settings,
         )
         for case in cases
     ]
@@ -119,12 +116,6 @@ def _draw(
 
 def varied(cases: Sequence[WorldCase], count: int) -> list[int]:
     """Indices of up to `count` cases, as evenly over the numbers of subjects as there are cases, in their order."""
-    by_size: dict[int, list[int]] = {}
-    for index, case in enumerate(cases):
-        by_size.setdefault(len(case.subjects), []).append(index)
-    chosen: list[int] = []
-    while len(chosen) < min(count, len(cases)):
-        for queue in by_size.values():
-            if queue and len(chosen) < count:
-                chosen.append(queue.pop(0))
+    rounds = itertools.zip_longest(*_by_count(cases).values())
+    chosen = [index for each in rounds for index in each if index is not None][:count]
     return sorted(chosen, key=lambda index: (len(cases[index].subjects), index))

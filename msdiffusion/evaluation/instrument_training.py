@@ -9,8 +9,6 @@ Letters: B scenes of a batch, N subjects of all of them together.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -22,20 +20,20 @@ from torchvision.ops import generalized_box_iou_loss
 from data_pipeline.world import CATEGORIES, COLORS, PATTERNS
 from data_pipeline.world.renderings import Renderings, RenderingSettings, identity_labels, load_or_render
 from data_pipeline.world.subjects import SHAPE_VARIANTS
-from msdiffusion.errors import DataError
 from msdiffusion.evaluation.instruments.locator import Locator, LocatorParams, grid_centers, layout_ious
 from msdiffusion.evaluation.instruments.recognizer import VIEW_BACKGROUND, Recognizer, RecognizerParams
-from msdiffusion.evaluation.judge_training import degrade
+from msdiffusion.evaluation.instruments.training import Batch, InstrumentTraining, check_counts, degrade
 
-Batch = dict[str, Tensor]
-"""pictures (B, 3, H, W) in [0, 1]; boxes (N, 4) normalised xyxy; owners (N,) int64; labels (N, 6) int64 and identities
-(N,) int64; views (N, 3, H, W) in [0, 1], another picture of each subject on grey."""
 LABEL_SIZES = (len(CATEGORIES), len(COLORS), len(COLORS), len(COLORS), len(PATTERNS), SHAPE_VARIANTS)
 """Possible answers per column of `identity_labels`."""
 
 
 class SubjectScenes(Dataset[Batch]):
-    """Rendered scenes and views; a batch is made at once."""
+    """Rendered scenes and views; a batch is made at once.
+
+    Its further tensors: labels (N, 6) int64 and identities (N,) int64; views (N, 3, H, W) in [0, 1], another picture of
+    each subject on grey, and view_boxes (N, 4), where it is in there.
+    """
 
     def __init__(self, renderings: Renderings, seed: int) -> None:
         self.renderings = renderings
@@ -111,14 +109,7 @@ class InstrumentRenderings(pl.LightningDataModule):
         workers: int = 2,
     ) -> None:
         super().__init__()
-        for name, value in {
-            "scenes": scenes,
-            "identities": identities,
-            "validation_scenes": validation_scenes,
-            "batch_size": batch_size,
-        }.items():
-            if value < 1:
-                raise DataError(f"{name} must be at least 1, got {value}")
+        check_counts(scenes=scenes, identities=identities, validation_scenes=validation_scenes, batch_size=batch_size)
         self.save_hyperparameters()
 
     def setup(self, stage: str | None = None) -> None:
@@ -143,26 +134,6 @@ class InstrumentRenderings(pl.LightningDataModule):
         return DataLoader(self.validation_set, self.hparams.batch_size, collate_fn=lambda batch: batch)
 
 
-class InstrumentTraining(pl.LightningModule):
-    """What both trainings share: a one-cycle AdamW, and the network written to `output` when training ends."""
-
-    network: Locator | Recognizer
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with a one-cycle learning rate over the whole run."""
-        optimizer = torch.optim.AdamW(
-            self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay
-        )
-        steps = max(2, int(self.trainer.estimated_stepping_batches))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.hparams.learning_rate, steps, pct_start=0.15)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_train_end(self) -> None:
-        """Writes the network."""
-        if self.trainer.is_global_zero:
-            self.network.save_pretrained(Path(self.hparams.output))
-
-
 class LocatorTraining(InstrumentTraining):
     """Confidence by cross-entropy, edges by generalised IoU (Rezatofighi et al. 2019).
 
@@ -183,7 +154,6 @@ class LocatorTraining(InstrumentTraining):
         super().__init__()
         self.save_hyperparameters()
         self.network = Locator(LocatorParams(widths=tuple(widths)))
-        self._ious: list[np.ndarray] = []
 
     def losses(self, pictures: Tensor, boxes: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
         """(confidence loss, edge loss) of pictures (B, 3, H, W) with boxes (N, 4) of owners (N,)."""
@@ -202,20 +172,16 @@ class LocatorTraining(InstrumentTraining):
         self.log_dict({"confidence": confidence, "edges": edges}, prog_bar=True, batch_size=len(pictures))
         return 4 * confidence + edges
 
-    def on_validation_epoch_start(self) -> None:
-        """Forgets the last validation."""
-        self._ious = []
-
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """IoU of the found boxes on held-out subjects."""
         pixels = (batch["pictures"].permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
         boxes, owners = batch["boxes"].cpu().numpy(), batch["owners"].cpu().numpy()
         for index, located in enumerate(self.network.find(list(pixels))):
-            self._ious.append(layout_ious(boxes[owners == index], located))
+            self.seen["ious"].append(layout_ious(boxes[owners == index], located))
 
     def on_validation_epoch_end(self) -> None:
         """Mean IoU and share above .5."""
-        ious = np.concatenate(self._ious)
+        ious = np.concatenate(self.seen["ious"])
         self.log_dict({"val/iou": float(ious.mean()), "val/found": float((ious >= 0.5).mean())})
         self.print(f"held-out renders: mean IoU {ious.mean():.3f}, IoU >= .5 for {(ious >= 0.5).mean():.3f}")
 
@@ -280,7 +246,6 @@ class RecognizerTraining(InstrumentTraining):
         self.network = Recognizer(RecognizerParams(widths=tuple(widths)))
         width = self.network.params.embedding_width
         self.heads = nn.ModuleList(nn.Linear(width, size) for size in LABEL_SIZES)
-        self._embeddings: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def embeddings(self, batch: Batch, degraded: bool) -> tuple[Tensor, Tensor]:
         """Unit vectors (N, D) of the boxes and of the views."""
@@ -312,18 +277,15 @@ class RecognizerTraining(InstrumentTraining):
         self.log_dict({"contrastive": contrastive, "naming": naming}, prog_bar=True, batch_size=count)
         return contrastive + self.hparams.naming_weight * naming
 
-    def on_validation_epoch_start(self) -> None:
-        """Forgets the last validation."""
-        self._embeddings = []
-
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Embeds held-out subjects."""
-        boxes, views = self.embeddings(batch, degraded=False)
-        self._embeddings.append((boxes, views, batch["labels"]))
+        for name, part in zip(("boxes", "views"), self.embeddings(batch, degraded=False), strict=True):
+            self.seen[name].append(part)
+        self.seen["labels"].append(batch["labels"])
 
     def on_validation_epoch_end(self) -> None:
         """How often the right view comes first among up to 100 of its category."""
-        boxes, views, labels = (torch.cat(parts) for parts in zip(*self._embeddings, strict=True))
+        boxes, views, labels = (torch.cat(self.seen[name]) for name in ("boxes", "views", "labels"))
         rate = float(np.mean(list(_first_places(boxes, views, labels))))
         self.log("val/retrieval", rate)
         self.print(f"held-out renders: right one first among 100 of its category {rate:.3f}")

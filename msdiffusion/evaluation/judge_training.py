@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -22,11 +21,9 @@ from tqdm import tqdm
 from data_pipeline.picture_formats import open_listed
 from data_pipeline.world import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS, Scene, sample_scene
 from msdiffusion.errors import DataError
-from msdiffusion.evaluation.instruments.judge import QUESTIONS, Judge, JudgeParams, as_pixels
-
-Batch = dict[str, Tensor]
-"""pictures (B, 3, H, W) in [0, 1]; boxes (N, 4) normalised xyxy; int64: owners, category, color, pattern (N,) and
-background (B,)."""
+from msdiffusion.evaluation.instruments.judge import QUESTIONS, Judge, JudgeParams
+from msdiffusion.evaluation.instruments.networks import as_pixels
+from msdiffusion.evaluation.instruments.training import Batch, InstrumentTraining, check_counts, degrade
 
 
 def world_params(**changes: object) -> JudgeParams:
@@ -47,14 +44,9 @@ class LabelledScene:
 
 def label_scene(scene: Scene, params: JudgeParams) -> LabelledScene:
     """A rendered scene as class numbers of `params`."""
-    labels = [
-        (
-            params.categories.index(subject.category),
-            params.colors.index(subject.main_color),
-            params.patterns.index(subject.pattern),
-        )
-        for subject in scene.subjects
-    ]
+    names = (params.categories, params.colors, params.patterns)
+    shown = [(subject.category, subject.main_color, subject.pattern) for subject in scene.subjects]
+    labels = [[own.index(name) for own, name in zip(names, subject, strict=True)] for subject in shown]
     return LabelledScene(
         picture=scene.image,
         boxes=np.asarray(scene.boxes, dtype=np.float32),
@@ -82,7 +74,7 @@ class SceneDataset(Dataset[LabelledScene]):
 
 
 def collate_scenes(scenes: Sequence[LabelledScene]) -> Batch:
-    """Scenes of one size as a batch."""
+    """Scenes of one size as a batch, with int64 labels: category, color, pattern (N,) and background (B,)."""
     labels = torch.from_numpy(np.concatenate([scene.labels for scene in scenes]))
     owners = [torch.full((len(scene.boxes),), index) for index, scene in enumerate(scenes)]
     return {
@@ -123,14 +115,7 @@ class JudgeRenderings(pl.LightningDataModule):
             DataError: a number below 1, or another split.
         """
         super().__init__()
-        for name, value in {
-            "train_scenes": train_scenes,
-            "validation_scenes": validation_scenes,
-            "size": size,
-            "batch_size": batch_size,
-        }.items():
-            if value < 1:
-                raise DataError(f"{name} must be at least 1, got {value}")
+        check_counts(train_scenes=train_scenes, validation_scenes=validation_scenes, size=size, batch_size=batch_size)
         if split not in ("all", "train"):
             raise DataError(f'split must be "all" or "train", got {split!r}')
         self.train_scenes = train_scenes
@@ -162,7 +147,7 @@ class JudgeRenderings(pl.LightningDataModule):
         return [label_scene(sample_scene(rng, split=split, size=self.size), params) for _ in steps]
 
 
-class JudgeTraining(pl.LightningModule):
+class JudgeTraining(InstrumentTraining):
     """Cross-entropy on every question at once; writes the judge to `output` when training ends."""
 
     def __init__(
@@ -185,94 +170,31 @@ class JudgeTraining(pl.LightningModule):
         """
         super().__init__()
         self.save_hyperparameters()
-        self.judge = Judge(world_params(widths=tuple(widths)))
+        self.network = Judge(world_params(widths=tuple(widths)))
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        self._right: dict[str, list[Tensor]] = {}
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         if self.hparams.degrade:
             batch = degrade(batch)
-        logits = self.judge(batch["pictures"], batch["boxes"], batch["owners"])
+        logits = self.network(batch["pictures"], batch["boxes"], batch["owners"])
         losses = {question: self.loss(logits[question], batch[question]) for question in QUESTIONS}
         self.log_dict({f"train/{question}": loss for question, loss in losses.items()}, batch_size=len(batch["boxes"]))
         total = torch.stack(list(losses.values())).sum()
         self.log("loss", total, prog_bar=True, logger=False)
         return total
 
-    def on_validation_epoch_start(self) -> None:
-        self._right = {}
-
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         # A fixed generator, so that every validation degrades the renders in the same way.
         generator = torch.Generator().manual_seed(batch_index)
         for prefix, shown in (("val", batch), ("val_degraded", degrade(batch, generator=generator))):
-            logits = self.judge(shown["pictures"], shown["boxes"], shown["owners"])
+            logits = self.network(shown["pictures"], shown["boxes"], shown["owners"])
             for question in QUESTIONS:
-                right = logits[question].argmax(1) == batch[question]
-                self._right.setdefault(f"{prefix}/{question}", []).append(right)
+                self.seen[f"{prefix}/{question}"].append(logits[question].argmax(1) == batch[question])
 
     def on_validation_epoch_end(self) -> None:
-        rates = {name: torch.cat(flags).float().mean() for name, flags in self._right.items()}
+        rates = {name: torch.cat(flags).float().mean() for name, flags in self.seen.items()}
         self.log_dict(rates, prog_bar=False)
         self.print("held-out renders: " + ", ".join(f"{name} {float(rate):.3f}" for name, rate in rates.items()))
-
-    def configure_optimizers(self) -> dict[str, object]:
-        optimizer = torch.optim.AdamW(
-            self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay
-        )
-        steps = max(2, int(self.trainer.estimated_stepping_batches))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.hparams.learning_rate, steps, pct_start=0.15)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_train_end(self) -> None:
-        if self.trainer.is_global_zero:
-            self.judge.save_pretrained(Path(self.hparams.output))
-
-
-@torch.no_grad()
-@torch.autocast("cpu", enabled=False)
-def degrade(batch: Batch, *, generator: torch.Generator | None = None) -> Batch:
-    """A copy of the batch with pictures bent, blurred, re-lit and noisy, and with boxes that are a little off.
-
-    It runs in float32 even inside mixed precision: these are pictures, not features.
-
-    Args:
-        batch: see Batch.
-        generator: source of randomness on the CPU; None takes torch's global one.
-    """
-    pictures, boxes = batch["pictures"], batch["boxes"]
-    count, device = len(pictures), pictures.device
-
-    def uniform(*shape: int, low: float, high: float) -> Tensor:
-        return (torch.rand(shape, generator=generator) * (high - low) + low).to(device)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    # Bend: a smooth random displacement of up to a few per cent of the side.
-    coarse = normal(count, 2, 5, 5) * uniform(count, 1, 1, 1, low=0.0, high=0.06)
-    field = nn.functional.interpolate(coarse, pictures.shape[2:], mode="bicubic", align_corners=True)
-    identity = torch.eye(2, 3, device=device).expand(count, 2, 3)
-    grid = nn.functional.affine_grid(identity, list(pictures.shape), align_corners=False) + field.permute(0, 2, 3, 1)
-    shown = nn.functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
-    # Blur: a random mixture of the picture and its 5 x 5 binomial smoothing; negative weights would sharpen.
-    taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=device) / 16
-    kernel = (taps[:, None] * taps[None]).expand(3, 1, 5, 5)
-    padded = nn.functional.pad(shown, (2, 2, 2, 2), mode="replicate")
-    smooth = nn.functional.conv2d(padded, kernel, groups=3)
-    shown = torch.lerp(shown, smooth, uniform(count, 1, 1, 1, low=-0.5, high=1.0).clamp_min(0))
-    # Light: gain and offset of the picture, and a far smaller one per channel, since colour is a question.
-    gain = uniform(count, 1, 1, 1, low=0.85, high=1.15) * uniform(count, 3, 1, 1, low=0.96, high=1.04)
-    shown = shown * gain + uniform(count, 1, 1, 1, low=-0.06, high=0.06)
-    # Noise, fine and coarse: the second is what half-denoised latents leave behind.
-    shown = shown + normal(*shown.shape) * uniform(count, 1, 1, 1, low=0.0, high=0.06)
-    blotches = normal(count, 3, pictures.shape[2] // 4, pictures.shape[3] // 4)
-    blotches = nn.functional.interpolate(blotches, pictures.shape[2:], mode="bilinear", align_corners=False)
-    shown = (shown + blotches * uniform(count, 1, 1, 1, low=0.0, high=0.05)).clamp(0, 1)
-    # Boxes: every edge off by up to a tenth of the side, as when a subject doesn't fill its box exactly.
-    sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    moved = (boxes + sides * uniform(len(boxes), 4, low=-0.1, high=0.1)).clamp(0, 1)
-    return batch | {"pictures": shown, "boxes": moved}
 
 
 def _through_jpeg(picture: np.ndarray, quality: int) -> np.ndarray:

@@ -9,9 +9,9 @@ Letters: S subjects of all cases together, B cases.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,13 +19,10 @@ from PIL import Image
 from data_pipeline.world import CATEGORIES, Identity, render_subject, sample_identity
 from msdiffusion.errors import DataError
 from msdiffusion.evaluation import scores
-from msdiffusion.evaluation.instruments.locator import layout_ious
+from msdiffusion.evaluation.instruments.judge import Judge
+from msdiffusion.evaluation.instruments.locator import Locator, layout_ious
+from msdiffusion.evaluation.instruments.recognizer import Recognizer
 from msdiffusion.evaluation.world import WorldCase, mark_mixing, mark_readings, read_pictures
-
-if TYPE_CHECKING:
-    from msdiffusion.evaluation.instruments.judge import Judge
-    from msdiffusion.evaluation.instruments.locator import Locator
-    from msdiffusion.evaluation.instruments.recognizer import Recognizer
 
 CANDIDATES = 100
 """Held-out individuals of one category among which a subject is looked up."""
@@ -93,10 +90,6 @@ class Instruments:
         Raises:
             WeightsError: one is missing or can't be loaded.
         """
-        from msdiffusion.evaluation.instruments.judge import Judge
-        from msdiffusion.evaluation.instruments.locator import Locator
-        from msdiffusion.evaluation.instruments.recognizer import Recognizer
-
         folder = Path(directory)
         return cls(
             Judge.from_pretrained(folder / "judge"),
@@ -253,14 +246,12 @@ def summarize_measures(
             continue
         spread = scores.interval_over_runs(runs[:, known], groups[known], resamples=resamples)
         own_sizes, values = sizes[groups], runs.mean(0)
+        present = np.unique(own_sizes[known])
         summary[name] = {
             "mean": float(values[known].mean()),
-            "low": spread.low,
-            "high": spread.high,
+            **asdict(spread),
             "count": int(known.sum()),
-            "by_size": {
-                str(size): float(values[known & (own_sizes == size)].mean()) for size in np.unique(own_sizes[known])
-            },
+            "by_size": {str(size): float(values[known & (own_sizes == size)].mean()) for size in present},
         }
     return summary
 
@@ -282,7 +273,7 @@ def compare_measures(
         if known.any():
             difference = difference[:, known]
             spread = scores.interval_over_runs(difference, groups_of(cases, name)[known])
-            result[name] = {"difference": float(difference.mean()), "low": spread.low, "high": spread.high}
+            result[name] = {"difference": float(difference.mean()), **asdict(spread)}
     return result
 
 

@@ -14,16 +14,14 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipeline.safe_text import html
 from msdiffusion.errors import DataError
 from msdiffusion.evaluation.world import QUESTIONS, Readings, WorldCase, accepted_answers
+from msdiffusion.figures import LINE_HEIGHT, PAPER, color_of, draw_boxes, enlarge, text_block
 
 CELL = 192
 """Side of a picture in the grid, in pixels."""
 LABEL_WIDTH = 190
 TITLE_HEIGHT = 44
-LINE_HEIGHT = 19
 GAP = 10
-INK, FAINT, PAPER, GOOD, BAD = "#22262e", "#8b93a1", "#ffffff", "#1f8a4c", "#c43c3c"
-BOX_COLORS = ("#e4572e", "#2e86de", "#27ae60", "#8e44ad")
-"""Colour of the first, second, ... subject of a case, in the row of boxes."""
+GOOD, BAD = "#1f8a4c", "#c43c3c"
 
 
 @dataclass(frozen=True)
@@ -60,43 +58,19 @@ def draw_grid(cases: Sequence[WorldCase], rows: Sequence[GridRow]) -> Image.Imag
     draw = ImageDraw.Draw(sheet)
     tops = [TITLE_HEIGHT + GAP + sum(heights[:index]) + GAP * index for index in range(len(heights))]
     for top, label in zip(tops, ["references", "boxes", *(row.label for row in rows)], strict=True):
-        _text_block(draw, label, GAP, top + CELL // 2 - LINE_HEIGHT, LABEL_WIDTH - 2 * GAP, size=16)
+        text_block(draw, label, GAP, top + CELL // 2 - LINE_HEIGHT, LABEL_WIDTH - 2 * GAP, size=16)
     first_box = 0
     for column, case in enumerate(cases):
         left = LABEL_WIDTH + column * (CELL + GAP)
-        _text_block(draw, case.prompt, left, 4, CELL, size=14)
+        text_block(draw, case.prompt, left, 4, CELL, size=14)
         sheet.paste(_reference_cell(case), (left, tops[0]))
-        sheet.paste(draw_boxes(case.boxes, case.phrases), (left, tops[1]))
+        sheet.paste(draw_boxes(case.boxes, case.phrases, CELL), (left, tops[1]))
         for row, top in zip(rows, tops[2:], strict=True):
             sheet.paste(enlarge(row.pictures[column], CELL), (left, top))
             if row.readings:
                 _draw_marks(draw, case, row.readings, column, first_box, left, top + CELL + 2)
         first_box += len(case.subjects)
     return sheet
-
-
-def draw_boxes(boxes: Sequence[Sequence[float]], phrases: Sequence[str], side: int = CELL) -> Image.Image:
-    """A layout on an empty sheet: each box in its own colour with its phrase.
-
-    Args:
-        boxes: normalised xyxy.
-        phrases: one per box.
-        side: of the returned RGB square.
-    """
-    sheet = Image.new("RGB", (side, side), "#f1f3f6")
-    draw = ImageDraw.Draw(sheet, "RGBA")
-    for index, (box, phrase) in enumerate(zip(boxes, phrases, strict=True)):
-        color = BOX_COLORS[index % len(BOX_COLORS)]
-        corners = [edge * (side - 1) for edge in box]
-        draw.rectangle(corners, fill=f"{color}30", outline=color, width=3)
-        draw.text((corners[0] + 6, corners[1] + 4), phrase, fill=color, font=_font(14))
-    return sheet
-
-
-def enlarge(picture: Image.Image, side: int) -> Image.Image:
-    """A picture at `side` pixels: small ones keep crisp pixels at whole multiples, others are resampled."""
-    crisp = side % picture.width == 0 and picture.width == picture.height
-    return picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST if crisp else Image.Resampling.LANCZOS)
 
 
 PAGE = """\
@@ -218,9 +192,7 @@ def _reference_cell(case: WorldCase) -> Image.Image:
         shown = reference.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
         left, top = index * share + (share - size[0]) // 2, (CELL - size[1]) // 2
         sheet.paste(shown, (left, top), shown)
-        draw.rectangle(
-            (index * share + 4, CELL - 5, (index + 1) * share - 5, CELL - 2), fill=BOX_COLORS[index % len(BOX_COLORS)]
-        )
+        draw.rectangle((index * share + 4, CELL - 5, (index + 1) * share - 5, CELL - 2), fill=color_of(index))
     return sheet
 
 
@@ -228,32 +200,16 @@ def _draw_marks(
     draw: ImageDraw.ImageDraw, case: WorldCase, readings: Readings, picture: int, first_box: int, left: int, top: int
 ) -> None:
     """The judge's answers: green where right, red where wrong; one line per box, then the background."""
+    font = ImageFont.load_default(13)
     for row, subject in enumerate(case.subjects):
         accepted, x = accepted_answers(subject), left
         for question in ("body_color", "pattern", "category"):
             answer = readings.answers(question)[first_box + row]
-            draw.text((x, top), answer, fill=GOOD if answer in accepted[question] else BAD, font=_font(13))
-            x += draw.textlength(answer + " ", font=_font(13))
+            draw.text((x, top), answer, fill=GOOD if answer in accepted[question] else BAD, font=font)
+            x += draw.textlength(answer + " ", font=font)
         top += LINE_HEIGHT
     answer = readings.background[picture]
-    draw.text((left, top), answer, fill=GOOD if answer == case.background else BAD, font=_font(13))
-
-
-def _text_block(draw: ImageDraw.ImageDraw, text: str, left: int, top: int, width: int, *, size: int) -> None:
-    """Text broken into lines of at most `width` pixels."""
-    font, line = _font(size), ""
-    for word in text.split():
-        longer = f"{line} {word}".strip()
-        if line and draw.textlength(longer, font=font) > width:
-            draw.text((left, top), line, fill=INK, font=font)
-            top, line = top + LINE_HEIGHT, word
-        else:
-            line = longer
-    draw.text((left, top), line, fill=INK, font=font)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+    draw.text((left, top), answer, fill=GOOD if answer == case.background else BAD, font=font)
 
 
 def _data_uri(picture: Image.Image) -> str:

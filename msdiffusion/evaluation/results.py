@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,47 +19,49 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from msdiffusion.evaluation.instruments.judge import Judge
-    from msdiffusion.evaluation.world import WorldCase
+    from msdiffusion.evaluation.world import PictureMaker, WorldCase
 
 
 GRID_CASES = 12
 
 
-def write_results(
+def evaluate(
     out: Path,
     cases: Sequence[WorldCase],
-    report: Mapping[str, Any],
-    pictures: Mapping[str, Sequence[Image.Image]],
+    makers: Mapping[str, PictureMaker],
     judge: Judge,
     *,
+    pairs: Sequence[tuple[str, str]],
     title: str,
     introduction: str,
     facts: Mapping[str, Any],
+    started: float,
     links: Mapping[str, str] | None = None,
-) -> None:
-    """Leaves scores.json, grid.png, index.html and pictures/CONDITION/NUMBER.png in `out`.
+) -> dict[str, Any]:
+    """Draws and scores; leaves scores.json, grid.png, index.html and pictures/CONDITION/NUMBER.png.
 
     Args:
         out: folder, made if need be; files of these names are replaced.
-        cases, report, pictures: from `evaluate_world`.
-        judge: marks the pictures of the grid.
+        cases, makers, pairs: as for `evaluate_world`.
+        judge: reads the pictures, and marks those of the grid.
         title, introduction: of the page.
-        facts: what else scores.json and the page tell: command, files, settings, times.
+        facts: what else scores.json and the page tell: command, files, settings; times and versions are added.
+        started: `time.monotonic()` of the beginning.
         links: label to address of further pages beside this one.
+
+    Returns:
+        the scores, see `evaluate_world`.
     """
     from msdiffusion.evaluation.report import GridRow, draw_grid, write_page
-    from msdiffusion.evaluation.world import read_pictures
+    from msdiffusion.evaluation.world import evaluate_world, read_pictures
 
-    out.mkdir(parents=True, exist_ok=True)
+    report, pictures = evaluate_world(cases, makers, judge, pairs=pairs)
+    facts = {**facts, "seconds": round(time.monotonic() - started, 1), "versions": versions()}
     scores = {**{key: report[key] for key in report if key != "questions"}, **facts, "questions": report["questions"]}
     with written(out / "scores.json") as file:
         file.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     for condition, made in pictures.items():
-        folder = out / "pictures" / condition
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, picture in enumerate(made):
-            with written(folder / f"{index:04d}.png") as file:
-                picture.save(file)
+        save_pictures(made, out / "pictures" / condition)
     chosen = varied(cases, GRID_CASES)
     columns = [cases[index] for index in chosen]
     rows = []
@@ -81,6 +84,14 @@ def write_results(
             details={label: value if isinstance(value, str) else json.dumps(value) for label, value in facts.items()},
             links=links or {},
         )
+    return report
+
+
+def save_pictures(pictures: Sequence[Image.Image], folder: Path) -> None:
+    """Writes 0000.png, 0001.png, ... into a folder, which is made if need be."""
+    for index, picture in enumerate(pictures):
+        with written(folder / f"{index:04d}.png") as file:
+            picture.save(file)
 
 
 def command_line() -> str:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -52,8 +53,7 @@ def accuracy(right: ArrayLike) -> float:
     Raises:
         DataError: there is nothing to average.
     """
-    flags = _flags(right, "right")
-    return float(flags.mean())
+    return float(_flags(right, "right").mean())
 
 
 def wilson_interval(successes: int, count: int, z: float = 1.959963984540054) -> Interval:
@@ -186,15 +186,7 @@ def mcnemar_exact(first: ArrayLike, second: ArrayLike) -> PairedTest:
     one, two = _flags(first, "first"), _flags(second, "second")
     if one.shape != two.shape:
         raise DataError(f"a paired test needs the same samples twice, got {one.size} and {two.size}")
-    only_first, only_second = int((one & ~two).sum()), int((~one & two).sum())
-    return PairedTest(
-        count=one.size,
-        both=int((one & two).sum()),
-        only_first=only_first,
-        only_second=only_second,
-        neither=int((~one & ~two).sum()),
-        p_value=sign_test(only_first, only_second),
-    )
+    return _count_votes(one, two)
 
 
 def paired_group_test(first: ArrayLike, second: ArrayLike, groups: ArrayLike) -> PairedTest:
@@ -215,12 +207,15 @@ def paired_group_test(first: ArrayLike, second: ArrayLike, groups: ArrayLike) ->
     if not one.size == two.size == labels.size:
         raise DataError(f"first, second and groups must have one length, got {one.size}, {two.size}, {labels.size}")
     names, index = np.unique(labels, return_inverse=True)
-    for_first = np.bincount(index, weights=one, minlength=names.size)
-    for_second = np.bincount(index, weights=two, minlength=names.size)
+    return _count_votes(*(np.bincount(index, weights=right, minlength=names.size) for right in (one, two)))
+
+
+def _count_votes(for_first: NDArray[Any], for_second: NDArray[Any]) -> PairedTest:
+    """The test of votes for either condition, flags or numbers (N,), by which is greater."""
     only_first, only_second = int((for_first > for_second).sum()), int((for_second > for_first).sum())
     ties = for_first == for_second
     return PairedTest(
-        count=names.size,
+        count=for_first.size,
         both=int((ties & (for_first > 0)).sum()),
         only_first=only_first,
         only_second=only_second,

@@ -88,18 +88,18 @@ def draw_cases(
     """
     if (subjects is None) == (pictures is None):
         raise DataError(f"give either subjects or pictures, got subjects={subjects} and pictures={pictures}")
-    if (pictures if subjects is None else subjects) < 1:
-        what = "picture" if subjects is None else "subject"
-        raise DataError(f"an evaluation needs at least 1 {what}, got {pictures if subjects is None else subjects}")
+    what, wanted = ("picture", pictures) if subjects is None else ("subject", subjects)
+    if wanted < 1:
+        raise DataError(f"an evaluation needs at least 1 {what}, got {wanted}")
     if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise DataError(f"shares must be at least 0 and sum to 1, got {tuple(shares)}")
     rng = np.random.default_rng([seed, 0x5C0E])
     cases: list[WorldCase] = []
     drawn = 0
-    while drawn < subjects if pictures is None else len(cases) < pictures:
+    while drawn < wanted:
         count = 1 + int(rng.choice(len(shares), p=np.asarray(shares) / sum(shares)))
         cases.append(draw_case(rng, count, size=size, split=split))
-        drawn += count
+        drawn += 1 if subjects is None else count
     return cases
 
 
@@ -273,13 +273,12 @@ def mark_mixing(cases: Sequence[WorldCase], readings: Readings) -> np.ndarray:
 
     NaN where no other subject has another main colour than its own.
     """
-    mixed, position = [], 0
+    answers, mixed = iter(readings.color), []
     for case in cases:
         colors = [subject.main_color for subject in case.subjects]
-        for own in colors:
+        for own, answer in zip(colors, answers, strict=False):
             others = set(colors) - {own}
-            mixed.append(float(readings.color[position] in others) if others else np.nan)
-            position += 1
+            mixed.append(float(answer in others) if others else np.nan)
     return np.array(mixed)
 
 

@@ -148,7 +148,7 @@ def test_help_tells_defaults(capsys):
 @pytest.mark.parametrize("name", ["evaluate", "demo"])
 def test_commands_of_other_files_run_with_their_options(name, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(f"msdiffusion.{name}.run", seen.append)
+    monkeypatch.setattr(f"msdiffusion.commands.{name}.run", seen.append)
     assert main([name, "--out", str(tmp_path)]) == 0
     assert seen[0].out == tmp_path
 

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from msdiffusion.errors import LayoutError
-from msdiffusion.figures import COLORS, draw_layout
+from msdiffusion.figures import COLORS, as_picture, draw_boxes, draw_layout, enlarge, picture_cell
 
 GREY = Image.new("RGB", (64, 32), (128, 128, 128))
 
@@ -46,3 +46,28 @@ def test_other_maps_are_refused():
         draw_layout(GREY, maps=np.zeros((4, 4)))
     with pytest.raises(LayoutError, match="from 0 to 2"):
         draw_layout(GREY, maps=np.array([[[0, 2]]]))
+
+
+def test_boxes_are_drawn_where_they_are():
+    sheet = np.asarray(draw_boxes([(0.5, 0.0, 1.0, 0.5)], ["dog"], side=100))
+    outline = np.array(COLORS[0])
+    np.testing.assert_array_equal(sheet[25, 50], outline)
+    assert not (sheet[:, :49] == outline).all(-1).any()
+
+
+def test_enlarging_keeps_pixels_crisp_at_whole_multiples():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    large = np.asarray(enlarge(picture, 192))
+    np.testing.assert_array_equal(large, np.asarray(picture).repeat(3, 0).repeat(3, 1))
+    assert enlarge(Image.new("RGB", (80, 40)), 192).size == (192, 192)
+
+
+def test_pixels_become_pictures():
+    pixels = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1).expand(3, 2, 4)
+    picture = as_picture(pixels)
+    assert picture.size == (4, 2)
+    assert picture.getpixel((0, 0)) == (0, 128, 255)
+
+
+def test_cells_take_pictures_of_any_size():
+    assert picture_cell(Image.new("RGB", (1, 300)), 128).size == (128, 128)

@@ -9,31 +9,27 @@ Letters: B pictures, N boxes of all pictures together.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torchvision.ops import roi_align
+from torch import Tensor
 
-from data_pipeline.models.model_claims import check_network, read_json
-from data_pipeline.models.weights import fill, read_tensors
-from data_pipeline.records import InputError
-from msdiffusion.errors import DataError, WeightsError
-from msdiffusion.files import write_weights
-from msdiffusion.own_memory import give_own_memory
+from msdiffusion.errors import DataError
+from msdiffusion.evaluation.instruments.networks import (
+    Instrument,
+    PooledReader,
+    as_batch,
+    check_box_lists,
+    crop_boxes,
+    resample,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
 QUESTIONS = ("category", "color", "pattern", "background")
 """What the judge answers: the first three per box, the last per picture."""
 
@@ -94,46 +90,18 @@ class PictureReading:
     boxes: tuple[BoxReading, ...]
 
 
-class _Stage(nn.Module):
-    """Halves the picture and widens the features: a strided convolution, then one residual convolution."""
-
-    def __init__(self, width_in: int, width_out: int) -> None:
-        super().__init__()
-        self.down = nn.Conv2d(width_in, width_out, 3, stride=2, padding=1, bias=False)
-        self.down_norm = nn.BatchNorm2d(width_out)
-        self.refine = nn.Conv2d(width_out, width_out, 3, padding=1, bias=False)
-        self.refine_norm = nn.BatchNorm2d(width_out)
-
-    def forward(self, features: Tensor) -> Tensor:
-        features = torch.relu(self.down_norm(self.down(features)))
-        return torch.relu(features + self.refine_norm(self.refine(features)))
-
-
-class _Reader(nn.Module):
-    """Conv net with one linear head per question. Mean and maximum are both pooled: how much, and whether at all."""
-
-    def __init__(self, widths: Sequence[int], classes: dict[str, int]) -> None:
-        super().__init__()
-        stages = [_Stage(before, after) for before, after in pairwise(widths)]
-        self.trunk = nn.Sequential(nn.Conv2d(3, widths[0], 3, padding=1), nn.ReLU(), *stages)
-        self.heads = nn.ModuleDict({name: nn.Linear(2 * widths[-1], count) for name, count in classes.items()})
-
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        features = self.trunk(pictures)
-        pooled = torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1)
-        return {name: head(pooled) for name, head in self.heads.items()}
-
-
-class Judge(nn.Module):
+class Judge(Instrument):
     """Reads category, main colour and pattern from boxes, and the background from the whole picture."""
 
+    kind = "judge"
+    params_type = JudgeParams
+
     def __init__(self, params: JudgeParams) -> None:
-        super().__init__()
-        self.params = params
+        super().__init__(params)
         counts = {question: len(params.names(question)) for question in QUESTIONS}
-        self.box_reader = _Reader(params.widths, {question: counts[question] for question in QUESTIONS[:3]})
+        self.box_reader = PooledReader(params.widths, {question: counts[question] for question in QUESTIONS[:3]})
         halved = [max(2, width // 2) for width in params.widths]
-        self.picture_reader = _Reader(halved, {"background": counts["background"]})
+        self.picture_reader = PooledReader(halved, {"background": counts["background"]})
 
     def crop(self, pictures: Tensor, boxes: Tensor, owners: Tensor) -> Tensor:
         """Crops (N, 3, crop_size, crop_size) as the box network sees them, see `crop_boxes`."""
@@ -150,8 +118,7 @@ class Judge(nn.Module):
         Returns:
             "category", "color", "pattern": (N, classes); "background": (B, classes).
         """
-        side = self.params.picture_size
-        whole = nn.functional.interpolate(pictures, (side, side), mode="bilinear", antialias=True, align_corners=False)
+        whole = resample(pictures, self.params.picture_size)
         crops = self.crop(pictures, boxes, owners)
         return self.box_reader(crops * 2 - 1) | self.picture_reader(whole * 2 - 1)
 
@@ -168,25 +135,18 @@ class Judge(nn.Module):
         Raises:
             DataError: other numbers of pictures and box lists, or a box that isn't an ordered xyxy inside the picture.
         """
-        if len(pictures) != len(boxes):
-            raise DataError(f"every picture needs its list of boxes: {len(pictures)} pictures, {len(boxes)} lists")
+        check_box_lists(pictures, boxes)
         for picture_boxes in boxes:
             for box in picture_boxes:
                 if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
                     raise DataError(f"a box is x1, y1, x2, y2 in [0, 1] with x1 < x2 and y1 < y2, got {list(box)}")
-        was_training = self.training
-        self.eval()
-        try:
-            return [self._read_one(picture, own) for picture, own in zip(pictures, boxes, strict=True)]
-        finally:
-            self.train(was_training)
+        with self.looking() as device:
+            return [
+                self._read_one(*as_batch(picture, own, device)) for picture, own in zip(pictures, boxes, strict=True)
+            ]
 
-    def _read_one(self, picture: Image | np.ndarray, boxes: Sequence[Sequence[float]]) -> PictureReading:
-        device = next(self.parameters()).device
-        pixels = as_pixels(picture).to(device)[None]
-        frames = torch.tensor([list(map(float, box)) for box in boxes], device=device).reshape(-1, 4)
-        owners = torch.zeros(len(frames), dtype=torch.int64, device=device)
-        best = {name: logits.softmax(1).max(1) for name, logits in self(pixels, frames, owners).items()}
+    def _read_one(self, picture: Tensor, boxes: Tensor, owners: Tensor) -> PictureReading:
+        best = {name: logits.softmax(1).max(1) for name, logits in self(picture, boxes, owners).items()}
         answers = {
             name: [(self.params.names(name)[int(index)], float(value)) for value, index in zip(*found, strict=True)]
             for name, found in best.items()
@@ -197,95 +157,6 @@ class Judge(nn.Module):
                 **{question: answers[question][index][0] for question in QUESTIONS[:3]},
                 confidence={question: answers[question][index][1] for question in QUESTIONS[:3]},
             )
-            for index in range(len(frames))
+            for index in range(len(boxes))
         )
         return PictureReading(background, confidence, readings)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes config.json and model.safetensors; the directory is made if need be."""
-        save_instrument(self, "msdiffusion.judge", directory)
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Judge:
-        """Loads a judge in evaluation mode.
-
-        Raises:
-            WeightsError: a file is missing, the directory holds something else, or the weights don't fit the config.
-        """
-        return load_instrument(cls, JudgeParams, "msdiffusion.judge", directory)
-
-
-def save_instrument(network: nn.Module, model_type: str, directory: str | Path) -> None:
-    """Writes a network with `params` (a dataclass) as config.json and model.safetensors."""
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": model_type, **dataclasses.asdict(network.params)}
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_weights(weights, folder / WEIGHTS_NAME)
-
-
-def load_instrument(network_type: type, params_type: type, model_type: str, directory: str | Path) -> nn.Module:
-    """Loads what `save_instrument` wrote, in evaluation mode.
-
-    Raises:
-        WeightsError: a file is missing, the directory holds something else, or the weights don't fit the config, or
-            are no finite numbers.
-    """
-    folder = Path(directory)
-    kind = model_type.removeprefix("msdiffusion.")
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise WeightsError(
-                f"no {kind} at {folder}: {name} is missing; lightning fit -c configs/embedded/{kind}.yaml trains one"
-            )
-    try:
-        check_network(folder)
-        config = read_json(folder / CONFIG_NAME)
-        if config.pop("model_type", None) != model_type:
-            raise InputError(f"{folder / CONFIG_NAME} doesn't describe a {kind} (its model_type isn't {model_type})")
-        params = params_type(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-        )
-        with torch.device("meta"):
-            network = network_type(params)
-        fill(network, read_tensors(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME, assign=True)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
-        raise WeightsError(f"the {kind} at {folder} can't be loaded: {error}") from error
-    give_own_memory(network)
-    return network.eval()
-
-
-def crop_boxes(pictures: Tensor, boxes: Tensor, owners: Tensor, margin: float, size: int) -> Tensor:
-    """Boxes as square crops: widened by the margin, cut at the picture's edge, resampled without aliasing.
-
-    Args:
-        pictures: (B, 3, H, W) floats of any range.
-        boxes: (N, 4) normalised xyxy.
-        owners: (N,) int64, the picture of each box.
-        margin: share of the box side that is added on every side.
-        size: side of the crops in pixels.
-
-    Returns:
-        (N, 3, size, size) in the range of `pictures`.
-    """
-    sides = boxes[:, 2:] - boxes[:, :2]
-    wide = torch.cat([boxes[:, :2] - margin * sides, boxes[:, 2:] + margin * sides], 1)
-    pixels = wide.clamp(0, 1) * boxes.new_tensor([pictures.shape[3], pictures.shape[2]]).repeat(2)
-    regions = torch.cat([owners[:, None].to(pixels), pixels], 1).to(pictures)
-    return roi_align(pictures, regions, size, sampling_ratio=-1, aligned=True)
-
-
-def as_pixels(picture: Image | np.ndarray) -> Tensor:
-    """A PIL picture or a uint8 (H, W, 3) array as float32 (3, H, W) RGB in [0, 1].
-
-    Raises:
-        DataError: an array of another shape or type.
-    """
-    import numpy as np
-
-    if not isinstance(picture, np.ndarray):
-        picture = np.asarray(picture.convert("RGB"))
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-        raise DataError(f"a picture must be uint8 of shape (height, width, 3), got {picture.dtype} {picture.shape}")
-    return torch.tensor(picture).permute(2, 0, 1).float() / 255

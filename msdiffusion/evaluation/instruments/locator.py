@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.ops import nms
+from torchvision.ops import box_iou, nms
 
 from msdiffusion.errors import DataError
-from msdiffusion.evaluation.instruments.judge import _Stage, as_pixels, load_instrument, save_instrument
+from msdiffusion.evaluation.instruments.networks import HalvingStage, Instrument, as_pixels, resample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,15 +58,19 @@ class Located:
     """float32 (K,) in [0, 1]."""
 
 
-class Locator(nn.Module):
+class Locator(Instrument):
     """Finds the boxes of all subjects in a picture."""
 
+    kind = "locator"
+    params_type = LocatorParams
+
     def __init__(self, params: LocatorParams) -> None:
-        super().__init__()
-        self.params = params
+        super().__init__(params)
         w = params.widths
-        self.stem = nn.Sequential(nn.Conv2d(3, w[0], 3, padding=1), nn.ReLU(), _Stage(w[0], w[1]), _Stage(w[1], w[2]))
-        self.middle, self.coarse = _Stage(w[2], w[3]), _Stage(w[3], w[4])
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, w[0], 3, padding=1), nn.ReLU(), HalvingStage(w[0], w[1]), HalvingStage(w[1], w[2])
+        )
+        self.middle, self.coarse = HalvingStage(w[2], w[3]), HalvingStage(w[3], w[4])
         # From coarse to fine: a cell must know the whole subject to tell where it ends.
         self.from_coarse, self.from_middle = nn.Conv2d(w[4], w[3], 1), nn.Conv2d(w[3], w[2], 1)
         self.head = nn.Sequential(nn.Conv2d(w[2], w[2], 3, padding=1), nn.ReLU(), nn.Conv2d(w[2], 5, 1))
@@ -76,9 +79,7 @@ class Locator(nn.Module):
         """Pictures (B, 3, H, W) RGB in [0, 1] to confidence logits (B, G, G) and normalised xyxy boxes (B, G, G, 4)."""
         side = self.params.picture_size
         if pictures.shape[2:] != (side, side):
-            pictures = nn.functional.interpolate(
-                pictures, (side, side), mode="bilinear", antialias=True, align_corners=False
-            )
+            pictures = resample(pictures, side)
         fine = self.stem(pictures * 2 - 1)
         middle = self.middle(fine)
         middle = middle + nn.functional.interpolate(self.from_coarse(self.coarse(middle)), scale_factor=2.0)
@@ -91,44 +92,22 @@ class Locator(nn.Module):
     @torch.inference_mode()
     def find(self, pictures: Sequence[Image | np.ndarray], batch_size: int = 64) -> list[Located]:
         """The subjects of every picture (PIL pictures, or uint8 (H, W, 3) arrays), boxes cut at the border."""
-        was_training, device = self.training, next(self.parameters()).device
-        self.eval()
-        side = self.params.picture_size
-        try:
-            found: list[Located] = []
+        found: list[Located] = []
+        with self.looking() as device:
             for first in range(0, len(pictures), batch_size):
                 pixels = [as_pixels(picture)[None].to(device) for picture in pictures[first : first + batch_size]]
-                resized = [
-                    nn.functional.interpolate(p, (side, side), mode="bilinear", antialias=True, align_corners=False)
-                    for p in pixels
-                ]
-                logits, boxes = self(torch.cat(resized))
+                logits, boxes = self(torch.cat([resample(each, self.params.picture_size) for each in pixels]))
                 found += [
                     self._select(own.flatten().sigmoid(), own_boxes.flatten(0, 1).clamp(0, 1))
                     for own, own_boxes in zip(logits, boxes, strict=True)
                 ]
-            return found
-        finally:
-            self.train(was_training)
+        return found
 
     def _select(self, confidence: Tensor, boxes: Tensor) -> Located:
         sure = (confidence >= self.params.threshold) & (boxes[:, 2:] > boxes[:, :2]).all(1)
         confidence, boxes = confidence[sure], boxes[sure]
         kept = nms(boxes, confidence, self.params.overlap)
         return Located(boxes[kept].cpu().numpy(), confidence[kept].cpu().numpy())
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes config.json and model.safetensors; the directory is made if need be."""
-        save_instrument(self, "msdiffusion.locator", directory)
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Locator:
-        """Loads a locator in evaluation mode.
-
-        Raises:
-            WeightsError: a file is missing, the directory holds something else, or the weights don't fit the config.
-        """
-        return load_instrument(cls, LocatorParams, "msdiffusion.locator", directory)
 
 
 def grid_centers(side: int, device: torch.device | str = "cpu") -> Tensor:
@@ -162,9 +141,4 @@ def layout_ious(requested: Sequence[Sequence[float]], located: Located) -> np.nd
 
 def box_ious(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """IoU (N, M) of boxes (N, 4) and (M, 4), xyxy; an empty box has IoU 0 with everything."""
-    low = np.maximum(first[:, None, :2], second[None, :, :2])
-    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    shared = np.prod(np.clip(high - low, 0, None), -1)
-    areas = [np.prod(np.clip(boxes[:, 2:] - boxes[:, :2], 0, None), -1) for boxes in (first, second)]
-    union = areas[0][:, None] + areas[1][None] - shared
-    return np.where(union > 0, shared / np.where(union > 0, union, 1), 0.0)
+    return box_iou(torch.from_numpy(first), torch.from_numpy(second)).nan_to_num().numpy()

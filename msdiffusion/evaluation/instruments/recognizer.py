@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from msdiffusion.errors import DataError
-from msdiffusion.evaluation.instruments.judge import _Reader, as_pixels, crop_boxes, load_instrument, save_instrument
+from msdiffusion.evaluation.instruments.networks import Instrument, PooledReader, as_batch, check_box_lists, crop_boxes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,13 +49,15 @@ class RecognizerParams:
             raise DataError(f"embedding_width must be at least 2, got {self.embedding_width}")
 
 
-class Recognizer(nn.Module):
+class Recognizer(Instrument):
     """Embeds what a box shows; embeddings of one individual have a large cosine."""
 
+    kind = "recognizer"
+    params_type = RecognizerParams
+
     def __init__(self, params: RecognizerParams) -> None:
-        super().__init__()
-        self.params = params
-        self.trunk = _Reader(params.widths, {"embedding": params.embedding_width})
+        super().__init__(params)
+        self.trunk = PooledReader(params.widths, {"embedding": params.embedding_width})
 
     def forward(self, pictures: Tensor, boxes: Tensor, owners: Tensor) -> Tensor:
         """Unit vectors (N, D).
@@ -89,45 +90,21 @@ class Recognizer(nn.Module):
         Raises:
             DataError: other numbers of pictures and box lists.
         """
-        if len(pictures) != len(boxes):
-            raise DataError(f"every picture needs its list of boxes: {len(pictures)} pictures, {len(boxes)} lists")
-        was_training, device = self.training, next(self.parameters()).device
-        self.eval()
-        try:
+        check_box_lists(pictures, boxes)
+        if not pictures:
+            return np.zeros((0, self.params.embedding_width), np.float32)
+        with self.looking() as device:
             crops = [
-                crop_boxes(
-                    as_pixels(picture)[None].to(device),
-                    torch.tensor([list(map(float, box)) for box in own], device=device).reshape(-1, 4),
-                    torch.zeros(len(own), dtype=torch.int64, device=device),
-                    self.params.margin,
-                    self.params.crop_size,
-                )
+                crop_boxes(*as_batch(picture, own, device), self.params.margin, self.params.crop_size)
                 for picture, own in zip(pictures, boxes, strict=True)
             ]
-            if not crops:
-                return np.zeros((0, self.params.embedding_width), np.float32)
             rows = [self.trunk(part * 2 - 1)["embedding"] for part in torch.cat(crops).split(batch_size)]
             return nn.functional.normalize(torch.cat(rows).float(), dim=1).cpu().numpy()
-        finally:
-            self.train(was_training)
 
     def embed_views(self, views: Sequence[np.ndarray]) -> np.ndarray:
         """Plain pictures of subjects, uint8 RGBA (H, W, 4), to unit vectors float32 (N, D)."""
         shown = [view_on_grey(view) for view in views]
         return self.embed([picture for picture, _ in shown], [[box] for _, box in shown])
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes config.json and model.safetensors; the directory is made if need be."""
-        save_instrument(self, "msdiffusion.recognizer", directory)
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Recognizer:
-        """Loads a recognizer in evaluation mode.
-
-        Raises:
-            WeightsError: a file is missing, the directory holds something else, or the weights don't fit the config.
-        """
-        return load_instrument(cls, RecognizerParams, "msdiffusion.recognizer", directory)
 
 
 def view_on_grey(view: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float, float]]:

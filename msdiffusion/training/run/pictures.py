@@ -12,22 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from PIL import Image, ImageDraw
 
 from data_pipeline.pairs_format import KEY, KEY_IN_WORDS
 from data_pipeline.picture_formats import open_listed
 from msdiffusion.errors import DataError, RequestError
+from msdiffusion.figures import GAP, arrange, as_picture, picture_cell, reference_cell
 from msdiffusion.training.run.every_n_steps import EveryNSteps
 from msdiffusion.training.run.run_folder import in_root, set_aside
 
 if TYPE_CHECKING:
     from msdiffusion.training.samples.batch import TrainingSample
 
-BOX_COLORS = ("#e6194b", "#0082c8", "#3cb44b", "#f58231", "#911eb4", "#808000")
 FOLDER = "pictures"
 PROGRESS = "progress.png"
-GAP = 4
 HEADER = 14
 """Height in pixels of the step numbers over the strip."""
 
@@ -159,40 +157,6 @@ def picture_grid(
     return arrange(rows, side)
 
 
-def arrange(rows: Sequence[Sequence[Image.Image | None]], side: int, header: int = 0) -> Image.Image:
-    """Square cells in rows on white, ``GAP`` pixels apart; None leaves a place empty."""
-    width = max(len(row) for row in rows) * (side + GAP) + GAP
-    grid = Image.new("RGB", (width, header + len(rows) * (side + GAP) + GAP), "white")
-    for y, row in enumerate(rows):
-        for x, cell in enumerate(row):
-            if cell is not None:
-                grid.paste(cell, (GAP + x * (side + GAP), header + GAP + y * (side + GAP)))
-    return grid
-
-
-def reference_cell(picture: Image.Image, side: int, background: tuple[int, int, int], slot: int) -> Image.Image:
-    """A cut-out on its background, framed in the colour of its subject."""
-    cell = Image.new("RGB", (side, side), background)
-    fitted = picture.resize(_inside(picture.size, side - 8), Image.Resampling.BICUBIC)
-    cell.paste(fitted, ((side - fitted.width) // 2, (side - fitted.height) // 2), fitted)
-    ImageDraw.Draw(cell).rectangle((0, 0, side - 1, side - 1), outline=BOX_COLORS[slot % len(BOX_COLORS)], width=2)
-    return cell
-
-
-def picture_cell(picture: Image.Image, side: int, boxes: Sequence[Any] = ()) -> Image.Image:
-    """A picture, whole and in its own proportions, with boxes (normalised xyxy) in the colours of their subjects."""
-    fitted = picture.resize(_inside(picture.size, side), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(fitted)
-    for slot, box in enumerate(boxes):
-        pixels = tuple(float(edge) * (length - 1) for edge, length in zip(box, fitted.size * 2, strict=True))
-        draw.rectangle(pixels, outline=BOX_COLORS[slot % len(BOX_COLORS)], width=2)
-    if fitted.size == (side, side):
-        return fitted
-    cell = Image.new("RGB", (side, side), "white")
-    cell.paste(fitted, ((side - fitted.width) // 2, (side - fitted.height) // 2))
-    return cell
-
-
 def progress_strip(directory: Path, until: int, columns: int = 10) -> Image.Image | None:
     """The results of a run's grids side by side, the step above each: the same pairs as training goes on.
 
@@ -273,17 +237,6 @@ class PredictionPictures(pl.Callback):
                 self._cells.append([picture_cell(shown, 192, boxes), picture_cell(picture, 192)])
         if trainer.is_global_zero and self._cells:
             arrange(self._cells, 192).save(directory / "grid.png")
-
-
-def as_picture(pixels: torch.Tensor) -> Image.Image:
-    """(3, H, W) floats in [-1, 1] -> RGB picture."""
-    scaled = ((pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
-    return Image.fromarray(scaled.permute(1, 2, 0).numpy())
-
-
-def _inside(size: tuple[int, int], side: int) -> tuple[int, int]:
-    factor = side / max(size)
-    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
 def _side_of(grid: Image.Image) -> int:

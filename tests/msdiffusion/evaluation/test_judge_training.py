@@ -8,12 +8,12 @@ import torch
 from data_pipeline.world import sample_scene
 from msdiffusion.errors import DataError
 from msdiffusion.evaluation.instruments.judge import QUESTIONS, Judge
+from msdiffusion.evaluation.instruments.training import degrade
 from msdiffusion.evaluation.judge_training import (
     JudgeRenderings,
     JudgeTraining,
     SceneDataset,
     collate_scenes,
-    degrade,
     label_scene,
     world_params,
 )

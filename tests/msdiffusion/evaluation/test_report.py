@@ -59,20 +59,6 @@ def test_grid_guards(cases):
         report.draw_grid(cases, [report.GridRow("on", [cases[0].truth])])
 
 
-def test_boxes_are_drawn_where_they_are():
-    sheet = np.asarray(report.draw_boxes([(0.5, 0.0, 1.0, 0.5)], ["dog"], side=100))
-    outline = np.array(ImageColor.getrgb(report.BOX_COLORS[0]))
-    np.testing.assert_array_equal(sheet[25, 50], outline)
-    assert not (sheet[:, :49] == outline).all(-1).any()
-
-
-def test_enlarging_keeps_pixels_crisp_at_whole_multiples():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    large = np.asarray(report.enlarge(picture, 192))
-    np.testing.assert_array_equal(large, np.asarray(picture).repeat(3, 0).repeat(3, 1))
-    assert report.enlarge(Image.new("RGB", (80, 40)), 192).size == (192, 192)
-
-
 def test_page_is_one_file_with_the_scores(tmp_path, scored):
     path = tmp_path / "index.html"
     picture = Image.new("RGB", (4, 4))

@@ -10,7 +10,8 @@ from PIL import Image
 
 from data_pipeline.world import sample_scene
 from msdiffusion.errors import DataError, WeightsError
-from msdiffusion.evaluation.instruments.judge import QUESTIONS, Judge, JudgeParams, as_pixels
+from msdiffusion.evaluation.instruments.judge import QUESTIONS, Judge, JudgeParams
+from msdiffusion.evaluation.instruments.networks import as_pixels
 from msdiffusion.evaluation.world import accepted_answers
 
 SHIPPED = Path(__file__).parents[4] / "checkpoints" / "tiny" / "judge"

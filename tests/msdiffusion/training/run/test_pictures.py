@@ -8,18 +8,15 @@ import torch
 from PIL import Image
 
 from msdiffusion.errors import DataError, RequestError
+from msdiffusion.figures import COLORS, GAP, arrange
 from msdiffusion.training.datamodule import PairsDataModule
 from msdiffusion.training.module import MSDiffusionModule
 from msdiffusion.training.run.pictures import (
-    GAP,
     HEADER,
     PredictionPictures,
     ValidationPictures,
-    arrange,
-    as_picture,
     draw_samples,
     log_picture,
-    picture_cell,
     picture_grid,
     progress_strip,
 )
@@ -183,7 +180,7 @@ def test_grid_shows_references_boxes_and_result():
     assert grid.shape == (136, 400, 3)
     assert grid[68, 68].tolist() == [1, 2, 3]  # a transparent reference shows the background
     assert grid[68, 200].tolist() == [10, 10, 10]
-    assert grid[4 + 32, 200].tolist() == [0xE6, 0x19, 0x4B]  # the upper edge of the box
+    assert grid[4 + 32, 200].tolist() == list(COLORS[0])  # the upper edge of the box
     assert grid[68, 332].tolist() == [0, 200, 0]
 
 
@@ -192,7 +189,7 @@ def test_grid_keeps_the_proportions_of_rectangles():
     grid = np.asarray(picture_grid([wide], [Image.new("RGB", (64, 32), (0, 200, 0))], (0, 0, 0)))
     assert grid[20, 332].tolist() == [255, 255, 255]  # above the picture
     assert grid[68, 332].tolist() == [0, 200, 0]
-    assert grid[4 + 32, 200].tolist() == [0xE6, 0x19, 0x4B]  # the box lies round the picture, not round the cell
+    assert grid[4 + 32, 200].tolist() == list(COLORS[0])  # the box lies round the picture, not round the cell
 
 
 def write_grid(directory, step, value, side=128, rows=1):
@@ -261,14 +258,3 @@ def test_no_picture_is_written_outside_its_folder(tmp_path, key):
     with pytest.raises(DataError, match="can name no picture: keys are 1 to 200 letters, digits, - and _"):
         PredictionPictures().on_predict_batch_end(trainer, None, [Image.new("RGB", (8, 8))], batch, 0)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_pixels_become_pictures():
-    pixels = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1).expand(3, 2, 4)
-    picture = as_picture(pixels)
-    assert picture.size == (4, 2)
-    assert picture.getpixel((0, 0)) == (0, 128, 255)
-
-
-def test_cells_take_pictures_of_any_size():
-    assert picture_cell(Image.new("RGB", (1, 300)), 128).size == (128, 128)
