@@ -118,7 +118,7 @@ class WorldScores(pl.Callback):
                     pl_module.log(f"validation/score_{name}", value, rank_zero_only=True, batch_size=len(pictures))
 
     def _draw(self, datamodule: Any, module: Any) -> list[Image.Image]:
-        size = datamodule.batch_size  # what fits into memory to train fits to draw
+        size = datamodule.loading.batch_size  # what fits into memory to train fits to draw
         pictures = []
         for start in range(0, len(self._samples), size):
             samples = self._samples[start : start + size]

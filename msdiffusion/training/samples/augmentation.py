@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
 from msdiffusion.errors import RequestError
 from msdiffusion.training.samples.draws import AUGMENTATION, generator_for
+from msdiffusion.training.setting_names import check_choices
 
 ROTATION, SHRINK, LIGHT = 15.0, 0.25, 0.3
 """What full strength of the references' augmentation means: degrees to either side, the part of the side that is lost,
@@ -30,8 +32,8 @@ class Augmentation:
         RequestError: if a number is out of range.
     """
 
-    crop: str = "center"
-    """"random" or "center"; both leave nothing out that need not be left out."""
+    crop: Literal["random", "center"] = "center"
+    """Both leave nothing out that need not be left out."""
     flip_probability: float = 0.0
     """Of mirroring target and boxes left to right, in [0, 1]. The references stay as they are."""
     subject_dropout: float = 0.0
@@ -45,8 +47,7 @@ class Augmentation:
     """Of mirroring a reference left to right, for each by itself, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        if self.crop not in ("random", "center"):
-            raise RequestError(f"crop must be 'random' or 'center', got {self.crop!r}")
+        check_choices(self)
         for name in ("flip_probability", "subject_dropout", "reference_augmentation", "reference_flip_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RequestError(f"{name} must be in [0, 1], got {getattr(self, name)}")

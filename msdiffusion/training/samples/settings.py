@@ -1,4 +1,7 @@
-"""What decides how a pair becomes a training sample, apart from the pair."""
+"""Settings of the pairs in groups: where they are read, how one becomes a training sample, how they are loaded.
+
+What each one means stands at ``PairsDataModule``, which takes all of them side by side, as configs have them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import numpy as np
 from msdiffusion.errors import RequestError
 from msdiffusion.training.samples.augmentation import Augmentation
 from msdiffusion.training.samples.cropping import bucket_sizes
-from msdiffusion.training.setting_names import check_number
+from msdiffusion.training.setting_names import check_choices, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,7 @@ class SampleSettings:
             check_number(name, getattr(self, name))
         if not 0 <= self.minimum_visible <= 1:
             raise RequestError(f"minimum_visible must be in [0, 1], got {self.minimum_visible}")
-        if self.reference_frame not in ("other", "target"):
-            raise RequestError(f"reference_frame must be 'other' or 'target', got {self.reference_frame!r}")
+        check_choices(self)
         self.sizes  # noqa: B018 - so that a resolution that is no multiple of the step is told at once
 
     @cached_property
@@ -53,3 +55,59 @@ class SampleSettings:
         """int64 (buckets, 2), width and height in pixels that training pictures may have."""
         # where all pictures are squares, the resolution needs to be no multiple of anything
         return bucket_sizes(self.resolution, self.bucket_step or self.resolution)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """Where pairs and their encodings are.
+
+    Raises:
+        RequestError: one is out of range.
+    """
+
+    pairs: str | dict[str, float]
+    validation_pairs: str | None
+    validation_fraction: float
+    test_pairs: str | None
+    skip_damaged: bool
+    shard_folder: str | None
+    shard_gigabytes: float
+    encodings: Literal["auto", "require", "off"]
+    encodings_folder: str | None
+
+    def __post_init__(self) -> None:
+        if not self.shard_gigabytes > 0:
+            raise RequestError(f"shard_gigabytes must be above 0, got {self.shard_gigabytes}")
+        if not 0 <= self.validation_fraction < 1:
+            raise RequestError(f"validation_fraction must be in [0, 1), got {self.validation_fraction}")
+        check_choices(self)
+        if not self.weights:
+            raise RequestError("pairs names no dataset; give a directory, or several as {directory: weight}")
+        for source, weight in self.weights.items():
+            if not 0 < weight < float("inf"):
+                raise RequestError(f"pairs: the weight of {source!r} must be a number above 0, got {weight}")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of every dataset to train on."""
+        return {self.pairs: 1.0} if isinstance(self.pairs, str) else dict(self.pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingSettings:
+    """How samples are ordered and loaded.
+
+    Raises:
+        RequestError: one is out of range.
+    """
+
+    batch_size: int
+    lanes: int
+    shuffle_buffer: int
+    num_workers: int
+    worker_start: Literal[None, "fork", "spawn", "forkserver"]
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "lanes", "shuffle_buffer", "num_workers"):
+            check_number(name, getattr(self, name))
+        check_choices(self)
