@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from msdiffusion.errors import TrainingError
     from msdiffusion.training.processes import process_rank
     from msdiffusion.training.run.failures import FailureGuard, RunStoppedError
-    from msdiffusion.training.run.foreign_words import told_by_lightning
+    from msdiffusion.training.run.foreign_words import our_error, told_by_lightning
     from msdiffusion.training.run.pictures import PredictionPictures
     from msdiffusion.training.run.run_cli import RunCLI
     from msdiffusion.training.run.run_folder import EarlierRun
@@ -96,10 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.number) from None
     except Exception as error:
-        # What the constructor of a model or data module raises arrives as the cause of a ValueError of jsonargparse.
-        told: BaseException | None = guard.explain(error) or error
-        while told is not None and not isinstance(told, MSDiffusionError):
-            told = told.__cause__
+        told = our_error(guard.explain(error) or error)
         text = told_by_lightning(error) if told is None else str(told)
         if text is None or os.environ.get("MSD_TRACEBACK"):
             raise

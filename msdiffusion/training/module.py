@@ -222,8 +222,7 @@ class MSDiffusionModule(TimestepValidation):
     def transfer_batch_to_device(self, batch: PairsBatch, device: torch.device, dataloader_idx: int) -> PairsBatch:
         """The batch on a device, but for the numbers that decide on the host: to ask the device would be to wait."""
         draws, moved = batch.draws, batch.to(device, non_blocking=True)
-        moved.draws = replace(moved.draws, **{name: getattr(draws, name) for name in DECIDING})
-        return moved
+        return replace(moved, draws=replace(moved.draws, **{name: getattr(draws, name) for name in DECIDING}))
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on the adapter's parameters alone, with the learning rate's course."""

@@ -23,6 +23,7 @@ from msdiffusion.training.encodings.files import PartWriter, file_name, shard_st
 from msdiffusion.training.encodings.frozen import LongCaptions
 from msdiffusion.training.encodings.keys import PartKey, part_keys
 from msdiffusion.training.encodings.store import MANIFEST, content_of, encodings_root, unusable
+from msdiffusion.training.pairs.shards import phrases_and_boxes
 from msdiffusion.training.samples.encoded import Part
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class PairReader:
         width, height = self.dataset.size_of(index)
         if self.parts == ["text"]:
             record = self.catalogue.record(index)
-            phrases = tuple(subject["phrase"] for subject in record["subjects"])
+            phrases, _ = phrases_and_boxes(record)
             return ReadPair(place, record["caption"], phrases, (height, width), None, None)
         pair = self.catalogue.read(index, self.dataset.settings.reference_frame)
         target = None

@@ -203,8 +203,8 @@ def _told_over_http(system: AbstractFileSystem, path: str) -> dict[str, str]:
     return {}
 
 
-def listed(folder: str, ending: str = ".tar") -> list[DataFile]:
-    """The files of a folder whose name ends so, in order of name.
+def listed(folder: str) -> list[DataFile]:
+    """The files of a folder whose name ends with .tar, in order of name.
 
     Raises:
         FileNotFoundError: if there is no such folder, or the server does not list it.
@@ -213,7 +213,7 @@ def listed(folder: str, ending: str = ".tar") -> list[DataFile]:
     if not is_remote(folder):
         try:
             with os.scandir(local_path(folder)) as entries:
-                found = [DataFile(e.path, e.stat().st_size) for e in entries if e.name.endswith(ending) and e.is_file()]
+                found = [DataFile(e.path, e.stat().st_size) for e in entries if e.name.endswith(".tar") and e.is_file()]
         except (PermissionError, NotADirectoryError) as error:
             raise DataError(f"{folder} cannot be read: {error}") from error
     else:
@@ -221,7 +221,7 @@ def listed(folder: str, ending: str = ".tar") -> list[DataFile]:
         found = [
             DataFile(system.unstrip_protocol(entry["name"]), entry.get("size"), stamp=_stamp(entry) or THIS_RUN)
             for entry in attempt(folder, lambda: system.ls(path, detail=True))
-            if entry["type"] == "file" and entry["name"].endswith(ending)
+            if entry["type"] == "file" and entry["name"].endswith(".tar")
         ]
     return sorted(found, key=lambda file: file.name)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
+from msdiffusion.errors import MSDiffusionError
+
 SPEAKERS = ("pytorch_lightning", "lightning_fabric", "jsonargparse")
 TYPES = {
     "<class 'int'>": "a whole number",
@@ -47,6 +49,13 @@ def in_one_sentence(message: str) -> str:
             kinds.pop()
         return _short(f"{where} must be {' or '.join(kinds)}" + (f", got {got[1]}" if got else ""))
     return _short(" ".join(message.split()))
+
+
+def our_error(error: BaseException | None) -> MSDiffusionError | None:
+    """An error of ours, which arrives as the cause of a ValueError of jsonargparse where a constructor raises it."""
+    while error is not None and not isinstance(error, MSDiffusionError):
+        error = error.__cause__
+    return error
 
 
 def told_by_lightning(error: BaseException) -> str | None:

@@ -7,6 +7,8 @@ import os
 import shutil
 import socket
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +21,7 @@ from data_pipeline.records import InputError
 from data_pipeline.safe_text import visible
 from msdiffusion.errors import MSDiffusionError, RequestError, WeightsError, refused_weights
 from msdiffusion.files import check_folder
+from msdiffusion.places import find_config
 from msdiffusion.training.learning.structure import asked_structure, check_structure
 from msdiffusion.training.run.foreign_words import in_one_sentence
 from msdiffusion.training.run.run_folder import ADAPTER_FOLDER, BEST, BEST_FOLDER, FOLDER, LAST, existing
@@ -208,6 +211,22 @@ class RunCLI(LightningCLI):
         if subcommand == "predict" and not self.config[subcommand].get("return_predictions"):
             arguments["return_predictions"] = False  # they are written batch by batch; nobody reads a list here
         return arguments
+
+
+def read_run(config: str, arguments: Sequence[str]) -> LightningCLI:
+    """Trainer, model and data module of a config and more settings, as ``lightning fit`` makes them; nothing runs."""
+    # the command line is ours, and given as a list
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    return LightningCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=None,
+        run=False,
+        parser_class=RunParser,
+        args=["-c", find_config(config), *arguments],
+    )
 
 
 def _log_folders(trainer: pl.Trainer) -> list[str]:
