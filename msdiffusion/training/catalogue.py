@@ -42,12 +42,6 @@ class Catalogue:
     """The pairs of a dataset, in the order of the files.
 
     It may be sent to other processes, and used after a fork. In one process, one thread may read at a time.
-
-    Args:
-        columns: the pairs.
-        skipped: what was left out because it is damaged.
-        cache: for remote shards.
-        progress: whether to show a bar where something takes long.
     """
 
     def __init__(
@@ -193,7 +187,6 @@ def read_catalogue(
             same, all shards are looked through first, or the list that ``verify`` left is read. False: the first
             damage is an error.
         cache: where remote shards are kept; the default one if None.
-        progress: show a bar where it takes longer than some seconds.
 
     Raises:
         RequestError: if the source cannot be understood.
@@ -201,8 +194,7 @@ def read_catalogue(
             other, or something is damaged and ``skip_damaged`` is False.
     """
     found = locate(str(source))
-    if cache is None and any(shard.file.is_remote for shard in found.shards):
-        cache = ShardCache()
+    cache = cache or ShardCache()
     skipped: Sequence[Damage] = ()
     if skip_damaged:
         skipped = known_damage(found, cache)

@@ -278,8 +278,7 @@ class PairsDataModule(pl.LightningDataModule):
         return read_catalogue(source, skip_damaged=self.source.skip_damaged, cache=cache)
 
     def _whole(self, source: str) -> PairsDataset:
-        mixture = Mixture([self._catalogue(source)])
-        return PairsDataset(mixture, np.arange(len(mixture)), self.samples)
+        return self.fixed_dataset(self._catalogue(source))
 
     def _stores(self, dataset: PairsDataset) -> EncodingStore | None:
         wanted, model = self.source.encodings, self.trainer.lightning_module

@@ -347,7 +347,6 @@ class MSDiffusionModule(TimestepValidation):
 
         Args:
             adapter: the trained one or its average.
-            inputs: from ``encode``.
             noise: float32 (B, C, h, w).
             timesteps: (B,), as the base's schedule makes them.
             no_grounding: bool (B,), see ``DropRates``; None for none.

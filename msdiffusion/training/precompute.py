@@ -35,8 +35,6 @@ def load_run(config: str, arguments: Sequence[str], device: str) -> tuple[PairsD
     """Data module and model of a config, with what they need: shards indexed, networks loaded on a device.
 
     Args:
-        config: file of ``lightning fit``.
-        arguments: more settings, as on its command line.
         device: "auto", "cpu", "cuda", "mps", ... (``trainer.accelerator``); the first one of its kind.
 
     Raises:

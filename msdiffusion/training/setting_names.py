@@ -132,7 +132,6 @@ def check_choices(settings: Any, listed: bool = False) -> None:
     """Refuse what the ``Literal`` of a field does not have.
 
     Args:
-        settings: a dataclass.
         listed: whether the message names the choices as a list, not as a sentence.
 
     Raises:
@@ -298,7 +297,6 @@ def parameters(name: str, what: str, method: str = "__init__") -> set[str] | Non
     Args:
         name: module and class.
         what: whose class it is, for the message.
-        method: of the class.
 
     Returns:
         None where it cannot be found out.

@@ -23,9 +23,6 @@ class LongCaptions:
     """Encodes captions, and counts those that are longer than the text encoder reads.
 
     diffusers would print the end of each, every time that it is encoded.
-
-    Args:
-        backbone: whose pipeline encodes them.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -57,10 +54,8 @@ class FrozenEncodings:
     """Encodings of a frozen backbone, detached, on its device.
 
     Args:
-        backbone: whose encoders are asked.
         keep: remember every answer, in main memory, for the rest of the run. Right for small datasets: an answer is
             L x D numbers per reference and L x C per prompt. Otherwise only repetitions inside one call are saved.
-        features: of the references, see ``Backbone.encode_references``.
     """
 
     def __init__(self, backbone: Backbone, keep: bool, features: str = "tokens") -> None:

@@ -27,11 +27,7 @@ def draw_batch(
     """Pictures for the captions, references and boxes of a batch, by the base's own diffusers pipeline.
 
     Args:
-        backbone: the frozen networks.
-        condition: the subjects of the batch.
         batch: on the device of the networks.
-        num_steps: of the sampler.
-        guidance_scale: of classifier-free guidance.
         seeds: of the noise, drawn on the CPU, one per picture.
 
     Returns:

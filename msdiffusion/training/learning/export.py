@@ -29,9 +29,6 @@ def exported_config(
     """Fields of the config that a run changes.
 
     Args:
-        settings: of the run.
-        config: of the adapter that is trained.
-        backbone: its base.
         samples: what it is trained on; None where that is not known.
         directory: where it is written: local models are named relative to it. None names them by absolute paths.
     """

@@ -52,8 +52,6 @@ class BatchEncoder:
     """Asks the frozen networks about batches, or takes what they said ahead of training.
 
     Args:
-        backbone: the networks.
-        encodings: of prompts, phrases and references, each distinct one asked once.
         size_condition: what SDXL's size conditions say of a target: "picture", its own size and crop, or "resolution",
             always a whole picture of the training size.
     """
@@ -176,8 +174,6 @@ def make_condition(
     """The condition of a batch; the resampler computes the subjects that are there, and no padding.
 
     Args:
-        adapter: to be trained, or its average.
-        inputs: from ``BatchEncoder``.
         drop_grounding: bool (B,), samples whose phrases and boxes the resampler does not see; None for none.
         options: of ``MSAdapter.condition``.
     """

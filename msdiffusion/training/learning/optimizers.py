@@ -157,8 +157,6 @@ def make_optimizer(
         name: "adamw" is torch's. "adamw_8bit" is that of bitsandbytes, whose two averages take one byte each per weight
             in place of four (Dettmers et al. 2021, arXiv 2110.02861); tensors of less than 4096 weights stay as they
             are.
-        learning_rate: before its course.
-        weight_decay: decoupled.
         fused: one kernel for the whole step; None: where the device has one.
 
     Raises:

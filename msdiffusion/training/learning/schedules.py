@@ -69,7 +69,6 @@ class FlowSchedule:
     it.
 
     Args:
-        num_timesteps: T.
         shift: above 1 draws more of the noisy samples, as the base was trained.
     """
 

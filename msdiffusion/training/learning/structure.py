@@ -26,10 +26,8 @@ def check_structure(
     """Refuse a checkpoint whose weights or optimizer's state are of another kind, before they are compared by name.
 
     Args:
-        name: of the checkpoint, for messages.
         saved: hyperparameters in it.
         adapter_config: its text in the checkpoint. Of a module without one nothing is known, so it passes.
-        settings: hyperparameters now.
         present: what ``structure`` or ``asked_structure`` says now.
         resume: whether the optimizer's state is taken, too.
         best: how a new run is told to start from the weights of the old one.

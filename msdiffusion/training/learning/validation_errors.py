@@ -23,7 +23,6 @@ class TimestepErrors:
 
     Args:
         timesteps: K numbers, for the names of the results.
-        device: where the errors come from.
     """
 
     def __init__(self, timesteps: Sequence[int], device: torch.device | str) -> None:
@@ -88,13 +87,15 @@ class TimestepValidation(pl.LightningModule):
         has_inside = area.flatten(1).any(dim=1)
         self._errors.add(places, sample_errors(prediction, target), inside, has_inside, batch.weights)
 
-    def on_validation_epoch_end(self) -> None:
+    def on_validation_epoch_end(self, stage: str = "validation") -> None:
         """Logs the mean over the timesteps and each of them, over the pairs of all processes."""
-        stage = "test" if self.trainer.testing else "validation"
         results = self._errors.results(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
         for name, value in results.items():
             # the same in all processes already; the mean that Lightning takes of them changes nothing
             self.log(f"{stage}/{name}", value, prog_bar=name == "loss", sync_dist=True)
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
-    on_test_epoch_end = on_validation_epoch_end
+
+    def on_test_epoch_end(self) -> None:
+        """As for validation, under "test/"."""
+        self.on_validation_epoch_end("test")

@@ -105,9 +105,7 @@ def attempt(what: str, action: Callable[[], Result], attempts: int = 5, first_wa
     """The result of ``action()``, tried again with longer and longer waits while it fails.
 
     Args:
-        what: what messages call it.
         action: raises FileNotFoundError where trying again is of no use.
-        attempts: how often at most.
         first_wait: seconds before the second attempt; every further wait is twice as long, 30 seconds at most.
 
     Raises:

@@ -188,7 +188,6 @@ def read_pair(location: PairLocation, reference_frame: str = "other") -> Pair:
     """Read and decode one pair.
 
     Args:
-        location: from an ``OpenShard``.
         reference_frame: "other": the cut-outs of the pair's reference frame. "target": the same subjects cut out of
             the target picture itself, as when there is no video.
 

@@ -34,12 +34,7 @@ BATCH_FILE = "failed_batch_{rank}.txt"
 
 
 class RunStoppedError(Exception):
-    """A signal has ended the run between two steps, after its state was written.
-
-    Args:
-        number: of the signal.
-        message: what was kept and how to go on.
-    """
+    """A signal has ended the run between two steps, after its state was written."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -272,8 +267,6 @@ def explain(exception: BaseException, trainer: pl.Trainer, batch: Described | No
     """What can be said about an exception that another library raised while a run was going on.
 
     Args:
-        exception: any.
-        trainer: of the run.
         batch: that was being worked on; None before the first.
 
     Returns:

@@ -27,11 +27,7 @@ NO_GPU = (
 
 
 def in_one_sentence(message: str) -> str:
-    """A message of jsonargparse without the types that it tried and the objects that it held.
-
-    Args:
-        message: as it would stand under the usage.
-    """
+    """A message of jsonargparse without the types that it tried and the objects that it held."""
     keys = re.findall(r'Parser key "([^"]+)"', message)
     problem = re.search(r"Problem with given class_path '([^']+)':\n\s*(.+)", message)
     if problem and (wanted := re.search(r"Requirement '([\w.-]+)[^']*' not met", message)):
@@ -59,11 +55,7 @@ def our_error(error: BaseException | None) -> MSDiffusionError | None:
 
 
 def told_by_lightning(error: BaseException) -> str | None:
-    """One sentence for an exception by which Lightning refuses a setting; None for others.
-
-    Args:
-        error: that came out of the command.
-    """
+    """One sentence for an exception by which Lightning refuses a setting; None for others."""
     text = " ".join(str(error).split())
     if isinstance(error, MisconfigurationException):
         return (

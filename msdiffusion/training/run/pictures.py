@@ -114,7 +114,6 @@ def draw_samples(
 
     Args:
         module: with a ``draw_batch`` as that of MSDiffusionModule.
-        datamodule: its ``collate`` makes batches of them.
         samples: at least one; those of one size are drawn together.
         seed: of the noise: that of sample i is ``seed + i``.
         settings: others of ``draw_batch``.
@@ -140,7 +139,6 @@ def picture_grid(
 
     Args:
         samples: with their true targets.
-        results: one RGB picture per sample.
         background: RGB behind the references.
 
     Returns:

@@ -152,11 +152,7 @@ class RunProgress(pl.callbacks.ProgressBar):
 
 
 class FetchClock(Profiler):
-    """A profiler that adds up the time in which training batches were waited for, and hands everything on to another.
-
-    Args:
-        inner: the run's own profiler.
-    """
+    """A profiler that adds up the time in which batches were waited for, and hands everything on to the run's own."""
 
     def __init__(self, inner: Profiler) -> None:
         super().__init__(dirpath=inner.dirpath, filename=inner.filename)

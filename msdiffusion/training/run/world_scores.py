@@ -130,7 +130,6 @@ def subjects_of(dataset: PairsDataset, samples: Sequence[TrainingSample]) -> lis
     """Who the subjects of samples are, by the records of their pairs; None where the pairs are not of the world.
 
     Args:
-        dataset: that the samples come from.
         samples: unchanged, as in validation.
     """
     from data_pipeline.world import Identity
@@ -159,8 +158,6 @@ def score_pictures(
     Args:
         cases: what was asked for, and the truth.
         pictures: one per case.
-        instruments: look at them.
-        gallery: for the retrieval.
 
     Returns:
         Name to rate; the confusion is left out where no picture has subjects to be confused.

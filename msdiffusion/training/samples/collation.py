@@ -25,7 +25,6 @@ class PairsCollator:
 
     Args:
         max_subjects: S, to which every sample is padded.
-        prepare_references: of the model being trained.
         latent_shapes: (height, width) of a training picture -> (C, h, w) of its latents.
     """
 

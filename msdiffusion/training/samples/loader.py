@@ -35,8 +35,6 @@ class PlanSampler(DistributedSampler):
     Lightning leaves a DistributedSampler alone and tells it each epoch, whose number means nothing here: see ``Place``.
 
     Args:
-        plan: of the whole run.
-        rank: of this process.
         num_processes: R, a divisor of the plan's global batch.
         place: where to begin. The loader moves it on.
     """
@@ -77,7 +75,6 @@ class FixedSampler(DistributedSampler):
     Args:
         numbers: int64 (n,) from ``padded_order``.
         indices: int64 (n,) likewise.
-        rank: of this process.
         num_processes: R, a divisor of n.
     """
 
@@ -164,9 +161,6 @@ def ignore_signals(worker: int = 0) -> None:
     Only that process ends a worker. torch's own handler of SIGTERM knows it from others, but ends the worker in any
     case; so the signal is waited for here, where Python tells who sent it. Where it does not (macOS), the worker is in
     a group of its own.
-
-    Args:
-        worker: number of this one; torch passes it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):

@@ -19,11 +19,7 @@ CHUNK = 65536
 
 
 class Mixture:
-    """The pairs of all catalogues: those of the first, then those of the second, and so on.
-
-    Args:
-        catalogues: at least one.
-    """
+    """The pairs of all catalogues: those of the first, then those of the second, and so on."""
 
     def __init__(self, catalogues: Sequence[Catalogue]) -> None:
         self.catalogues = tuple(catalogues)
@@ -107,12 +103,7 @@ class Mixture:
 
 
 class MixedStore:
-    """The stores of all catalogues of a mixture, as one.
-
-    Args:
-        mixture: whose pairs are encoded.
-        stores: one per catalogue.
-    """
+    """The stores of all catalogues of a mixture, as one."""
 
     def __init__(self, mixture: Mixture, stores: Sequence[EncodingStore]) -> None:
         self._starts = mixture.starts

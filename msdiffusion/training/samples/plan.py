@@ -94,7 +94,6 @@ class EpochPlan:
 
     Args:
         datasets: at least one.
-        seed: of everything random.
         global_batch: G.
         lanes: L; the order depends on it.
         shuffle_buffer: samples of a lane that are shuffled with one another.
@@ -289,8 +288,6 @@ def padded_order(
 
     Args:
         indices: int64 (n,), at least one.
-        num_processes: R.
-        batch_size: B.
         buckets: int (all pairs,) as in ``EpochPlan``.
 
     Returns:
