@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -41,10 +41,7 @@ from msdiffusion.training.learning.structure import check_structure, structure
 from msdiffusion.training.learning.validation_errors import TimestepValidation
 from msdiffusion.training.precision import base_dtype, check_trained_precision
 from msdiffusion.training.run.run_folder import check_checkpoint
-
-if TYPE_CHECKING:
-    from msdiffusion.training.samples.batch import PairsBatch
-
+from msdiffusion.training.samples.batch import PairsBatch
 
 DECIDING = ("condition", "grounding", "timestep")
 """What of the ``SampleDraws`` is asked on the host."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +30,9 @@ from torch import Tensor
 
 from msdiffusion.errors import DataError
 from msdiffusion.training.encodings.keys import SCHEMA
+from msdiffusion.training.pairs.sources import Shard
 from msdiffusion.training.samples.encoded import Part
 from msdiffusion.weight_files import share
-
-if TYPE_CHECKING:
-    from msdiffusion.training.pairs.sources import Shard
 
 SUFFIX = ".safetensors"
 

@@ -6,17 +6,14 @@ Shape letters: N items, L encoder tokens, C cross-attention width, P pooled widt
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from msdiffusion.backbone.backbone import Backbone
 from msdiffusion.backbone.pretrained import withheld
 from msdiffusion.errors import shown
 from msdiffusion.request.phrases import beyond_limit
-
-if TYPE_CHECKING:
-    from msdiffusion.backbone.backbone import Backbone
 
 
 class LongCaptions:

@@ -11,26 +11,24 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from msdiffusion.adapter.config import AdapterConfig
+from msdiffusion.backbone.backbone import Backbone
 from msdiffusion.errors import DataError, RequestError
 from msdiffusion.training.encodings.files import PartWriter, file_name, shard_stamp
 from msdiffusion.training.encodings.frozen import LongCaptions
 from msdiffusion.training.encodings.keys import PartKey, part_keys
 from msdiffusion.training.encodings.store import MANIFEST, content_of, encodings_root, unusable
 from msdiffusion.training.pairs.shards import phrases_and_boxes
+from msdiffusion.training.pairs.sources import Shard
+from msdiffusion.training.samples.dataset import PairsDataset
 from msdiffusion.training.samples.encoded import Part
-
-if TYPE_CHECKING:
-    from msdiffusion.adapter.config import AdapterConfig
-    from msdiffusion.backbone.backbone import Backbone
-    from msdiffusion.training.pairs.sources import Shard
-    from msdiffusion.training.samples.dataset import PairsDataset
 
 PROBED = 8
 """Pairs that are encoded to see how many bytes a pair takes."""

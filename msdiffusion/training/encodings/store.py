@@ -11,20 +11,18 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pytorch_lightning.utilities import rank_zero_info
 
 from msdiffusion.errors import DataError
+from msdiffusion.training.catalogue import Catalogue
 from msdiffusion.training.encodings.files import PartFile, file_name, is_of
 from msdiffusion.training.encodings.keys import PartKey
 from msdiffusion.training.pairs.data_files import local_path
+from msdiffusion.training.pairs.sources import Shard
 from msdiffusion.training.samples.encoded import PARTS, EncodedSample, Part
-
-if TYPE_CHECKING:
-    from msdiffusion.training.catalogue import Catalogue
-    from msdiffusion.training.pairs.sources import Shard
 
 FOLDER = "encodings"
 """Beside the shards."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
-if TYPE_CHECKING:
-    from msdiffusion.adapter.condition import SubjectCondition
-    from msdiffusion.backbone.backbone import Backbone
-    from msdiffusion.training.samples.batch import PairsBatch
+from msdiffusion.adapter.condition import SubjectCondition
+from msdiffusion.backbone.backbone import Backbone
+from msdiffusion.training.samples.batch import PairsBatch
 
 
 @torch.no_grad()

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from msdiffusion.adapter.config import AdapterConfig
 from msdiffusion.backbone.backbone import Backbone
 from msdiffusion.training.learning.settings import AdapterSettings
-
-if TYPE_CHECKING:
-    from msdiffusion.training.samples.settings import SampleSettings
+from msdiffusion.training.samples.settings import SampleSettings
 
 CLOSED_VOCABULARY = 2000
 """Tokens: a tokenizer with fewer was made for a small world, in which every word is one token; CLIP's has 49,408."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -18,9 +18,7 @@ from msdiffusion.adapter.adapter import MSAdapter
 from msdiffusion.adapter.condition import SubjectCondition
 from msdiffusion.backbone.backbone import Backbone
 from msdiffusion.training.encodings.frozen import FrozenEncodings
-
-if TYPE_CHECKING:
-    from msdiffusion.training.samples.batch import PairsBatch
+from msdiffusion.training.samples.batch import PairsBatch
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,13 @@ Shape letters: B batch, C latent channels, h w latent rows and columns.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor
 
 from msdiffusion.errors import RequestError, WeightsError
-
-if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, SchedulerMixin
 
 DIFFUSION_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -112,8 +110,6 @@ def training_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
     Raises:
         WeightsError: if the base predicts something else, or its sampler shifts by resolution.
     """
-    from diffusers import DDPMScheduler
-
     config = scheduler.config
     name = type(scheduler).__name__
     prediction = config.get("prediction_type", "flow_prediction" if name.startswith("FlowMatch") else "epsilon")

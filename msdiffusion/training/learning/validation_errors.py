@@ -6,16 +6,13 @@ Shape letters: B batch, K timesteps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from msdiffusion.training.learning.objective import sample_errors, subject_area
-
-if TYPE_CHECKING:
-    from msdiffusion.training.samples.batch import PairsBatch
+from msdiffusion.training.samples.batch import PairsBatch
 
 
 class TimestepErrors:

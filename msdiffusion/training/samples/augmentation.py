@@ -26,25 +26,18 @@ and the change of brightness and contrast to either side."""
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is changed about the samples of training.
+    """What is changed about the samples of training; each setting is explained at ``PairsDataModule``.
 
     Raises:
         RequestError: if a number is out of range.
     """
 
     crop: Literal["random", "center"] = "center"
-    """Both leave nothing out that need not be left out."""
     flip_probability: float = 0.0
-    """Of mirroring target and boxes left to right, in [0, 1]. The references stay as they are."""
     subject_dropout: float = 0.0
-    """Per subject, the probability in [0, 1] that its box and its reference are left out, while the caption still names
-    it. One subject always stays."""
     box_jitter: float = 0.0
-    """See ``jitter_boxes``; in [0, 0.5)."""
     reference_augmentation: float = 0.0
-    """See ``change_reference``; in [0, 1]."""
     reference_flip_probability: float = 0.0
-    """Of mirroring a reference left to right, for each by itself, in [0, 1]."""
 
     def __post_init__(self) -> None:
         check_choices(self)

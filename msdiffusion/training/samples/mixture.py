@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from msdiffusion.training.catalogue import Catalogue
 from msdiffusion.training.pairs.shards import Pair
 from msdiffusion.training.samples.encoded import EncodedSample, EncodingStore, Part
-
-if TYPE_CHECKING:
-    from msdiffusion.training.catalogue import Catalogue
 
 CHUNK = 65536
 """Keys that are hashed at once: of millions of pairs, no copy is made. A part of what the digest means."""

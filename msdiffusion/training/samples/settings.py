@@ -19,28 +19,20 @@ from msdiffusion.training.setting_names import check_choices, check_number
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-    """The settings of ``PairsDataModule`` that samples depend on; encodings made ahead depend on some of them.
+    """How a pair becomes a sample; encodings made ahead depend on some of it.
 
     Raises:
         RequestError: one is out of range.
     """
 
     resolution: int
-    """Side in pixels of a square training picture."""
     bucket_step: int = 0
-    """Sides of pictures of other aspects are multiples of it; 0: all are squares."""
-    max_subjects: int = 4
-    """Of a pair with more, this many are chosen at random (the first ones where nothing is changed)."""
+    max_subjects: int = 4  # of a pair with more: chosen at random, the first ones where nothing is changed
     minimum_visible: float = 0.25
-    """See ``choose_crop``; in [0, 1]."""
     reference_frame: Literal["other", "target"] = "other"
-    """See ``read_pair``."""
     augmentation: Augmentation = field(default_factory=Augmentation)
-    """What is changed in training."""
     cache_megabytes: float = 0
-    """Resized pairs are kept in memory up to this size, in every process that reads."""
     seed: int = 0
-    """Of all chance."""
 
     def __post_init__(self) -> None:
         for name in ("resolution", "bucket_step", "max_subjects", "cache_megabytes", "seed"):
