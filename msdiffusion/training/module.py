@@ -43,9 +43,6 @@ from msdiffusion.training.precision import base_dtype, check_trained_precision
 from msdiffusion.training.run.run_folder import check_checkpoint
 from msdiffusion.training.samples.batch import PairsBatch
 
-DECIDING = ("condition", "grounding", "timestep")
-"""What of the ``SampleDraws`` is asked on the host."""
-
 
 class MSDiffusionModule(TimestepValidation):
     """The adapter learns to predict the noise of target pictures, given references, phrases, boxes and prompt.
@@ -157,7 +154,7 @@ class MSDiffusionModule(TimestepValidation):
         """Load the frozen base, make or load the adapter, and put its processors into the UNet."""
         if self.adapter is not None:
             return
-        settings = self.settings
+        settings, base, loss = self.settings, self.settings.base, self.settings.loss
         if self._trainer is not None:
             check_trained_precision(self.trainer)
         quiet_loading()
@@ -168,28 +165,26 @@ class MSDiffusionModule(TimestepValidation):
         backbone = Backbone.from_pretrained(
             settings.adapter.base_model,
             settings.adapter.image_encoder,
-            torch_dtype=base_dtype(settings.base.base_dtype, self._trainer, device),
+            torch_dtype=base_dtype(base.base_dtype, self._trainer, device),
             device=device,
             # a half-precision autoencoder overflows on some pictures, and it is a small part of the time
             vae_dtype=torch.float32,
         )
         self.schedule = training_schedule(backbone.pipeline.scheduler)
-        self.validation_timesteps = validation_timesteps(
-            settings.loss.validation_timesteps, self.schedule.num_timesteps
-        )
+        self.validation_timesteps = validation_timesteps(loss.validation_timesteps, self.schedule.num_timesteps)
         self.adapter = (settings.adapter.new(backbone) if adapter is None else adapter).float().to(device)
-        self.adapter.install(backbone.unet, backend=settings.base.attention)
-        if settings.base.gradient_checkpointing:
+        self.adapter.install(backbone.unet, backend=base.attention)
+        if base.gradient_checkpointing:
             backbone.unet.enable_gradient_checkpointing()
-        if settings.base.compile:
+        if base.compile:
             backbone.unet.compile_repeated_blocks()
         if settings.optimizer.ema_decay > 0:
             self.averaged = AveragedAdapter(self.adapter, settings.optimizer.ema_decay)
         self.backbone = backbone
         self.encodings = FrozenEncodings(
-            backbone, keep=settings.base.cache_encodings, features=self.adapter.config.reference_features
+            backbone, keep=base.cache_encodings, features=self.adapter.config.reference_features
         )
-        self.encoder = BatchEncoder(backbone, self.encodings, settings.base.size_condition)
+        self.encoder = BatchEncoder(backbone, self.encodings, base.size_condition)
         self.phrase_tokens = PhraseTokens(backbone.tokenizer)
 
     @property
@@ -219,7 +214,8 @@ class MSDiffusionModule(TimestepValidation):
     def transfer_batch_to_device(self, batch: PairsBatch, device: torch.device, dataloader_idx: int) -> PairsBatch:
         """The batch on a device, but for the numbers that decide on the host: to ask the device would be to wait."""
         draws, moved = batch.draws, batch.to(device, non_blocking=True)
-        return replace(moved, draws=replace(moved.draws, **{name: getattr(draws, name) for name in DECIDING}))
+        deciding = {name: getattr(draws, name) for name in ("condition", "grounding", "timestep")}
+        return replace(moved, draws=replace(moved.draws, **deciding))
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on the adapter's parameters alone, with the learning rate's course."""
@@ -279,14 +275,14 @@ class MSDiffusionModule(TimestepValidation):
         no_image, no_text, no_grounding = draw_drops(self.drop_rates, draws.condition, draws.grounding)
         inputs = self.encode(batch, no_image.tolist(), no_text.tolist())
         shares = draw_shares(draws.timestep, settings.timestep_sampling, settings.timestep_exponent)
-        timesteps = self._on_device(self.schedule.timesteps(shares))
+        timesteps = self.schedule.timesteps(shares).to(self.device, non_blocking=True)
         noise = draws.noise + settings.noise_offset * draws.offset if settings.noise_offset > 0 else draws.noise
         size, layout = inputs.latents.shape[-2:], None
         if settings.layout_loss_weight > 0:
             tokens = self.phrase_tokens.of_batch(batch, inputs.boxes.shape[1], no_text.tolist())
             layout = LayoutLoss(tokens, inputs.boxes, size, inputs.prompt_states.shape[1])
         prediction, target = self.predict_noise(
-            self.adapter, inputs, noise, timesteps, self._on_device(no_grounding), layout
+            self.adapter, inputs, noise, timesteps, no_grounding.to(self.device, non_blocking=True), layout
         )
         area = subject_area(inputs.boxes, *size)
         errors = sample_errors(prediction, target, 1 + (settings.box_loss_weight - 1) * area)
@@ -361,9 +357,6 @@ class MSDiffusionModule(TimestepValidation):
             return_dict=False,
         )[0]
         return prediction, self.schedule.target(inputs.latents, noise, timesteps)
-
-    def _on_device(self, values: Tensor) -> Tensor:
-        return values.to(self.device, non_blocking=True)
 
     def exported_config(self, directory: str | Path | None = None) -> dict[str, Any]:
         """Fields of the adapter's config as this run writes it into a directory; see ``learning.export``."""

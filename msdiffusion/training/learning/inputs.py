@@ -74,23 +74,20 @@ class BatchEncoder:
         """
         # Asked as ahead of the run: in their own precision, whatever arithmetic the trained part has.
         with torch.autocast(batch.boxes.device.type, enabled=False):
-            return self._encode(batch, no_image, no_text)
-
-    def _encode(self, batch: PairsBatch, no_image: Sequence[bool] | None, no_text: Sequence[bool] | None) -> Inputs:
-        slots = subject_slots(batch)
-        S = max(1, *(slot + 1 for row in slots for slot in row))
-        places = [row * S + slot for row, own in enumerate(slots) for slot in own]
-        subjects = torch.tensor(places).to(batch.boxes.device, non_blocking=True)
-        states, pooled = self._prompts(batch, no_text)
-        return Inputs(
-            latents=self._latents(batch),
-            prompt_states=states,
-            added_conditions=self._added_conditions(batch, pooled),
-            image_tokens=self._image_tokens(batch, slots, S, subjects, no_image),
-            phrase_embeddings=self._phrases(batch, slots, S, subjects),
-            boxes=batch.boxes[:, :S],
-            subjects=subjects,
-        )
+            slots = subject_slots(batch)
+            S = max(1, *(slot + 1 for row in slots for slot in row))
+            places = [row * S + slot for row, own in enumerate(slots) for slot in own]
+            subjects = torch.tensor(places).to(batch.boxes.device, non_blocking=True)
+            states, pooled = self._prompts(batch, no_text)
+            return Inputs(
+                latents=self._latents(batch),
+                prompt_states=states,
+                added_conditions=self._added_conditions(batch, pooled),
+                image_tokens=self._image_tokens(batch, slots, S, subjects, no_image),
+                phrase_embeddings=self._phrases(batch, slots, S, subjects),
+                boxes=batch.boxes[:, :S],
+                subjects=subjects,
+            )
 
     def _latents(self, batch: PairsBatch) -> Tensor:
         """float32, the posterior's sample that the batch's own random numbers choose."""

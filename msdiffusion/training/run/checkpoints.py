@@ -141,7 +141,7 @@ class RunCheckpoint(pl.callbacks.ModelCheckpoint):
         if self._pending:
             self._save(trainer)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, *_: Any) -> None:
         """Nothing: the last step of an epoch is a step like any other."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

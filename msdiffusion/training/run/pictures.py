@@ -64,10 +64,7 @@ class ValidationPictures(EveryNSteps):
         if count < 1 or num_steps < 1:
             raise RequestError(f"count and num_steps must be at least 1, got {count} and {num_steps}")
         self.count = count
-        self.num_steps = num_steps
-        self.guidance_scale = guidance_scale
-        self.scale = scale
-        self.seed = seed
+        self.settings = {"num_steps": num_steps, "guidance_scale": guidance_scale, "scale": scale, "seed": seed}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Pictures of an earlier run are not shown beside those of a new one."""
@@ -79,15 +76,7 @@ class ValidationPictures(EveryNSteps):
         samples = trainer.datamodule.validation_samples(self.count)
         if not samples:
             return
-        results = draw_samples(
-            module,
-            trainer.datamodule,
-            samples,
-            num_steps=self.num_steps,
-            guidance_scale=self.guidance_scale,
-            scale=self.scale,
-            seed=self.seed,
-        )
+        results = draw_samples(module, trainer.datamodule, samples, **self.settings)
         grid = picture_grid(samples, results, module.adapter.config.reference_background)
         directory = in_root(trainer, FOLDER)
         directory.mkdir(parents=True, exist_ok=True)
@@ -247,13 +236,7 @@ class PredictionPictures(pl.Callback):
         self._cells: list[list[Image.Image | None]] = []
 
     def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Write a batch; samples that only fill up the last batch of a process are left out."""
         directory = in_root(trainer, "predictions") if self.directory is None else Path(self.directory)
