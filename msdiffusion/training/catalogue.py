@@ -29,8 +29,8 @@ from msdiffusion.training.pairs.columns import Columns, bar, from_headers, from_
 from msdiffusion.training.pairs.damage import known_damage, verify, write_damage
 from msdiffusion.training.pairs.remote import ShardCache
 from msdiffusion.training.pairs.shards import OpenShard, Pair, PairLocation, read_pair, read_record
-from msdiffusion.training.pairs.sources import Damage, Shard, locate
-from msdiffusion.training.pairs.tar_index import KeyColumn, ShardTable
+from msdiffusion.training.pairs.sources import Damage, locate
+from msdiffusion.training.pairs.tar_index import ShardTable
 
 OPEN_FILES = 32
 """Of one process. Few, because a file that the cache removes keeps its room on the disk while it is open."""
@@ -47,13 +47,8 @@ class Catalogue:
     def __init__(
         self, columns: Columns, skipped: Sequence[Damage] = (), cache: ShardCache | None = None, progress: bool = True
     ) -> None:
-        self.shards: tuple[Shard, ...] = columns.shards
-        self.shard: np.ndarray = columns.shard
-        """int32 (N,): number of the pair's shard; never decreases."""
-        self.place: np.ndarray = columns.place
-        """int32 (N,): number of the pair in its shard."""
-        self.keys: KeyColumn = columns.keys
-        """N keys, each there once."""
+        # see ``Columns``; every key is there once
+        self.shards, self.shard, self.place, self.keys = columns.shards, columns.shard, columns.place, columns.keys
         self.skipped = tuple(skipped)
         """Damaged shards and pairs that are left out, because that was asked for."""
         self.cache = cache

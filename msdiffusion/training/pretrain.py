@@ -27,10 +27,6 @@ from msdiffusion.training.processes import process_rank
 from msdiffusion.weight_files import share
 
 
-def _identity(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return batch
-
-
 class WorldRenderings(pl.LightningDataModule):
     """Renders the world ahead of time (cached on disk) and serves scenes or identity views.
 
@@ -75,7 +71,12 @@ class WorldRenderings(pl.LightningDataModule):
     def _loader(self, data: Dataset, shuffle: bool) -> DataLoader:
         generator = torch.Generator().manual_seed(1000 * self.hparams.seed + process_rank())
         return DataLoader(
-            data, self.hparams.batch_size, shuffle=shuffle, drop_last=shuffle, collate_fn=_identity, generator=generator
+            data,
+            self.hparams.batch_size,
+            shuffle=shuffle,
+            drop_last=shuffle,
+            collate_fn=lambda batch: batch,
+            generator=generator,
         )
 
     def train_dataloader(self) -> DataLoader:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -24,22 +22,16 @@ class SceneCaptions(Dataset):
         self.renderings = renderings
         tokenizer = build_tokenizer()
         names = tuple(BACKGROUNDS)
-        self.tokens = np.stack(
-            [
-                self._tokenize(tokenizer, [
-                    write_caption([renderings.identities[i] for i in row if i >= 0], names[b], detail)
-                    for row, b in zip(renderings.members, renderings.backgrounds, strict=True)
-                ])
-                for detail in CAPTION_SHARES
-            ],
-            axis=1,
-        )  # fmt: skip
+        columns = []
+        for detail in CAPTION_SHARES:
+            captions = [
+                write_caption([renderings.identities[i] for i in row if i >= 0], names[b], detail)
+                for row, b in zip(renderings.members, renderings.backgrounds, strict=True)
+            ]
+            rows = tokenizer(captions, padding="max_length", truncation=True).input_ids
+            columns.append(np.asarray(rows, np.int16))
+        self.tokens = np.stack(columns, axis=1)
         self.seed = seed
-
-    @staticmethod
-    def _tokenize(tokenizer: Any, captions: list[str]) -> np.ndarray:
-        rows = tokenizer(captions, padding="max_length", truncation=True).input_ids
-        return np.asarray(rows, np.int16)
 
     def __len__(self) -> int:
         return len(self.renderings.images)

@@ -120,12 +120,7 @@ def training_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
             f"the base predicts {prediction!r}; training knows {', '.join(map(repr, DIFFUSION_PREDICTIONS))} and flows"
         )
     kept = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "prediction_type",
+        *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
         "rescale_betas_zero_snr",
     )
     return DiffusionSchedule(DDPMScheduler(**{name: config[name] for name in kept if name in config}))

@@ -226,17 +226,7 @@ def listed(folder: str) -> list[DataFile]:
 
 def _stamp(info: dict[str, Any]) -> str:
     names = (
-        "ETag",
-        "etag",
-        "md5Hash",
-        "Content-MD5",
-        "Digest",
-        "Last-Modified",
-        "generation",
-        "LastModified",
-        "last_modified",
-        "mtime",
-        "modify",
-        "created",
+        *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "Last-Modified", "generation", "LastModified"),
+        *("last_modified", "mtime", "modify", "created"),
     )
     return next((str(info[name]) for name in names if info.get(name)), "")
