@@ -70,14 +70,8 @@ class WorldRenderings(pl.LightningDataModule):
 
     def _loader(self, data: Dataset, shuffle: bool) -> DataLoader:
         generator = torch.Generator().manual_seed(1000 * self.hparams.seed + process_rank())
-        return DataLoader(
-            data,
-            self.hparams.batch_size,
-            shuffle=shuffle,
-            drop_last=shuffle,
-            collate_fn=lambda batch: batch,
-            generator=generator,
-        )
+        settings = {"shuffle": shuffle, "drop_last": shuffle, "generator": generator}
+        return DataLoader(data, self.hparams.batch_size, collate_fn=lambda batch: batch, **settings)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of the train split."""
