@@ -5,6 +5,7 @@ Shape letters: B batch, C latent channels, h w latent rows and columns.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -59,6 +60,7 @@ class DiffusionSchedule:
         return capped if self.prediction == "sample" else capped / (snr + 1)
 
 
+@dataclass(frozen=True)
 class FlowSchedule:
     """Flow matching: (1 - s) * latents + s * noise at the timestep T * s, and the UNet says noise - latents.
 
@@ -66,13 +68,11 @@ class FlowSchedule:
     2209.03003); the shift is that of Esser et al. 2024 (arXiv 2403.03206), section 5.3.2, as diffusers' schedulers have
     it.
 
-    Args:
-        shift: above 1 draws more of the noisy samples, as the base was trained.
+    A ``shift`` above 1 draws more of the noisy samples, as the base was trained.
     """
 
-    def __init__(self, num_timesteps: int = 1000, shift: float = 1.0) -> None:
-        self.num_timesteps = num_timesteps
-        self.shift = shift
+    num_timesteps: int = 1000
+    shift: float = 1.0
 
     def timesteps(self, shares: Tensor) -> Tensor:
         """float32 (B,): T * shift * share / (1 + (shift - 1) * share), not rounded."""

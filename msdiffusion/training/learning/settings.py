@@ -1,6 +1,7 @@
 """Settings of the adapter's training, in groups: refused where they cannot be, and turned into an adapter.
 
-What each one means stands at ``MSDiffusionModule``, which takes all of them side by side, as configs have them.
+What each one means stands at ``MSDiffusionModule``, which takes all of them side by side, as configs have them. Each
+group raises a RequestError for what cannot be, which names it, what it was, and what it may be.
 """
 
 from __future__ import annotations
@@ -23,11 +24,7 @@ from msdiffusion.training.setting_names import check_choices, grouped
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
-    """Which adapter is trained, on which base.
-
-    Raises:
-        RequestError: one cannot be; names it, what it was, and what it may be.
-    """
+    """Which adapter is trained, on which base."""
 
     base_model: str
     image_encoder: str
@@ -111,11 +108,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """How the weights follow the gradients.
-
-    Raises:
-        RequestError: as of ``AdapterSettings``.
-    """
+    """How the weights follow the gradients."""
 
     optimizer: OptimizerName
     fused: bool | None
@@ -135,11 +128,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Which errors count, and how much.
-
-    Raises:
-        RequestError: as of ``AdapterSettings``.
-    """
+    """Which errors count, and how much."""
 
     loss_weighting: Literal["uniform", "min_snr"]
     min_snr_gamma: float
@@ -174,11 +163,7 @@ class LossSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSettings:
-    """How the frozen networks compute.
-
-    Raises:
-        RequestError: as of ``AdapterSettings``.
-    """
+    """How the frozen networks compute."""
 
     size_condition: Literal["picture", "resolution"]
     attention: Literal["sdpa", "softmax"]
@@ -193,11 +178,7 @@ class BaseSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """All of them.
-
-    Raises:
-        RequestError: two cannot be together.
-    """
+    """All of them."""
 
     adapter: AdapterSettings
     optimizer: OptimizerSettings

@@ -39,36 +39,13 @@ def check_structure(
     if not isinstance(adapter_config, str):
         return
     config = AdapterConfig.from_json(adapter_config, f"adapter_config in {name}")
-    changes = _other_structure(saved, settings, config, present, resume)
-    if not changes:
-        return
-    advice = "give the old value" if len(changes) == 1 else "give the old values"
-    if any(change.startswith(("resampler.", "projector")) for change in changes):
-        advice += ", or start a new adapter without this checkpoint"
-    else:
-        advice += f", or start a new run from its weights, without this checkpoint and with {best}"
-    raise RequestError(f"{name} does not fit these settings: {'; '.join(changes)}: {advice}")
-
-
-def _other_structure(
-    saved: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    config: AdapterConfig,
-    present: Mapping[str, Any],
-    resume: bool,
-) -> list[str]:
-    """Settings whose change no checkpoint can follow, each as "name was A, now B".
-
-    Args:
-        config: of the adapter in the checkpoint; the others as of ``check_structure``.
-    """
-    found = []
+    changes = []
     ema = [values.get("ema_decay") for values in (saved, settings)]
     if None not in ema and (ema[0] > 0) != (ema[1] > 0):
-        found.append(f"ema_decay was {ema[0]}, now {ema[1]}")
+        changes.append(f"ema_decay was {ema[0]}, now {ema[1]}")
     optimizers = [values.get("optimizer", "adamw") for values in (saved, settings)]
     if resume and optimizers[0] != optimizers[1]:
-        found.append(f"optimizer was {optimizers[0]}, now {optimizers[1]}")
+        changes.append(f"optimizer was {optimizers[0]}, now {optimizers[1]}")
     theirs = structure(config)
     # of the other projector's sizes some are not used
     names = [name for name in theirs if theirs["projector"] == present.get("projector") or name == "projector"]
@@ -77,8 +54,15 @@ def _other_structure(
         if theirs["projector"] == "global" and name not in used:
             continue
         if name in present and theirs[name] != present[name]:
-            found.append(f"{name} was {theirs[name]}, now {present[name]}")
-    return found
+            changes.append(f"{name} was {theirs[name]}, now {present[name]}")
+    if not changes:
+        return
+    advice = "give the old value" if len(changes) == 1 else "give the old values"
+    if any(change.startswith(("resampler.", "projector")) for change in changes):
+        advice += ", or start a new adapter without this checkpoint"
+    else:
+        advice += f", or start a new run from its weights, without this checkpoint and with {best}"
+    raise RequestError(f"{name} does not fit these settings: {'; '.join(changes)}: {advice}")
 
 
 def structure(config: AdapterConfig) -> dict[str, Any]:

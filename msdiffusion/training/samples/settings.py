@@ -1,6 +1,7 @@
 """Settings of the pairs in groups: where they are read, how one becomes a training sample, how they are loaded.
 
-What each one means stands at ``PairsDataModule``, which takes all of them side by side, as configs have them.
+What each one means stands at ``PairsDataModule``, which takes all of them side by side, as configs have them. Each
+group raises a RequestError for what is out of range.
 """
 
 from __future__ import annotations
@@ -19,11 +20,7 @@ from msdiffusion.training.setting_names import check_choices, check_number
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-    """How a pair becomes a sample; encodings made ahead depend on some of it.
-
-    Raises:
-        RequestError: one is out of range.
-    """
+    """How a pair becomes a sample; encodings made ahead depend on some of it."""
 
     resolution: int
     bucket_step: int = 0
@@ -51,11 +48,7 @@ class SampleSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSettings:
-    """Where pairs and their encodings are.
-
-    Raises:
-        RequestError: one is out of range.
-    """
+    """Where pairs and their encodings are."""
 
     pairs: str | dict[str, float]
     validation_pairs: str | None
@@ -87,11 +80,7 @@ class SourceSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadingSettings:
-    """How samples are ordered and loaded.
-
-    Raises:
-        RequestError: one is out of range.
-    """
+    """How samples are ordered and loaded."""
 
     batch_size: int
     lanes: int
