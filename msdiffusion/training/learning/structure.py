@@ -48,13 +48,13 @@ def check_structure(
         changes.append(f"optimizer was {optimizers[0]}, now {optimizers[1]}")
     theirs = structure(config)
     # of the other projector's sizes some are not used
-    names = [name for name in theirs if theirs["projector"] == present.get("projector") or name == "projector"]
+    parts = [part for part in theirs if theirs["projector"] == present.get("projector") or part == "projector"]
     used = ("projector", "resampler.image_width", "resampler.output_width", "resampler.tokens")
-    for name in names:
-        if theirs["projector"] == "global" and name not in used:
+    for part in parts:
+        if theirs["projector"] == "global" and part not in used:
             continue
-        if name in present and theirs[name] != present[name]:
-            changes.append(f"{name} was {theirs[name]}, now {present[name]}")
+        if part in present and theirs[part] != present[part]:
+            changes.append(f"{part} was {theirs[part]}, now {present[part]}")
     if not changes:
         return
     advice = "give the old value" if len(changes) == 1 else "give the old values"

@@ -100,7 +100,7 @@ class RunCLI(LightningCLI):
         model = settings.get("model")
         model = model.as_dict() if hasattr(model, "as_dict") else dict(model or {})
         asked = _plain(model.get("init_args") or {})
-        if saved["adapter_config"] is not None and "base_model" in asked:
+        if isinstance(saved["adapter_config"], str) and "base_model" in asked:
             best = path.parent.parent / BEST_FOLDER if path.parent.name == FOLDER else Path("RUN", BEST_FOLDER)
             check_structure(
                 str(path),
