@@ -22,12 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-CONFIG = "configs/msd.yaml"
-CALLBACKS = [
-    {"class_path": f"msdiffusion.training.{name}"} for name in ("local_sgd.WeightAveraging", "callbacks.RunProgress")
-]
-"""Of the config's, those that act at every step."""
-MODEL, DATA, TRAINER = "--model.init_args.", "--data.init_args.", "--trainer."
+from training_speed import CONFIG, DATA, MODEL, TRAINER, fit_arguments
+
 AHEAD = (f"{DATA}encodings=require", f"{MODEL}cache_encodings=false")
 ASKED = (f"{DATA}encodings=off", f"{MODEL}cache_encodings=false")
 SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -93,7 +89,8 @@ def print_fits(options: argparse.Namespace) -> None:
 def one_fit(options: argparse.Namespace) -> tuple[float, float]:
     """MiB before the first step, and at most, of a fit in this process."""
     import pytorch_lightning as pl
-    from pytorch_lightning.cli import LightningCLI
+
+    from msdiffusion.training.run.run_cli import read_run
 
     held: list[float] = []
 
@@ -103,20 +100,8 @@ def one_fit(options: argparse.Namespace) -> tuple[float, float]:
                 held.append(resident())
 
     with tempfile.TemporaryDirectory() as root:
-        cli = LightningCLI(
-            pl.LightningModule,
-            pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            run=False,
-            args=[
-                "-c", CONFIG, *SETTINGS[options.one_run][1], f"{DATA}pairs={options.pairs}",
-                f"{TRAINER}max_steps={options.steps}", f"{TRAINER}limit_val_batches=0", f"{TRAINER}accelerator=cpu",
-                f"{TRAINER}default_root_dir={root}", f"{TRAINER}enable_checkpointing=false",
-                f"{TRAINER}callbacks={json.dumps(CALLBACKS)}",
-            ],
-        )  # fmt: skip
+        settings = SETTINGS[options.one_run][1]
+        cli = read_run(CONFIG, fit_arguments(settings, options.pairs, options.steps, root))
         cli.trainer.callbacks.append(Watch())
         cli.trainer.fit(cli.model, cli.datamodule)
     return held[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,15 @@ CALLBACKS = [
 ]
 """Of the config's, those that act at every step."""
 MODEL, DATA, TRAINER = "--model.init_args.", "--data.init_args.", "--trainer."
+
+
+def fit_arguments(settings: Sequence[str], pairs: str, steps: int, root: str) -> list[str]:
+    """More settings of a fit on the CPU that trains, and does nothing besides."""
+    return [
+        *settings, f"{DATA}pairs={pairs}", f"{TRAINER}limit_val_batches=0", f"{TRAINER}max_steps={steps}",
+        f"{TRAINER}default_root_dir={root}", f"{TRAINER}enable_checkpointing=false",
+        f"{TRAINER}callbacks={json.dumps(CALLBACKS)}", f"{TRAINER}accelerator=cpu",
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -246,25 +255,12 @@ def fit_run(variant: Variant, task: dict[str, Any]) -> dict[str, float]:
     """A fit of the config."""
     import warnings
 
-    import pytorch_lightning as pl
-    from pytorch_lightning.cli import LightningCLI
+    from msdiffusion.training.run.run_cli import read_run
 
     warnings.filterwarnings("ignore")
     with patched(variant.patch):
-        cli = LightningCLI(
-            pl.LightningModule,
-            pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            run=False,
-            args=[
-                "-c", CONFIG, *variant.settings, f"{DATA}pairs={task['pairs']}", f"{TRAINER}limit_val_batches=0",
-                f"{TRAINER}max_steps={task['warmup'] + task['steps']}", f"{TRAINER}default_root_dir={task['root']}",
-                f"{TRAINER}enable_checkpointing=false",
-                f"{TRAINER}callbacks={json.dumps(CALLBACKS)}", f"{TRAINER}accelerator=cpu",
-            ],
-        )  # fmt: skip
+        steps = task["warmup"] + task["steps"]
+        cli = read_run(CONFIG, fit_arguments(variant.settings, task["pairs"], steps, task["root"]))
         clock = Clock(cli.model, task["warmup"])
         cli.trainer.fit(cli.model, cli.datamodule)
     return clock.result

@@ -29,8 +29,8 @@ from msdiffusion.training.pairs.columns import Columns, bar, from_headers, from_
 from msdiffusion.training.pairs.damage import known_damage, verify, write_damage
 from msdiffusion.training.pairs.remote import ShardCache
 from msdiffusion.training.pairs.shards import OpenShard, Pair, PairLocation, read_pair, read_record
-from msdiffusion.training.pairs.sources import Damage, Shard, locate
-from msdiffusion.training.pairs.tar_index import KeyColumn, ShardTable
+from msdiffusion.training.pairs.sources import Damage, locate
+from msdiffusion.training.pairs.tar_index import ShardTable
 
 OPEN_FILES = 32
 """Of one process. Few, because a file that the cache removes keeps its room on the disk while it is open."""
@@ -42,24 +42,13 @@ class Catalogue:
     """The pairs of a dataset, in the order of the files.
 
     It may be sent to other processes, and used after a fork. In one process, one thread may read at a time.
-
-    Args:
-        columns: the pairs.
-        skipped: what was left out because it is damaged.
-        cache: for remote shards.
-        progress: whether to show a bar where something takes long.
     """
 
     def __init__(
         self, columns: Columns, skipped: Sequence[Damage] = (), cache: ShardCache | None = None, progress: bool = True
     ) -> None:
-        self.shards: tuple[Shard, ...] = columns.shards
-        self.shard: np.ndarray = columns.shard
-        """int32 (N,): number of the pair's shard; never decreases."""
-        self.place: np.ndarray = columns.place
-        """int32 (N,): number of the pair in its shard."""
-        self.keys: KeyColumn = columns.keys
-        """N keys, each there once."""
+        # see ``Columns``; every key is there once
+        self.shards, self.shard, self.place, self.keys = columns.shards, columns.shard, columns.place, columns.keys
         self.skipped = tuple(skipped)
         """Damaged shards and pairs that are left out, because that was asked for."""
         self.cache = cache
@@ -193,7 +182,6 @@ def read_catalogue(
             same, all shards are looked through first, or the list that ``verify`` left is read. False: the first
             damage is an error.
         cache: where remote shards are kept; the default one if None.
-        progress: show a bar where it takes longer than some seconds.
 
     Raises:
         RequestError: if the source cannot be understood.
@@ -201,8 +189,7 @@ def read_catalogue(
             other, or something is damaged and ``skip_damaged`` is False.
     """
     found = locate(str(source))
-    if cache is None and any(shard.file.is_remote for shard in found.shards):
-        cache = ShardCache()
+    cache = cache or ShardCache()
     skipped: Sequence[Damage] = ()
     if skip_damaged:
         skipped = known_damage(found, cache)

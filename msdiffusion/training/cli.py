@@ -6,8 +6,10 @@ pytorch-lightning installs no console script of its own; ours is LightningCLI wi
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from data_pipeline.extras import missing_extras
@@ -15,18 +17,11 @@ from data_pipeline.safe_text import visible
 from msdiffusion.environment import prepare_environment
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs `lightning fit|validate|test|predict -c CONFIG [--key value ...]`.
-
-    An error that this project, or its user, can do something about is told in one message. With MSD_TRACEBACK=1 in the
-    environment Python's traceback comes instead.
-
-    Args:
-        arguments: command line without the program's name; sys.argv when None.
+def _checked(arguments: Sequence[str] | None) -> Sequence[str] | None:
+    """The command line, seen to be right as far as that goes without torch, with configs' files in place of names.
 
     Raises:
-        SystemExit: 2 for a wrong setting, dataset or model; 1 for a run that could not go on; 128 and the signal's
-            number for one that was stopped, its state written.
+        SystemExit: 2 where it is wrong; the message went to stderr.
     """
     from msdiffusion.errors import MSDiffusionError, RequestError
     from msdiffusion.training.setting_names import check_arguments, pairs_of, with_configs
@@ -48,12 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.argv[1:] = with_configs(sys.argv[1:])  # where Lightning looks, and the processes that it starts
     else:
         arguments = with_configs(arguments)
-    prepare_environment()
-    import warnings
+    return arguments
 
+
+def _quieten() -> None:
+    """No advice of libraries that a user can do nothing about."""
     for message in (
         ".*does not have many workers.*",
-        # between Lightning and torch; nothing that a user could do about it
+        # between Lightning and torch
         r".*isinstance\(treespec, LeafSpec\).*",
         # a short run is no mistake
         ".*is smaller than the logging interval.*",
@@ -61,20 +58,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ".*It is recommended to use `self.log.*sync_dist=True.*",
     ):
         warnings.filterwarnings("ignore", message=message)
-    import logging
-
-    import pytorch_lightning as pl
-    from pytorch_lightning.cli import SaveConfigCallback
-
     # Lightning advertises other packages there
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs `lightning fit|validate|test|predict -c CONFIG [--key value ...]`.
+
+    An error that this project, or its user, can do something about is told in one message. With MSD_TRACEBACK=1 in the
+    environment Python's traceback comes instead.
+
+    Args:
+        arguments: command line without the program's name; sys.argv when None.
+
+    Raises:
+        SystemExit: 2 for a wrong setting, dataset or model; 1 for a run that could not go on; 128 and the signal's
+            number for one that was stopped, its state written.
+    """
+    arguments = _checked(arguments)
+    prepare_environment()
+    _quieten()
+    import pytorch_lightning as pl
+    from pytorch_lightning.cli import SaveConfigCallback
+
     from msdiffusion.errors import TrainingError
     from msdiffusion.training.processes import process_rank
     from msdiffusion.training.run.failures import FailureGuard, RunStoppedError
-    from msdiffusion.training.run.foreign_words import told_by_lightning
+    from msdiffusion.training.run.foreign_words import our_error, told_by_lightning
     from msdiffusion.training.run.pictures import PredictionPictures
     from msdiffusion.training.run.run_cli import RunCLI
     from msdiffusion.training.run.run_folder import EarlierRun
@@ -96,10 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.number) from None
     except Exception as error:
-        # What the constructor of a model or data module raises arrives as the cause of a ValueError of jsonargparse.
-        told: BaseException | None = guard.explain(error) or error
-        while told is not None and not isinstance(told, MSDiffusionError):
-            told = told.__cause__
+        told = our_error(guard.explain(error) or error)
         text = told_by_lightning(error) if told is None else str(told)
         if text is None or os.environ.get("MSD_TRACEBACK"):
             raise

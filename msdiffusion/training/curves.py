@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msdiffusion.errors import DataError
+from msdiffusion.files import written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,9 +35,6 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 def read_curves(path: str | Path) -> dict[str, list[tuple[int, float]]]:
     """The numbers of a table. A last line that a killed run has left unfinished is left out.
 
-    Args:
-        path: of ``metrics.csv``.
-
     Raises:
         DataError: there is no such file, or it is no such table.
     """
@@ -50,7 +48,6 @@ def keep_until(path: Path, step: int, lines: int | None = None) -> int:
     """Leave out of a table what a run has written after the state that it goes on from; nothing where there is none.
 
     Args:
-        path: of ``metrics.csv``.
         step: of that state.
         lines: that it had then; None, or more than it has: not known, then all lines up to the step are kept.
 
@@ -65,12 +62,10 @@ def keep_until(path: Path, step: int, lines: int | None = None) -> int:
     present = _lines(path)
     known = lines is not None and lines <= len(present)
     kept = present[:lines] if known else [line for line in present if line[0] <= step]
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with written(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(HEADER)
         writer.writerows((at, name, repr(value)) for at, name, value in kept)
-    partial.replace(path)
     return len(kept)
 
 
@@ -96,7 +91,6 @@ def draw_curves(runs: Mapping[str, Curves], out: str | Path) -> None:
 
     Args:
         runs: label to what a run has logged; one run may have the label "".
-        out: PNG to write.
 
     Raises:
         DataError: no run has logged anything.
@@ -120,10 +114,8 @@ def draw_curves(runs: Mapping[str, Curves], out: str | Path) -> None:
         _panel(place, title, chosen, runs)
     for place in places[len(panels) :]:
         place.axis("off")
-    path = Path(out)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=90)
-    partial.replace(path)
+    with written(Path(out)) as partial:
+        figure.savefig(partial, format="png", dpi=90)
 
 
 def _panels(names: Sequence[str]) -> list[tuple[str, list[str]]]:

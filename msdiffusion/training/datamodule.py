@@ -25,8 +25,8 @@ from msdiffusion.training.samples.loader import FixedSampler, PairsLoader, PlanS
 from msdiffusion.training.samples.mixture import MixedStore, Mixture
 from msdiffusion.training.samples.place import Place, resumed_place
 from msdiffusion.training.samples.plan import EpochPlan, PlannedDataset, padded_order
-from msdiffusion.training.samples.settings import SampleSettings
-from msdiffusion.training.setting_names import check_number
+from msdiffusion.training.samples.settings import LoadingSettings, SampleSettings, SourceSettings
+from msdiffusion.training.setting_names import grouped
 
 SINGLE_FRAMES = 0.1
 """A greater share of pairs whose references come from the target picture itself is worth a warning."""
@@ -117,49 +117,11 @@ class PairsDataModule(pl.LightningDataModule):
         seed: int = 0,
         reference_frame: Literal["other", "target"] = "other",
     ) -> None:
+        given = locals()
         super().__init__()
-        for name, number in (
-            ("batch_size", batch_size), ("lanes", lanes), ("shuffle_buffer", shuffle_buffer),
-            ("num_workers", num_workers),
-        ):  # fmt: skip
-            check_number(name, number)
-        self.samples = SampleSettings(
-            resolution=resolution,
-            bucket_step=bucket_step,
-            max_subjects=max_subjects,
-            minimum_visible=minimum_visible,
-            reference_frame=reference_frame,
-            augmentation=Augmentation(
-                crop, flip_probability, subject_dropout, box_jitter, reference_augmentation, reference_flip_probability
-            ),
-            cache_megabytes=cache_megabytes,
-            seed=seed,
-        )
-        if not shard_gigabytes > 0:
-            raise RequestError(f"shard_gigabytes must be above 0, got {shard_gigabytes}")
-        if not 0 <= validation_fraction < 1:
-            raise RequestError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
-        for name, choice, choices in (
-            ("encodings", encodings, ("auto", "require", "off")),
-            ("worker_start", worker_start, (None, "fork", "spawn", "forkserver")),
-        ):
-            if choice not in choices:
-                raise RequestError(f"{name} must be {_either(choices)}, got {choice!r}")
-        self.sources = _sources(pairs)
-        self.pairs = pairs
-        self.validation_pairs = validation_pairs
-        self.validation_fraction = validation_fraction
-        self.test_pairs = test_pairs
-        self.batch_size = batch_size
-        self.lanes = lanes
-        self.shuffle_buffer = shuffle_buffer
-        self.num_workers = num_workers
-        self.worker_start = worker_start
-        self.encodings = encodings
-        self.encodings_folder = encodings_folder
-        self.skip_damaged = skip_damaged
-        self.shard_folder = shard_folder
-        self.shard_gigabytes = shard_gigabytes
+        self.samples = grouped(SampleSettings, given, augmentation=grouped(Augmentation, given))
+        self.source = grouped(SourceSettings, given)
+        self.loading = grouped(LoadingSettings, given)
         self.training: PairsDataset | None = None
         self.validation: PairsDataset | None = None
         self.test: PairsDataset | None = None
@@ -169,26 +131,27 @@ class PairsDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Find and index the shards. Lightning does this before the model loads: a missing dataset is told at once."""
-        if stage in ("test", "predict") and self.test_pairs is not None:
+        if stage in ("test", "predict") and self.source.test_pairs is not None:
             if self.test is None:
-                self.test = self._whole(self.test_pairs)
+                self.test = self._whole(self.source.test_pairs)
             return
         if self.training is not None:
             return
-        mixture = Mixture([self._catalogue(source) for source in self.sources])
-        fraction = 0.0 if self.validation_pairs is not None else self.validation_fraction
+        mixture = Mixture([self._catalogue(source) for source in self.source.weights])
+        fraction = 0.0 if self.source.validation_pairs is not None else self.source.validation_fraction
         splits = [split_by_key(catalogue, fraction) for catalogue in mixture.catalogues]
         training, held_out = (
             np.concatenate([split[side] + start for split, start in zip(splits, mixture.starts[:-1], strict=True)])
             for side in (0, 1)
         )
         num_processes, batches = self._processes()[1], self._batches_per_step()
-        if stage in ("fit", None) and len(training) < self.batch_size * num_processes * batches:
+        size = self.loading.batch_size
+        if stage in ("fit", None) and len(training) < size * num_processes * batches:
             processes = f" in each of {num_processes} processes" if num_processes > 1 else ""
             one = "one batch" if batches == 1 else f"the {batches} batches of a step (trainer.accumulate_grad_batches)"
             raise DataError(
-                f"{', '.join(self.sources)} has {len(training)} pairs to train on, fewer than {one} of "
-                f"{self.batch_size}{processes}; mine more clips, or train with a smaller data.init_args.batch_size"
+                f"{', '.join(self.source.weights)} has {len(training)} pairs to train on, fewer than {one} of "
+                f"{size}{processes}; mine more clips, or train with a smaller data.init_args.batch_size"
             )
         self.training = PairsDataset(mixture, training, self.samples, augmented=True)
         self._digest = mixture.digest(training)
@@ -196,8 +159,8 @@ class PairsDataModule(pl.LightningDataModule):
             _warn_of_single_frames(mixture)
         self.validation = (
             PairsDataset(mixture, held_out, self.samples)
-            if self.validation_pairs is None
-            else self._whole(self.validation_pairs)
+            if self.source.validation_pairs is None
+            else self._whole(self.source.validation_pairs)
         )
 
     def train_dataloader(self) -> PairsLoader:
@@ -237,12 +200,12 @@ class PairsDataModule(pl.LightningDataModule):
         plan = EpochPlan(
             [
                 PlannedDataset(dataset.indices[start:end], shards[dataset.indices[start:end]], weight, source)
-                for (source, weight), start, end in zip(self.sources.items(), parts[:-1], parts[1:], strict=True)
+                for (source, weight), start, end in zip(self.source.weights.items(), parts[:-1], parts[1:], strict=True)
             ],
             seed=self.samples.seed,
-            global_batch=num_processes * self.batch_size,
-            lanes=-(-self.lanes // num_processes) * num_processes,
-            shuffle_buffer=self.shuffle_buffer,
+            global_batch=num_processes * self.loading.batch_size,
+            lanes=-(-self.loading.lanes // num_processes) * num_processes,
+            shuffle_buffer=self.loading.shuffle_buffer,
             buckets=dataset.buckets,
             batches_per_step=self._batches_per_step(),
         )
@@ -311,26 +274,23 @@ class PairsDataModule(pl.LightningDataModule):
         return getattr(self.trainer, "accumulate_grad_batches", 1)
 
     def _catalogue(self, source: str) -> Catalogue:
-        cache = ShardCache(self.shard_folder, int(self.shard_gigabytes * 2**30))
-        return read_catalogue(source, skip_damaged=self.skip_damaged, cache=cache)
+        cache = ShardCache(self.source.shard_folder, int(self.source.shard_gigabytes * 2**30))
+        return read_catalogue(source, skip_damaged=self.source.skip_damaged, cache=cache)
 
     def _whole(self, source: str) -> PairsDataset:
-        mixture = Mixture([self._catalogue(source)])
-        return PairsDataset(mixture, np.arange(len(mixture)), self.samples)
+        return self.fixed_dataset(self._catalogue(source))
 
     def _stores(self, dataset: PairsDataset) -> EncodingStore | None:
-        if self.encodings == "off":
+        wanted, model = self.source.encodings, self.trainer.lightning_module
+        if wanted == "off":
             return None
-        model = self.trainer.lightning_module
 
         def keys() -> dict[Part, PartKey]:
             return part_keys(self.samples, model.backbone, model.adapter.config)
 
+        never, folder = changing(self.samples.augmentation), self.source.encodings_folder
         stores = [
-            open_store(
-                catalogue, changing(self.samples.augmentation), keys, self.encodings_folder, self.encodings == "require"
-            )
-            for catalogue in dataset.pairs.catalogues
+            open_store(catalogue, never, keys, folder, wanted == "require") for catalogue in dataset.pairs.catalogues
         ]
         return None if any(store is None for store in stores) else MixedStore(dataset.pairs, stores)
 
@@ -343,7 +303,7 @@ class PairsDataModule(pl.LightningDataModule):
         return dataset.reading(self._stores(dataset))
 
     def _loader(self, dataset: PairsDataset, sampler: PlanSampler | FixedSampler) -> PairsLoader:
-        return make_loader(dataset, sampler, self.batch_size, self._collator(), self.num_workers, self.worker_start)
+        return make_loader(dataset, sampler, self.loading, self._collator())
 
     def _fixed_loader(self, dataset: PairsDataset, pictures: bool = False) -> PairsLoader | list:
         """In order; ``pictures``: read them also where everything was encoded ahead."""
@@ -353,24 +313,8 @@ class PairsDataModule(pl.LightningDataModule):
             dataset = self._with_encodings(dataset)
         # of the processes of local_sgd only the first one validates
         rank, num_processes = (0, 1) if WORLD in os.environ else self._processes()
-        numbers, indices = padded_order(dataset.indices, num_processes, self.batch_size, dataset.buckets)
+        numbers, indices = padded_order(dataset.indices, num_processes, self.loading.batch_size, dataset.buckets)
         return self._loader(dataset, FixedSampler(numbers, indices, rank, num_processes))
-
-
-def _sources(pairs: str | dict[str, float]) -> dict[str, float]:
-    if isinstance(pairs, str):
-        return {pairs: 1.0}
-    if not pairs:
-        raise RequestError("pairs names no dataset; give a directory, or several as {directory: weight}")
-    for source, weight in pairs.items():
-        if not 0 < weight < float("inf"):
-            raise RequestError(f"pairs: the weight of {source!r} must be a number above 0, got {weight}")
-    return dict(pairs)
-
-
-def _either(choices: Sequence[str | None]) -> str:
-    *rest, last = [repr(choice) for choice in choices]
-    return f"{', '.join(rest)} or {last}"
 
 
 def _warn_of_single_frames(mixture: Mixture) -> None:

@@ -90,9 +90,7 @@ class WeightAveraging(pl.Callback):
             torch.manual_seed(1_000_003 * trainer.global_step + process_rank() + 1)
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Every `every_n_steps` steps: weights become their mean over the processes."""
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or 0 < trainer.max_steps <= step
@@ -108,7 +106,7 @@ class WeightAveraging(pl.Callback):
         wanted = torch.tensor(max([0, *(guard.requested or 0 for guard in _guards(trainer))]))
         torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX)
         for guard in _guards(trainer) if wanted else ():
-            guard.stopping = int(wanted)
+            guard.stop(int(wanted))
         if hasattr(pl_module, "elapsed"):  # a BudgetedTraining; other modules stop by steps alone
             clock = torch.tensor(pl_module.elapsed)
             torch.distributed.all_reduce(clock, op=torch.distributed.ReduceOp.MAX)

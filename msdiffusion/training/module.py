@@ -6,14 +6,12 @@ Shape letters: B batch, C latent channels, h w latent rows and columns.
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
 from PIL import Image
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
@@ -28,6 +26,7 @@ from msdiffusion.request.request import FALLBACKS
 from msdiffusion.training.encodings.frozen import FrozenEncodings
 from msdiffusion.training.learning.averaging import AveragedAdapter
 from msdiffusion.training.learning.drawing import draw_batch
+from msdiffusion.training.learning.export import exported_config
 from msdiffusion.training.learning.inputs import BatchEncoder, Inputs, make_condition
 from msdiffusion.training.learning.layout_loss import LayoutLoss, PhraseTokens
 from msdiffusion.training.learning.objective import DropRates, draw_drops, sample_errors, subject_area
@@ -39,27 +38,15 @@ from msdiffusion.training.learning.optimizers import (
     make_optimizer,
 )
 from msdiffusion.training.learning.schedules import draw_shares, training_schedule
-from msdiffusion.training.learning.settings import (
-    check_settings,
-    given_adapter,
-    new_adapter,
-    other_structure,
-    structure,
-    validation_timesteps,
-    way_out,
-)
-from msdiffusion.training.learning.validation_errors import TimestepErrors
-from msdiffusion.training.precision import HardwarePrecision
+from msdiffusion.training.learning.settings import TrainingSettings, validation_timesteps
+from msdiffusion.training.learning.structure import check_structure, structure
+from msdiffusion.training.learning.validation_errors import TimestepValidation
+from msdiffusion.training.precision import base_dtype, check_trained_precision
 from msdiffusion.training.run.run_folder import check_checkpoint
-
-if TYPE_CHECKING:
-    from msdiffusion.training.samples.batch import PairsBatch
-
-CLOSED_VOCABULARY = 2000
-"""Tokens: a tokenizer with fewer was made for a small world, in which every word is one token; CLIP's has 49,408."""
+from msdiffusion.training.samples.batch import PairsBatch
 
 
-class MSDiffusionModule(pl.LightningModule):
+class MSDiffusionModule(TimestepValidation):
     """The adapter learns to predict the noise of target pictures, given references, phrases, boxes and prompt.
 
     Only the adapter is a submodule: the optimizer, the checkpoints and the synchronisation of several processes see
@@ -159,7 +146,7 @@ class MSDiffusionModule(pl.LightningModule):
         super().__init__()
         # every argument is a number, a string or a list of these, so that a checkpoint loads with weights_only=True
         self.save_hyperparameters()
-        check_settings(self.hparams)
+        self.settings = TrainingSettings.of(self.hparams)
         self.drop_rates = DropRates(image=drop_image, text=drop_text, both=drop_both, grounding=drop_grounding)
         self.backbone: Backbone | None = None
         self.adapter: MSAdapter | None = None
@@ -169,55 +156,38 @@ class MSDiffusionModule(pl.LightningModule):
         """Load the frozen base, make or load the adapter, and put its processors into the UNet."""
         if self.adapter is not None:
             return
-        hparams = self.hparams
-        self._check_precision()
+        settings, base, loss = self.settings, self.settings.base, self.settings.loss
+        if self._trainer is not None:
+            check_trained_precision(self.trainer)
         quiet_loading()
         # Lightning says that the module moves batches, not the data module: which is so
         warnings.filterwarnings("ignore", message="You have overridden `transfer_batch_to_device`")
-        adapter = None if hparams.adapter is None else given_adapter(hparams)
+        adapter = settings.adapter.given()
         device = self.device if self._trainer is None else self.trainer.strategy.root_device
         backbone = Backbone.from_pretrained(
-            hparams.base_model,
-            hparams.image_encoder,
-            torch_dtype=self._base_dtype(device),
+            settings.adapter.base_model,
+            settings.adapter.image_encoder,
+            torch_dtype=base_dtype(base.base_dtype, self._trainer, device),
             device=device,
             # a half-precision autoencoder overflows on some pictures, and it is a small part of the time
             vae_dtype=torch.float32,
         )
         self.schedule = training_schedule(backbone.pipeline.scheduler)
-        self.validation_timesteps = validation_timesteps(hparams.validation_timesteps, self.schedule.num_timesteps)
-        self.adapter = (new_adapter(hparams, backbone) if adapter is None else adapter).float().to(device)
-        self.adapter.install(backbone.unet, backend=hparams.attention)
-        if hparams.gradient_checkpointing:
+        self.validation_timesteps = validation_timesteps(loss.validation_timesteps, self.schedule.num_timesteps)
+        self.adapter = (settings.adapter.new(backbone) if adapter is None else adapter).float().to(device)
+        self.adapter.install(backbone.unet, backend=base.attention)
+        if base.gradient_checkpointing:
             backbone.unet.enable_gradient_checkpointing()
-        if hparams.compile:
+        if base.compile:
             backbone.unet.compile_repeated_blocks()
-        if hparams.ema_decay > 0:
-            self.averaged = AveragedAdapter(self.adapter, hparams.ema_decay)
+        if settings.optimizer.ema_decay > 0:
+            self.averaged = AveragedAdapter(self.adapter, settings.optimizer.ema_decay)
         self.backbone = backbone
         self.encodings = FrozenEncodings(
-            backbone, keep=hparams.cache_encodings, features=self.adapter.config.reference_features
+            backbone, keep=base.cache_encodings, features=self.adapter.config.reference_features
         )
-        self.encoder = BatchEncoder(backbone, self.encodings, hparams.size_condition)
+        self.encoder = BatchEncoder(backbone, self.encodings, base.size_condition)
         self.phrase_tokens = PhraseTokens(backbone.tokenizer)
-
-    def _check_precision(self) -> None:
-        precision = "32-true" if self._trainer is None else str(self.trainer.precision)
-        if precision in ("16-true", "bf16-true"):
-            raise RequestError(
-                f"trainer.precision {precision} would make the trained weights 16 bits wide, which small steps do not "
-                "move: take bf16-mixed, and model.init_args.base_dtype bfloat16 for less memory"
-            )
-
-    def _base_dtype(self, device: torch.device) -> torch.dtype:
-        name = self.hparams.base_dtype
-        if name == "auto":
-            precision = "32-true"
-            if self._trainer is not None:
-                plugin = self.trainer.precision_plugin
-                precision = plugin.choose(device) if isinstance(plugin, HardwarePrecision) else plugin.precision
-            name = {"bf16": "bfloat16", "16": "float16"}.get(str(precision).split("-")[0], "float32")
-        return getattr(torch, name)
 
     @property
     def trained_adapter(self) -> MSAdapter:
@@ -245,32 +215,32 @@ class MSDiffusionModule(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: PairsBatch, device: torch.device, dataloader_idx: int) -> PairsBatch:
         """The batch on a device, but for the numbers that decide on the host: to ask the device would be to wait."""
-        here, there = batch.draws, batch.to(device, non_blocking=True)
-        deciding = {name: getattr(here, name) for name in ("condition", "grounding", "timestep")}
-        return replace(there, draws=replace(there.draws, **deciding))
+        draws, moved = batch.draws, batch.to(device, non_blocking=True)
+        deciding = {name: getattr(draws, name) for name in ("condition", "grounding", "timestep")}
+        return replace(moved, draws=replace(moved.draws, **deciding))
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on the adapter's parameters alone, with the learning rate's course."""
-        hparams = self.hparams
+        settings = self.settings.optimizer
         optimizer = make_optimizer(
             self.adapter.parameters(),
-            hparams.optimizer,
-            learning_rate=hparams.learning_rate,
-            weight_decay=hparams.weight_decay,
-            fused=hparams.fused,
+            settings.optimizer,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=settings.fused,
         )
         total_steps = math.inf
-        if hparams.decay != "none":
+        if settings.decay != "none":
             total_steps = self.trainer.estimated_stepping_batches
             if math.isinf(total_steps):
                 raise RequestError(
-                    f"decay={hparams.decay!r} needs to know where the run ends: give trainer.max_steps or "
+                    f"decay={settings.decay!r} needs to know where the run ends: give trainer.max_steps or "
                     "trainer.max_epochs, or decay='none'"
                 )
             # Lightning may have made the loader to count the steps, before a resumed run knows its place in the data.
             # It has no public way to say so: without this, it would begin at the first pair again.
             self.trainer.fit_loop._combined_loader = None
-        course = learning_rate_course(hparams.warmup_steps, hparams.decay, total_steps)
+        course = learning_rate_course(settings.warmup_steps, settings.decay, total_steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, course)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -303,24 +273,27 @@ class MSDiffusionModule(pl.LightningModule):
 
     def training_step(self, batch: PairsBatch, batch_index: int) -> Tensor:
         """The loss of a batch, with the drops, noise and timesteps that its samples bring along."""
-        hparams, draws = self.hparams, batch.draws
+        settings, draws = self.settings.loss, batch.draws
         no_image, no_text, no_grounding = draw_drops(self.drop_rates, draws.condition, draws.grounding)
         inputs = self.encode(batch, no_image.tolist(), no_text.tolist())
-        shares = draw_shares(draws.timestep, hparams.timestep_sampling, hparams.timestep_exponent)
-        timesteps = self._on_device(self.schedule.timesteps(shares))
-        noise = draws.noise + hparams.noise_offset * draws.offset if hparams.noise_offset > 0 else draws.noise
-        layout = self._layout_loss(batch, inputs, no_text.tolist()) if hparams.layout_loss_weight > 0 else None
+        shares = draw_shares(draws.timestep, settings.timestep_sampling, settings.timestep_exponent)
+        timesteps = self.schedule.timesteps(shares).to(self.device, non_blocking=True)
+        noise = draws.noise + settings.noise_offset * draws.offset if settings.noise_offset > 0 else draws.noise
+        size, layout = inputs.latents.shape[-2:], None
+        if settings.layout_loss_weight > 0:
+            tokens = self.phrase_tokens.of_batch(batch, inputs.boxes.shape[1], no_text.tolist())
+            layout = LayoutLoss(tokens, inputs.boxes, size, inputs.prompt_states.shape[1])
         prediction, target = self.predict_noise(
-            self.adapter, inputs, noise, timesteps, self._on_device(no_grounding), layout
+            self.adapter, inputs, noise, timesteps, no_grounding.to(self.device, non_blocking=True), layout
         )
-        area = subject_area(inputs.boxes, *inputs.latents.shape[-2:])
-        errors = sample_errors(prediction, target, 1 + (hparams.box_loss_weight - 1) * area)
-        if hparams.loss_weighting == "min_snr":
-            errors = errors * self.schedule.min_snr_weights(timesteps, hparams.min_snr_gamma)
+        area = subject_area(inputs.boxes, *size)
+        errors = sample_errors(prediction, target, 1 + (settings.box_loss_weight - 1) * area)
+        if settings.loss_weighting == "min_snr":
+            errors = errors * self.schedule.min_snr_weights(timesteps, settings.min_snr_gamma)
         loss = errors.mean()
         if layout is not None:
             misplaced = layout.loss().mean()
-            loss = loss + hparams.layout_loss_weight * misplaced
+            loss = loss + settings.layout_loss_weight * misplaced
             self.log("training/layout_loss", misplaced.detach(), batch_size=len(batch))
             # of all subjects, those whose words the prompt has: without any the layout loss would be 0 unnoticed
             self.log("training/layout_subjects", layout.found / len(inputs.subjects), batch_size=len(batch))
@@ -328,55 +301,6 @@ class MSDiffusionModule(pl.LightningModule):
         inside = sample_errors(prediction.detach(), target, area).mean()
         self.log("training/loss_in_boxes", inside, batch_size=len(batch))
         return loss
-
-    def _layout_loss(self, batch: PairsBatch, inputs: Inputs, no_text: Sequence[bool]) -> LayoutLoss:
-        S = inputs.boxes.shape[1]
-        tokens = [
-            [() if dropped else self.phrase_tokens.of(caption, phrase) for phrase in phrases[:S]]
-            for caption, phrases, dropped in zip(batch.captions, batch.phrases, no_text, strict=True)
-        ]
-        height, width = inputs.latents.shape[-2:]
-        return LayoutLoss(tokens, inputs.boxes, (height, width), inputs.prompt_states.shape[1])
-
-    def on_validation_epoch_start(self) -> None:
-        """Nothing is counted yet."""
-        self._errors = TimestepErrors(self.validation_timesteps, self.device)
-
-    def validation_step(self, batch: PairsBatch, batch_index: int) -> None:
-        """The plain square error with nothing dropped; timestep and noise of a pair are the same at every validation.
-
-        Weights of the loss, which recipes differ in, don't enter, so that recipes can be compared.
-        """
-        inputs = self.encode(batch)
-        places = batch.numbers % len(self.validation_timesteps)
-        timesteps = self._on_device(torch.tensor(self.validation_timesteps))[places]
-        prediction, target = self.predict_noise(self.trained_adapter, inputs, batch.draws.noise, timesteps)
-        area = subject_area(inputs.boxes, *inputs.latents.shape[-2:])
-        inside = sample_errors(prediction, target, area)
-        has_inside = area.flatten(1).any(dim=1)
-        self._errors.add(places, sample_errors(prediction, target), inside, has_inside, batch.weights)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the mean over the timesteps and each of them, over the pairs of all processes."""
-        self._log_errors("validation")
-
-    def on_test_epoch_start(self) -> None:
-        """As for validation."""
-        self.on_validation_epoch_start()
-
-    def test_step(self, batch: PairsBatch, batch_index: int) -> None:
-        """As for validation."""
-        self.validation_step(batch, batch_index)
-
-    def on_test_epoch_end(self) -> None:
-        """As for validation, under "test/"."""
-        self._log_errors("test")
-
-    def _log_errors(self, stage: str) -> None:
-        results = self._errors.results(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        for name, value in results.items():
-            # the same in all processes already; the mean that Lightning takes of them changes nothing
-            self.log(f"{stage}/{name}", value, prog_bar=name == "loss", sync_dist=True)
 
     def predict_step(self, batch: PairsBatch, batch_index: int) -> list[Image.Image]:
         """RGB pictures for the pairs of a batch, drawn with the trained adapter's defaults."""
@@ -418,7 +342,6 @@ class MSDiffusionModule(pl.LightningModule):
 
         Args:
             adapter: the trained one or its average.
-            inputs: from ``encode``.
             noise: float32 (B, C, h, w).
             timesteps: (B,), as the base's schedule makes them.
             no_grounding: bool (B,), see ``DropRates``; None for none.
@@ -437,31 +360,11 @@ class MSDiffusionModule(pl.LightningModule):
         )[0]
         return prediction, self.schedule.target(inputs.latents, noise, timesteps)
 
-    def _on_device(self, values: Tensor) -> Tensor:
-        return values.to(self.device, non_blocking=True)
-
     def exported_config(self, directory: str | Path | None = None) -> dict[str, Any]:
-        """Fields of the adapter's config as this run writes it.
-
-        Args:
-            directory: where it is written: local models are named relative to it. None names them by absolute paths.
-        """
-        config: dict[str, Any] = {
-            "base_model": _seen_from(directory, self.hparams.base_model),
-            "image_encoder": _seen_from(directory, self.hparams.image_encoder),
-            "defaults": {**self.adapter.config.defaults, **(self.hparams.defaults or {})},
-        }
+        """Fields of the adapter's config as this run writes it into a directory; see ``learning.export``."""
         datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
-        if datamodule is not None:
-            backbone = self.backbone
-            native = int(torch.tensor(backbone.unet.config.sample_size).max()) * backbone.latent_factor
-            config |= {
-                "training_resolution": datamodule.samples.resolution,
-                "largest_side": max(datamodule.samples.resolution, native),
-                "most_subjects": datamodule.samples.max_subjects,
-                "closed_vocabulary": len(backbone.tokenizer) < CLOSED_VOCABULARY,
-            }
-        return config
+        samples = None if datamodule is None else datamodule.samples
+        return exported_config(self.settings.adapter, self.adapter.config, self.backbone, samples, directory)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the trained adapter as a directory that ``MSDiffusion.from_pretrained`` takes.
@@ -484,26 +387,15 @@ class MSDiffusionModule(pl.LightningModule):
         """
         if self.adapter is None:
             return
-        text = checkpoint.get("adapter_config")
-        if isinstance(text, str):
-            changes = other_structure(
-                checkpoint.get("hyper_parameters") or {},
-                self.hparams,
-                AdapterConfig.from_json(text, "adapter_config in the checkpoint"),
-                structure(self.adapter.config),
-                resume=self._trainer is not None
-                and self.trainer.state.fn == "fit"
-                and "optimizer_states" in checkpoint,
-            )
-            if changes:
-                advice = way_out(changes, "adapter='RUN/best'")
-                raise RequestError(f"the checkpoint does not fit these settings: {'; '.join(changes)}: {advice}")
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
+        check_structure(
+            "the checkpoint",
+            checkpoint.get("hyper_parameters") or {},
+            checkpoint.get("adapter_config"),
+            self.hparams,
+            structure(self.adapter.config),
+            resume=fits and "optimizer_states" in checkpoint,
+            best="adapter='RUN/best'",
+        )
         source = None if self._trainer is None else self.trainer.ckpt_path
         check_checkpoint(self, checkpoint, source or "the checkpoint")
-
-
-def _seen_from(directory: str | Path | None, model: str) -> str:
-    """How a config names a model: a local one by its path from a directory, or by its absolute one; others by name."""
-    if not Path(model).exists():
-        return model
-    return str(Path(model).resolve()) if directory is None else os.path.relpath(model, directory)

@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.precision import Precision
 from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
+
+from msdiffusion.errors import RequestError
 
 
 def bfloat16_units(device: torch.device) -> str | None:
@@ -39,6 +42,28 @@ def bfloat16_units(device: torch.device) -> str | None:
             if capabilities.get(name, False):
                 return words
     return None
+
+
+def check_trained_precision(trainer: pl.Trainer) -> None:
+    """Refuse a precision that would make the trained weights 16 bits wide.
+
+    Raises:
+        RequestError: says what to take.
+    """
+    if str(trainer.precision) in ("16-true", "bf16-true"):
+        raise RequestError(
+            f"trainer.precision {trainer.precision} would make the trained weights 16 bits wide, which small steps do "
+            "not move: take bf16-mixed, and model.init_args.base_dtype bfloat16 for less memory"
+        )
+
+
+def base_dtype(name: str, trainer: pl.Trainer | None, device: torch.device) -> torch.dtype:
+    """Number type of frozen networks on a device: the one of that name; of "auto" the trainer's, if there is one."""
+    if name == "auto":
+        plugin = None if trainer is None else trainer.precision_plugin
+        precision = plugin.choose(device) if isinstance(plugin, HardwarePrecision) else getattr(plugin, "precision", "")
+        name = {"bf16": "bfloat16", "16": "float16"}.get(str(precision).split("-")[0], "float32")
+    return getattr(torch, name)
 
 
 class HardwarePrecision(Precision):

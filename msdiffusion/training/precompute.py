@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,6 @@ from data_pipeline.extras import missing_extras
 from msdiffusion.environment import prepare_environment
 from msdiffusion.errors import MSDiffusionError, RequestError
 from msdiffusion.files import check_folder
-from msdiffusion.places import find_config
 
 if TYPE_CHECKING:
     from msdiffusion.training.datamodule import PairsDataModule
@@ -37,8 +35,6 @@ def load_run(config: str, arguments: Sequence[str], device: str) -> tuple[PairsD
     """Data module and model of a config, with what they need: shards indexed, networks loaded on a device.
 
     Args:
-        config: file of ``lightning fit``.
-        arguments: more settings, as on its command line.
         device: "auto", "cpu", "cuda", "mps", ... (``trainer.accelerator``); the first one of its kind.
 
     Raises:
@@ -46,27 +42,12 @@ def load_run(config: str, arguments: Sequence[str], device: str) -> tuple[PairsD
         DataError: if there are no pairs.
         WeightsError: if networks are missing.
     """
-    import pytorch_lightning as pl
-    from pytorch_lightning.cli import LightningCLI
-
     from msdiffusion.training.datamodule import PairsDataModule
     from msdiffusion.training.module import MSDiffusionModule
-    from msdiffusion.training.run.run_cli import RunParser
+    from msdiffusion.training.run.run_cli import read_run
 
-    # the command line is ours, and given as a list
-    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     alone = ["--trainer.devices", "1", "--trainer.num_nodes", "1", "--trainer.strategy", "auto"]
-    found = find_config(config)
-    cli = LightningCLI(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=None,
-        run=False,
-        parser_class=RunParser,
-        args=["-c", found, *arguments, *alone, "--trainer.accelerator", device, "--trainer.logger", "false"],
-    )
+    cli = read_run(config, [*arguments, *alone, "--trainer.accelerator", device, "--trainer.logger", "false"])
     model, datamodule = cli.model, cli.datamodule
     if not isinstance(model, MSDiffusionModule) or not isinstance(datamodule, PairsDataModule):
         raise RequestError(
@@ -178,11 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for folder in work.folders.values():
                 print(f"{folder}")
     except (MSDiffusionError, ValueError) as error:
-        # what a constructor raises arrives as the cause of a ValueError of jsonargparse
-        ours: BaseException | None = error
-        while ours is not None and not isinstance(ours, MSDiffusionError):
-            ours = ours.__cause__
-        if ours is None:
+        from msdiffusion.training.run.foreign_words import our_error
+
+        if (ours := our_error(error)) is None:
             raise
         print(f"error: {ours}", file=sys.stderr)
         return 2

@@ -17,78 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.world import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS, write_caption
-from data_pipeline.world.renderings import Renderings, RenderingSettings, identity_labels, load_or_render
+from data_pipeline.world.renderings import RenderingSettings, load_or_render
 from msdiffusion.errors import WeightsError, reason
 from msdiffusion.files import share
 from msdiffusion.training.embedded.budget import BudgetedTraining
-from msdiffusion.training.embedded.networks import build_base, build_image_encoder, build_tokenizer
+from msdiffusion.training.embedded.networks import build_base, build_image_encoder
+from msdiffusion.training.embedded.pools import IdentityViews, SceneCaptions, prepare_views
 from msdiffusion.training.learning.optimizers import Muon
 from msdiffusion.training.processes import process_rank
-
-CAPTION_SHARES = {"full": 0.5, "color": 0.2, "plain": 0.3}
-"""How often a training caption names the whole identity, the main colour only, or the category only."""
-
-
-class SceneCaptions(Dataset):
-    """Scenes with tokenised captions; a batch is drawn at once, so there is no per-sample collation."""
-
-    def __init__(self, renderings: Renderings, seed: int = 0) -> None:
-        self.renderings = renderings
-        tokenizer = build_tokenizer()
-        names = tuple(BACKGROUNDS)
-        self.tokens = np.stack(
-            [
-                self._tokenize(tokenizer, [
-                    write_caption([renderings.identities[i] for i in row if i >= 0], names[b], detail)
-                    for row, b in zip(renderings.members, renderings.backgrounds, strict=True)
-                ])
-                for detail in CAPTION_SHARES
-            ],
-            axis=1,
-        )  # fmt: skip
-        self.seed = seed
-
-    @staticmethod
-    def _tokenize(tokenizer: Any, captions: list[str]) -> np.ndarray:
-        rows = tokenizer(captions, padding="max_length", truncation=True).input_ids
-        return np.asarray(rows, np.int16)
-
-    def __len__(self) -> int:
-        return len(self.renderings.images)
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        rows = np.sort(np.asarray(indices))
-        rng = np.random.default_rng([self.seed, *rows[:4].tolist()])
-        detail = rng.choice(len(CAPTION_SHARES), len(rows), p=list(CAPTION_SHARES.values()))
-        images, boxes = self.renderings.images[rows], self.renderings.boxes[rows]
-        flip = rng.random(len(rows)) < 0.5
-        images = np.where(flip[:, None, None, None], images[:, :, ::-1], images)
-        present = boxes[..., 2:3] > 0
-        mirrored = np.stack([1 - boxes[..., 2], boxes[..., 1], 1 - boxes[..., 0], boxes[..., 3]], -1) * present
-        return {
-            "images": torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2),
-            "boxes": torch.from_numpy(np.where(flip[:, None, None], mirrored, boxes)),
-            "tokens": torch.from_numpy(self.tokens[rows, detail].astype(np.int64)),
-        }
-
-
-class IdentityViews(Dataset):
-    """Two views of each identity with its labels, for the image encoder."""
-
-    def __init__(self, renderings: Renderings, views: int) -> None:
-        self.views = renderings.views.reshape(-1, views, *renderings.views.shape[1:])
-        self.labels = identity_labels(renderings.identities)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        rows = np.sort(np.asarray(indices))
-        return {"views": torch.from_numpy(self.views[rows][:, :2]), "labels": torch.from_numpy(self.labels[rows])}
-
-
-def _identity(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return batch
 
 
 class WorldRenderings(pl.LightningDataModule):
@@ -134,9 +70,8 @@ class WorldRenderings(pl.LightningDataModule):
 
     def _loader(self, data: Dataset, shuffle: bool) -> DataLoader:
         generator = torch.Generator().manual_seed(1000 * self.hparams.seed + process_rank())
-        return DataLoader(
-            data, self.hparams.batch_size, shuffle=shuffle, drop_last=shuffle, collate_fn=_identity, generator=generator
-        )
+        settings = {"shuffle": shuffle, "drop_last": shuffle, "generator": generator}
+        return DataLoader(data, self.hparams.batch_size, collate_fn=lambda batch: batch, **settings)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of the train split."""
@@ -181,9 +116,7 @@ class TextToImagePretraining(BudgetedTraining):
         latent_factor: int = 2,
         initial: str | None = None,
     ) -> None:
-        super().__init__(
-            output, learning_rate, max_steps, budget_minutes, decay_share, warmup_steps, ema_decay, export_minutes
-        )
+        super().__init__()
         self.save_hyperparameters()
         from diffusers.models.attention_processor import AttnProcessor
 
@@ -396,9 +329,7 @@ class ImageEncoderPretraining(BudgetedTraining):
         temperature: float = 0.1,
         pixel_weight: float = 2.0,
     ) -> None:
-        super().__init__(
-            output, learning_rate, max_steps, budget_minutes, decay_share, warmup_steps, ema_decay, export_minutes
-        )
+        super().__init__()
         self.save_hyperparameters()
         self.encoder = build_image_encoder()
         config = self.encoder.config
@@ -458,28 +389,3 @@ class ImageEncoderPretraining(BudgetedTraining):
         CLIPImageProcessor(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_convert_rgb=True
         ).save_pretrained(self.hparams.output)
-
-
-def prepare_views(views: Tensor, augment: bool) -> Tensor:
-    """RGBA views (B, H, W, 4) uint8 on white, normalised as CLIP does, to (B, 3, H, W) float.
-
-    With `augment` they are mirrored, shrunk and stretched by up to a quarter, shifted, and re-lit.
-    """
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
-    pixels = views.permute(0, 3, 1, 2).float() / 255
-    alpha = pixels[:, 3:]
-    pixels = pixels[:, :3] * alpha + 1 - alpha
-    if augment:
-        count = len(pixels)
-        zoom = 1 / torch.empty(count, 2, device=pixels.device).uniform_(0.75, 1.0)
-        zoom[:, 0] *= torch.where(torch.rand(count, device=pixels.device) < 0.5, -1.0, 1.0)
-        theta = torch.zeros(count, 2, 3, device=pixels.device)
-        theta[:, [0, 1], [0, 1]] = zoom
-        theta[:, :, 2] = (torch.rand(count, 2, device=pixels.device) * 2 - 1) * (zoom.abs() - 1)
-        grid = nn.functional.affine_grid(theta, list(pixels.shape), align_corners=False)
-        # Outside is white, so sample the distance from white, for which zero padding is right.
-        pixels = 1 - nn.functional.grid_sample(1 - pixels, grid, align_corners=False)
-        pixels = (pixels * torch.empty(count, 1, 1, 1, device=pixels.device).uniform_(0.85, 1.12)).clamp(0, 1)
-    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return (pixels - mean) / std

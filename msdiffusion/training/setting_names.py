@@ -12,14 +12,15 @@ import difflib
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from msdiffusion.errors import RequestError, shown
 from msdiffusion.places import config_names, find_config
 
+Group = TypeVar("Group")
 TRAINER = "pytorch_lightning.trainer.trainer.Trainer"
 PAIRS = "msdiffusion.training.datamodule.PairsDataModule"
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -120,6 +121,28 @@ def check_number(name: str, number: int | None) -> None:
     if name in ("resolution", "bucket_step") and number % 8:
         squares = ", or 0 for squares" if name == "bucket_step" else ""
         raise RequestError(f"{name} must be a multiple of 8{squares}, got {number}")
+
+
+def grouped(kind: type[Group], settings: Mapping[str, Any], **others: Any) -> Group:
+    """A dataclass of settings, its fields taken by name from settings that lie side by side; or given."""
+    return kind(**{field.name: settings[field.name] for field in fields(kind) if field.name not in others}, **others)
+
+
+def check_choices(settings: Any, listed: bool = False) -> None:
+    """Refuse what the ``Literal`` of a field does not have.
+
+    Args:
+        listed: whether the message names the choices as a list, not as a sentence.
+
+    Raises:
+        RequestError: names the field, what it was and what it may be.
+    """
+    for name, kind in get_type_hints(type(settings)).items():
+        choices = get_args(kind)
+        if get_origin(kind) is Literal and getattr(settings, name) not in choices:
+            *rest, last = map(repr, choices)
+            may = f"one of {choices}" if listed else f"{', '.join(rest)} or {last}"
+            raise RequestError(f"{name} must be {may}, got {getattr(settings, name)!r}")
 
 
 def with_configs(arguments: Sequence[str]) -> list[str]:
@@ -274,7 +297,6 @@ def parameters(name: str, what: str, method: str = "__init__") -> set[str] | Non
     Args:
         name: module and class.
         what: whose class it is, for the message.
-        method: of the class.
 
     Returns:
         None where it cannot be found out.

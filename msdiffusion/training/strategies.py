@@ -11,7 +11,7 @@ import importlib.util
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -22,9 +22,6 @@ from msdiffusion.adapter.adapter import MSAdapter
 from msdiffusion.errors import RequestError, refused_weights
 from msdiffusion.training.learning.sharding import shard_adapter, shard_unet
 from msdiffusion.training.run.run_folder import check_checkpoint
-
-if TYPE_CHECKING:
-    pass
 
 
 class ShardedAdapter(ModelParallelStrategy):

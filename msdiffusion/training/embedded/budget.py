@@ -25,6 +25,8 @@ STOP_EVERY = 12
 class BudgetedTraining(pl.LightningModule):
     """What both pretrainings share: a time or step budget, linear decay over its last part, EMA, export.
 
+    Its classes take these arguments, and save them as hyperparameters:
+
     Args:
         output: folder that receives the trained part.
         learning_rate: peak learning rate.
@@ -37,17 +39,7 @@ class BudgetedTraining(pl.LightningModule):
         export_minutes: how often the averaged weights are written to `output`.
     """
 
-    def __init__(
-        self,
-        output: str,
-        learning_rate: float,
-        max_steps: int,
-        budget_minutes: float | None,
-        decay_share: float,
-        warmup_steps: int,
-        ema_decay: float,
-        export_minutes: float,
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.elapsed = 0.0
         self._goes_on = False

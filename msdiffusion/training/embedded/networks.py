@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 MAX_TOKENS = 40
 """Longest prompt of the embedded base in tokens, both special tokens included."""
 
+HEAD_WIDTH = 32
+"""Channels of one attention head, of every network here."""
+SIZE = 64
+"""Side of the pictures in pixels."""
 _COMMON_WORDS = (
     "a an the and or of on in at to with without by for from near next between under over behind front left right "
     "photo picture image drawing painting cartoon best worst quality high low small big large tiny old new bright "
@@ -68,23 +72,19 @@ def build_base(
     channels: Sequence[int] = (64, 96, 160),
     text_widths: tuple[int, int] = (96, 160),
     text_layers: int = 3,
-    head_width: int = 32,
-    size: int = 64,
     latent_factor: int = 2,
 ) -> StableDiffusionXLPipeline:
     """The text-to-image base with random weights: a diffusers SDXL pipeline with both text encoders.
 
     Args:
-        channels: UNet channels of its resolutions, finest first; multiples of head_width. There is attention where the
+        channels: UNet channels of its resolutions, finest first; multiples of 32. There is attention where the
             latents are 16x16 or coarser.
         text_widths: hidden sizes of the two text encoders; their sum is the cross-attention width.
         text_layers: layers of each text encoder.
-        head_width: channels of one attention head.
-        size: side of the training pictures in pixels.
         latent_factor: pixels per latent cell, a power of two; a cell has 3 * latent_factor ** 2 channels.
 
     Raises:
-        ValueError: if a width is not a multiple of head_width, the factor is no power of two that divides the size, or
+        ValueError: if a width is not a multiple of 32, the factor is no power of two that divides the size, or
             no resolution has attention.
     """
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -92,11 +92,11 @@ def build_base(
 
     from msdiffusion.pixel_autoencoder import PixelUnshuffleAutoencoder
 
-    if any(width % head_width for width in (*channels, *text_widths)):
-        raise ValueError(f"channels {channels} and text widths {text_widths} must be multiples of {head_width}")
-    if latent_factor < 1 or latent_factor & (latent_factor - 1) or size % latent_factor:
-        raise ValueError(f"latent_factor must be a power of two that divides {size}, got {latent_factor}")
-    side = size // latent_factor
+    if any(width % HEAD_WIDTH for width in (*channels, *text_widths)):
+        raise ValueError(f"channels {channels} and text widths {text_widths} must be multiples of {HEAD_WIDTH}")
+    if latent_factor < 1 or latent_factor & (latent_factor - 1) or SIZE % latent_factor:
+        raise ValueError(f"latent_factor must be a power of two that divides {SIZE}, got {latent_factor}")
+    side = SIZE // latent_factor
     attends = [side // 2**level <= 16 for level in range(len(channels))]
     if not any(attends):
         raise ValueError(f"latents of {side}x{side} with {len(channels)} resolutions never reach 16x16: no attention")
@@ -110,7 +110,7 @@ def build_base(
             intermediate_size=4 * width,
             projection_dim=width,
             num_hidden_layers=text_layers,
-            num_attention_heads=width // head_width,
+            num_attention_heads=width // HEAD_WIDTH,
             max_position_embeddings=MAX_TOKENS,
             hidden_act="gelu",
             bos_token_id=tokenizer.bos_token_id,
@@ -127,7 +127,7 @@ def build_base(
         down_block_types=tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
         up_block_types=tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
         transformer_layers_per_block=1,
-        attention_head_dim=tuple(width // head_width for width in channels),
+        attention_head_dim=tuple(width // HEAD_WIDTH for width in channels),
         cross_attention_dim=sum(text_widths),
         use_linear_projection=True,
         norm_num_groups=16,
@@ -156,17 +156,12 @@ def build_base(
     )
 
 
-def build_image_encoder(
-    width: int = 128, layers: int = 6, head_width: int = 32, size: int = 64, patch: int = 8
-) -> CLIPVisionModelWithProjection:
-    """A CLIP image encoder with random weights.
+def build_image_encoder(width: int = 128, layers: int = 6) -> CLIPVisionModelWithProjection:
+    """A CLIP image encoder with random weights, for patches of 8 x 8 pixels.
 
     Args:
-        width: hidden size, a multiple of head_width; also the projection size.
+        width: hidden size, a multiple of 32; also the projection size.
         layers: transformer blocks.
-        head_width: channels of one attention head.
-        size: side of its input in pixels.
-        patch: side of a patch in pixels.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -176,9 +171,9 @@ def build_image_encoder(
             intermediate_size=4 * width,
             projection_dim=width,
             num_hidden_layers=layers,
-            num_attention_heads=width // head_width,
-            image_size=size,
-            patch_size=patch,
+            num_attention_heads=width // HEAD_WIDTH,
+            image_size=SIZE,
+            patch_size=8,
             hidden_act="gelu",
         )
     )

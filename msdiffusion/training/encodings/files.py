@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +31,8 @@ from torch import Tensor
 from msdiffusion.errors import DataError
 from msdiffusion.files import share
 from msdiffusion.training.encodings.keys import SCHEMA
+from msdiffusion.training.pairs.sources import Shard
 from msdiffusion.training.samples.encoded import Part
-
-if TYPE_CHECKING:
-    from msdiffusion.training.pairs.sources import Shard
 
 SUFFIX = ".safetensors"
 
@@ -45,12 +43,7 @@ def file_name(shard: Shard) -> str:
 
 
 class PartWriter:
-    """Gathers one part of the pairs of a shard, in their order.
-
-    Args:
-        part: which one.
-        dtype: of the numbers in the file.
-    """
+    """Gathers one part of the pairs of a shard, in their order."""
 
     def __init__(self, part: Part, dtype: torch.dtype) -> None:
         self.part, self.dtype = part, dtype
@@ -103,18 +96,18 @@ class PartWriter:
             self._number("phrase", phrase)
         self._numbers["subjects"].append(self._numbers["subjects"][-1] + len(phrases))
 
-    def save(self, path: Path, temporary: Path, stamp: dict[str, str]) -> None:
+    def save(self, path: Path, under: str, stamp: dict[str, str]) -> None:
         """Write the file under a temporary name, then give it its own, so that half a file is never taken for one.
 
         Args:
-            path: of the file.
-            temporary: in the same folder.
+            under: name of the temporary one.
             stamp: see ``shard_stamp``.
         """
         tensors = {name: torch.stack(rows) for name, rows in self._tensors.items()}
         for name, numbers in {**self._numbers, "places": self._places}.items():
             tensors[name] = torch.tensor(numbers, dtype=torch.int32)
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(under)
         try:
             save_file(tensors, temporary, metadata={"schema": SCHEMA, "part": self.part, **stamp})
             share(temporary)
@@ -141,9 +134,6 @@ COLUMNS = {
 
 class PartFile:
     """A file that is open: memory-mapped, so that a pair costs no more than its own bytes.
-
-    Args:
-        path: of the file.
 
     Raises:
         DataError: if it is missing, no such file, or of another format.

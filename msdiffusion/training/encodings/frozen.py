@@ -6,26 +6,20 @@ Shape letters: N items, L encoder tokens, C cross-attention width, P pooled widt
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from msdiffusion.backbone.backbone import Backbone
 from msdiffusion.backbone.pretrained import withheld
 from msdiffusion.errors import shown
 from msdiffusion.request.phrases import beyond_limit
-
-if TYPE_CHECKING:
-    from msdiffusion.backbone.backbone import Backbone
 
 
 class LongCaptions:
     """Encodes captions, and counts those that are longer than the text encoder reads.
 
     diffusers would print the end of each, every time that it is encoded.
-
-    Args:
-        backbone: whose pipeline encodes them.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -57,10 +51,8 @@ class FrozenEncodings:
     """Encodings of a frozen backbone, detached, on its device.
 
     Args:
-        backbone: whose encoders are asked.
         keep: remember every answer, in main memory, for the rest of the run. Right for small datasets: an answer is
             L x D numbers per reference and L x C per prompt. Otherwise only repetitions inside one call are saved.
-        features: of the references, see ``Backbone.encode_references``.
     """
 
     def __init__(self, backbone: Backbone, keep: bool, features: str = "tokens") -> None:
@@ -70,7 +62,6 @@ class FrozenEncodings:
         self._prompts: dict[Hashable, tuple[Tensor, ...]] = {}
         self._phrases: dict[Hashable, tuple[Tensor, ...]] = {}
         self._references: dict[Hashable, tuple[Tensor, ...]] = {}
-        self._zero_reference: Tensor | None = None
         self.long_captions = LongCaptions(backbone)
 
     @torch.no_grad()
@@ -106,9 +97,7 @@ class FrozenEncodings:
     @torch.no_grad()
     def zero_reference(self, pixels: Tensor) -> Tensor:
         """(L, D) image tokens of a reference of zeros, of the size (..., 3, h, w) and type of ``pixels``."""
-        if self._zero_reference is None:
-            self._zero_reference = self._encode(pixels.new_zeros(1, *pixels.shape[-3:]))[0]
-        return self._zero_reference
+        return self._encode(pixels.new_zeros(1, *pixels.shape[-3:]))[0]
 
     def _encode(self, pixels: Tensor) -> Tensor:
         return self.backbone.encode_references(pixels, self.features)

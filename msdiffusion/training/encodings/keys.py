@@ -45,7 +45,7 @@ class PartKey:
 
     def fingerprint(self, dtype: str) -> str:
         """12 hexadecimal digits for the part in files of this number type."""
-        content = json.dumps({"schema": SCHEMA, "dtype": dtype, **asdict(self)}, sort_keys=True)
+        content = json.dumps(self.manifest(dtype), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def manifest(self, dtype: str) -> dict[str, Any]:

@@ -11,25 +11,24 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from msdiffusion.adapter.config import AdapterConfig
+from msdiffusion.backbone.backbone import Backbone
 from msdiffusion.errors import DataError, RequestError
 from msdiffusion.training.encodings.files import PartWriter, file_name, shard_stamp
 from msdiffusion.training.encodings.frozen import LongCaptions
 from msdiffusion.training.encodings.keys import PartKey, part_keys
 from msdiffusion.training.encodings.store import MANIFEST, content_of, encodings_root, unusable
+from msdiffusion.training.pairs.shards import phrases_and_boxes
+from msdiffusion.training.pairs.sources import Shard
+from msdiffusion.training.samples.dataset import PairsDataset
 from msdiffusion.training.samples.encoded import Part
-
-if TYPE_CHECKING:
-    from msdiffusion.adapter.config import AdapterConfig
-    from msdiffusion.backbone.backbone import Backbone
-    from msdiffusion.training.pairs.sources import Shard
-    from msdiffusion.training.samples.dataset import PairsDataset
 
 PROBED = 8
 """Pairs that are encoded to see how many bytes a pair takes."""
@@ -59,8 +58,6 @@ class PairReader:
     Args:
         dataset: all pairs of one catalogue, without augmentation: the centre, as training crops where its encodings
             may be made ahead.
-        prepare_references: of the model.
-        parts: what is asked for.
     """
 
     def __init__(self, dataset: PairsDataset, prepare_references: Any, parts: Sequence[Part]) -> None:
@@ -84,7 +81,7 @@ class PairReader:
         width, height = self.dataset.size_of(index)
         if self.parts == ["text"]:
             record = self.catalogue.record(index)
-            phrases = tuple(subject["phrase"] for subject in record["subjects"])
+            phrases, _ = phrases_and_boxes(record)
             return ReadPair(place, record["caption"], phrases, (height, width), None, None)
         pair = self.catalogue.read(index, self.dataset.settings.reference_frame)
         target = None
@@ -96,12 +93,7 @@ class PairReader:
 
 
 class PairEncoder:
-    """Asks the frozen networks about pairs and hands the answers to writers.
-
-    Args:
-        backbone: the frozen networks.
-        features: of the references, see ``Backbone.encode_references``.
-    """
+    """Asks the frozen networks about pairs and hands the answers to writers."""
 
     def __init__(self, backbone: Backbone, features: str) -> None:
         self.backbone, self.features = backbone, features
@@ -146,11 +138,7 @@ class PairEncoder:
 
 
 class Remembered:
-    """Answers about texts, so that each is encoded once; those asked for longest ago go first where there are too many.
-
-    Args:
-        max_bytes: that are kept.
-    """
+    """Answers about texts, so that each is encoded once; where there are too many, those asked for longest ago go."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self._bytes = max_bytes, 0
@@ -160,7 +148,6 @@ class Remembered:
         """The answers to all texts.
 
         Args:
-            texts: with repetitions.
             encode: function: distinct texts -> their answers, one after the other.
         """
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
@@ -192,14 +179,10 @@ class Precomputation:
 
     Args:
         dataset: all pairs of the catalogue, not augmented.
-        backbone: the frozen networks.
-        config: of the adapter that will be trained.
         prepare_references: pictures -> what the image encoder takes.
-        parts: what to encode.
         dtype: name of the files' number type.
         out: see ``encodings_root``.
         workers: loading processes; 0 loads in this one.
-        batch_size: pairs that are encoded together.
         share: (k, n): shards k, k + n, k + 2 n, ... alone, where n processes divide the work.
 
     Raises:
@@ -255,7 +238,7 @@ class Precomputation:
         count = min(PROBED, len(self.catalogue))
         indices = [round(i * (len(self.catalogue) - 1) / max(1, count - 1)) for i in range(count)]
         total = dict.fromkeys(self.folders, 0)
-        reader = self._reader(list(self.folders))
+        reader = PairReader(self.dataset, self.prepare_references, list(self.folders))
         for index in indices:
             writers = {part: PartWriter(part, self.torch_dtype) for part in self.folders}
             self.encoder.encode([reader.read(index)], writers)
@@ -295,11 +278,12 @@ class Precomputation:
         Raises:
             DataError: if a pair cannot be read, naming it. What was finished before is kept.
         """
+        mark = f"{self.share[0]}of{self.share[1]}"
         for part, folder in self.folders.items():
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.rglob(f"*.{_mark(self.share)}.tmp"):  # of a process that was killed
+            for left in folder.rglob(f"*.{mark}.tmp"):  # of a process that was killed
                 left.unlink()
-            partial = folder / f"{MANIFEST}.{_mark(self.share)}.tmp"
+            partial = folder / f"{MANIFEST}.{mark}.tmp"
             partial.write_text(json.dumps(self.keys[part].manifest(self.dtype), indent=2), encoding="utf-8")
             partial.replace(folder / MANIFEST)
         total = sum(len(task.indices) for task in tasks)
@@ -314,27 +298,19 @@ class Precomputation:
                     shown.update(len(pairs))
                 for part, writer in writers.items():
                     path = self.folders[part] / file_name(task.shard)
-                    writer.save(path, path.with_name(f"{path.name}.{_mark(self.share)}.tmp"), stamp)
+                    writer.save(path, f"{path.name}.{mark}.tmp", stamp)
         if told := self.encoder.long_captions.told():
             warnings.warn(told, stacklevel=2)
 
     def _batches(self, task: Task) -> Iterator[list[ReadPair]]:
         indices = task.indices
         batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
-        loader = DataLoader(
-            self._reader(task.parts), batch_sampler=batches, num_workers=self.workers, collate_fn=lambda pairs: pairs
-        )
+        reader = PairReader(self.dataset, self.prepare_references, task.parts)
+        loader = DataLoader(reader, batch_sampler=batches, num_workers=self.workers, collate_fn=lambda pairs: pairs)
         for pairs in loader:
             if isinstance(pairs, str):
                 raise DataError(pairs)
             yield pairs
-
-    def _reader(self, parts: list[Part]) -> PairReader:
-        return PairReader(self.dataset, self.prepare_references, parts)
-
-
-def _mark(share: tuple[int, int]) -> str:
-    return f"{share[0]}of{share[1]}"
 
 
 def _amount(size: float) -> str:

@@ -10,22 +10,19 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pytorch_lightning.utilities import rank_zero_info
 
 from msdiffusion.errors import DataError
+from msdiffusion.training.catalogue import Catalogue
 from msdiffusion.training.encodings.files import PartFile, file_name, is_of
 from msdiffusion.training.encodings.keys import PartKey
 from msdiffusion.training.pairs.data_files import local_path
+from msdiffusion.training.pairs.sources import Shard
 from msdiffusion.training.samples.encoded import PARTS, EncodedSample, Part
-
-if TYPE_CHECKING:
-    from msdiffusion.training.catalogue import Catalogue
-    from msdiffusion.training.pairs.sources import Shard
 
 FOLDER = "encodings"
 """Beside the shards."""
@@ -41,10 +38,6 @@ class ShardEncodings:
     """The encodings of the pairs of one catalogue: an ``EncodingStore``.
 
     Files are opened when they are needed, in every process for itself.
-
-    Args:
-        folders: of each part.
-        catalogue: whose pairs are encoded.
     """
 
     def __init__(self, folders: dict[Part, Path], catalogue: Catalogue) -> None:
@@ -85,14 +78,6 @@ class ShardEncodings:
         return self._files[key]
 
 
-@dataclass(frozen=True)
-class Found:
-    """A folder of encodings of one part."""
-
-    folder: Path
-    manifest: dict[str, Any]
-
-
 def encodings_root(catalogue: Catalogue, out: str | Path | None = None) -> Path | None:
     """Where the encodings of a catalogue lie.
 
@@ -117,13 +102,13 @@ def content_of(shard: Shard) -> Path | None:
     return None if shard.file.is_remote else Path(local_path(shard.place))
 
 
-def found_folders(root: Path, part: Part) -> list[Found]:
-    """The folders of a part that have a manifest.
+def found_folders(root: Path, part: Part) -> dict[Path, dict[str, Any]]:
+    """The folders of a part that have a manifest, with it.
 
     Raises:
         DataError: if a manifest cannot be read.
     """
-    found = []
+    found = {}
     for path in sorted(root.glob(f"{part}-*/{MANIFEST}")):
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -131,7 +116,7 @@ def found_folders(root: Path, part: Part) -> list[Found]:
             raise DataError(f"{path} cannot be read ({error}); remove {path.parent}, {ADVICE}") from error
         if not isinstance(manifest, dict):
             raise DataError(f"{path} is no manifest of encodings; remove {path.parent}, {ADVICE}")
-        found.append(Found(path.parent, manifest))
+        found[path.parent] = manifest
     return found
 
 
@@ -145,10 +130,8 @@ def open_store(
     """The encodings of a catalogue that fit a run; None where there are none.
 
     Args:
-        catalogue: whose pairs they are of.
         never: parts that are not taken, and why; see ``changing``.
         make_keys: what fits. Asked where something is there only: it takes seconds for large networks.
-        out: see ``encodings_root``.
         required: at least one part must be there.
 
     Raises:
@@ -159,7 +142,7 @@ def open_store(
     folders: dict[Part, Path] = {}
     keys: Mapping[Part, PartKey] = {}
     for part in PARTS:
-        there = [] if root is None else found_folders(root, part)
+        there = {} if root is None else found_folders(root, part)
         if not there:
             continue
         if part in never:
@@ -182,29 +165,29 @@ def open_store(
     return None
 
 
-def _fitting(key: PartKey, there: Sequence[Found], catalogue: Catalogue, source: str) -> Path:
+def _fitting(key: PartKey, there: Mapping[Path, dict[str, Any]], catalogue: Catalogue, source: str) -> Path:
     """The folder of a part that fits and is complete.
 
     Raises:
         DataError: none does.
     """
-    differences = [key.differences(found.manifest) for found in there]
-    fitting = [found for found, differing in zip(there, differences, strict=True) if not differing]
+    differences = {folder: key.differences(manifest) for folder, manifest in there.items()}
+    fitting = [folder for folder, differing in differences.items() if not differing]
     if not fitting:
-        nearest = min(range(len(there)), key=lambda i: len(differences[i]))
+        nearest = min(there, key=lambda folder: len(differences[folder]))
         raise DataError(
-            f"the {key.part} of {source} that were made ahead are stale: in {there[nearest].folder}, "
+            f"the {key.part} of {source} that were made ahead are stale: in {nearest}, "
             f"{'; '.join(differences[nearest])}. {_command([key.part], source)}, remove the folder, {ADVICE}"
         )
     exact = {name: place for place, name in enumerate(EXACTNESS)}
-    fitting.sort(key=lambda found: exact.get(found.manifest.get("dtype"), len(exact)))
-    reasons = [incomplete(found.folder, catalogue) for found in fitting]
-    for found, why in zip(fitting, reasons, strict=True):
+    fitting.sort(key=lambda folder: exact.get(there[folder].get("dtype"), len(exact)))
+    reasons = {folder: incomplete(folder, catalogue) for folder in fitting}
+    for folder, why in reasons.items():
         if why is None:
-            return found.folder
-    dtype = fitting[0].manifest.get("dtype")
+            return folder
+    first, dtype = fitting[0], there[fitting[0]].get("dtype")
     raise DataError(
-        f"the {key.part} of {source} that were made ahead do not fit its pairs: in {fitting[0].folder}, {reasons[0]}. "
+        f"the {key.part} of {source} that were made ahead do not fit its pairs: in {first}, {reasons[first]}. "
         f"{_command([key.part], source)} --dtype {dtype} (what fits is kept), remove the folder, {ADVICE}"
     )
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
-if TYPE_CHECKING:
-    from msdiffusion.adapter.condition import SubjectCondition
-    from msdiffusion.backbone.backbone import Backbone
-    from msdiffusion.training.samples.batch import PairsBatch
+from msdiffusion.adapter.condition import SubjectCondition
+from msdiffusion.backbone.backbone import Backbone
+from msdiffusion.training.samples.batch import PairsBatch
 
 
 @torch.no_grad()
@@ -27,11 +25,7 @@ def draw_batch(
     """Pictures for the captions, references and boxes of a batch, by the base's own diffusers pipeline.
 
     Args:
-        backbone: the frozen networks.
-        condition: the subjects of the batch.
         batch: on the device of the networks.
-        num_steps: of the sampler.
-        guidance_scale: of classifier-free guidance.
         seeds: of the noise, drawn on the CPU, one per picture.
 
     Returns:

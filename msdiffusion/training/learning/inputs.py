@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -18,9 +18,7 @@ from msdiffusion.adapter.adapter import MSAdapter
 from msdiffusion.adapter.condition import SubjectCondition
 from msdiffusion.backbone.backbone import Backbone
 from msdiffusion.training.encodings.frozen import FrozenEncodings
-
-if TYPE_CHECKING:
-    from msdiffusion.training.samples.batch import PairsBatch
+from msdiffusion.training.samples.batch import PairsBatch
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,6 @@ class BatchEncoder:
     """Asks the frozen networks about batches, or takes what they said ahead of training.
 
     Args:
-        backbone: the networks.
-        encodings: of prompts, phrases and references, each distinct one asked once.
         size_condition: what SDXL's size conditions say of a target: "picture", its own size and crop, or "resolution",
             always a whole picture of the training size.
     """
@@ -78,23 +74,20 @@ class BatchEncoder:
         """
         # Asked as ahead of the run: in their own precision, whatever arithmetic the trained part has.
         with torch.autocast(batch.boxes.device.type, enabled=False):
-            return self._encode(batch, no_image, no_text)
-
-    def _encode(self, batch: PairsBatch, no_image: Sequence[bool] | None, no_text: Sequence[bool] | None) -> Inputs:
-        slots = subject_slots(batch)
-        S = max(1, *(slot + 1 for row in slots for slot in row))
-        places = [row * S + slot for row, own in enumerate(slots) for slot in own]
-        subjects = torch.tensor(places).to(batch.boxes.device, non_blocking=True)
-        states, pooled = self._prompts(batch, no_text)
-        return Inputs(
-            latents=self._latents(batch),
-            prompt_states=states,
-            added_conditions=self._added_conditions(batch, pooled),
-            image_tokens=self._image_tokens(batch, slots, S, subjects, no_image),
-            phrase_embeddings=self._phrases(batch, slots, S, subjects),
-            boxes=batch.boxes[:, :S],
-            subjects=subjects,
-        )
+            slots = subject_slots(batch)
+            S = max(1, *(slot + 1 for row in slots for slot in row))
+            places = [row * S + slot for row, own in enumerate(slots) for slot in own]
+            subjects = torch.tensor(places).to(batch.boxes.device, non_blocking=True)
+            states, pooled = self._prompts(batch, no_text)
+            return Inputs(
+                latents=self._latents(batch),
+                prompt_states=states,
+                added_conditions=self._added_conditions(batch, pooled),
+                image_tokens=self._image_tokens(batch, slots, S, subjects, no_image),
+                phrase_embeddings=self._phrases(batch, slots, S, subjects),
+                boxes=batch.boxes[:, :S],
+                subjects=subjects,
+            )
 
     def _latents(self, batch: PairsBatch) -> Tensor:
         """float32, the posterior's sample that the batch's own random numbers choose."""
@@ -176,8 +169,6 @@ def make_condition(
     """The condition of a batch; the resampler computes the subjects that are there, and no padding.
 
     Args:
-        adapter: to be trained, or its average.
-        inputs: from ``BatchEncoder``.
         drop_grounding: bool (B,), samples whose phrases and boxes the resampler does not see; None for none.
         options: of ``MSAdapter.condition``.
     """

@@ -29,6 +29,8 @@ from msdiffusion.request.phrases import find_in_prompt, token_span
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from msdiffusion.training.samples.batch import PairsBatch
+
 
 class PhraseTokens:
     """Which tokens of a caption name a phrase. Answers are remembered: captions come again in every epoch.
@@ -45,6 +47,13 @@ class PhraseTokens:
     def of(self, caption: str, phrase: str) -> tuple[int, ...]:
         """The tokens of the phrase wherever it occurs, the start token counted; none where it does not occur."""
         return self._of(caption, phrase)
+
+    def of_batch(self, batch: PairsBatch, subjects: int, no_text: Sequence[bool]) -> list[list[tuple[int, ...]]]:
+        """B lists with the tokens of the first so many phrases; none where the prompt was dropped."""
+        return [
+            [() if dropped else self.of(caption, phrase) for phrase in phrases[:subjects]]
+            for caption, phrases, dropped in zip(batch.captions, batch.phrases, no_text, strict=True)
+        ]
 
     def _find(self, caption: str, phrase: str) -> tuple[int, ...]:
         found: list[int] = []

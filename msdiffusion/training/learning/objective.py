@@ -47,7 +47,6 @@ def draw_drops(rates: DropRates, condition: Tensor, grounding: Tensor) -> tuple[
     """Which samples of a batch lose what.
 
     Args:
-        rates: see there.
         condition: (B,) uniform in [0, 1), which decides about references and prompt.
         grounding: (B,) uniform in [0, 1), which decides about the grounding.
 

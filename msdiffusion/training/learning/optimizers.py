@@ -54,9 +54,7 @@ class Muon(torch.optim.Optimizer):
         matrices: parameters with at least two dimensions.
         others: norms, biases, embeddings.
         lr: learning rate of both groups (the Muon update has AdamW's root mean square).
-        momentum: of the Muon group.
         weight_decay: decoupled, for the matrices only.
-        steps: Newton-Schulz iterations.
     """
 
     def __init__(
@@ -64,9 +62,7 @@ class Muon(torch.optim.Optimizer):
         matrices: Iterable[nn.Parameter],
         others: Iterable[nn.Parameter],
         lr: float = 1.5e-3,
-        momentum: float = 0.95,
         weight_decay: float = 0.01,
-        steps: int = 4,
     ) -> None:
         groups = [
             {"params": list(matrices), "muon": True, "weight_decay": weight_decay},
@@ -74,7 +70,7 @@ class Muon(torch.optim.Optimizer):
         ]
         if any(p.ndim < 2 for p in groups[0]["params"]):
             raise ValueError("Muon orthogonalises matrices: every parameter of `matrices` needs two dimensions or more")
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "steps": steps})
+        super().__init__(groups, {"lr": lr, "momentum": 0.95, "steps": 4})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -161,8 +157,6 @@ def make_optimizer(
         name: "adamw" is torch's. "adamw_8bit" is that of bitsandbytes, whose two averages take one byte each per weight
             in place of four (Dettmers et al. 2021, arXiv 2110.02861); tensors of less than 4096 weights stay as they
             are.
-        learning_rate: before its course.
-        weight_decay: decoupled.
         fused: one kernel for the whole step; None: where the device has one.
 
     Raises:

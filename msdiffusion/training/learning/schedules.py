@@ -5,48 +5,22 @@ Shape letters: B batch, C latent channels, h w latent rows and columns.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor
 
 from msdiffusion.errors import RequestError, WeightsError
 
-if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, SchedulerMixin
-
 DIFFUSION_PREDICTIONS = ("epsilon", "v_prediction", "sample")
-
-
-class NoiseSchedule(Protocol):
-    """What training asks of a base: where on the way to noise a sample is, and what the UNet should say there."""
-
-    num_timesteps: int
-    """T, the end of the timesteps."""
-
-    def timesteps(self, shares: Tensor) -> Tensor:
-        """Timesteps (B,), as the UNet takes them, of shares (B,) in [0, 1) of the way from picture to noise."""
-        ...
-
-    def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) with noise (B, C, h, w) on them."""
-        ...
-
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet should say about them, (B, C, h, w)."""
-        ...
-
-    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """float32 (B,): weights of the errors under min-SNR weighting (Hang et al. 2023, arXiv 2303.09556).
-
-        There the error of the picture itself weighs min(SNR, gamma). An error of the noise is SNR times, one of the
-        velocity SNR + 1 times as large, and so is divided by that.
-        """
-        ...
 
 
 class DiffusionSchedule:
     """DDPM with the betas of the base, which predicts the noise, the velocity or the picture.
+
+    T, ``num_timesteps``, is the end of the timesteps.
 
     Args:
         scheduler: of diffusers; it computes everything but the weights.
@@ -58,21 +32,26 @@ class DiffusionSchedule:
         self.num_timesteps: int = scheduler.config.num_train_timesteps
 
     def timesteps(self, shares: Tensor) -> Tensor:
-        """int64 (B,): T * share, rounded down."""
+        """Timesteps, as the UNet takes them, of shares (B,) in [0, 1) of the way to noise: int64 (B,), T * share."""
         return (shares * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """See ``NoiseSchedule``."""
+        """Scaled latents (B, C, h, w) with noise (B, C, h, w) on them, at timesteps (B,)."""
         return self.scheduler.add_noise(latents, noise, timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise, the velocity or the latents."""
+        """What the UNet should say about them, (B, C, h, w): the noise, the velocity or the latents."""
         if self.prediction == "epsilon":
             return noise
         return latents if self.prediction == "sample" else self.scheduler.get_velocity(latents, noise, timesteps)
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """See ``NoiseSchedule``. Where there is no signal: 1 for noise, 0 for velocity and picture."""
+        """float32 (B,): weights of the errors under min-SNR weighting (Hang et al. 2023, arXiv 2303.09556).
+
+        There the error of the picture itself weighs min(SNR, gamma). An error of the noise is SNR times, one of the
+        velocity SNR + 1 times as large, and so is divided by that. Where there is no signal: 1 for noise, 0 for
+        velocity and picture.
+        """
         signal = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()  # the share of the variance
         snr = signal / (1 - signal)
         if self.prediction == "epsilon":
@@ -81,6 +60,7 @@ class DiffusionSchedule:
         return capped if self.prediction == "sample" else capped / (snr + 1)
 
 
+@dataclass(frozen=True)
 class FlowSchedule:
     """Flow matching: (1 - s) * latents + s * noise at the timestep T * s, and the UNet says noise - latents.
 
@@ -88,21 +68,18 @@ class FlowSchedule:
     2209.03003); the shift is that of Esser et al. 2024 (arXiv 2403.03206), section 5.3.2, as diffusers' schedulers have
     it.
 
-    Args:
-        num_timesteps: T.
-        shift: above 1 draws more of the noisy samples, as the base was trained.
+    A ``shift`` above 1 draws more of the noisy samples, as the base was trained.
     """
 
-    def __init__(self, num_timesteps: int = 1000, shift: float = 1.0) -> None:
-        self.num_timesteps = num_timesteps
-        self.shift = shift
+    num_timesteps: int = 1000
+    shift: float = 1.0
 
     def timesteps(self, shares: Tensor) -> Tensor:
         """float32 (B,): T * shift * share / (1 + (shift - 1) * share), not rounded."""
         return (self.num_timesteps * self.shift * shares / (1 + (self.shift - 1) * shares)).float()
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """See ``NoiseSchedule``."""
+        """See ``DiffusionSchedule``."""
         share = (timesteps / self.num_timesteps).to(latents.dtype).view(-1, 1, 1, 1)
         return (1 - share) * latents + share * noise
 
@@ -111,12 +88,16 @@ class FlowSchedule:
         return noise - latents
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """See ``NoiseSchedule``. The picture is noisy - s * flow, so an error of the flow weighs s squared times that.
+        """See ``DiffusionSchedule``. The picture is noisy - s * flow, so an error of the flow weighs s² times that.
 
         SNR = ((1 - s) / s) squared, hence min(SNR, gamma) * s squared = min(1 - s, s * root of gamma) squared.
         """
         share = timesteps.float() / self.num_timesteps
         return torch.minimum(1 - share, share * gamma**0.5).square()
+
+
+NoiseSchedule = DiffusionSchedule | FlowSchedule
+"""What training asks of a base: where on the way to noise a sample is, and what the UNet should say there."""
 
 
 def training_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
@@ -129,8 +110,6 @@ def training_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
     Raises:
         WeightsError: if the base predicts something else, or its sampler shifts by resolution.
     """
-    from diffusers import DDPMScheduler
-
     config = scheduler.config
     name = type(scheduler).__name__
     prediction = config.get("prediction_type", "flow_prediction" if name.startswith("FlowMatch") else "epsilon")
@@ -141,12 +120,7 @@ def training_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
             f"the base predicts {prediction!r}; training knows {', '.join(map(repr, DIFFUSION_PREDICTIONS))} and flows"
         )
     kept = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "prediction_type",
+        *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
         "rescale_betas_zero_snr",
     )
     return DiffusionSchedule(DDPMScheduler(**{name: config[name] for name in kept if name in config}))

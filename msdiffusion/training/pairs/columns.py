@@ -183,8 +183,6 @@ def from_headers(
 
     Args:
         shards: local, or remote and then fetched whole, one after the other.
-        cache: for remote ones.
-        progress: whether to show a bar when it takes long.
         check: looks at every open shard; by default ``check_shard``.
 
     Raises:

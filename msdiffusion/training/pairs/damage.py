@@ -28,6 +28,7 @@ from msdiffusion.training.pairs.data_files import is_remote, joined, local_path,
 from msdiffusion.training.pairs.remote import ShardCache
 from msdiffusion.training.pairs.shards import OpenShard, read_pair, read_record
 from msdiffusion.training.pairs.sources import Damage, Shard, Source, locate
+from msdiffusion.training.pairs.tar_index import KeyColumn
 
 DAMAGE_SCHEMA = "msdiffusion.damaged/1"
 FILE_NAME = "damaged.json"
@@ -64,11 +65,9 @@ def verify(
     its json be read and does it follow the schema.
 
     Args:
-        source: see ``locate``.
         deep: also decode every picture and mask, and compare the sha256 of local shards. Takes about as long as an
             epoch of loading.
         cache: where remote shards are kept; the default one if None.
-        progress: show a bar where it takes longer than some seconds.
         workers: processes; they share the cache.
 
     Raises:
@@ -78,8 +77,7 @@ def verify(
     if workers < 1:
         raise RequestError(f"workers must be at least 1, got {workers}")
     found = locate(str(source))
-    if cache is None and any(shard.file.is_remote for shard in found.shards):
-        cache = ShardCache()
+    cache = cache or ShardCache()
     states = _states(found)  # before anything is read: a shard that changes meanwhile is then noticed
     jobs = list(_jobs(found, cache, deep))
     damaged = list(found.damaged)
@@ -197,8 +195,8 @@ class _Job:
     shard: Shard
     cache: ShardCache | None
     deep: bool
-    keys: tuple[np.ndarray, np.ndarray] | None
-    """Content and ends of the key column of index.parquet for this shard."""
+    keys: KeyColumn | None
+    """Of index.parquet for this shard."""
 
 
 def _jobs(source: Source, cache: ShardCache | None, deep: bool) -> Iterator[_Job]:
@@ -207,8 +205,7 @@ def _jobs(source: Source, cache: ShardCache | None, deep: bool) -> Iterator[_Job
         keys = None
         if columns is not None:
             first, end = np.searchsorted(columns.shard, [number, number + 1])
-            column = columns.keys.take(np.arange(first, end))
-            keys = (column.content, column.ends)
+            keys = columns.keys.take(np.arange(first, end))
         yield _Job(shard, cache, deep, keys)
 
 
@@ -243,8 +240,8 @@ def _examine(job: _Job) -> tuple[int, list[Damage]]:
 
 def _wrong_as_a_whole(job: _Job, opened: OpenShard) -> str | None:
     if job.keys is not None:
-        content, ends = job.keys
-        if not (np.array_equal(opened.table.keys.ends, ends) and np.array_equal(opened.table.keys.content, content)):
+        held = opened.table.keys
+        if not (np.array_equal(held.ends, job.keys.ends) and np.array_equal(held.content, job.keys.content)):
             return "holds other keys than index.parquet says: copy both again"
     # a remote shard was hashed when it was fetched
     if job.deep and job.shard.sha256 is not None and not job.shard.file.is_remote:

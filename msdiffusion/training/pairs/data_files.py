@@ -105,9 +105,7 @@ def attempt(what: str, action: Callable[[], Result], attempts: int = 5, first_wa
     """The result of ``action()``, tried again with longer and longer waits while it fails.
 
     Args:
-        what: what messages call it.
         action: raises FileNotFoundError where trying again is of no use.
-        attempts: how often at most.
         first_wait: seconds before the second attempt; every further wait is twice as long, 30 seconds at most.
 
     Raises:
@@ -203,8 +201,8 @@ def _told_over_http(system: AbstractFileSystem, path: str) -> dict[str, str]:
     return {}
 
 
-def listed(folder: str, ending: str = ".tar") -> list[DataFile]:
-    """The files of a folder whose name ends so, in order of name.
+def listed(folder: str) -> list[DataFile]:
+    """The files of a folder whose name ends with .tar, in order of name.
 
     Raises:
         FileNotFoundError: if there is no such folder, or the server does not list it.
@@ -213,7 +211,7 @@ def listed(folder: str, ending: str = ".tar") -> list[DataFile]:
     if not is_remote(folder):
         try:
             with os.scandir(local_path(folder)) as entries:
-                found = [DataFile(e.path, e.stat().st_size) for e in entries if e.name.endswith(ending) and e.is_file()]
+                found = [DataFile(e.path, e.stat().st_size) for e in entries if e.name.endswith(".tar") and e.is_file()]
         except (PermissionError, NotADirectoryError) as error:
             raise DataError(f"{folder} cannot be read: {error}") from error
     else:
@@ -221,24 +219,14 @@ def listed(folder: str, ending: str = ".tar") -> list[DataFile]:
         found = [
             DataFile(system.unstrip_protocol(entry["name"]), entry.get("size"), stamp=_stamp(entry) or THIS_RUN)
             for entry in attempt(folder, lambda: system.ls(path, detail=True))
-            if entry["type"] == "file" and entry["name"].endswith(ending)
+            if entry["type"] == "file" and entry["name"].endswith(".tar")
         ]
     return sorted(found, key=lambda file: file.name)
 
 
 def _stamp(info: dict[str, Any]) -> str:
     names = (
-        "ETag",
-        "etag",
-        "md5Hash",
-        "Content-MD5",
-        "Digest",
-        "Last-Modified",
-        "generation",
-        "LastModified",
-        "last_modified",
-        "mtime",
-        "modify",
-        "created",
+        *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "Last-Modified", "generation", "LastModified"),
+        *("last_modified", "mtime", "modify", "created"),
     )
     return next((str(info[name]) for name in names if info.get(name)), "")

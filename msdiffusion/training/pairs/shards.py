@@ -188,7 +188,6 @@ def read_pair(location: PairLocation, reference_frame: str = "other") -> Pair:
     """Read and decode one pair.
 
     Args:
-        location: from an ``OpenShard``.
         reference_frame: "other": the cut-outs of the pair's reference frame. "target": the same subjects cut out of
             the target picture itself, as when there is no video.
 
@@ -198,7 +197,7 @@ def read_pair(location: PairLocation, reference_frame: str = "other") -> Pair:
             target.
     """
     record = read_record(location)
-    subjects = record["subjects"]
+    phrases, boxes = phrases_and_boxes(record)
     target = _read_picture(location, "target.jpg", "RGB")
     said = (record.get("width", target.width), record.get("height", target.height))
     if target.size != said:
@@ -209,15 +208,22 @@ def read_pair(location: PairLocation, reference_frame: str = "other") -> Pair:
     if reference_frame == "target":
         references = _cut_from_target(location, record, target)
     else:
-        references = [_read_picture(location, f"reference_{i}.png", "RGBA") for i in range(len(subjects))]
+        references = [_read_picture(location, f"reference_{i}.png", "RGBA") for i in range(len(phrases))]
     return Pair(
         key=location.key,
         caption=record["caption"],
         target=target,
-        phrases=tuple(subject["phrase"] for subject in subjects),
-        boxes=np.array([subject["target_box"] for subject in subjects], dtype=np.float32),
+        phrases=phrases,
+        boxes=boxes,
         references=tuple(references),
     )
+
+
+def phrases_and_boxes(record: dict[str, Any]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Those of the subjects of a record, as ``Pair`` has them."""
+    subjects = record["subjects"]
+    boxes = np.array([subject["target_box"] for subject in subjects], dtype=np.float32)
+    return tuple(subject["phrase"] for subject in subjects), boxes
 
 
 def _cut_from_target(location: PairLocation, record: dict[str, Any], target: Image.Image) -> list[Image.Image]:

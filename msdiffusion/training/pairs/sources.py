@@ -289,18 +289,17 @@ def _source(
         folder: that holds all shards, or None.
         there: name -> file of what the folder holds; None where only asking for each file can tell.
     """
-    entries = {entry["name"]: entry for entry in build["shards"]} if build is not None else None
+    entries = {} if build is None else {entry["name"]: entry for entry in build["shards"]}
     names = list(asked or entries or there or ())
-    if entries is not None:
-        for name in (*names, *(there or ())):
-            if name not in entries:
-                raise DataError(
-                    f"{name} is not listed in {joined(folder, 'build.json')}: it belongs to another dataset. Move it "
-                    "away, or build the dataset again"
-                )
+    for name in (*names, *(there or ())):
+        if entries and name not in entries:
+            raise DataError(
+                f"{name} is not listed in {joined(folder, 'build.json')}: it belongs to another dataset. Move it away, "
+                "or build the dataset again"
+            )
     shards, damaged = [], []
     for name in names:
-        entry = entries[name] if entries is not None else None
+        entry = entries.get(name)
         place = asked[name].place if asked is not None else joined(folder, name)
         try:
             found = there.get(name) if there is not None else _found(place, known=entry is not None)
@@ -318,9 +317,10 @@ def _source(
             shards.append(Shard(name, place, entry["sha256"], entry["bytes"], samples))
         else:
             shards.append(Shard(name, place, bytes=found.bytes, stamp=found.stamp))
-    index = DataFile(joined(folder, "index.parquet")) if entries is not None else None
-    samples_of = {name: entry["samples"] for name, entry in entries.items()} if entries is not None else None
-    return Source(tuple(shards), tuple(damaged), index, folder, samples_of)
+    if build is None:
+        return Source(tuple(shards), tuple(damaged), None, folder)
+    samples_of = {name: entry["samples"] for name, entry in entries.items()}
+    return Source(tuple(shards), tuple(damaged), DataFile(joined(folder, "index.parquet")), folder, samples_of)
 
 
 def _found(place: str, known: bool) -> DataFile:

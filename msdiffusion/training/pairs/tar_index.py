@@ -181,7 +181,6 @@ def walk_shard(descriptor: int, name: str) -> ShardTable:
 
     Args:
         descriptor: of the open file; its position is neither used nor changed.
-        name: what messages call the shard.
 
     Raises:
         DataError: if it is not a tar file, is cut off or damaged between two members, holds no member, holds one

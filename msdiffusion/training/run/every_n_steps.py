@@ -56,9 +56,7 @@ class EveryNSteps(pl.Callback):
         """A resumed run has acted on the step it starts from."""
         self._last_step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Counts optimizer steps, not batches: with accumulated gradients several batches make one step."""
         if trainer.global_step % self.every_n_steps == 0:
             self._act_once(trainer, pl_module)

@@ -24,8 +24,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from msdiffusion.errors import TrainingError
-from msdiffusion.training.run.checkpoints import last_good
 from msdiffusion.training.run.run_folder import in_root
+from msdiffusion.training.run.saving import last_good
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KEYS_SHOWN = 4
@@ -34,12 +34,7 @@ BATCH_FILE = "failed_batch_{rank}.txt"
 
 
 class RunStoppedError(Exception):
-    """A signal has ended the run between two steps, after its state was written.
-
-    Args:
-        number: of the signal.
-        message: what was kept and how to go on.
-    """
+    """A signal has ended the run between two steps, after its state was written."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -151,9 +146,7 @@ class FailureGuard(pl.Callback):
             # gradients beyond 1e19, of which no step is to be had either
             self._look(trainer, "the norm of the gradients", torch.stack(torch._foreach_norm(gradients)).sum())
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """All processes agree whether this was the last step. Between accumulated batches there is none to end at."""
         if trainer.global_step == self._seen_step:
             return
@@ -164,7 +157,11 @@ class FailureGuard(pl.Callback):
         if trainer.world_size > 1:
             wanted = trainer.strategy.reduce_boolean_decision(wanted, all=False)
         if wanted:
-            self.stopping = self.requested or signal.SIGTERM
+            self.stop(self.requested or signal.SIGTERM)
+
+    def stop(self, number: int) -> None:
+        """All processes have agreed to stop after this step, by this signal."""
+        self.stopping = number
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last losses, and the old handlers of signals."""
@@ -270,8 +267,6 @@ def explain(exception: BaseException, trainer: pl.Trainer, batch: Described | No
     """What can be said about an exception that another library raised while a run was going on.
 
     Args:
-        exception: any.
-        trainer: of the run.
         batch: that was being worked on; None before the first.
 
     Returns:

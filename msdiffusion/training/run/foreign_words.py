@@ -8,6 +8,8 @@ from pathlib import Path
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
+from msdiffusion.errors import MSDiffusionError
+
 SPEAKERS = ("pytorch_lightning", "lightning_fabric", "jsonargparse")
 TYPES = {
     "<class 'int'>": "a whole number",
@@ -25,11 +27,7 @@ NO_GPU = (
 
 
 def in_one_sentence(message: str) -> str:
-    """A message of jsonargparse without the types that it tried and the objects that it held.
-
-    Args:
-        message: as it would stand under the usage.
-    """
+    """A message of jsonargparse without the types that it tried and the objects that it held."""
     keys = re.findall(r'Parser key "([^"]+)"', message)
     problem = re.search(r"Problem with given class_path '([^']+)':\n\s*(.+)", message)
     if problem and (wanted := re.search(r"Requirement '([\w.-]+)[^']*' not met", message)):
@@ -49,12 +47,15 @@ def in_one_sentence(message: str) -> str:
     return _short(" ".join(message.split()))
 
 
-def told_by_lightning(error: BaseException) -> str | None:
-    """One sentence for an exception by which Lightning refuses a setting; None for others.
+def our_error(error: BaseException | None) -> MSDiffusionError | None:
+    """An error of ours, which arrives as the cause of a ValueError of jsonargparse where a constructor raises it."""
+    while error is not None and not isinstance(error, MSDiffusionError):
+        error = error.__cause__
+    return error
 
-    Args:
-        error: that came out of the command.
-    """
+
+def told_by_lightning(error: BaseException) -> str | None:
+    """One sentence for an exception by which Lightning refuses a setting; None for others."""
     text = " ".join(str(error).split())
     if isinstance(error, MisconfigurationException):
         return (

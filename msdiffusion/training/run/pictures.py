@@ -62,10 +62,7 @@ class ValidationPictures(EveryNSteps):
         if count < 1 or num_steps < 1:
             raise RequestError(f"count and num_steps must be at least 1, got {count} and {num_steps}")
         self.count = count
-        self.num_steps = num_steps
-        self.guidance_scale = guidance_scale
-        self.scale = scale
-        self.seed = seed
+        self.settings = {"num_steps": num_steps, "guidance_scale": guidance_scale, "scale": scale, "seed": seed}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Pictures of an earlier run are not shown beside those of a new one."""
@@ -77,15 +74,7 @@ class ValidationPictures(EveryNSteps):
         samples = trainer.datamodule.validation_samples(self.count)
         if not samples:
             return
-        results = draw_samples(
-            module,
-            trainer.datamodule,
-            samples,
-            num_steps=self.num_steps,
-            guidance_scale=self.guidance_scale,
-            scale=self.scale,
-            seed=self.seed,
-        )
+        results = draw_samples(module, trainer.datamodule, samples, **self.settings)
         grid = picture_grid(samples, results, module.adapter.config.reference_background)
         directory = in_root(trainer, FOLDER)
         directory.mkdir(parents=True, exist_ok=True)
@@ -112,7 +101,6 @@ def draw_samples(
 
     Args:
         module: with a ``draw_batch`` as that of MSDiffusionModule.
-        datamodule: its ``collate`` makes batches of them.
         samples: at least one; those of one size are drawn together.
         seed: of the noise: that of sample i is ``seed + i``.
         settings: others of ``draw_batch``.
@@ -138,7 +126,6 @@ def picture_grid(
 
     Args:
         samples: with their true targets.
-        results: one RGB picture per sample.
         background: RGB behind the references.
 
     Returns:
@@ -213,13 +200,7 @@ class PredictionPictures(pl.Callback):
         self._cells: list[list[Image.Image | None]] = []
 
     def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Write a batch; samples that only fill up the last batch of a process are left out."""
         directory = in_root(trainer, "predictions") if self.directory is None else Path(self.directory)

@@ -59,9 +59,7 @@ class RunProgress(pl.callbacks.ProgressBar):
         self._batch_start: float | None = None
         trainer.profiler.take()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         """Starts the clock of this batch."""
         self._batch_start = time.monotonic()
 
@@ -92,43 +90,30 @@ class RunProgress(pl.callbacks.ProgressBar):
         self._close()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A bar of its own, outside of training."""
+        """A bar of its own over the batches, outside of training."""
         if trainer.state.fn == "validate":
             self._bar = self._new_bar("validation", sum(trainer.num_val_batches), 0, "batch")
-
-    def on_validation_batch_end(self, trainer: pl.Trainer, *arguments: Any, **named: Any) -> None:
-        """One batch further."""
-        if trainer.state.fn == "validate":
-            self._bar.update()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leaves the full bar on the screen."""
-        if trainer.state.fn == "validate":
-            self._close()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A bar over the batches."""
         self._bar = self._new_bar("test", sum(trainer.num_test_batches), 0, "batch")
 
-    def on_test_batch_end(self, *arguments: Any, **named: Any) -> None:
-        """One batch further."""
-        self._bar.update()
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leaves the full bar on the screen."""
-        self._close()
-
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A bar over the batches."""
         self._bar = self._new_bar("pictures", sum(trainer.num_predict_batches), 0, "batch")
 
-    def on_predict_batch_end(self, *arguments: Any, **named: Any) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, *arguments: Any, **named: Any) -> None:
         """One batch further."""
-        self._bar.update()
+        if trainer.state.fn != "fit":
+            self._bar.update()
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leaves the full bar on the screen."""
-        self._close()
+        if trainer.state.fn != "fit":
+            self._close()
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_end = on_predict_end = on_validation_end
 
     def _log_speed(self, trainer: pl.Trainer, module: pl.LightningModule, batch_size: int) -> None:
         waited = trainer.profiler.take()
@@ -167,11 +152,7 @@ class RunProgress(pl.callbacks.ProgressBar):
 
 
 class FetchClock(Profiler):
-    """A profiler that adds up the time in which training batches were waited for, and hands everything on to another.
-
-    Args:
-        inner: the run's own profiler.
-    """
+    """A profiler that adds up the time in which batches were waited for, and hands everything on to the run's own."""
 
     def __init__(self, inner: Profiler) -> None:
         super().__init__(dirpath=inner.dirpath, filename=inner.filename)

@@ -7,6 +7,8 @@ import os
 import shutil
 import socket
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,10 +19,10 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from data_pipeline.models.weights import check_plain, load_pickle
 from data_pipeline.records import InputError
 from data_pipeline.safe_text import visible
-from msdiffusion.adapter.config import AdapterConfig
 from msdiffusion.errors import MSDiffusionError, RequestError, WeightsError, refused_weights
 from msdiffusion.files import check_folder
-from msdiffusion.training.learning.settings import asked_structure, other_structure, way_out
+from msdiffusion.places import find_config
+from msdiffusion.training.learning.structure import asked_structure, check_structure
 from msdiffusion.training.run.foreign_words import in_one_sentence
 from msdiffusion.training.run.run_folder import ADAPTER_FOLDER, BEST, BEST_FOLDER, FOLDER, LAST, existing
 
@@ -97,7 +99,18 @@ class RunCLI(LightningCLI):
             )
         model = settings.get("model")
         model = model.as_dict() if hasattr(model, "as_dict") else dict(model or {})
-        _check_structure(path, saved, _plain(model.get("init_args") or {}), resume=command == "fit")
+        asked = _plain(model.get("init_args") or {})
+        if isinstance(saved["adapter_config"], str) and "base_model" in asked:
+            best = path.parent.parent / BEST_FOLDER if path.parent.name == FOLDER else Path("RUN", BEST_FOLDER)
+            check_structure(
+                str(path),
+                saved["settings"],
+                saved["adapter_config"],
+                asked,
+                asked_structure(asked),
+                resume=command == "fit",
+                best=f"--model.init_args.adapter {best}",
+            )
         if command == "fit" and saved["lacks"]:
             raise RequestError(
                 f"{path} has no {', '.join(saved['lacks'])}, so no run can go on from it: take another checkpoint, or "
@@ -200,6 +213,22 @@ class RunCLI(LightningCLI):
         return arguments
 
 
+def read_run(config: str, arguments: Sequence[str]) -> LightningCLI:
+    """Trainer, model and data module of a config and more settings, as ``lightning fit`` makes them; nothing runs."""
+    # the command line is ours, and given as a list
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    return LightningCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=None,
+        run=False,
+        parser_class=RunParser,
+        args=["-c", find_config(config), *arguments],
+    )
+
+
 def _log_folders(trainer: pl.Trainer) -> list[str]:
     """Local folders of the trainer's loggers."""
     folders = [getattr(logger, "log_dir", None) for logger in trainer.loggers]
@@ -288,25 +317,6 @@ def read_settings(path: Path) -> dict[str, Any]:
         "step": checkpoint.get("global_step"),
         "lacks": [name for name, kind in _STATE.items() if not isinstance(checkpoint.get(name), kind)],
     }
-
-
-def _check_structure(path: Path, saved: dict[str, Any], settings: dict[str, Any], resume: bool) -> None:
-    """Refuse, before anything is loaded, what would end in a list of weights that do not fit.
-
-    Raises:
-        RequestError: names the settings and what to do.
-        WeightsError: the adapter's config in the checkpoint cannot be read.
-    """
-    if not isinstance(saved["adapter_config"], str) or "base_model" not in settings:
-        return
-    config = AdapterConfig.from_json(saved["adapter_config"], f"adapter_config in {path}")
-    changes = other_structure(saved["settings"], settings, config, asked_structure(settings), resume)
-    if changes:
-        best = path.parent.parent / BEST_FOLDER if path.parent.name == FOLDER else Path("RUN", BEST_FOLDER)
-        raise RequestError(
-            f"{path} does not fit these settings: {'; '.join(changes)}: "
-            + way_out(changes, f"--model.init_args.adapter {best}")
-        )
 
 
 def differences(saved: dict[str, Any], model: dict[str, Any]) -> list[str]:

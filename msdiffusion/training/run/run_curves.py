@@ -41,9 +41,7 @@ class RunCurves(pl.Callback):
         self._resumed = self._drawn = None
         self._written = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Takes down the numbers of a step that is logged."""
         step = trainer.global_step
         if step == self._written or step % trainer.log_every_n_steps:

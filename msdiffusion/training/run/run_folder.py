@@ -45,7 +45,6 @@ def check_checkpoint(module: pl.LightningModule, checkpoint: Mapping[str, Any], 
     Args:
         module: with its networks, whole or split over processes; nothing is changed.
         checkpoint: what Lightning has read. Without weights it passes: some strategies have taken them out by then.
-        source: the file, for messages.
 
     Raises:
         WeightsError: names file and tensor.
@@ -64,7 +63,6 @@ def set_aside(trainer: pl.Trainer, *names: str) -> None:
 
     Args:
         trainer: of a run that has read its checkpoint, if it has one, and has not begun.
-        names: in the run's folder.
     """
     if writes(trainer) and not continues(trainer):
         rename_free([in_root(trainer, name) for name in names])

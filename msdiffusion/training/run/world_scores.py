@@ -118,7 +118,7 @@ class WorldScores(pl.Callback):
                     pl_module.log(f"validation/score_{name}", value, rank_zero_only=True, batch_size=len(pictures))
 
     def _draw(self, datamodule: Any, module: Any) -> list[Image.Image]:
-        size = datamodule.batch_size  # what fits into memory to train fits to draw
+        size = datamodule.loading.batch_size  # what fits into memory to train fits to draw
         pictures = []
         for start in range(0, len(self._samples), size):
             samples = self._samples[start : start + size]
@@ -130,7 +130,6 @@ def subjects_of(dataset: PairsDataset, samples: Sequence[TrainingSample]) -> lis
     """Who the subjects of samples are, by the records of their pairs; None where the pairs are not of the world.
 
     Args:
-        dataset: that the samples come from.
         samples: unchanged, as in validation.
     """
     from data_pipeline.world import Identity
@@ -159,8 +158,6 @@ def score_pictures(
     Args:
         cases: what was asked for, and the truth.
         pictures: one per case.
-        instruments: look at them.
-        gallery: for the retrieval.
 
     Returns:
         Name to rate; the confusion is left out where no picture has subjects to be confused.

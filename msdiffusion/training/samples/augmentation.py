@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
 from msdiffusion.errors import RequestError
 from msdiffusion.training.samples.draws import AUGMENTATION, generator_for
+from msdiffusion.training.setting_names import check_choices
 
 ROTATION, SHRINK, LIGHT = 15.0, 0.25, 0.3
 """What full strength of the references' augmentation means: degrees to either side, the part of the side that is lost,
@@ -24,29 +26,21 @@ and the change of brightness and contrast to either side."""
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is changed about the samples of training.
+    """What is changed about the samples of training; each setting is explained at ``PairsDataModule``.
 
     Raises:
         RequestError: if a number is out of range.
     """
 
-    crop: str = "center"
-    """"random" or "center"; both leave nothing out that need not be left out."""
+    crop: Literal["random", "center"] = "center"
     flip_probability: float = 0.0
-    """Of mirroring target and boxes left to right, in [0, 1]. The references stay as they are."""
     subject_dropout: float = 0.0
-    """Per subject, the probability in [0, 1] that its box and its reference are left out, while the caption still names
-    it. One subject always stays."""
     box_jitter: float = 0.0
-    """See ``jitter_boxes``; in [0, 0.5)."""
     reference_augmentation: float = 0.0
-    """See ``change_reference``; in [0, 1]."""
     reference_flip_probability: float = 0.0
-    """Of mirroring a reference left to right, for each by itself, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        if self.crop not in ("random", "center"):
-            raise RequestError(f"crop must be 'random' or 'center', got {self.crop!r}")
+        check_choices(self)
         for name in ("flip_probability", "subject_dropout", "reference_augmentation", "reference_flip_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RequestError(f"{name} must be in [0, 1], got {getattr(self, name)}")

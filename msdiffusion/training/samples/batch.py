@@ -6,16 +6,13 @@ picture, h w those of the image encoder's input. Boxes are normalised xyxy unles
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from msdiffusion.training.samples.draws import SampleDraws
+from msdiffusion.training.samples.draws import Movable, SampleDraws
 from msdiffusion.training.samples.encoded import EncodedPairs, EncodedSample
 
 
@@ -58,7 +55,7 @@ class LoadingFailure:
 
 
 @dataclass
-class PairsBatch:
+class PairsBatch(Movable):
     """A batch, padded to S subjects: a padding subject has present False, a zero box, phrase "" and zero pixels."""
 
     numbers: Tensor
@@ -93,18 +90,3 @@ class PairsBatch:
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.keys)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairsBatch:
-        """The same batch with its tensors on a device (Lightning calls this)."""
-        return self._each(lambda tensors: tensors.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> PairsBatch:
-        """The same batch in page-locked memory (the data loader calls this)."""
-        return self._each(lambda tensors: tensors.pin_memory())
-
-    def _each(self, change: Callable[[Any], Any]) -> PairsBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{
-            name: change(value) for name, value in values.items()
-            if isinstance(value, Tensor | SampleDraws | EncodedPairs)
-        })  # fmt: skip

@@ -6,6 +6,7 @@ Shape letters: B batch, S subjects, C latent channels, h w latent rows and colum
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,24 +21,15 @@ PrepareReferences = Callable[[list[Image.Image]], Tensor]
 """RGBA pictures -> what the image encoder takes, float (N, 3, h, w); the model being trained provides it."""
 
 
+@dataclass(frozen=True)
 class PairsCollator:
-    """Samples -> PairsBatch, in the loading workers. An object, so that these can be given it.
+    """Samples -> PairsBatch, in the loading workers. An object, so that these can be given it."""
 
-    Args:
-        max_subjects: S, to which every sample is padded.
-        prepare_references: of the model being trained.
-        latent_shapes: (height, width) of a training picture -> (C, h, w) of its latents.
-    """
-
-    def __init__(
-        self,
-        max_subjects: int,
-        prepare_references: PrepareReferences,
-        latent_shapes: dict[tuple[int, int], tuple[int, int, int]],
-    ) -> None:
-        self.max_subjects = max_subjects
-        self.prepare_references = prepare_references
-        self.latent_shapes = latent_shapes
+    max_subjects: int
+    """S, to which every sample is padded."""
+    prepare_references: PrepareReferences
+    latent_shapes: dict[tuple[int, int], tuple[int, int, int]]
+    """(height, width) of a training picture -> (C, h, w) of its latents."""
 
     def __call__(self, samples: Sequence[TrainingSample | LoadingFailure]) -> PairsBatch | LoadingFailure:
         """A batch of samples of one size, every one with 1 to S subjects; or the first failure among them."""

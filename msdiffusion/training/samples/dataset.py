@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
 from msdiffusion.errors import DataError
-from msdiffusion.training.pairs.shards import Pair
+from msdiffusion.training.pairs.shards import Pair, phrases_and_boxes
 from msdiffusion.training.samples.augmentation import (
     SampleChances,
     change_reference,
@@ -199,30 +198,20 @@ class PairsDataset(Dataset[TrainingSample]):
 
     def _read(self, index: int, crop: tuple[int, int], target: bool, references: bool) -> _ResizedPair:
         """A pair with its pictures, or without those that are not needed; with neither, none is decoded."""
-        if not (target or references):
-            record = self.pairs.record(index)
-            width, height = self.pairs.size(index)
-            subjects: list[dict[str, Any]] = record["subjects"]
-            return _ResizedPair(
-                caption=record["caption"],
-                target=None,
-                resized=size_that_covers(width, height, crop),
-                original_size=(height, width),
-                phrases=tuple(subject["phrase"] for subject in subjects),
-                boxes=np.array([subject["target_box"] for subject in subjects], dtype=np.float32),
-                references=None,
-            )
-        pair = self.pairs.read(index, self.settings.reference_frame)
-        width, height = pair.target.size
-        size = size_that_covers(width, height, crop)
-        pixels = _resize(pair.target, size) if target else None
+        if target or references:
+            pair = self.pairs.read(index, self.settings.reference_frame)
+            caption, phrases, boxes, size = pair.caption, pair.phrases, pair.boxes, pair.target.size
+        else:
+            record, size = self.pairs.record(index), self.pairs.size(index)
+            caption, (phrases, boxes) = record["caption"], phrases_and_boxes(record)
+        covering = size_that_covers(*size, crop)
         return _ResizedPair(
-            caption=pair.caption,
-            target=pixels,
-            resized=size,
-            original_size=(height, width),
-            phrases=pair.phrases,
-            boxes=pair.boxes,
+            caption=caption,
+            target=_resize(pair.target, covering) if target else None,
+            resized=covering,
+            original_size=size[::-1],
+            phrases=phrases,
+            boxes=boxes,
             references=pair.references if references else None,
         )
 

@@ -9,8 +9,9 @@ Shape letters: B batch, C latent channels, h w latent rows and columns.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -30,8 +31,24 @@ def number_of(key: str) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
 
 
+class Movable:
+    """A dataclass of tensors and of others of its kind; what is neither stays where it is."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same on a device."""
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same in page-locked memory (the data loader calls this)."""
+        return self._each(lambda part: part.pin_memory())
+
+    def _each(self, change: Callable[[Any], Any]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{n: change(value) for n, value in values.items() if isinstance(value, Tensor | Movable)})
+
+
 @dataclass(frozen=True)
-class SampleDraws:
+class SampleDraws(Movable):
     """What chance decides about the loss of a batch."""
 
     condition: Tensor
@@ -57,11 +74,3 @@ class SampleDraws:
         )
         condition, grounding, timestep = torch.from_numpy(uniforms.T.copy())
         return cls(condition, grounding, timestep, noise, posterior, offset)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> SampleDraws:
-        """The same on a device."""
-        return SampleDraws(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
-
-    def pin_memory(self) -> SampleDraws:
-        """The same in page-locked memory."""
-        return SampleDraws(*(getattr(self, f.name).pin_memory() for f in fields(self)))

@@ -8,14 +8,15 @@ tokens, X cross-attention width, P pooled width, N encoder tokens, D encoder wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from msdiffusion.errors import DataError
+from msdiffusion.training.samples.draws import Movable
 
 Part = Literal["latents", "references", "text"]
 """What can be computed ahead, each part without the others."""
@@ -46,11 +47,25 @@ class EncodingStore(Protocol):
         ...
 
 
-Encodings = TypeVar("Encodings", bound="_Encodings")
+@dataclass(frozen=True)
+class Encodings(Movable):
+    """Of one pair, without B and with s subjects in the order of the file; or of a batch, padded to S with zeros.
 
+    A part that was not computed ahead is None.
+    """
 
-class _Encodings:
-    """What a sample and a batch have in common: tensors, of which whole parts may be missing."""
+    latent_mean: Tensor | None
+    """(B, C, h, w), scaled for the UNet."""
+    latent_deviation: Tensor | None
+    """(B, C, h, w) of the posterior, scaled; None where the autoencoder has none."""
+    prompt_states: Tensor | None
+    """(B, L, X)."""
+    pooled: Tensor | None
+    """(B, P); None for Stable Diffusion 1.x."""
+    phrase_embeddings: Tensor | None
+    """(B, S, E)."""
+    image_tokens: Tensor | None
+    """(B, S, N, D)."""
 
     @property
     def has_latents(self) -> bool:
@@ -67,27 +82,9 @@ class _Encodings:
         """Whether the references were encoded ahead, so that nobody needs their pixels."""
         return self.image_tokens is not None
 
-    def _each(self: Encodings, change: Callable[[Tensor], Tensor]) -> Encodings:
-        values = (getattr(self, f.name) for f in fields(self))
-        return type(self)(*(None if value is None else change(value) for value in values))
 
-
-@dataclass(frozen=True)
-class EncodedSample(_Encodings):
-    """One pair; its subjects in the order of the file. A part that was not computed ahead is None."""
-
-    latent_mean: Tensor | None
-    """(C, h, w), scaled for the UNet."""
-    latent_deviation: Tensor | None
-    """(C, h, w) of the posterior, scaled; None where the autoencoder has none."""
-    prompt_states: Tensor | None
-    """(L, X)."""
-    pooled: Tensor | None
-    """(P,); None for Stable Diffusion 1.x."""
-    phrase_embeddings: Tensor | None
-    """(s, E)."""
-    image_tokens: Tensor | None
-    """(s, N, D)."""
+class EncodedSample(Encodings):
+    """One pair."""
 
     def only(self, parts: frozenset[Part]) -> EncodedSample:
         """The same without other parts."""
@@ -102,22 +99,8 @@ class EncodedSample(_Encodings):
         return replace(self, **{name: value[rows] for name, value in values.items() if value is not None})
 
 
-@dataclass(frozen=True)
-class EncodedPairs(_Encodings):
-    """A batch, its subjects padded to S with zeros. A part that was not computed ahead is None."""
-
-    latent_mean: Tensor | None
-    """(B, C, h, w)."""
-    latent_deviation: Tensor | None
-    """(B, C, h, w) or None."""
-    prompt_states: Tensor | None
-    """(B, L, X)."""
-    pooled: Tensor | None
-    """(B, P) or None."""
-    phrase_embeddings: Tensor | None
-    """(B, S, E)."""
-    image_tokens: Tensor | None
-    """(B, S, N, D)."""
+class EncodedPairs(Encodings):
+    """A batch."""
 
     @classmethod
     def stack(cls, samples: Sequence[EncodedSample], max_subjects: int) -> EncodedPairs:
@@ -146,11 +129,3 @@ class EncodedPairs(_Encodings):
             else:
                 columns.append(torch.stack(values))
         return cls(*columns)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> EncodedPairs:
-        """The same on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> EncodedPairs:
-        """The same in page-locked memory."""
-        return self._each(lambda tensor: tensor.pin_memory())

@@ -26,6 +26,7 @@ from msdiffusion.training.samples.collation import PairsCollator
 from msdiffusion.training.samples.dataset import PairsDataset
 from msdiffusion.training.samples.place import Place
 from msdiffusion.training.samples.plan import EpochPlan
+from msdiffusion.training.samples.settings import LoadingSettings
 
 
 class PlanSampler(DistributedSampler):
@@ -34,8 +35,6 @@ class PlanSampler(DistributedSampler):
     Lightning leaves a DistributedSampler alone and tells it each epoch, whose number means nothing here: see ``Place``.
 
     Args:
-        plan: of the whole run.
-        rank: of this process.
         num_processes: R, a divisor of the plan's global batch.
         place: where to begin. The loader moves it on.
     """
@@ -76,7 +75,6 @@ class FixedSampler(DistributedSampler):
     Args:
         numbers: int64 (n,) from ``padded_order``.
         indices: int64 (n,) likewise.
-        rank: of this process.
         num_processes: R, a divisor of n.
     """
 
@@ -163,9 +161,6 @@ def ignore_signals(worker: int = 0) -> None:
     Only that process ends a worker. torch's own handler of SIGTERM knows it from others, but ends the worker in any
     case; so the signal is waited for here, where Python tells who sent it. Where it does not (macOS), the worker is in
     a group of its own.
-
-    Args:
-        worker: number of this one; torch passes it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):
@@ -184,44 +179,29 @@ def ignore_signals(worker: int = 0) -> None:
 
 
 def make_loader(
-    dataset: PairsDataset,
-    sampler: PlanSampler | FixedSampler,
-    batch_size: int,
-    collate: PairsCollator,
-    num_workers: int = 0,
-    worker_start: str | None = None,
-    prefetch_factor: int = 2,
+    dataset: PairsDataset, sampler: PlanSampler | FixedSampler, settings: LoadingSettings, collate: PairsCollator
 ) -> PairsLoader:
-    """A loader of the pairs in a sampler's order.
+    """A loader of the pairs in a sampler's order; of a plan, only whole batches are loaded.
 
-    Args:
-        dataset: what is loaded.
-        sampler: the order; of a plan, only whole batches are loaded.
-        batch_size: B.
-        collate: samples to a batch.
-        num_workers: processes that load and stay from epoch to epoch; 0 loads in this one.
-        worker_start: how they start, a name of the ``multiprocessing`` module. None: forked on Linux, where nothing
-            needs to be sent to them and the catalogue is shared; elsewhere by that module's own choice.
-        prefetch_factor: batches that each of them loads ahead.
+    Workers stay from epoch to epoch. Where nobody says how they start, they are forked on Linux, where nothing needs to
+    be sent to them and the catalogue is shared.
     """
     workers: dict[str, Any] = {}
-    if num_workers > 0:
-        start = worker_start or ("fork" if sys.platform == "linux" else None)
+    if settings.num_workers > 0:
         workers = {
             "worker_init_fn": ignore_signals,
             "persistent_workers": True,
-            "multiprocessing_context": start,
-            "prefetch_factor": prefetch_factor,
+            "multiprocessing_context": settings.worker_start or ("fork" if sys.platform == "linux" else None),
         }
     return PairsLoader(
         dataset,
-        batch_size=batch_size,
+        batch_size=settings.batch_size,
         sampler=sampler,
         collate_fn=collate,
         drop_last=isinstance(sampler, PlanSampler),
         pin_memory=torch.cuda.is_available(),
         # a generator of its own, so that nobody else's random numbers depend on loading
         generator=torch.Generator().manual_seed(0),
-        num_workers=num_workers,
+        num_workers=settings.num_workers,
         **workers,
     )

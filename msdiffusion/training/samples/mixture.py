@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from msdiffusion.training.catalogue import Catalogue
 from msdiffusion.training.pairs.shards import Pair
 from msdiffusion.training.samples.encoded import EncodedSample, EncodingStore, Part
-
-if TYPE_CHECKING:
-    from msdiffusion.training.catalogue import Catalogue
 
 CHUNK = 65536
 """Keys that are hashed at once: of millions of pairs, no copy is made. A part of what the digest means."""
 
 
 class Mixture:
-    """The pairs of all catalogues: those of the first, then those of the second, and so on.
-
-    Args:
-        catalogues: at least one.
-    """
+    """The pairs of all catalogues: those of the first, then those of the second, and so on."""
 
     def __init__(self, catalogues: Sequence[Catalogue]) -> None:
         self.catalogues = tuple(catalogues)
@@ -107,12 +101,7 @@ class Mixture:
 
 
 class MixedStore:
-    """The stores of all catalogues of a mixture, as one.
-
-    Args:
-        mixture: whose pairs are encoded.
-        stores: one per catalogue.
-    """
+    """The stores of all catalogues of a mixture, as one."""
 
     def __init__(self, mixture: Mixture, stores: Sequence[EncodingStore]) -> None:
         self._starts = mixture.starts

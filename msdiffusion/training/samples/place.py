@@ -43,7 +43,6 @@ class Place:
         came in between.
 
         Args:
-            fit_loop: of the trainer.
             batches_per_epoch: of the data; Lightning may be told to train fewer.
         """
         batch = self.start
@@ -90,7 +89,6 @@ def resumed_place(state: dict[str, Any], identity: dict[str, Any], fit_loop: _Fi
 
     Args:
         state: "epoch", "batch", and "data": what they are a place in. Empty where the checkpoint names none.
-        identity: of the data of this run.
         fit_loop: of a trainer that has read the checkpoint, but has not begun.
 
     Raises:

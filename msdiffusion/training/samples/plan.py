@@ -94,7 +94,6 @@ class EpochPlan:
 
     Args:
         datasets: at least one.
-        seed: of everything random.
         global_batch: G.
         lanes: L; the order depends on it.
         shuffle_buffer: samples of a lane that are shuffled with one another.
@@ -141,18 +140,18 @@ class EpochPlan:
                         f"the weight {dataset.weight} of {dataset.name} gives it less than one row of {lanes} samples "
                         f"in an epoch of {self._rows} rows; raise it, leave the dataset out, or lower lanes"
                     )
-        whole = self._count_batches()
+        whole, pairs = self._count_batches(), sum(map(len, self.datasets))
         self.batches_per_epoch = whole // batches_per_step * batches_per_step
         self._left_out = whole - self.batches_per_epoch
         if whole and not self.batches_per_epoch:
             raise DataError(
-                f"{sum(map(len, self.datasets))} pairs to train on make {whole} batches of {global_batch}, fewer than "
+                f"{pairs} pairs to train on make {whole} batches of {global_batch}, fewer than "
                 f"the {batches_per_step} of one step; mine more clips, or train with a smaller "
                 "trainer.accumulate_grad_batches or data.init_args.batch_size"
             )
         if self.batches_per_epoch < 1:
             raise DataError(
-                f"{sum(map(len, self.datasets))} pairs to train on are fewer than one batch of {global_batch} of all "
+                f"{pairs} pairs to train on are fewer than one batch of {global_batch} of all "
                 "processes together" + (" in every bucket" if buckets is not None else "")
                 + "; mine more clips, or train with a smaller data.init_args.batch_size"
             )  # fmt: skip
@@ -179,7 +178,7 @@ class EpochPlan:
         """Buckets with fewer pairs than one batch of all processes, and how many they have: these never come."""
         if self.buckets is None:
             return {}
-        counts = np.bincount(np.concatenate([self.buckets[dataset.indices] for dataset in self.datasets]))
+        counts = self._bucket_counts()
         return {int(bucket): int(n) for bucket, n in enumerate(counts) if 0 < n < self.global_batch}
 
     def identity(self) -> dict[str, Any]:
@@ -205,11 +204,14 @@ class EpochPlan:
         below, above = (int(edge + Fraction(1, 2)) for edge in edges)
         return above - below
 
+    def _bucket_counts(self) -> np.ndarray:
+        return np.bincount(np.concatenate([self.buckets[dataset.indices] for dataset in self.datasets]))
+
     def _count_batches(self) -> int:
         if self.buckets is None:
             places = len(self.datasets[0]) if len(self.datasets) == 1 else self._rows * self.lanes
             return places // self.global_batch
-        counts = np.bincount(np.concatenate([self.buckets[dataset.indices] for dataset in self.datasets]))
+        counts = self._bucket_counts()
         if len(self.datasets) == 1:
             return int((counts // self.global_batch).sum())
         # each bucket may keep back all but one of a batch
@@ -289,8 +291,6 @@ def padded_order(
 
     Args:
         indices: int64 (n,), at least one.
-        num_processes: R.
-        batch_size: B.
         buckets: int (all pairs,) as in ``EpochPlan``.
 
     Returns:

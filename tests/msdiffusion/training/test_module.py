@@ -17,7 +17,8 @@ from msdiffusion.backbone.configs import skeleton_unet
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.training.datamodule import PairsDataModule
 from msdiffusion.training.learning.schedules import draw_shares, training_schedule
-from msdiffusion.training.learning.settings import asked_structure
+from msdiffusion.training.learning.settings import TrainingSettings
+from msdiffusion.training.learning.structure import asked_structure
 from msdiffusion.training.module import MSDiffusionModule
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -340,7 +341,7 @@ def test_weight_inside_the_boxes(configured, monkeypatch):
     logged = {}
     module.log = lambda name, value, **keywords: logged.update({name: float(value)})
     plain, inside = float(module.training_step(batch, 0).detach()), logged["training/loss_in_boxes"]
-    module.hparams.box_loss_weight = 3.0
+    module.settings = replace(module.settings, loss=replace(module.settings.loss, box_loss_weight=3.0))
     weighted = float(module.training_step(batch, 0).detach())
     assert logged["training/loss_in_boxes"] == inside
     assert logged["training/loss"] == weighted
@@ -466,7 +467,7 @@ def test_a_checkpoint_says_what_adapter_it_holds(make_module, pairs_dir, tmp_pat
 def test_models_of_a_hub_keep_their_names(make_module):
     module = make_module()
     module.configure_model()
-    module.hparams.base_model = "someone/some-base"
+    module.settings = TrainingSettings.of({**module.hparams, "base_model": "someone/some-base"})
     assert module.exported_config()["base_model"] == "someone/some-base"
     assert module.exported_config("anywhere")["base_model"] == "someone/some-base"
 

@@ -10,14 +10,9 @@ import torch
 from data_pipeline.world.renderings import RenderingSettings, load_or_render
 from msdiffusion.errors import WeightsError
 from msdiffusion.training import pretrain
+from msdiffusion.training.embedded.pools import SceneCaptions, prepare_views
 from msdiffusion.training.local_sgd import WeightAveraging
-from msdiffusion.training.pretrain import (
-    ImageEncoderPretraining,
-    SceneCaptions,
-    TextToImagePretraining,
-    WorldRenderings,
-    prepare_views,
-)
+from msdiffusion.training.pretrain import ImageEncoderPretraining, TextToImagePretraining, WorldRenderings
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def test_a_trial_exports_nothing(tmp_path):
 
 
 def test_the_base_class_says_what_is_missing():
-    bare = BudgetedTraining("out", 1e-3, 1, None, 0.5, 1, 0.9, 1.0)
+    bare = BudgetedTraining()
     with pytest.raises(NotImplementedError, match="which modules it trains"):
         bare.trained_modules()
     with pytest.raises(NotImplementedError, match="how it is saved"):

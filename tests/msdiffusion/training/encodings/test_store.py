@@ -21,7 +21,7 @@ def encode(catalogue, folder, value=0.0, without=()):
             if index not in without:
                 writer.add_references(int(catalogue.place[index]), torch.full((2, 1, 1), value + float(index)))
         path = folder / file_name(shard)
-        writer.save(path, path.with_suffix(".tmp"), shard_stamp(shard, content_of(shard)))
+        writer.save(path, f"{path.stem}.tmp", shard_stamp(shard, content_of(shard)))
     return folder
 
 

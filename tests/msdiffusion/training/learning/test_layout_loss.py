@@ -93,7 +93,7 @@ def test_words_of_a_phrase_are_found_wherever_they_occur(tiny_tokenizer):
 def losses(module, batch, **settings):
     logged = {}
     module.log = lambda name, value, **keywords: logged.update({name: float(value)})
-    module.hparams.update(settings)
+    module.settings = replace(module.settings, loss=replace(module.settings.loss, **settings))
     loss = module.training_step(batch, 0)
     return loss, logged
 

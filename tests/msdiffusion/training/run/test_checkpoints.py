@@ -11,17 +11,9 @@ import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from msdiffusion.errors import RequestError, TrainingError
-from msdiffusion.training.run.checkpoints import (
-    AdapterExport,
-    RunCheckpoint,
-    WholeFiles,
-    follow_settings,
-    last_good,
-    random_states,
-    restore_random_states,
-    save_whole,
-)
+from msdiffusion.training.run.checkpoints import AdapterExport, RunCheckpoint, follow_settings
 from msdiffusion.training.run.run_folder import existing
+from msdiffusion.training.run.saving import WholeFiles, last_good, random_states, restore_random_states, save_whole
 
 
 class Line(pl.LightningModule):

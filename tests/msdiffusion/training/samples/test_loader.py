@@ -18,7 +18,7 @@ from msdiffusion.training.samples.loader import FixedSampler, PairsLoader, PlanS
 from msdiffusion.training.samples.mixture import Mixture
 from msdiffusion.training.samples.place import Place
 from msdiffusion.training.samples.plan import EpochPlan, PlannedDataset, padded_order
-from msdiffusion.training.samples.settings import SampleSettings
+from msdiffusion.training.samples.settings import LoadingSettings, SampleSettings
 
 BOX = [(0.1, 0.1, 0.9, 0.9)]
 
@@ -47,9 +47,11 @@ def plan(pairs):
 def make(dataset):
     """Function: sampler, another dataset, options -> loader."""
 
-    def make(sampler, data=dataset, batch_size=4, **options):
+    def make(sampler, data=dataset, batch_size=4, prefetch_factor=None, **options):
         collate = PairsCollator(2, no_pixels, {(16, 16): (4, 2, 2)})
-        loaders.append(make_loader(data, sampler, batch_size, collate, **options))
+        settings = {"batch_size": batch_size, "lanes": 1, "shuffle_buffer": 1, "num_workers": 0, "worker_start": None}
+        loaders.append(make_loader(data, sampler, LoadingSettings(**settings | options), collate))
+        loaders[-1].prefetch_factor = prefetch_factor or loaders[-1].prefetch_factor
         return loaders[-1]
 
     loaders = []
