@@ -45,13 +45,8 @@ POSES = 3
 class Clip:
     """A clip in memory, with its truth.
 
-    Attributes:
-        frames: (T, size, size, 3) uint8 RGB.
-        masks: (T, S, size, size) bool, visible pixels.
-        subjects: the S identities, in the order of the caption.
-        background: a key of BACKGROUNDS.
-        caption: MS-Bench template.
-        fps: frames per second.
+    frames: (T, size, size, 3) uint8 RGB. masks: (T, S, size, size) bool, visible pixels. subjects: the S identities, in
+    the order of the caption. background: a key of BACKGROUNDS. caption: MS-Bench template. fps: frames per second.
     """
 
     frames: np.ndarray
@@ -71,18 +66,11 @@ def sample_clip(
     num_frames: int = 12,
     fps: int = 8,
 ) -> Clip:
-    """Draws a clip.
+    """Draws a clip; `rng` is the only source of randomness.
 
-    Args:
-        rng: the only source of randomness.
-        split: identities to draw from, see `sample_identity`.
-        num_subjects: 1 to 4; None draws one to three.
-        size: side of the square frames in pixels, even.
-        num_frames: frames of the clip, at least 1.
-        fps: frames per second.
-
-    Raises:
-        ValueError: for an odd size (H.264 halves the colour planes), no frames, or more than fit in memory.
+    split: identities to draw from, see `sample_identity`. num_subjects: 1 to 4; None draws one to three. size: side of
+    the square frames in pixels, even. num_frames: at least 1. fps: frames per second. ValueError for an odd size (H.264
+    halves the colour planes), no frames, or more than fit in memory.
     """
     if not 16 <= size <= MAX_SIZE or size % 2:
         raise ValueError(f"size must be even, at least 16 and at most {MAX_SIZE} pixels, got {size}")
@@ -174,12 +162,8 @@ def annotate(clip: Clip) -> dict:
 
 def write_video(path: Path, frames: np.ndarray, fps: int, quality: int = 14) -> None:
     """Writes (T, H, W, 3) uint8 RGB frames as H.264 in mp4, closed groups of pictures, readable by every player.
-
-    Args:
-        path: target file.
-        frames: even height and width.
-        fps: frames per second.
-        quality: x264's constant rate factor; lower is better, 14 is close to lossless to the eye.
+    Height and width must be even. quality: x264's constant rate factor; lower is better, 14 is close to lossless to the
+    eye.
     """
     import av
 
@@ -229,23 +213,12 @@ def write_clips(
 ) -> list[Path]:
     """Writes clips with their caption and annotations; clips that are there already are kept, so a rerun resumes.
 
-    Clip i depends on (seed, i) and the settings only, not on `count` or `workers`.
+    Clip i depends on (seed, i) and the settings only, not on `count` or `workers`. Returns the paths of the mp4 files.
 
-    Args:
-        out_dir: folder to write to.
-        count: number of clips.
-        split: "train", "held_out" or "all".
-        seed: of the whole set.
-        num_subjects, size, num_frames, fps: see `sample_clip`.
-        workers: processes; 0 works in this one.
-
-    Returns:
-        paths of the mp4 files.
-
-    Raises:
-        ValueError: for a count under 1 or over a million, or settings that `sample_clip` refuses.
-        FileExistsError: if the folder holds clips made with other settings.
-        MiningError: if nothing can be written there, as on a full disk.
+    split, num_subjects, size, num_frames, fps: see `sample_clip`. seed: of the whole set. workers: processes; 0 works
+    in this one. ValueError for a count under 1 or over a million, or settings that `sample_clip` refuses;
+    FileExistsError if the folder holds clips made with other settings; MiningError if nothing can be written there, as
+    on a full disk.
     """
     for name, value, least, most in (
         ("count", count, 1, MAX_CLIPS),

@@ -38,16 +38,11 @@ CHUNK = 500
 
 @dataclass(frozen=True)
 class RenderingSettings:
-    """What to render.
+    """What to render: numbers of scenes and of identities in the pool.
 
-    Attributes:
-        scenes: number of scenes.
-        identities: number of identities in the pool.
-        views: pictures of each identity, in different poses.
-        split: "train", "held_out" or "all".
-        size: side of a scene and long side of a view, in pixels.
-        shares: probabilities of one, two and three subjects in a scene.
-        seed: an equal seed gives equal renderings, whatever the number of workers.
+    views: pictures of each identity, in different poses. split: "train", "held_out" or "all". size: side of a scene and
+    long side of a view, in pixels. shares: probabilities of one, two and three subjects in a scene. seed: an equal seed
+    gives equal renderings, whatever the number of workers.
     """
 
     scenes: int = 40_000
@@ -69,13 +64,9 @@ class RenderingSettings:
 class Renderings:
     """Rendered arrays, read lazily from disk (numpy memory maps).
 
-    Attributes:
-        images: (N, size, size, 3) uint8 scenes.
-        boxes: (N, 3, 4) float32 normalised xyxy, zero where a scene has fewer subjects.
-        members: (N, 3) int32 index into `identities`, -1 where absent.
-        backgrounds: (N,) uint8 index into BACKGROUNDS.
-        views: (I * views, size, size, 4) uint8 RGBA; view k of identity i stands at i * views + k, centred.
-        identities: the I identities.
+    images: (N, size, size, 3) uint8 scenes. boxes: (N, 3, 4) float32 normalised xyxy, zero where a scene has fewer
+    subjects. members: (N, 3) int32 index into the I `identities`, -1 where absent. backgrounds: (N,) uint8 index into
+    BACKGROUNDS. views: (I * views, size, size, 4) uint8 RGBA; view k of identity i stands at i * views + k, centred.
     """
 
     images: np.ndarray
@@ -87,15 +78,8 @@ class Renderings:
 
 
 def load_or_render(settings: RenderingSettings, cache: Path | str, workers: int = 2) -> Renderings:
-    """Renders what `settings` says, or reads it back from `cache`.
-
-    Args:
-        settings: what to render.
-        cache: folder that holds one subfolder per settings.
-        workers: processes.
-
-    Returns:
-        memory-mapped renderings.
+    """Renders what `settings` says, or reads it back from `cache`, a folder that holds one subfolder per settings. The
+    arrays are memory maps. workers: processes.
     """
     key = hashlib.sha256(json.dumps([VERSION, asdict(settings)]).encode()).hexdigest()[:12]
     folder = Path(cache) / f"{settings.split}-{key}"

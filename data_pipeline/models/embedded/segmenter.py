@@ -59,16 +59,11 @@ def predict(sam: Sam, pixels: Tensor, frames: Tensor, boxes: Tensor) -> tuple[Te
     """One mask per box.
 
     The package's decoder takes one picture with many prompts; here every prompt brings its picture along, so a batch
-    holds many of both. For one picture the results are equal.
+    holds many of both. For one picture the results are equal. Returns logits (K, size, size) and quality (K,), the
+    estimated IoU.
 
-    Args:
-        sam: the model.
-        pixels: float32 (B, 3, size, size) in [0, 255], size that of the model.
-        frames: int64 (K,), the picture of each box.
-        boxes: float32 (K, 4), xyxy in pixels.
-
-    Returns:
-        logits (K, size, size) and quality (K,), the estimated IoU.
+    pixels: float32 (B, 3, size, size) in [0, 255], size that of the model. frames: int64 (K,), the picture of each box.
+    boxes: float32 (K, 4), xyxy in pixels.
     """
     scaled = (pixels - sam.pixel_mean) / sam.pixel_std
     features = sam.image_encoder(scaled)[frames]

@@ -113,22 +113,13 @@ def train(
     stop_after: int | None = None,
     on_save: Callable[[nn.Module, int], str] | None = None,
 ) -> nn.Module:
-    """Trains until ``settings.steps``, going on from ``folder``/state.pt if it is there.
+    """Trains until ``settings.steps``, going on from ``folder``/state.pt if it is there; log.csv is beside it. Returns
+    the averaged model, in evaluation mode; the weights of ``model`` are changed in place.
 
-    Args:
-        model: its weights are changed in place.
-        loss: from the number of a step to the losses of its batch; it must depend on nothing else that is random.
-        settings: how.
-        folder: for state.pt and log.csv.
-        stop_after: return after this step of the run, as if killed there; for tests.
-        on_save: called with the averaged model and the step whenever the state is saved; what it returns is printed.
-
-    Returns:
-        the averaged model, in evaluation mode.
-
-    Raises:
-        InputError: if the folder holds the state of another run (other settings, ``learns_from`` among them, or a
-            model of other sizes), or one that does not open.
+    loss: from the number of a step to the losses of its batch; it must depend on nothing else that is random.
+    stop_after: return after this step of the run, as if killed there; for tests. on_save: called with the averaged
+    model and the step whenever the state is saved; what it returns is printed. InputError if the folder holds the state
+    of another run (other settings, ``learns_from`` among them, or a model of other sizes), or one that does not open.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98))
