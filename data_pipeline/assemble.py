@@ -81,9 +81,7 @@ class ShardPlanner:
 
 
 def write_shard(journal: Journal, plan: ShardPlan) -> dict[str, Any]:
-    """Writes one tar file from the journal, clip by clip; the same clips always give the same bytes. Returns its entry
-    in build.json.
-    """
+    """Writes one tar file from the journal; equal clips give equal bytes. Returns its entry in build.json."""
     digest, size = hashlib.sha256(), 0
     with atomic_file(journal.out / plan.name) as file:
 
@@ -191,9 +189,7 @@ def frame_gap(source: Mapping[str, Any]) -> float | None:
 
 
 class IndexWriter:
-    """index.parquet: one row per sample, in the order of the shards. The columns are those of ``index_row``, also if
-    there is no row.
-    """
+    """index.parquet: a row per sample, in the order of the shards; the columns of ``index_row``, also without a row."""
 
     rows_per_group = 10_000
 

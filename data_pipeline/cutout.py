@@ -128,9 +128,7 @@ def places_of(photos: Sequence[Path], out: Path) -> list[Path]:
 
 
 def load_segmenter(name: str, checkpoint: Path | None, device: str) -> Segmenter:
-    """The network; its released weights are downloaded where there is no checkpoint. InputError or MissingModelError
-    if they are not to be had.
-    """
+    """The network; without a checkpoint the released weights. InputError, MissingModelError: not to be had."""
     if name == "embedded":
         model, checkpoint = str(SEGMENTER_SIZES), checkpoint or SEGMENTER_WEIGHTS
     else:
@@ -153,9 +151,7 @@ def load_segmenter(name: str, checkpoint: Path | None, device: str) -> Segmenter
 
 
 def reach(box: Box, shape: Sequence[int]) -> tuple[slice, slice]:
-    """Rows and columns that a mask may have: those of the box, and SPILL of its sides beyond. shape: (height, width)
-    first.
-    """
+    """Rows and columns that a mask may have: the box, and SPILL of its sides beyond. shape: (height, width) first."""
     width, height = box[2] - box[0], box[3] - box[1]
     wide = (
         max(0.0, box[0] - SPILL * width),

@@ -28,9 +28,7 @@ Tile = tuple[Image.Image, str]
 
 
 def draw_frame(image: np.ndarray, subjects: Sequence[Drawn], height: int = HEIGHT) -> Image.Image:
-    """The frame at the given height, masks tinted, boxes and phrases in one colour per subject. image: uint8 (h, w,
-    3).
-    """
+    """The frame at this height, masks tinted, boxes and phrases in one colour per subject. image: uint8 (h, w, 3)."""
     pixels = image.astype(np.float32)
     for number, (_, _, mask) in enumerate(subjects):
         if mask is not None:
@@ -71,9 +69,7 @@ def beside(pictures: Sequence[Image.Image], gap: int = 3) -> Image.Image:
 
 
 def contact_sheet(tiles: Sequence[Tile | str], width: int = 1500) -> Image.Image:
-    """Tiles with a few lines of text under each, in rows that fit the width. A string among them is a heading over the
-    tiles that follow.
-    """
+    """Tiles, a few lines of text under each, in rows that fit the width. A string is a heading for what follows."""
     gap, line = 10, 15
     placed: list[tuple[Image.Image, list[str], int, int]] = []
     headings: list[tuple[str, int]] = []

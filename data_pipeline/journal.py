@@ -152,9 +152,7 @@ class Journal:
         files: Mapping[str, str] | None = None,
         version: str = "",
     ) -> dict[str, str]:
-        """``check``, and records all of it, in a new folder if there is none. Returns the hashes of all files that have
-        shaped the dataset so far.
-        """
+        """``check``, and records it all, in a new folder if there is none. Returns the hashes of all files so far."""
         then = self.check(settings, files, version)
         known = {**(then or {}), **(files or {})}
         if self.is_complete() or known == then:

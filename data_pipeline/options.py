@@ -372,9 +372,7 @@ def check_device_name(device: str) -> None:
 
 
 def make_steps(arguments: argparse.Namespace) -> list[Step]:
-    """The whole pipeline, in order. SettingsError or InputError if the options don't make sense; nothing heavy is
-    loaded.
-    """
+    """The whole pipeline, in order. SettingsError or InputError if options make no sense; nothing heavy is loaded."""
     annotated = arguments.detector in ("auto", "annotations")
     if arguments.segmenter == "annotations" and arguments.detector != "annotations":
         raise SettingsError(

@@ -1,6 +1,4 @@
-"""Worker processes of which each holds its models, works on one task at a time, and may hang or die without harm to
-the others.
-"""
+"""Worker processes that hold their models, work on one task at a time, and may hang or die without harm to others."""
 
 from __future__ import annotations
 

@@ -262,9 +262,7 @@ class VideoFacts:
     tone_map: str = ""
     deinterlace: bool = False
     if_interlaced: str = "deinterlace"
-    """What becomes of frames that turn out to be interlaced though the file did not say so: "deinterlace", "reject" or
-    "keep".
-    """
+    """What becomes of interlaced frames though the file did not say so: "deinterlace", "reject" or "keep"."""
     notes: tuple[str, ...] = ()
 
     @property

@@ -1,6 +1,4 @@
-"""Which videos there are, and their captions. Nothing is decoded here, and nothing heavy is imported until a table
-needs it.
-"""
+"""Which videos there are, and their captions. Nothing is decoded, nothing heavy imported until a table needs it."""
 
 from __future__ import annotations
 
@@ -128,9 +126,7 @@ def is_hidden(path: Path) -> bool:
 
 
 def readable_name(name: str) -> str:
-    """A file's name as text that can be written to any file; bytes that are not UTF-8 become a backslash, an x and two
-    hex digits.
-    """
+    """A file's name as text that any file can hold; bytes that are not UTF-8 become an escaped x and two hex digits."""
     return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 
 
@@ -141,9 +137,7 @@ def path_parts(name: str) -> list[str]:
 
 
 def make_keys(names: Iterable[str]) -> dict[str, str]:
-    """A key for every name: letters, digits, - and _ only, at most 60 of them, unique. A name that needs no change is
-    its own key.
-    """
+    """A key for every name: letters, digits, - and _ only, at most 60, unique; a name that is one stays."""
     names = list(names)
     plain = {name: re.sub(rf"[^{KEY_CHARACTERS}]+", "_", name.rsplit(".", 1)[0]) for name in names}
     # Letters of another case would be one file on some disks.

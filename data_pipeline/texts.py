@@ -272,9 +272,7 @@ def _quotes(error: csv.Error, path: Path, first: int, last: int) -> str:
 
 
 def _check_swallowed(row: Mapping[str, str], key: str, separator: str, place: str) -> None:
-    """InputError if a line within a cell holds, in a field, what names a file as the row itself does: it is another
-    row.
-    """
+    """InputError if a line within a cell holds, in a field, what names a file as the row itself does: another row."""
     suffix = PurePosixPath(row[key].strip()).suffix.lower()
     lines = (line for cell in row.values() for line in re.split(r"[\r\n]+", cell)[1:]) if suffix else ()
     for parts in (line.split(separator) for line in lines):

@@ -321,9 +321,7 @@ def read_images(
 def to_item(
     folder: Path, row: Row, coco: CocoFile | None, normalised: bool, notes: list[str] | None = None
 ) -> ImportItem:
-    """The item of one picture. notes: takes what was assumed. ClipError if its caption or its boxes are unusable, or if
-    boxes are given twice.
-    """
+    """The item of one picture. notes: takes what was assumed. ClipError: unusable caption or boxes, boxes twice."""
     name = row["file_name"]
     parts = PurePosixPath(name.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or "\0" in name or not parts.name:

@@ -71,9 +71,7 @@ class Broken:
 
 @dataclass(frozen=True, kw_only=True)
 class ItemFile(VideoFile):
-    """An item that was found, not yet looked at. path: its target picture. spool, offset, length: where it is written
-    down, in bytes.
-    """
+    """An item that was found. path: its target picture. spool, offset, length: where it is written down, in bytes."""
 
     spool: Path
     offset: int
@@ -204,9 +202,7 @@ class Spool:
 
 
 def read_item(file: ItemFile) -> ImportItem:
-    """The item as it was written down. ClipError if the source had something unusable there; InputError if the file
-    of items has gone.
-    """
+    """The item as it was written down. ClipError for what the source had unusable; InputError if the file has gone."""
     try:
         with file.spool.open("rb") as lines:
             lines.seek(file.offset)

@@ -170,9 +170,7 @@ class _Window:
         self._place += 1
 
     def decode(self, decoder: json.JSONDecoder, number: int) -> Any:
-        """Takes one json value. An item that is longer than what has been read is tried again a few times, each time
-        with twice as much.
-        """
+        """Takes one json value. An item longer than what was read is tried again, each time with twice as much."""
         size = BLOCK
         while True:
             try:

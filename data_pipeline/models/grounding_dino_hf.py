@@ -59,9 +59,7 @@ def load_grounding_dino_hf(name: str, device: str) -> tuple[torch.nn.Module, Any
 
 
 def use_special_tokens_of(model: torch.nn.Module, tokenizer: Any) -> None:
-    """Tells a GroundingDinoForObjectDetection which tokens separate phrases; the class knows only those of
-    bert-base-uncased by number.
-    """
+    """Tells a model which tokens separate phrases; its class knows only those of bert-base-uncased, by number."""
     vocabulary = tokenizer.get_vocab()
     known = [vocabulary[token] for token in ("[CLS]", "[SEP]", ".", "?") if token in vocabulary]
     buffer = model.model.special_tokens

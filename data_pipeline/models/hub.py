@@ -140,9 +140,7 @@ def fetch(models: Iterable[HubModel], say: Callable[[str], None] = lambda line: 
 
 
 def place_of(model: HubModel) -> Path:
-    """Like ``in_cache``, of a model that is downloaded without a word if it is not there. MissingModelError if it is
-    not to be had.
-    """
+    """Like ``in_cache``, of a model that is downloaded silently if need be. MissingModelError: not to be had."""
     fetch([model], quiet=True)
     place = in_cache(model)
     if place is None:

@@ -58,9 +58,7 @@ class MobileSamParams:
 
 
 class TinyVitEncoder(torch.nn.Module):
-    """Pictures float (N, 3, image_size, image_size), normalised as SAM does, to features (N, prompt_width, grid,
-    grid).
-    """
+    """Float pictures (N, 3, image_size, image_size), normalised as SAM's, to features (N, prompt_width, grid, grid)."""
 
     def __init__(self, params: MobileSamParams) -> None:
         super().__init__()
@@ -107,9 +105,7 @@ def build_mobile_sam(params: MobileSamParams) -> Sam:
 
 
 def read_mobile_params(model: str) -> MobileSamParams:
-    """The released sizes for "vit_t", else those of a json file with fields of MobileSamParams; InputError for
-    anything else.
-    """
+    """The released sizes for "vit_t", else those of a json file with fields of MobileSamParams; else InputError."""
     if model == "vit_t":
         return MobileSamParams()
     try:

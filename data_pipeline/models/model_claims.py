@@ -145,9 +145,7 @@ def configs_here(source: str, inside: str = "") -> tuple[Path, dict[str, str]]:
 
 
 def read_sizes(path: Path) -> dict[str, Any]:
-    """A json file of whole numbers by their names, or lists of them, within the limits; InputError that names the
-    entry for anything else.
-    """
+    """A json file of whole numbers by name, or lists of them, within the limits; InputError names what is not."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no sizes by name, but {shown(content)}")

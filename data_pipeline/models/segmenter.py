@@ -37,9 +37,7 @@ class AnnotationSegmenter:
 
 
 class FillingSegmenter:
-    """Reads annotated masks, and asks a network about boxes without one. network: None if none was thought to be
-    needed.
-    """
+    """Reads annotated masks, and asks a network about boxes without one. network: None if none seems needed."""
 
     def __init__(self, network: Segmenter | None) -> None:
         self._network = network

@@ -112,9 +112,7 @@ def one_line(error: BaseException) -> str:
 
 
 def probe(path: Path, rules: PictureRules = DEFAULT_RULES) -> VideoFacts:
-    """Facts of a video; the file stays open until the next one is probed. ClipError if there is no video in it, or
-    ``rules`` reject it.
-    """
+    """Facts of a video; the file stays open until the next one's. ClipError: no video in it, or ``rules`` reject it."""
     return open_video(path, rules=rules).facts
 
 

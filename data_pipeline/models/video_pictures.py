@@ -35,9 +35,7 @@ SQUARE_ENOUGH = Fraction(1, 100)
 
 @dataclass(frozen=True, kw_only=True)
 class PictureRules:
-    """What to do with clips that are out of the ordinary. hdr: tonemap, reject or keep. interlaced: deinterlace, reject
-    or keep.
-    """
+    """For clips out of the ordinary. hdr: tonemap, reject or keep. interlaced: deinterlace, reject or keep."""
 
     hdr: str = "tonemap"
     interlaced: str = "deinterlace"

@@ -67,9 +67,7 @@ class PyAVReader:
         self._noted = any(note.startswith("interlaced") for note in facts.notes)
 
     def thumbnails(self, size: int, limit: int) -> np.ndarray:
-        """See VideoReader. A file that ends within its last packet loses what cannot be shown of it: ``facts`` tell it
-        from now on.
-        """
+        """See VideoReader. A file that ends within its last packet loses what cannot be shown; ``facts`` tell it."""
         video, keep = open_video(self.path, self.facts), fits_in_memory(self.facts)
         wanted = self.facts.stamps[:limit]
         pictures: list[np.ndarray] = []

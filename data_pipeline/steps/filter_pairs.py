@@ -204,9 +204,7 @@ class FilterPairs(Step[TrainingPair, TrainingPair]):
 
 
 def border_contact(mask: np.ndarray, tight: Box) -> float:
-    """The largest share of a side of the tight box that is mask on the frame's edge, in [0, 1]; 0 if the mask touches
-    no edge.
-    """
+    """Largest share of a side of the tight box that is mask on the frame's edge, in [0, 1]; 0 if it touches none."""
     height, width = mask.shape
     wide, high = (tight[2] - tight[0]) * width, (tight[3] - tight[1]) * height
     edges = ((mask[0], wide), (mask[-1], wide), (mask[:, 0], high), (mask[:, -1], high))

@@ -406,9 +406,7 @@ def does(text: str, lemma: str) -> bool:
 
 
 def without_verb(chunk: Chunk) -> Chunk:
-    """Without the verb that the parser took for the noun: "an orange helmet looking" is a helmet, "the nurse waves" a
-    nurse.
-    """
+    """Without the verb taken for the noun: "an orange helmet looking" is a helmet, "the nurse waves" a nurse."""
     if len(chunk.words) < 2:
         return chunk
     text, (noun, lemma, role) = chunk.words[-1][0], chunk.words[-2]
@@ -468,9 +466,7 @@ def join_colours(chunks: Sequence[Chunk]) -> list[Chunk]:
 
 
 def describing_words(chunk: Chunk) -> list[str]:
-    """Compounds, colours, materials and kinds before the head, in order: ["white", "soccer"] of "a white soccer
-    ball".
-    """
+    """Compounds, colours, materials and kinds before the head: ["white", "soccer"] of "a white soccer ball"."""
     words = [part for word in chunk.words for part in parts_of_colour(*word)]
     texts = [text for text, _, _ in words]
     kept: list[str] = []

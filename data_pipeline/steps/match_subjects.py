@@ -133,9 +133,7 @@ class MatchSubjects(Step[DetectedPair, TrainingPair]):
 
     @staticmethod
     def _instances(record: DetectedPair) -> list[tuple[str, list[Detection], list[Detection]]]:
-        """Phrase, its detections in the reference frame and in the target frame; phrases that are nowhere are left
-        out.
-        """
+        """Phrase, its detections in the reference and in the target; phrases that are nowhere are left out."""
         asked = []
         for entity in record.entities:
             reference, target = (

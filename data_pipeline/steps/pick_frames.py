@@ -195,9 +195,7 @@ class PickFrames(Step[VideoShots, tuple[FramePair, ...]]):
     def _choices(
         self, shot: Shot, frames: Sequence[Frame], faults: list[tuple[str, dict[str, float]]]
     ) -> list[_Choice]:
-        """All pairs of good frames that are far enough apart, the best one first; adds what spoke against the others
-        to ``faults``.
-        """
+        """All pairs of good frames far enough apart, the best first; ``faults`` takes what spoke against the others."""
         good = []
         for frame in frames:
             looks = self._quality.look_at(frame.image)
@@ -250,9 +248,7 @@ def _rejection(faults: Sequence[tuple[str, dict[str, float]]]) -> Rejected:
 
 
 def nearest(values: Sequence[int], wanted: float) -> int:
-    """The entry of an ascending, non-empty sequence that lies nearest to ``wanted``; the smaller one if two are as
-    near.
-    """
+    """The entry of an ascending, non-empty sequence nearest to ``wanted``; of two that are as near the smaller one."""
     place = bisect_right(values, wanted)
     candidates = values[max(0, place - 1) : place + 1]
     return min(candidates, key=lambda value: (abs(value - wanted), value))

@@ -96,9 +96,7 @@ class ReadVideos(Step[VideoFile, Video]):
 
 
 def kind_of(path: Path) -> str:
-    """What is at the end of a path and its links: "file", "folder", "pipe" or "device"; OSError if nothing
-    is.
-    """
+    """What is at the end of a path and its links: "file", "folder", "pipe" or "device"; OSError if nothing is."""
     mode = path.stat().st_mode
     kinds = {"file": stat.S_ISREG, "folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO}
     return next((kind for kind, fits in kinds.items() if fits(mode)), "device")

@@ -1,6 +1,4 @@
-"""Step 9: turn a pair into the files of its samples. The runner puts them into shards, in the order of the clips'
-names.
-"""
+"""Step 9: a pair becomes the files of its samples. The runner puts them into shards, in the clips' order of names."""
 
 from __future__ import annotations
 

@@ -89,9 +89,7 @@ def describe_run(folder: Path) -> str:
 
 
 def check_resume(folder: Path, settings: TrainingSettings) -> None:
-    """InputError if ``folder`` holds the state of another run, or one that does not open. Quick: to be asked before
-    anything is rendered.
-    """
+    """InputError if ``folder`` holds another run's state, or one that does not open. Quick: before any rendering."""
     path = folder / "state.pt"
     if path.is_file():
         _check_record(path, _read_state(path), settings)

@@ -62,9 +62,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder; InputError if its special tokens are not where Grounding DINO looks for
-    them.
-    """
+    """A folder's tokenizer; InputError if its special tokens are not where Grounding DINO looks for them."""
     check_network(folder, tokenizer=True)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     for token in ("[CLS]", "[SEP]", ".", "?"):
