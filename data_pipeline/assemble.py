@@ -13,10 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline.journal import Journal, atomic_file, fingerprint
-from data_pipeline.pairs_format import BLANK_REFERENCE, MEMBER, tar_member
-from data_pipeline.records import VideoFile
+from data_pipeline.journal import Journal, atomic_file, fingerprint, write_atomically
+from data_pipeline.pairs_format import BLANK_REFERENCE, BUILD_SCHEMA, MEMBER, tar_member
+from data_pipeline.records import InputError, VideoFile
+from data_pipeline.safe_text import visible
 from data_pipeline.step import Step
+from data_pipeline.texts import counted
 
 # Packages that can change what comes out.
 PACKAGES = [
@@ -161,6 +163,48 @@ def assemble(journal: Journal, files: Sequence[VideoFile], per_shard: int, write
     return {"shards": list(write(journal, plans)), "counts": counts}
 
 
+def beginning(
+    made_by: Mapping[str, str], settings: Mapping[str, Any], hashes: Mapping[str, str], files: Sequence[VideoFile]
+) -> dict[str, Any]:
+    """What build.json says before anything is made. made_by: version, settings hash and importer. hashes: of files."""
+    known = {"inputs_hash": inputs_hash(files), "versions": installed_versions()}
+    return {"schema": BUILD_SCHEMA, **made_by, "settings": settings, "files": hashes, **known}
+
+
+def finish(journal: Journal, files: Sequence[VideoFile], steps: Sequence[Step], content: dict[str, Any]) -> None:
+    """Writes the report and build.json, of this content and with the reasons of rejections, and closes the journal."""
+    from data_pipeline.report import write_report
+
+    tally = write_report(journal, files, [step.name for step in steps], content)
+    reasons = {stage: dict(counts.most_common()) for stage, counts in tally.rejected.items() if counts}
+    content["counts"]["reasons"] = {stage: reasons[stage] for stage in tally.stages if stage in reasons}
+    write_atomically(journal.out / "build.json", json.dumps(content, indent=1).encode())
+    journal.close()
+
+
+def already_made(journal: Journal, files: Sequence[VideoFile], kind: str, inputs: str) -> dict[str, Any]:
+    """The build.json of a dataset that is complete; InputError if its inputs have changed since."""
+    content = json.loads((journal.out / "build.json").read_text(encoding="utf-8"))
+    if content["inputs_hash"] != inputs_hash(files):
+        raise InputError(
+            f"the dataset in {journal.out} is complete, but {inputs} have changed since "
+            f"({content['counts']['videos']} {kind} then, {len(files)} now): choose a new --out"
+        )
+    journal.close()  # a run that was stopped between its last two actions leaves the folder behind
+    return content
+
+
+def outcome(content: Mapping[str, Any], out: Path, one: str) -> list[str]:
+    """Lines that say what came of a run. one: a video, or an item."""
+    counts = content["counts"]
+    made = f"{counted(counts['samples'], 'sample')} with {counted(counts['subjects'], 'subject')}"
+    came_of = f"{counted(counts['videos'], one)}, {counts['rejected']} rejected"
+    lines = [f"{made} from {came_of}; look at {visible(out / 'report.html')}"]
+    for stage, reasons in counts["reasons"].items():
+        lines += [visible(f"  {count} rejected by {stage}: {reason}") for reason, count in reasons.items()]
+    return lines
+
+
 def index_row(sample: Mapping[str, Any], shard: str) -> dict[str, Any]:
     """What the index says about one sample."""
     subjects = sample["subjects"]
@@ -265,12 +309,9 @@ def file_hashes(steps: Sequence[Step]) -> dict[str, str]:
 
 
 def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
     if path.is_dir():
-        for inner in sorted(found for found in path.rglob("*") if found.is_file()):
-            digest.update(f"{inner.relative_to(path).as_posix()} {_hash(inner)}\n".encode())
-        return digest.hexdigest()
+        inside = sorted(found for found in path.rglob("*") if found.is_file())
+        listed = "".join(f"{inner.relative_to(path).as_posix()} {_hash(inner)}\n" for inner in inside)
+        return hashlib.sha256(listed.encode()).hexdigest()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

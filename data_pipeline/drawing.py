@@ -137,20 +137,13 @@ def _fitting(word: str, size: int, width: int) -> int:
 
 def draw_preview(record: Any) -> bytes:
     """Both frames of a record as a JPEG, with whatever has been found in them; no bytes if nothing was decoded yet."""
-    if isinstance(record, FramePair):
-        frames, subjects = record, ((), ())
-    elif isinstance(record, NamedPair):
-        frames, subjects = record.frames, ((), ())
-    elif isinstance(record, DetectedPair):
-        frames, subjects = record.frames, (record.reference, record.target)
-    elif isinstance(record, TrainingPair):
-        frames = record.frames
-        subjects = (
-            tuple(match.reference for match in record.matches),
-            tuple(match.target for match in record.matches),
-        )
-    else:
+    if not isinstance(record, FramePair | NamedPair | DetectedPair | TrainingPair):
         return b""
+    frames, subjects = getattr(record, "frames", record), ((), ())
+    if isinstance(record, DetectedPair):
+        subjects = (record.reference, record.target)
+    elif isinstance(record, TrainingPair):
+        subjects = ([match.reference for match in record.matches], [match.target for match in record.matches])
     pictures = [
         draw_frame(frame.image, [(found.entity.phrase, found.box, found.mask) for found in detections])
         for frame, detections in zip((frames.reference, frames.target), subjects, strict=True)

@@ -30,6 +30,8 @@ from data_pipeline.steps.write_shards import WriteShards
 
 MAX_WORKERS = 1024
 """Processes of one machine."""
+LONGEST_TIMEOUT = 86_400
+"""Seconds of a day; what is longer is a mistake, and too long for the clocks of some systems."""
 
 
 @dataclass(frozen=True)
@@ -363,6 +365,14 @@ def make_parser() -> argparse.ArgumentParser:
     for options in STEPS:
         options.add_to(parser)
     return parser
+
+
+def check_pool(workers: int, timeout: float, flag: str) -> None:
+    """SettingsError for a wrong number of processes, or of seconds for one clip, which ``flag`` sets."""
+    if not 0 <= workers <= MAX_WORKERS:
+        raise SettingsError(f"--workers must be 0 or more, and {MAX_WORKERS} at most, got {workers}")
+    if not 0 < timeout <= LONGEST_TIMEOUT:
+        raise SettingsError(f"{flag} must lie above 0 and up to {LONGEST_TIMEOUT} s, got {timeout}")
 
 
 def check_device_name(device: str) -> None:

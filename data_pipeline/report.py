@@ -220,25 +220,21 @@ def _rejected_tiles(
     return tiles
 
 
-def draw_sample(sample: Sample, height: int = HEIGHT) -> Tile:
-    """Cut-outs, then the target with its boxes and masks; and the caption. height: pixels of the target."""
+def draw_sample(sample: Sample) -> Tile:
+    """Cut-outs, then the target with its boxes and masks; and the caption."""
     metadata = sample.metadata
     subjects = [
-        (
-            subject["phrase"],
-            tuple(subject["target_box"]),
-            mask,
-        )
+        (subject["phrase"], tuple(subject["target_box"]), mask)
         for subject, mask in zip(metadata["subjects"], sample.masks, strict=True)
     ]
-    cutouts = [draw_cut_out(picture, height // 2) for picture in sample.references]
+    cutouts = [draw_cut_out(picture, HEIGHT // 2) for picture in sample.references]
     similarities = [subject.get("match_similarity") for subject in metadata["subjects"]]
     known = ", ".join(f"{value:.2f}" for value in similarities if value is not None)
     source = metadata["source"]
     more = [f"similarity {known}"] if known else []
     more += [f"{what} by {source[what]}" for what in ("boxes", "masks") if what in source]
     text = printable(f"{metadata['caption']}\n[{'; '.join([sample.key, *more])}]")
-    return beside([*cutouts, draw_frame(np.asarray(sample.target), subjects, height)]), text
+    return beside([*cutouts, draw_frame(np.asarray(sample.target), subjects)]), text
 
 
 def _save_sheet(out: Path, name: str, tiles: Sequence[Tile | str]) -> str:

@@ -205,14 +205,12 @@ class Shard:
         if self.path.name not in entries:
             raise InputError(f"{self.path} is not listed in the build.json beside it: it belongs to another dataset")
         entry = entries[self.path.name]
-        digest = hashlib.sha256()
         with self.path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        size = self.path.stat().st_size
-        if digest.hexdigest() != entry["sha256"]:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != entry["sha256"]:
+            size = self.path.stat().st_size
             raise InputError(
-                f"{self.path} has changed since it was built: {size} bytes and sha256 {digest.hexdigest()[:12]}..., "
+                f"{self.path} has changed since it was built: {size} bytes and sha256 {digest[:12]}..., "
                 f"build.json says {entry['bytes']} and {entry['sha256'][:12]}..."
             )
 

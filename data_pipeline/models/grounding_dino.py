@@ -197,28 +197,11 @@ def _text_encoder_folder(name: str) -> str:
 
 
 class GroundingDino(GroundingDetector):
-    """A detector (see data_pipeline.models.detector.Detector) round a model of the package.
+    """A detector (see data_pipeline.models.detector.Detector) round a model of the package."""
 
-    image_size: pixels of the short side, None for 800.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        *,
-        box_threshold: float,
-        nms_iou: float,
-        image_size: int | None = None,
-        batch_size: int = 2,
-    ) -> None:
-        super().__init__(
-            model.tokenizer,
-            Preprocessing().resized_to(image_size),
-            box_threshold=box_threshold,
-            nms_iou=nms_iou,
-            batch_size=batch_size,
-            max_tokens=model.max_text_len,
-        )
+    def __init__(self, model: torch.nn.Module, **settings: Any) -> None:
+        """settings: of GroundingDetector."""
+        super().__init__(model.tokenizer, Preprocessing(), max_tokens=model.max_text_len, **settings)
         self.model = model
 
     def forward(self, pixels: torch.Tensor, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

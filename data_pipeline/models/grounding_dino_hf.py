@@ -67,30 +67,11 @@ def use_special_tokens_of(model: torch.nn.Module, tokenizer: Any) -> None:
 
 
 class GroundingDinoHF(GroundingDetector):
-    """A detector (see data_pipeline.models.detector.Detector) round transformers' GroundingDinoForObjectDetection.
+    """A detector (see data_pipeline.models.detector.Detector) round transformers' GroundingDinoForObjectDetection."""
 
-    image_size: pixels of the short side, None for the model's own.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        tokenizer: Any,
-        preprocessing: Preprocessing,
-        *,
-        box_threshold: float,
-        nms_iou: float,
-        image_size: int | None = None,
-        batch_size: int = 2,
-    ) -> None:
-        super().__init__(
-            tokenizer,
-            preprocessing.resized_to(image_size),
-            box_threshold=box_threshold,
-            nms_iou=nms_iou,
-            batch_size=batch_size,
-            max_tokens=model.config.max_text_len,
-        )
+    def __init__(self, model: torch.nn.Module, tokenizer: Any, preprocessing: Preprocessing, **settings: Any) -> None:
+        """settings: of GroundingDetector."""
+        super().__init__(tokenizer, preprocessing, max_tokens=model.config.max_text_len, **settings)
         self.model = model
 
     def forward(self, pixels: torch.Tensor, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

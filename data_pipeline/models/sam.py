@@ -121,7 +121,7 @@ def put_weights(build: Callable[[], Sam], weights: Mapping[str, torch.Tensor], c
 
 
 def load_sam(model: str, checkpoint: Path, device: str) -> Sam:
-    """The SAM of ``read_params(model)`` with a checkpoint's weights (``read_tensors``); InputError if they don't fit."""
+    """The SAM of ``read_params(model)`` with the weights of a checkpoint (``read_tensors``); InputError: no fit."""
     params = read_params(model)
     return put_weights(lambda: build_sam(params), read_tensors(checkpoint), checkpoint, model).to(device)
 

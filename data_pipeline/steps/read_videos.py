@@ -104,9 +104,6 @@ def kind_of(path: Path) -> str:
 
 def hash_file(path: Path) -> tuple[int, str]:
     """Bytes of a file, and their SHA-256 in hex digits."""
-    digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest

@@ -37,6 +37,8 @@ ANNOTATIONS_SCHEMA = "data_pipeline.annotations/1"
 MAX_SIZE, MAX_FPS, MAX_CLIP_PIXELS = 2048, 240, 2**28
 """Side of a frame, frames per second, and pixels of all frames of a clip: 1.9 GB with masks of four subjects."""
 MAX_CLIPS, MAX_WORKERS = 1_000_000, 256
+RATE_FACTOR = 14
+"""x264's; lower is better, and this is close to lossless to the eye."""
 POSES = 3
 """Pictures drawn of each subject of a clip; frames reuse them, resized."""
 
@@ -160,10 +162,9 @@ def annotate(clip: Clip) -> dict:
     }
 
 
-def write_video(path: Path, frames: np.ndarray, fps: int, quality: int = 14) -> None:
+def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
     """Writes (T, H, W, 3) uint8 RGB frames as H.264 in mp4, closed groups of pictures, readable by every player.
-    Height and width must be even. quality: x264's constant rate factor; lower is better, 14 is close to lossless to the
-    eye.
+    Height and width must be even.
     """
     import av
 
@@ -173,7 +174,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int, quality: int = 14) -> 
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1
         # With mbtree, x264 sometimes wrote other bytes for the same frames: an equal seed has to give an equal file.
-        stream.options = {"crf": str(quality), "preset": "veryfast", "x264-params": "open-gop=0:mbtree=0"}
+        stream.options = {"crf": str(RATE_FACTOR), "preset": "veryfast", "x264-params": "open-gop=0:mbtree=0"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
