@@ -302,9 +302,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def file_hashes(steps: Sequence[Step]) -> dict[str, str]:
-    """SHA-256 of every file that shapes the dataset: checkpoints, configurations, annotations. Of a folder: of the
-    names and hashes of the files in it.
-    """
+    """SHA-256 of every file that shapes the dataset; of a folder: of the names and hashes of the files in it."""
     return {f"{step.name}.{name}": _hash(path) for step in steps for name, path in step.model_files().items()}
 
 

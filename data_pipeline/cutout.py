@@ -191,9 +191,7 @@ def find_mask(segmenter: Segmenter, pixels: np.ndarray, box: Box) -> tuple[np.nd
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Does what the command line says. MiningError for wrong input, before a network is loaded where that can be
-    told; photos that were cut out before stay.
-    """
+    """Does what the command line says. MiningError for wrong input; photos that were cut out before stay."""
     from data_pipeline.importers.pictures import TRANSPARENT, open_picture
 
     boxes = boxes_of(arguments.box, len(arguments.photos))

@@ -166,9 +166,7 @@ class Journal:
         return known
 
     def compare_files(self, now: Mapping[str, str], then: Mapping[str, str]) -> None:
-        """InputError that names every setting whose file has another content than before. A model that is not needed
-        any more, or had not been, is no change.
-        """
+        """InputError that names every setting whose file has changed; a model now or then not needed is no change."""
         changed = [name for name in sorted(now.keys() & then.keys()) if now[name] != then[name]]
         if changed:
             raise InputError(

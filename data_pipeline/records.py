@@ -106,9 +106,7 @@ def mask_size(rle: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def decode_mask(rle: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """The bool (height, width) mask of such run lengths; ClipError if they don't fill the size, or if that is more than
-    ``MOST_FRAME_PIXELS``.
-    """
+    """Their bool (height, width) mask; ClipError if they don't fill the size, or it is above ``MOST_FRAME_PIXELS``."""
     height, width = mask_size(rle)
     if height * width > MOST_FRAME_PIXELS:
         raise ClipError(

@@ -54,9 +54,7 @@ class RayOptions:
 
 
 def group_steps(steps: Sequence[Step]) -> list[list[Step]]:
-    """The steps in their order: neighbours without a model together, every step with a model alone. The last one,
-    which encodes the samples, must have none.
-    """
+    """The steps in order: neighbours without a model together, each with a model alone; the last must have none."""
     if steps[-1].model_device:
         raise SettingsError(f"the last step cannot have a model, but {steps[-1].name} has one")
     groups: list[list[Step]] = []

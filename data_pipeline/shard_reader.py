@@ -100,9 +100,10 @@ class Shard:
                 members = archive.getmembers()
                 end = archive.offset
         except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
-            if self._starts_like_a_tar():
-                raise InputError(f"{self.path} is damaged or cut short ({error}): mine or copy it again") from error
-            raise InputError(f"{self.path} is no tar file ({error})") from error
+            with self.path.open("rb") as file:
+                is_tar = file.read(512)[257:262] == b"ustar"
+            what, advice = ("damaged or cut short", ": mine or copy it again") if is_tar else ("no tar file", "")
+            raise InputError(f"{self.path} is {what} ({error}){advice}") from error
         behind = max((member.offset_data + -(-member.size // 512) * 512 for member in members), default=0)
         with self.path.open("rb") as file:
             file.seek(min(behind, self.path.stat().st_size))
@@ -110,10 +111,6 @@ class Shard:
         if len(rest) < 1024 or any(rest):
             raise InputError(f"{self.path} is cut short after {end} bytes: its end mark is missing; copy it again")
         return members
-
-    def _starts_like_a_tar(self) -> bool:
-        with self.path.open("rb") as file:
-            return file.read(512)[257:262] == b"ustar"
 
     def read(self, key: str) -> Sample:
         """One sample. InputError for an unknown key, another schema, missing or superfluous members, and pictures that

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_pipeline.importers.items import OUTSIDE, Broken, ImportItem, ImportSubject, as_list
-from data_pipeline.pairs_format import MOST_JSON_BYTES
+from data_pipeline.pairs_format import ANNOTATIONS_SCHEMA, MOST_JSON_BYTES
 from data_pipeline.records import ClipError, InputError
 from data_pipeline.sources import annotations_beside, is_hidden, on_disk, path_parts, read_sidecar_caption
 from data_pipeline.texts import (
@@ -49,7 +49,6 @@ OBJECT_COLUMNS = (
     ("box",),
 )
 """Columns, in small letters, of tables that have a row per object: Open Images, TensorFlow's, VIA, ..."""
-ANNOTATIONS_SCHEMA = "data_pipeline.annotations/1"
 CAPTION_COLUMNS = ("text", "caption")
 JSON_COLUMNS = ("boxes", "phrases", "masks", "objects")
 Row = Mapping[str, Any]

@@ -106,9 +106,7 @@ def place_of(root: Path, path: str, allow_absolute: bool) -> Path:
 
 
 def unit_of_boxes(item: ImportItem) -> str:
-    """What the numbers of the boxes look like: "fractions" if all lie in [0, 1], "pixels" if one is above 2, "" if
-    they may be either or if there is none.
-    """
+    """What numbers of boxes look like: "fractions" if all are in [0, 1], "pixels" if one is above 2; else ""."""
     numbers: list[float] = []
     for subject in item.subjects:
         for box in (subject.box, subject.reference_box):

@@ -68,9 +68,7 @@ class Entry:
 
 
 def frame_number(name: str) -> int:
-    """The last number of a picture's file name: 12 of "clip/frame_00012.jpg"; ClipError if there is none, or if it
-    counts something else than frames.
-    """
+    """12 of "clip/frame_00012.jpg", the last number; ClipError if there is none, or if it counts no frames."""
     stem = PurePosixPath(path_parts(name)[-1]).stem if path_parts(name) else ""
     if ROBOFLOW.search(stem):
         raise ClipError(
@@ -107,9 +105,7 @@ def video_names(file_name: str) -> tuple[str, ...]:
 
 
 def first_number(numbers: Collection[int], num_frames: int) -> int:
-    """The number of the picture of frame 0: the least one if there is one for every frame, one after the other, since
-    many tools begin with 1; else 0.
-    """
+    """Of frame 0: the least number if there is one for every frame, in a row, as many tools begin with 1; else 0."""
     whole = len(numbers) == num_frames and max(numbers) - min(numbers) == num_frames - 1
     return min(numbers) if whole else 0
 
@@ -447,9 +443,7 @@ def read_names_table(path: Path, notes: list[str] | None = None) -> dict[str, di
 
 
 def read_numbers(path: Path) -> np.ndarray:
-    """The object numbers of a palette or grey picture, (height, width) integers; ClipError for any other picture. Grey
-    that is stored in colours is grey.
-    """
+    """Object numbers of a palette or grey picture (grey in colours too), integers (height, width); else ClipError."""
     from PIL import Image
 
     from data_pipeline.picture_formats import open_listed

@@ -32,7 +32,7 @@ from data_pipeline.models.annotation_formats import (
     read_numbers,
     read_youtube_vis,
 )
-from data_pipeline.pairs_format import MOST_JSON_BYTES
+from data_pipeline.pairs_format import ANNOTATIONS_SCHEMA, MOST_JSON_BYTES
 from data_pipeline.records import (
     AnnotatedObject,
     Annotations,
@@ -47,7 +47,6 @@ from data_pipeline.records import (
 from data_pipeline.sources import SUFFIXES, Places, annotations_beside, is_hidden, path_parts
 from data_pipeline.texts import counted, decode_text, read_text
 
-SCHEMA = "data_pipeline.annotations/1"
 KNOWN = """\
   ours:         {"videos": {name: {"file", "width", "height", "annotations"}}}
   COCO:         {"images": [...], "annotations": [...], "categories": [...]}
@@ -84,10 +83,10 @@ def read_sidecar(path: Path, width: int, height: int, num_frames: int) -> Annota
         if (size := path.stat().st_size) > MOST_JSON_BYTES:
             raise ClipError(BAD, error=f"{size:,} bytes, more than the {MOST_JSON_BYTES:,} that are read")
         content = json.loads(decode_text(path.read_bytes(), "annotations sidecar", notes))
-        if content.get("schema") != SCHEMA:
+        if content.get("schema") != ANNOTATIONS_SCHEMA:
             found = content.get("schema") or f"no schema, but {', '.join(sorted(content)) or 'an empty object'}"
             hint = "--annotations FILE reads COCO, YouTube-VIS and DAVIS"
-            raise ClipError("unknown annotations schema", found=found, known=SCHEMA, hint=hint)
+            raise ClipError("unknown annotations schema", found=found, known=ANNOTATIONS_SCHEMA, hint=hint)
         _check_size(content, width, height)
         objects = {entry["id"]: entry for entry in content["objects"]}
         if len(objects) < len(content["objects"]):

@@ -75,9 +75,7 @@ def _replaced_bert() -> Iterator[None]:
 
 
 def mend_text_masks(model: torch.nn.Module) -> None:
-    """Gives every text layer of this model masks in the order in which its attention reads them: all heads of the
-    first caption, then all heads of the second.
-    """
+    """Gives text layers their masks in the order of their attention: all heads of a caption, then of the next."""
     from groundingdino.models.GroundingDINO.transformer_vanilla import TransformerEncoderLayer
 
     def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

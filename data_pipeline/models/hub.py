@@ -204,19 +204,16 @@ def _check_room(chosen: Sequence[tuple[HubModel, Sequence[str], float]]) -> None
     cache = Path(constants.HF_HUB_CACHE)
     here = next(place for place in (cache, *cache.absolute().parents) if os.path.exists(place))  # noqa: PTH110
     free = shutil.disk_usage(here).free / 1e6
-    needed = sum(max(0.0, megabytes - _downloaded(model)) for model, _, megabytes in chosen)
+    needed = 0.0
+    for model, _, megabytes in chosen:
+        blobs = (_repository(model) / "blobs").glob("*")  # what an earlier download has left
+        needed += max(0.0, megabytes - sum(blob.stat().st_size for blob in blobs) / 1e6)
     if needed > free:
         names = " and ".join(model.told(megabytes) for model, _, megabytes in chosen)
         raise InputError(
             f"{names} must be downloaded, and {cache} has room for {free:.0f} MB: free some, or name a folder on "
             "another disk with HF_HOME"
         )
-
-
-def _downloaded(model: HubModel) -> float:
-    """Megabytes of a model that an earlier download has left in the cache."""
-    blobs = _repository(model) / "blobs"
-    return sum(blob.stat().st_size for blob in blobs.glob("*")) / 1e6
 
 
 def _repository(model: HubModel) -> Path:

@@ -136,9 +136,6 @@ class NounChunker:
         parts = (self._nouns, self._verbs, self._adjectives, self._adverbs)
         return any(form in part for part in parts for form in forms)
 
-    def _is_only_noun(self, word: str) -> bool:
-        return word in self._nouns and word not in self._adjectives
-
     def _is_verb_after(self, noun: Token, plural: Token) -> bool:
         """True if the plural may be a verb, and the word before it a noun: surely so where an article follows."""
         if not self._may_be(plural, "verb"):
@@ -176,9 +173,7 @@ class NounChunker:
         return document, begins, ends
 
     def chunks(self, caption: str) -> list[Chunk]:
-        """Noun chunks headed by a noun or a proper noun, in the order of the caption. Positions and texts are those of
-        the caption as it was given.
-        """
+        """Noun chunks headed by a (proper) noun, in order; positions and texts are those of the caption as given."""
         found: list[Chunk] = []
         last_end = -1  # the token after the chunk before
         document, begins, ends = self._parse(caption)
@@ -266,7 +261,7 @@ class NounChunker:
         for token in own:
             joins = token.pos_ in NOUNS and token.dep_ in ("compound", "nmod", "amod")
             # "a safari jeep", taken for an adjective
-            joins |= token.tag_ == "JJ" and self._is_only_noun(token.lower_)
+            joins |= token.tag_ == "JJ" and token.lower_ in self._nouns and token.lower_ not in self._adjectives
             kind = "determiner" if token.pos_ in DETERMINERS else "compound" if joins else "adjective"
             if token.pos_ == "CCONJ":
                 kind = "and"
@@ -305,6 +300,7 @@ class NounChunker:
 
 NOUNS = ("NOUN", "PROPN")
 SUBJECTS = ("nsubj", "nsubjpass")
+MORE_THAN = (["more", "than"], ["other", "than"])
 
 
 def is_one(tokens: Sequence[Token]) -> bool:
@@ -355,8 +351,10 @@ def denied_nouns(document: Doc) -> frozenset[int]:
         elif word in DENYING and following not in AFFIRMING:
             if word == "no" and following == "longer":
                 head = head.head
-            elif word == "no" and ((token.i and token.nbor(-1).pos_ == "DET") or more_than(token)):
-                continue  # "a no smoking sign", "no more than two dogs"
+            elif word == "no" and token.i and token.nbor(-1).pos_ == "DET":
+                continue  # "a no smoking sign"
+            elif word == "no" and [each.lower_ for each in document[token.i + 1 : token.i + 3]] in MORE_THAN:
+                continue  # "no more than two dogs": so many are there
             if word == "not" and (noun := following_noun(token)) is not None:
                 found |= coordinated(noun)
             elif token.dep_ in (*SUBJECTS, "conj") and word in ("none", "nobody", "nothing"):
@@ -400,11 +398,6 @@ def following_noun(token: Token) -> Token | None:
     if token.i + 1 == len(token.doc) or token.nbor().pos_ not in ("DET", "NUM"):
         return None
     return token.nbor().head if token.nbor().head.pos_ in NOUNS else None
-
-
-def more_than(token: Token) -> bool:
-    """True before "more than": a number follows, and so many are there."""
-    return [word.lower_ for word in token.doc[token.i + 1 : token.i + 3]] in (["more", "than"], ["other", "than"])
 
 
 def objects(verb: Token, places: bool = True) -> set[int]:
@@ -513,9 +506,7 @@ def plain(caption: str) -> str:
 
 
 def beginning(span: Span) -> int:
-    """Number of the token where a chunk begins, with the adjectives that the parser left to other words: "a grey and"
-    before "white kitten".
-    """
+    """The token where a chunk begins, with adjectives left to other words: "a grey and" before "white kitten"."""
     document, start = span.doc, span.start
     while start > 0:
         token = document[start - 1]

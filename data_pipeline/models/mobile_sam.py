@@ -139,8 +139,6 @@ def our_names(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def load_mobile_sam(model: str, checkpoint: Path, device: str) -> Sam:
-    """The MobileSAM of ``read_mobile_params(model)`` with the weights of a checkpoint, in the release's names; every
-    tensor must fit, InputError if not.
-    """
+    """The MobileSAM of this name or file with a checkpoint's weights, in the release's names; InputError: no fit."""
     params, weights = read_mobile_params(model), our_names(read_tensors(checkpoint))
     return put_weights(lambda: build_mobile_sam(params), weights, checkpoint, f"MobileSAM {model}").to(device)

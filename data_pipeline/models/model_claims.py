@@ -311,9 +311,7 @@ def _check_index(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def check_values(path: Path, content: Mapping[str, Any]) -> None:
-    """InputError, with file, entry, and what is allowed, where settings have a key that brings code, or a number beyond
-    the limits, at any depth.
-    """
+    """InputError, with what is allowed, for a key that brings code, or a number beyond the limits, at any depth."""
     try:
         entries = list(_entries(content))
     except RecursionError:

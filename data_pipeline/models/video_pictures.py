@@ -137,9 +137,7 @@ def orientation_of(frame: Any) -> tuple[int, bool]:
 def upright_size(
     stored: tuple[int, int], crop: tuple[int, int, int, int], aspect: Fraction, rotation: int
 ) -> tuple[int, int]:
-    """Width and height of the finished picture, of a stored one of this width and height; ``VideoFacts`` has the
-    others. ClipError if nothing is left.
-    """
+    """Width and height of the finished picture; stored: those of the stored one. ClipError if nothing is left."""
     left, top, right, bottom = crop
     width, height = stored[0] - left - right, stored[1] - top - bottom
     if width < 1 or height < 1:
@@ -205,9 +203,7 @@ class PictureMaker:
         self._converter = VideoReformatter()
 
     def picture(self, frame: Any) -> np.ndarray:
-        """The upright picture of a decoded frame, uint8 RGB (height, width, 3), with square pixels. ClipError if it is
-        not shaped like the first one.
-        """
+        """A frame's upright picture, uint8 RGB (height, width, 3), square pixels. ClipError: shaped unlike others."""
         facts, orientation = self.facts, orientation_of(frame)
         if orientation != (facts.rotation, facts.mirrored):
             raise ClipError("pictures that turn", rotation=orientation[0], at_first=facts.rotation)

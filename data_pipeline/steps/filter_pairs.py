@@ -138,9 +138,7 @@ class FilterPairs(Step[TrainingPair, TrainingPair]):
         return replace(pair, matches=tuple(kept), dropped=(*pair.dropped, *dropped))
 
     def faults(self, found: Detection, image: np.ndarray) -> Iterator[tuple[str, dict[str, float]]]:
-        """What speaks against one detection: reasons with what was measured, cheap ones first. image: the frame that it
-        was found in, uint8 (height, width, 3).
-        """
+        """Faults of one detection in a frame, uint8 (height, width, 3): reason and measures, cheap ones first."""
         if found.score < self.min_score:
             yield "detection score too low", {"score": round(found.score, 3), "min_score": self.min_score}
         if found.mask_score is not None and found.mask_score < self.min_mask_score:

@@ -329,7 +329,9 @@ class FindEntities(Step[FramePair, NamedPair]):
         idea = len(head) > 6 and head.endswith(IDEA_ENDINGS) and head not in THINGS_WITH_SUCH_ENDINGS
         if idea and chunk.words[-1][0] == head:
             return False
-        if (head in self.scenery and "toy" not in kept) or is_place(chunk):
+        # "in Paris", but not "in front of a MacBook".
+        place = chunk.proper and chunk.preposition in LOCATIVES and chunk.words[0][0] not in ("a", "an")
+        if (head in self.scenery and "toy" not in kept) or place:
             return False
         if head in PATTERNS and chunk.preposition in ("with", "in"):
             return False
@@ -356,11 +358,6 @@ class FindEntities(Step[FramePair, NamedPair]):
         if head in PASTIMES and chunk.words[0][2] != "determiner":  # "plays ping pong"
             return False
         return not (bare and head.endswith("ing") and head not in THINGS_IN_ING)
-
-
-def is_place(chunk: Chunk) -> bool:
-    """True for "in Paris", but not for "in front of a MacBook"."""
-    return chunk.proper and chunk.preposition in LOCATIVES and chunk.words[0][0] not in ("a", "an")
 
 
 def split_owners(chunks: Iterable[Chunk]) -> Iterator[Chunk]:

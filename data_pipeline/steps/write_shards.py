@@ -49,7 +49,8 @@ class WriteShards(Step[TrainingPair, EncodedPair]):
     def process(self, pair: TrainingPair) -> EncodedPair | Rejected:
         """One or two samples."""
         frames = pair.frames
-        key = sample_key(frames.video.file.key, frames.number)
+        # The best pair of a clip has its key, the others ``KEY-pair1`` and so on.
+        key = frames.video.file.key + (f"-pair{frames.number}" if frames.number else "")
         directions = [(key, frames.reference, frames.target, pair.matches)]
         if self.both_directions:
             swapped = tuple(
@@ -101,11 +102,6 @@ class WriteShards(Step[TrainingPair, EncodedPair]):
             },
             "pipeline": dict(self.pipeline),
         }
-
-
-def sample_key(key: str, number: int) -> str:
-    """The key of a clip's pair: that of the clip for its best pair, ``KEY-pair1`` and so on for the others."""
-    return key if number == 0 else f"{key}-pair{number}"
 
 
 def describe(match: Match) -> dict[str, Any]:

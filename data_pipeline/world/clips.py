@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipeline.outputs import check_folder
+from data_pipeline.pairs_format import ANNOTATIONS_SCHEMA
 from data_pipeline.records import OutputError, encode_mask
 from data_pipeline.safe_text import visible
 from data_pipeline.world.palette import BACKGROUNDS
@@ -33,7 +34,6 @@ from data_pipeline.world.scenes import (
 )
 from data_pipeline.world.subjects import Identity, render_subject
 
-ANNOTATIONS_SCHEMA = "data_pipeline.annotations/1"
 MAX_SIZE, MAX_FPS, MAX_CLIP_PIXELS = 2048, 240, 2**28
 """Side of a frame, frames per second, and pixels of all frames of a clip: 1.9 GB with masks of four subjects."""
 MAX_CLIPS, MAX_WORKERS = 1_000_000, 256

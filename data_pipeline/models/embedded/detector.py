@@ -22,7 +22,7 @@ from transformers import BertConfig, ConvNextV2Config, GroundingDinoConfig, Grou
 
 from data_pipeline.models.embedded.phrasing import Phrasing, Tokens, sample_phrases, tokenize
 from data_pipeline.models.embedded.renderings import Renderings
-from data_pipeline.models.embedded.training import Losses, TrainingSettings, begin_from, train
+from data_pipeline.models.embedded.training import Losses, TrainingSettings, train
 from data_pipeline.models.embedded.vocabulary import MAX_TOKENS, SIZE, load_tokenizer, write_tokenizer
 from data_pipeline.models.model_files import share_weights
 from data_pipeline.records import Box, box_iou
@@ -430,9 +430,7 @@ def _suppress(boxes: np.ndarray, scores: np.ndarray) -> list[int]:
 
 
 def match_boxes(found: list[Box], true: list[Box]) -> list[float]:
-    """IoUs of the found boxes that hit: each, the best first, takes the true box that it fits best if that is still
-    free and fits by at least 0.5.
-    """
+    """IoUs of the boxes that hit: each, the best first, takes its best true box, if that is free and fits by 0.5."""
     free, hits = list(true), list[float]()
     for box in found:
         best = max(free, key=lambda other: box_iou(box, other), default=None)
@@ -459,14 +457,12 @@ def train_detector(
     tokens = tokens_of(work)
     torch.manual_seed(settings.seed)
     model = TutoredDetector(build_detector(DetectorSizes(image_size=frames.images.shape[1])))
-    if initial is not None:
-        begin_from(model, initial)
     lesson = detector_lesson(model, frames, tokens, settings.batch_size, settings.seed)
 
     def report(average: nn.Module, step: int) -> str:
         values = validate(average.detector, validation, tokens)
         return f"step {step}: held-out " + " ".join(f"{name} {value:.3f}" for name, value in values.items())
 
-    averaged = train(model, lesson, settings, work, on_save=report)
+    averaged = train(model, lesson, settings, work, on_save=report, initial=initial)
     save_detector(averaged.detector, out)
     return sum(value.numel() for value in averaged.detector.parameters())

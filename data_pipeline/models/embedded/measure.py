@@ -19,7 +19,6 @@ from data_pipeline.records import (
     Box,
     DetectedPair,
     Detection,
-    Frame,
     FramePair,
     NamedPair,
     Rejected,
@@ -180,7 +179,8 @@ class Miner:
         named = self.steps["find_entities"].process(frames)
         if isinstance(named, Rejected):
             return ((), ()), None
-        alone = [FramePair(video=frames.video, shot=frames.shot, reference=one, target=one) for one in _both(frames)]
+        both = (frames.reference, frames.target)
+        alone = [FramePair(video=frames.video, shot=frames.shot, reference=one, target=one) for one in both]
         reference, target = (self._detections(NamedPair(frames=one, entities=named.entities)) for one in alone)
         if not reference or not target:
             return (reference, target), None
@@ -202,16 +202,12 @@ class Miner:
         """
         score = Score()
         for frames, sidecar in clips:
-            true = tuple(true_objects(sidecar, frame.index) for frame in _both(frames))
+            true = tuple(true_objects(sidecar, frame.index) for frame in (frames.reference, frames.target))
             found, matched = self.find(frames)
             add_pair(score, true, found, matched)
             if seen is not None:
                 seen((frames, found))
         return score
-
-
-def _both(frames: FramePair) -> tuple[Frame, Frame]:
-    return frames.reference, frames.target
 
 
 def true_objects(annotations: dict[str, Any], index: int) -> list[TrueObject]:

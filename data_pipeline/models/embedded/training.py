@@ -67,9 +67,7 @@ class TrainingSettings:
 
 
 def begin_from(model: nn.Module, folder: Path) -> None:
-    """Gives a model the averaged weights of another run, read from ``folder``/state.pt. InputError if they are those
-    of a model of other sizes.
-    """
+    """Gives a model the averaged weights of the run in ``folder``; InputError if its model has other sizes."""
     content = _read_state(folder / "state.pt")
     try:
         model.load_state_dict(content["average"])
@@ -78,9 +76,7 @@ def begin_from(model: nn.Module, folder: Path) -> None:
 
 
 def describe_run(folder: Path) -> str:
-    """How far the run in ``folder`` is, and a checksum of its averaged weights: what a run that begins there records.
-    InputError if its state does not open.
-    """
+    """How far the run in ``folder`` is, and a checksum of its averaged weights. InputError: its state does not open."""
     content = _read_state(folder / "state.pt")
     digest = hashlib.sha256()
     for name, value in sorted(content["average"].items()):
@@ -108,6 +104,7 @@ def train(
     settings: TrainingSettings,
     folder: Path,
     *,
+    initial: Path | None = None,
     stop_after: int | None = None,
     on_save: Callable[[nn.Module, int], str] | None = None,
 ) -> nn.Module:
@@ -115,11 +112,14 @@ def train(
     the averaged model, in evaluation mode; the weights of ``model`` are changed in place.
 
     loss: from the number of a step to the losses of its batch; it must depend on nothing else that is random.
-    stop_after: return after this step of the run, as if killed there; for tests. on_save: called with the averaged
-    model and the step whenever the state is saved; what it returns is printed. InputError if the folder holds the state
-    of another run (other settings, ``learns_from`` among them, or a model of other sizes), or one that does not open.
+    initial: folder of another run, see ``begin_from``. stop_after: return after this step, as if killed there; for
+    tests. on_save: called with the averaged model and the step whenever the state is saved; its answer is printed.
+    InputError if the folder holds the state of another run (other settings, ``learns_from`` among them, or a model of
+    other sizes), or one that does not open.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if initial is not None:
+        begin_from(model, initial)
     optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98))
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     step = _resume(folder / "state.pt", model, optimizer, average, settings)
