@@ -22,17 +22,19 @@ from data_pipeline.assemble import (
     settings_hash,
     write_here,
 )  # fmt: skip
+from data_pipeline.command_line import check_pool
 from data_pipeline.extras import need_extras
+from data_pipeline.file_names import annotations_beside
 from data_pipeline.journal import Journal
 from data_pipeline.languages import OTHER_LANGUAGE, SPACY_MODELS
-from data_pipeline.options import check_pool, make_parser, make_steps
+from data_pipeline.options import make_parser, make_steps
 from data_pipeline.outputs import check_folder
 from data_pipeline.records import InputError, MiningError, MissingModelError, ModelNeededError, SettingsError, VideoFile
 from data_pipeline.run import run
 from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_session, run_on_ray, write_on_ray
 from data_pipeline.safe_text import visible
 from data_pipeline.shard_reader import rejected_videos
-from data_pipeline.sources import annotations_beside, find_videos
+from data_pipeline.sources import find_videos
 from data_pipeline.step import Step
 from data_pipeline.texts import counted
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from data_pipeline.command_line import Parser, check_device_name, path_of
 from data_pipeline.extras import need_extras
 from data_pipeline.journal import atomic_file
-from data_pipeline.options import Parser, check_device_name, path_of
 from data_pipeline.outputs import check_folder
 from data_pipeline.places import SEGMENTER_SIZES, SEGMENTER_WEIGHTS
 from data_pipeline.records import (

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_pipeline.file_names import beside
 from data_pipeline.records import InputError, OutputError, VideoFile
-from data_pipeline.sources import beside
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from data_pipeline.file_names import on_disk, readable_name
 from data_pipeline.records import ClipError, InputError, VideoFile
-from data_pipeline.sources import make_keys, on_disk, readable_name
+from data_pipeline.sources import make_keys
 from data_pipeline.texts import UNREADABLE, short
 
 OUTSIDE = "path outside the folder of pictures"

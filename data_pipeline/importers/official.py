@@ -16,14 +16,7 @@ from typing import Any, TextIO
 
 from data_pipeline.importers.items import Broken, ImportItem, ImportSubject, as_list
 from data_pipeline.records import ClipError, InputError
-from data_pipeline.texts import (
-    UNREADABLE,
-    as_caption,
-    as_text,
-    clean_caption,
-    open_text,
-    read_json_lines,
-)
+from data_pipeline.texts import UNREADABLE, as_caption, as_text, clean_caption, open_text, read_json_lines
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 PICKLED = frozenset({".pkl", ".pickle", ".pt", ".pth", ".npy", ".npz", ".joblib"})

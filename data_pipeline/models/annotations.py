@@ -19,19 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.models.annotation_formats import (
-    BAD,
+from data_pipeline.file_names import SUFFIXES, Places, annotations_beside, is_hidden, path_parts
+from data_pipeline.models.annotated_masks import (
     BAD_MASK,
-    Entry,
-    Found,
     decode_counts,
     draw_polygons,
-    read_coco,
     read_davis,
     read_names_table,
     read_numbers,
-    read_youtube_vis,
 )
+from data_pipeline.models.annotation_formats import BAD, Entry, Found, read_coco, read_youtube_vis
 from data_pipeline.pairs_format import ANNOTATIONS_SCHEMA, MOST_JSON_BYTES
 from data_pipeline.records import (
     AnnotatedObject,
@@ -44,7 +41,6 @@ from data_pipeline.records import (
     mask_box,
     mask_size,
 )
-from data_pipeline.sources import SUFFIXES, Places, annotations_beside, is_hidden, path_parts
 from data_pipeline.texts import counted, decode_text, read_text
 
 KNOWN = """\

@@ -188,7 +188,10 @@ def _list(container: Any, streams: Sequence[Any]) -> tuple[Any, list[Listed]]:
         return count > 1, default, count * context.width * context.height, -stream.index
 
     film = max(streams, key=rank)
-    _check_complete(container, film, listed[film.index])
+    # mp4 lists its packets in its header; a shorter file still opens. What an edit list cuts away is not in the list.
+    found, is_mp4 = listed[film.index], "mp4" in container.format.name.split(",")
+    if is_mp4 and found < len(film.index_entries):
+        raise ClipError("frames are missing", found=found, expected=len(film.index_entries))
     packets, data = tables[film.index], texts[film.index]
     if container.format.name in BARE:
         packets = [packet._replace(pts=None) for packet in packets]
@@ -272,9 +275,9 @@ def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
     colours = colours_of(context)  # before a frame is decoded: decoders forget what only the container says
     counted = _is_counted(container, stream, packets)
     keys = [
-        Key(i, packet.pts or 0, packet.pts or 0 if packet.dts is None else packet.dts)
-        for i, packet in enumerate(packets)
-        if packet.is_key
+        Key(place, one.pts or 0, one.pts or 0 if one.dts is None else one.dts)
+        for place, one in enumerate(packets)
+        if one.is_key
     ]
     if not keys:
         raise ClipError("no key frame" if packets else "video without frames")
@@ -286,7 +289,7 @@ def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
     if not stamps or not stream.time_base:
         raise ClipError("video without frames")
     said = {"several video streams": len(streams) > 1, "times that repeat or go back, made even": again}
-    several = tuple(note for note, holds in said.items() if holds)
+    several = [note for note, holds in said.items() if holds]
     tone_map, notes = light_of(colours, rules)
     description = description_of(container, stream)
     rotation, mirrored = _orientation(container, stream, description)
@@ -324,24 +327,17 @@ def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
     )
 
 
-def _check_complete(container: Any, stream: Any, found: int) -> None:
-    # mp4 lists its packets in its header; a shorter file still opens. What an edit list cuts away is not in the list.
-    expected = len(stream.index_entries) if "mp4" in container.format.name.split(",") else found
-    if found < expected:
-        raise ClipError("frames are missing", found=found, expected=expected)
-
-
 def _orientation(container: Any, stream: Any, description: str) -> tuple[int, bool]:
     """Turn and flip of the stored pictures, see ``orientation_of``.
 
     Only frames carry them, and a frame costs more than all packets: so one is decoded only where the description of the
     stream speaks of a display matrix.
     """
-    if "display matrix" not in description:
-        return 0, False
-    container.seek(stream.start_time or 0, stream=stream)
-    first = next(container.decode(stream), None)
-    return orientation_of(first) if first is not None else (0, False)
+    first = None
+    if "display matrix" in description:
+        container.seek(stream.start_time or 0, stream=stream)
+        first = next(container.decode(stream), None)
+    return (0, False) if first is None else orientation_of(first)
 
 
 def _interlaced(container: Any, stream: Any, codec: str) -> bool:
@@ -391,9 +387,8 @@ def _skip_to(key: Key, video: OpenVideo, packets: Iterator[Any]) -> Iterator[Any
     """The packets from this key frame on; none if the first one lies behind it."""
     begun = False
     for packet in packets:
-        if (
-            not packet.size and packet.dts is not None
-        ):  # "the last picture again", in AVI; a decoder takes it as the end
+        # "The last picture again", in AVI; a decoder takes it as the end.
+        if not packet.size and packet.dts is not None:
             continue
         if not begun:
             position = video.positions.get(packet.pts, -1)

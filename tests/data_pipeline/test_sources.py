@@ -8,8 +8,10 @@ import pyarrow.parquet
 import pytest
 
 from data_pipeline import sources
+from data_pipeline.captions import read_captions
+from data_pipeline.file_names import SUFFIXES, beside, path_parts
 from data_pipeline.records import InputError
-from data_pipeline.sources import SUFFIXES, beside, find_videos, make_keys, path_parts, read_captions
+from data_pipeline.sources import find_videos, make_keys
 
 
 @pytest.fixture
