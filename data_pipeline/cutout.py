@@ -28,7 +28,9 @@ from data_pipeline.records import (
     MissingModelError,
     SettingsError,
     box_in_pixels,
+    mask_box,
 )
+from data_pipeline.records import cut_out as cut_out_of_box
 from data_pipeline.safe_text import visible
 
 if TYPE_CHECKING:
@@ -81,10 +83,7 @@ def cut_out(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     pixels: uint8 (height, width, 3). mask: bool (height, width), not empty. Returns uint8 (rows, columns, 4): straight
     alpha, 255 on the mask; all channels 0 beside it.
     """
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    inside = mask[part][..., None]
-    return np.concatenate([pixels[part] * inside, np.where(inside, np.uint8(255), np.uint8(0))], axis=-1)
+    return cut_out_of_box(pixels, mask, mask_box(mask))
 
 
 def boxes_of(texts: Sequence[str] | None, count: int) -> list[Box]:

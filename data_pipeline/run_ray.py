@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,10 @@ from typing import Any
 from data_pipeline.assemble import ShardPlan, write_shard
 from data_pipeline.extras import missing_extras
 from data_pipeline.journal import Journal
-from data_pipeline.journey import Finished, Journey, advance, commit, travel
-from data_pipeline.pool import Failure, Guard, Place
+from data_pipeline.journey import Finished, Journey, advance, commit
+from data_pipeline.pool import Failure, Guard
 from data_pipeline.records import InputError, MiningError, OutputError, SettingsError, VideoFile
-from data_pipeline.run import preloads, show_progress, split_finished
+from data_pipeline.run import make_traveller, preloads, show_progress, split_finished
 from data_pipeline.step import Step
 
 
@@ -68,23 +68,6 @@ def group_steps(steps: Sequence[Step]) -> list[list[Step]]:
 # ------------------------------------------------------------------------------------------------------ in the workers
 
 
-def make_travel(steps: Sequence[Step]) -> Callable[[Journey, Place], Journey]:
-    """Sets the steps up and returns the function that takes a clip through them: what a guarded child does."""
-    from data_pipeline.models.threads import use_one_thread
-
-    use_one_thread()
-    for step in steps:
-        step.setup()
-
-    def work(journey: Journey, place: Place) -> Journey:
-        def at(number: int) -> None:
-            place.value = number
-
-        return travel(steps, journey, at)
-
-    return work
-
-
 def enter(folder: str) -> None:
     """Works where the driver works, if that place is here too: settings may name files by relative paths."""
     with contextlib.suppress(OSError):
@@ -100,7 +83,7 @@ class GuardedSteps:
     def __init__(self, steps: Sequence[Step], folder: str, timeout: float, journal: Journal | None = None) -> None:
         enter(folder)
         self._steps, self._timeout, self._journal = steps, timeout, journal
-        self._guard: Guard[Journey] = Guard(partial(make_travel, steps), preloads(steps))
+        self._guard: Guard[Journey] = Guard(partial(make_traveller, steps), preloads(steps))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The same rows, one group of steps later; in the last actor {"name", "kept", "unexpected"}."""

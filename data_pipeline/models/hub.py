@@ -14,6 +14,7 @@ from pathlib import Path
 from data_pipeline.models.model_files import (
     TEXT_AND_IMAGE_MODEL,
     Needed,
+    check_model_directory,
     choose_files,
     fits,
     is_hub_id,
@@ -164,11 +165,8 @@ def find_files(name: str, option: str, needed: Needed) -> dict[str, Path]:
         folder = place if place.is_dir() else place.parent
         listing = list_files(folder)
     else:
+        check_model_directory(name, option, {})
         folder = Path(name)
-        if not folder.is_dir():
-            raise InputError(
-                f"{option}: no directory at {name}; give a model's directory, or its hub id (owner/repository)"
-            )
         listing = sorted(path.name for path in folder.iterdir() if path.is_file())
     return {meaning: folder / file for meaning, file in choose_files(name, option, needed, listing).items()}
 

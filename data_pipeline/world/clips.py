@@ -186,18 +186,23 @@ def _write_one(job: tuple[Path, int, int, dict]) -> str:
     path = folder / f"{name}.mp4"
     if path.exists():
         return name
-    clip = sample_clip(np.random.default_rng([seed, index]), **settings)
-    partial = folder / f".{name}.mp4"
+    write_clip(path, sample_clip(np.random.default_rng([seed, index]), **settings))
+    return name
+
+
+def write_clip(path: Path, clip: Clip) -> None:
+    """Writes a video with its caption and annotations beside it; OutputError, with nothing left, if that cannot be."""
+    partial, caption = path.with_name(f".{path.name}"), path.with_suffix(".txt")
+    sidecar = path.with_suffix(".annotations.json")
     try:
         write_video(partial, clip.frames, clip.fps)
-        (folder / f"{name}.txt").write_text(clip.caption + "\n")
-        (folder / f"{name}.annotations.json").write_text(json.dumps(annotate(clip), separators=(",", ":")))
+        caption.write_text(clip.caption + "\n")
+        sidecar.write_text(json.dumps(annotate(clip), separators=(",", ":")))
         partial.rename(path)
     except OSError as error:
-        for file in (partial, folder / f"{name}.txt", folder / f"{name}.annotations.json"):
+        for file in (partial, caption, sidecar):
             file.unlink(missing_ok=True)
         raise OutputError(f"cannot write {path}: {error.strerror or error}. The clips before it are kept") from error
-    return name
 
 
 def write_clips(

@@ -28,7 +28,7 @@ from data_pipeline.records import (
     mask_box,
 )
 from data_pipeline.step import Step
-from data_pipeline.world.clips import Clip, annotate, write_video
+from data_pipeline.world.clips import Clip, write_clip
 from data_pipeline.world.palette import BACKGROUNDS
 from data_pipeline.world.scenes import compose, fit_sprites, render_background, sample_placement, write_caption
 from data_pipeline.world.subjects import render_subject
@@ -280,12 +280,5 @@ def write_twin_clips(folder: Path, count: int, *, split: str, seed: int) -> None
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         path = folder / f"twins_{index:06d}.mp4"
-        if path.exists():
-            continue
-        clip = sample_twin_clip(np.random.default_rng([seed, index]), split=split)
-        path.with_suffix(".txt").write_text(clip.caption + "\n", encoding="utf-8")
-        sidecar = path.with_name(f"{path.stem}.annotations.json")
-        sidecar.write_text(json.dumps(annotate(clip), separators=(",", ":")), encoding="utf-8")
-        partial = folder / f".{path.name}"
-        write_video(partial, clip.frames, clip.fps)
-        partial.rename(path)
+        if not path.exists():
+            write_clip(path, sample_twin_clip(np.random.default_rng([seed, index]), split=split))
