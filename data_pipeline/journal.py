@@ -110,10 +110,7 @@ class Journal:
             self.out.rmdir()  # if nothing else is in it
 
     def check(
-        self,
-        settings: Mapping[str, Mapping[str, Any]],
-        files: Mapping[str, str] | None = None,
-        version: str = "",
+        self, settings: Mapping[str, Mapping[str, Any]], files: Mapping[str, str] | None = None, version: str = ""
     ) -> dict[str, str] | None:
         """Compares what shapes the dataset with what it was started with; InputError that names what differs, or why
         the folder cannot be used. Writes nothing. Returns the hashes that are recorded, None if nothing is.
@@ -147,10 +144,7 @@ class Journal:
         return None
 
     def start(
-        self,
-        settings: Mapping[str, Mapping[str, Any]],
-        files: Mapping[str, str] | None = None,
-        version: str = "",
+        self, settings: Mapping[str, Mapping[str, Any]], files: Mapping[str, str] | None = None, version: str = ""
     ) -> dict[str, str]:
         """``check``, and records it all, in a new folder if there is none. Returns the hashes of all files so far."""
         then = self.check(settings, files, version)

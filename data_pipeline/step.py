@@ -93,12 +93,14 @@ class Step(Generic[In, Out]):
 
     def process(self, record: In) -> Out | Rejected:
         """The next record, or why the clip goes no further; instead of ``Rejected`` a ``ClipError`` may be raised."""
-        raise NotImplementedError
+        if type(self).process_many is Step.process_many:
+            raise NotImplementedError
+        return self.process_many([record])[0]
 
     def process_many(self, records: Sequence[In]) -> list[Out | Rejected]:
         """``process`` for several records, in their order; one that cannot be used never fails the others.
 
-        Steps whose models take batches override this, and their ``process`` is a batch of one.
+        A step overrides either; where its model takes batches, this one.
         """
         results: list[Out | Rejected] = []
         for record in records:

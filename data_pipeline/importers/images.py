@@ -289,11 +289,7 @@ class CocoFile:
 
 
 def read_images(
-    folder: Path,
-    metadata: Path | None,
-    annotations: Path | None,
-    normalised: bool,
-    notes: list[str] | None = None,
+    folder: Path, metadata: Path | None, annotations: Path | None, normalised: bool, notes: list[str] | None = None
 ) -> Iterator[ImportItem | Broken]:
     """One item for every picture of the folder, or, with a table, for every row of it.
 
@@ -346,9 +342,5 @@ def to_item(
         notes += own
         notes += [SEVERAL] * any(is_several(row.get(column)) for column in CAPTION_COLUMNS)
     return ImportItem(
-        target=name,
-        caption=caption,
-        subjects=subjects,
-        size=size,
-        normalised=normalised and place == "metadata",
+        target=name, caption=caption, subjects=subjects, size=size, normalised=normalised and place == "metadata"
     )

@@ -65,10 +65,7 @@ SEGMENTERS = {
     "vit_t": HubModel("dhkim2810/MobileSAM", {"weights": ("mobile_sam.pt",)}, title="MobileSAM", megabytes=41),
     **{
         name: HubModel(
-            "ybelkada/segment-anything",
-            {"weights": (f"checkpoints/{file}",)},
-            title=f"SAM {name}",
-            megabytes=megabytes,
+            "ybelkada/segment-anything", {"weights": (f"checkpoints/{file}",)}, title=f"SAM {name}", megabytes=megabytes
         )
         for name, file, megabytes in (
             ("vit_b", "sam_vit_b_01ec64.pth", 375),

@@ -21,11 +21,7 @@ TRANSFORMERS_MODEL: Needed = {
     "weights": ("model.safetensors", "model.safetensors.index.json"),
 }
 IMAGE_SETTINGS: Needed = {"image settings": ("preprocessor_config.json", "processor_config.json")}
-TEXT_AND_IMAGE_MODEL: Needed = {
-    **TRANSFORMERS_MODEL,
-    "tokenizer": ("tokenizer.json", "vocab.txt"),
-    **IMAGE_SETTINGS,
-}
+TEXT_AND_IMAGE_MODEL: Needed = {**TRANSFORMERS_MODEL, "tokenizer": ("tokenizer.json", "vocab.txt"), **IMAGE_SETTINGS}
 
 
 def is_hub_id(name: str) -> bool:

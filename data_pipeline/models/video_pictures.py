@@ -53,10 +53,7 @@ def colours_of(source: Any) -> Colours:
     # FFmpeg has 1 for limited and 2 for full range.
     full_range = {1: False, 2: True}.get(int(source.color_range))
     return Colours(
-        matrix=matrix,
-        transfer=int(source.color_trc),
-        primaries=int(source.color_primaries),
-        full_range=full_range,
+        matrix=matrix, transfer=int(source.color_trc), primaries=int(source.color_primaries), full_range=full_range
     )
 
 

@@ -189,12 +189,8 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
             config, checkpoint = files["configuration"], files["weights"]
         return GroundingDino(load_grounding_dino(config, checkpoint, self.text_encoder, self.device), **settings)
 
-    def process(self, record: NamedPair) -> DetectedPair | Rejected:
-        """The pair with its detections; rejected if one of the frames has none."""
-        return self.process_many([record])[0]
-
     def process_many(self, records: Sequence[NamedPair]) -> list[DetectedPair | Rejected]:
-        """The pairs with their detections; both frames of all pairs are asked about in one call of the detector."""
+        """The pairs with their detections, rejected if a frame has none; all frames are asked about in one call."""
         try:
             return self._detect(records)
         except ClipError as error:

@@ -42,27 +42,12 @@ FRACTIONS = [
 
 @dataclass(kw_only=True)
 class FilterPairs(Step[TrainingPair, TrainingPair]):
-    """Rules about single subjects, then about two subjects, then about the pair. Reasons for the defaults:
-    docs/mining.md.
+    """Rules about single subjects in either frame (``faults``), then about two subjects, then about the pair. What each
+    setting bounds, and the reasons for its default: docs/mining.md.
 
-    A subject is left out if, in either frame:
-
-    - its detection score is below min_score, or its mask score (if it has one) below min_mask_score;
-    - its box covers less than min_area or more than max_area of the frame;
-    - its box is wider than max_aspect times its height, or higher than max_aspect times its width;
-    - its mask has fewer than min_pixels pixels, covers less than min_fill of its box, or its tight box and the detected
-      box have an intersection over union below min_mask_agreement;
-    - more than max_border of one side of its tight box lies on the frame's edge: it is cut off there;
-    - more than max_clipped of its pixels are black or white: under- or over-exposed;
-    - the sharpness of the picture in its box is below min_sharpness (both measured by ``models/picture_quality.py``).
-
-    Of two subjects that are probably one thing detected twice (boxes with an intersection over union above
-    max_box_iou, or masks that share more than max_mask_overlap of the smaller one) the one with the lower score, then
-    the smaller one, is left out. Boxes that overlap less than that stay: the model must learn overlapping boxes.
-
-    The pair is rejected if fewer than min_subjects subjects are left, or if the mean difference of the two frames
-    inside the subjects' boxes is below min_change (0 to 1): then the answer is to copy. Of more than max_subjects the
-    largest stay.
+    Of two subjects that are probably one thing detected twice (max_mask_overlap is of the smaller mask) the one with
+    the lower score, then the smaller one, is left out. Boxes that overlap less than max_box_iou stay: the model must
+    learn overlapping boxes. A pair of too little change is rejected: the answer would be to copy.
     """
 
     min_score: float = 0.3

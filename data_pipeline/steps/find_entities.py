@@ -208,11 +208,7 @@ def without_verb(chunk: Chunk) -> Chunk:
     deed = doer and text.endswith("s") and not english.STOP_WORDS.isdisjoint((text[:-1], text[:-2]))
     if not (doing or deed):
         return chunk
-    return replace(
-        chunk,
-        text=chunk.text[: -len(text)].rstrip(),
-        words=(*chunk.words[:-2], (noun, lemma, "head")),
-    )
+    return replace(chunk, text=chunk.text[: -len(text)].rstrip(), words=(*chunk.words[:-2], (noun, lemma, "head")))
 
 
 def is_colour_thing(chunk: Chunk, head: str) -> bool:

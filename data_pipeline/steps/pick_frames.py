@@ -57,22 +57,13 @@ class _Choice:
 class PickFrames(Step[VideoShots, tuple[FramePair, ...]]):
     """Looks at a few frames of a shot and takes the two that make the best pair.
 
-    candidates: frames that are looked at, evenly spread from reference_place to target_place of the shot (0 is its
-    first frame, 1 its last): a quarter and three quarters keep away from the fades and the half-entered subjects at its
-    ends. With 2 exactly these two places are used. annotated_only: of clips with annotations, the annotated frames
-    nearest to these places. min_gap: seconds between the two frames; nearer ones show the same moment.
+    How candidates are chosen, left out and scored, and what the settings bound: docs/mining.md. Places are fractions of
+    the shot (0 is its first frame, 1 its last); with 2 candidates exactly the two places are used. annotated_only: of
+    clips with annotations, the annotated frames nearest to these places. min_gap: seconds.
 
-    A candidate is left out if its mean grey level is below min_frame_brightness or above max_frame_brightness (0 to 1),
-    or its sharpness below min_frame_sharpness (``models/picture_quality.py``).
-
-    The score of a pair, in [0, 1], is the product of its change (mean difference of the tenth that differs most, of the
-    frames as 32 x 32 pictures, over 0.1) and its sharpness (of the less sharp frame, over 0.7 times that of the
-    sharpest candidate of the shot), both at most 1: enough is enough, so among good pairs the one with the longest gap
-    is taken.
-
-    pairs_per_clip: pairs at most. Shots are looked at in the order of their longest gaps, until as many as are wanted
-    gave a pair that scores 0.5 or more, and at most four for every pair wanted. Each shot that was looked at gives its
-    best pair before one gives a second, and second pairs share as few frames with the first ones as they can.
+    Shots are looked at in the order of their longest gaps, until as many as pairs are wanted (pairs_per_clip) gave one
+    that scores 0.5 or more, and at most four for every pair wanted. Each shot that was looked at gives its best pair
+    before one gives a second, and second pairs share as few frames with the first ones as they can.
     """
 
     reference_place: float = 0.25

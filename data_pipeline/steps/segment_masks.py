@@ -140,12 +140,8 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
             return SamSegmenter(load_mobile_sam(model, checkpoint, self.device), self.frames_per_batch)
         return SamSegmenter(load_sam(model, checkpoint, self.device), self.frames_per_batch)
 
-    def process(self, record: DetectedPair) -> DetectedPair | Rejected:
-        """The pair with its masks; rejected if one of the frames is left without any."""
-        return self.process_many([record])[0]
-
     def process_many(self, records: Sequence[DetectedPair]) -> list[DetectedPair | Rejected]:
-        """The pairs with their masks, both frames of all of them in one request to the segmenter."""
+        """The pairs with their masks, rejected if a frame is left without any; all frames in one request."""
         requests = [
             (frame, detections)
             for record in records
