@@ -1,7 +1,5 @@
 """Captions of videos: in files beside them, and in tables."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping

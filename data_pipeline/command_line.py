@@ -1,7 +1,5 @@
 """What the commands of this package share: their parser, kinds of values, and checks of what several ask for."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import math

@@ -1,7 +1,5 @@
 """Weights in another library's spelling: ``python -m data_pipeline.convert groundingdino --to hf IN OUT``."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

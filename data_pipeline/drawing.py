@@ -1,7 +1,5 @@
 """Pictures for the report: frames with their boxes and masks, cut-outs, contact sheets. Pillow and numpy only."""
 
-from __future__ import annotations
-
 import io
 from bisect import bisect_right
 from collections.abc import Sequence

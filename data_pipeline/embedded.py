@@ -2,8 +2,6 @@
 download, trained on the procedural world; ``measure``: what they find of the truth on clips they have not seen.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

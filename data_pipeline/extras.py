@@ -1,7 +1,5 @@
 """What `pip install msdiffusion` leaves out because it only draws: the extras of setup.cfg, and how one gets them."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 from data_pipeline.records import InputError

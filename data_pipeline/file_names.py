@@ -1,7 +1,5 @@
 """Names of videos and of files beside them: on disk, in tables, and as people write them."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import unicodedata

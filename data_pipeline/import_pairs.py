@@ -3,8 +3,6 @@
 docs/data_format.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections import Counter

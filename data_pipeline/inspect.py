@@ -4,8 +4,6 @@ Prints what is known of the sample and draws it; checks the shard on the way (do
 memory and never extracted to the disk.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ Every file is written under a temporary name and renamed, the marker last. When 
 appears and the folder goes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

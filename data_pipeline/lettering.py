@@ -6,8 +6,6 @@ scripts of Asia and Africa; manimgx-fonts-cjk: Chinese, Japanese, Korean). Alway
 same dataset gives the same pictures everywhere.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import unicodedata
 from functools import cache

@@ -2,8 +2,6 @@
 help. From the parsed options to the list of steps. Why a default is what it is: docs/mining.md.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields

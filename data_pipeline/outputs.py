@@ -1,7 +1,5 @@
 """Places that are written to, tried before the work."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path

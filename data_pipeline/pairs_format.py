@@ -4,8 +4,6 @@ Mining writes within them; every reader, mining's and training's, holds to them 
 count, because a dataset may come from anybody. Standard library only.
 """
 
-from __future__ import annotations
-
 import re
 import tarfile
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """Worker processes that hold their models, work on one task at a time, and may hang or die without harm to others."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import multiprocessing

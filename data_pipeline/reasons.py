@@ -1,7 +1,5 @@
 """What a message may repeat of others: the words of libraries, values that somebody gave. Standard library only."""
 
-from __future__ import annotations
-
 import pickle
 import re
 

@@ -11,8 +11,6 @@ Frames of reference, for the whole package:
 Errors: MiningError <- SettingsError(ValueError), InputError(ValueError), OutputError, ClipError.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction

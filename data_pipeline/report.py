@@ -5,8 +5,6 @@ writes it with the same code, so both give the same bytes. What only the run its
 that were left out, pictures of rejected clips) it leaves in ``report/notes.json`` and ``report/rejected/``.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

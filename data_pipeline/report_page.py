@@ -1,7 +1,5 @@
 """The page of the report: HTML with inline SVG, from counts alone. Nothing is read or written here."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Runs a list of steps on this machine, clip by clip, and leaves each clip's outcome in the journal."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 

@@ -6,8 +6,6 @@ of a GPU if it runs on one, and takes several clips in a batch. The last actors 
 lie on a file system that all machines see. Shards, too, are written by the workers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -4,8 +4,6 @@ Captions, names, paths and counts of a dataset may come from anybody. Nothing he
 are, and do nothing.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -1,7 +1,5 @@
 """What programs that show a sample ask of its json, field by field: a dataset may come from anybody."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -3,8 +3,6 @@
 Members are read in memory, never extracted to the disk. Every fault is an ``InputError`` that names the file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

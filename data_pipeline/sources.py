@@ -1,7 +1,5 @@
 """Which videos there are, and their captions. Nothing is decoded, nothing heavy imported until a table needs it."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -2,8 +2,6 @@
 or type they were written in. What is certain is read; what is not is an error that says what was found.
 """
 
-from __future__ import annotations
-
 import ast
 import codecs
 import csv

@@ -4,8 +4,6 @@ Captions: a row of metadata.jsonl or metadata.csv, ``picture.txt`` or ``picture.
 ``picture.annotations.json``. All are specified in docs/importing_pairs.md.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

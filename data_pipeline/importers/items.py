@@ -5,8 +5,6 @@ in the working folder of the run: so hundreds of thousands of them, with masks, 
 memory, and a worker is told nothing but where its line lies.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

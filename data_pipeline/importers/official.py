@@ -6,8 +6,6 @@ image_phrases}``, flat or under the key ``datas``. Boxes are xyxy in pixels of t
 refused: reading one runs whatever code is in it.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping

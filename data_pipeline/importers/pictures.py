@@ -1,7 +1,5 @@
 """Opens the pictures and masks of an item, and refuses what would not be what it seems."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import math

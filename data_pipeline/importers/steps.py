@@ -1,7 +1,5 @@
 """The steps of an import: read an item, open its pictures, cut its subjects out, write the sample."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Which language a caption is written in, by its letters and its small words; no library and no model."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections import Counter
 

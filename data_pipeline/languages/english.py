@@ -1,7 +1,5 @@
 """English nouns and adjectives by what they mean for a picture: the lists that ``steps/find_entities.py`` goes by."""
 
-from __future__ import annotations
-
 from data_pipeline.languages import words_of
 
 # Nouns that are no subject: places in the picture, quantities, the picture itself, times, deeds and ideas.

@@ -5,8 +5,6 @@ compressed run lengths are those of the COCO API (Lin et al., https://cocodatase
 each from the third on as the difference to the one two places before.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

@@ -8,8 +8,6 @@ inside one frame (and index the mask picture), so they say nothing about identit
 docs/data_format.md.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence

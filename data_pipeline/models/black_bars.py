@@ -1,7 +1,5 @@
 """Black bars that were encoded into a picture: above and below (letterbox), at the sides (pillarbox), or both."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

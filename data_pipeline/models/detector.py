@@ -1,7 +1,5 @@
 """Boxes for the entities of a caption: from the annotations that came with the video, or from Grounding DINO."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol

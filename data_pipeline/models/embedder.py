@@ -1,7 +1,5 @@
 """Embeddings of cut-outs, for telling whether two of them show the same subject."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any, Protocol

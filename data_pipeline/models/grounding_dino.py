@@ -10,8 +10,6 @@ Two things are mended, without touching an installed file and without leaving an
   mask of another. A hook on each of these layers hands in masks that are repeated in the right order.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import io

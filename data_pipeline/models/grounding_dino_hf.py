@@ -4,8 +4,6 @@ The same network as the package's (data_pipeline.models.grounding_dino), with ot
 data_pipeline.models.grounding_dino_weights converts in either direction.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

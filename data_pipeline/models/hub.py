@@ -2,8 +2,6 @@
 find them in the cache of huggingface_hub and don't ask the network.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -5,8 +5,6 @@ The encoder is timm's TinyViT (Wu et al., arXiv 2207.10666). MobileSAM's differs
 and 7, a last merging that keeps the resolution (so that 1024 pixels give 64 x 64 features), and a neck to 256 channels.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

@@ -6,8 +6,6 @@ what it describes, however large. So the classes that a folder may name stand he
 Standard library only, so that a folder can be refused before anything heavy is imported.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -3,8 +3,6 @@
 Standard library only, so that a step can refuse a missing file before anything heavy is imported.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import stat

@@ -1,7 +1,5 @@
 """Segment Anything (the package segment-anything 1.0), prompted with boxes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Masks for boxes: from the annotations that came with the video, or from Segment Anything."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol

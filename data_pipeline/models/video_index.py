@@ -5,8 +5,6 @@ each one can be decoded. The file stays open for the reader that comes next: ope
 a short group of pictures.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

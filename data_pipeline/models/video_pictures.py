@@ -4,8 +4,6 @@ What the file says about itself is read once (``declared``), without decoding; w
 that is nothing out of the ordinary costs one conversion per frame, and nothing else.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -7,8 +7,6 @@ without a word on open groups of pictures and on HEVC, and cannot open AV1; it s
 decode on one thread: workers are the parallelism.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache

@@ -5,8 +5,6 @@ the network does, and every number is finite. What a file lacks would be random 
 noise without a word. An error names file and tensor.
 """
 
-from __future__ import annotations
-
 import pickle
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence

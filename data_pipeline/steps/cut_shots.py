@@ -1,7 +1,5 @@
 """Step 2: find the cuts, so that the two frames of a pair come from one shot."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Step 8: leave out subjects and pairs that would teach something wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain

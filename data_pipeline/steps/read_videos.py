@@ -1,7 +1,5 @@
 """Step 1: open a video, check it, and put its caption and annotations beside it."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import stat

@@ -1,7 +1,5 @@
 """Step 9: a pair becomes the files of its samples. The runner puts them into shards, in the clips' order of names."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """`python -m data_pipeline.world --out DIR --count N`: writes clips of the procedural world."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Subjects move, grow or shrink, change pose, may turn round, and are lit anew ove
 So two frames of one clip show the same subjects differently: one pair for training.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Drawing a subject costs 5 ms and placing it 0.3 ms, so a pool of drawn identitie
 kept in a cache folder named by a hash of the settings; a second call reads them back.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

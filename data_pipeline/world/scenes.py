@@ -1,7 +1,5 @@
 """Scenes of the procedural world: backgrounds, subjects placed in boxes, captions, exact masks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

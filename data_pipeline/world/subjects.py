@@ -4,8 +4,6 @@ An identity is what a reference picture has to carry into a new scene: the categ
 variant of the part shapes. A pose changes what may differ between two frames of one video (legs, tail, clock hands).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Sequence

@@ -6,8 +6,6 @@ near the middle of a subject has to name it and to give its box, as in detectors
 decoder starts from boxes that are nearly right after a few minutes on one processor core.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What the embedded detector is taught: the losses of its decoder and of the proposals of its encoder."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -4,8 +4,6 @@ Most frames are frames of clips, as the pipeline decodes them; the others are sc
 which clips never show. Frames pass through JPEG with halved colour planes, which leaves traces much like H.264's.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

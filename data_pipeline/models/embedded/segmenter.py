@@ -4,8 +4,6 @@ Only what the pipeline uses is taught: one box as a prompt, one mask as an answe
 tokens for several masks, points and mask prompts keep their random weights.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace

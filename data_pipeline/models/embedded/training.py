@@ -4,8 +4,6 @@ What a step learns from depends on the seed and the number of the step only, so 
 the weights of a run that was not.
 """
 
-from __future__ import annotations
-
 import copy
 import csv
 import hashlib

@@ -4,8 +4,6 @@ Grounding DINO finds the ends of phrases by four fixed token numbers, those of B
 same places here. Words that are not in the list are spelled in letters.
 """
 
-from __future__ import annotations
-
 import json
 import string
 from pathlib import Path
