@@ -208,14 +208,8 @@ def check_machines(arguments: argparse.Namespace) -> RayOptions | None:
         return None
     if arguments.device not in ("cpu", "cuda"):
         raise SettingsError(f"on Ray --device is cpu or cuda: Ray deals the GPUs out itself; got {arguments.device!r}")
-    options = RayOptions(
-        address=arguments.ray,
-        workers=arguments.workers,
-        model_workers=arguments.model_workers,
-        gpu_share=arguments.gpu_share,
-        batch_clips=arguments.batch_clips,
-        timeout=arguments.clip_timeout,
-    )
+    widths = {name: getattr(arguments, name) for name in ("workers", "model_workers", "gpu_share", "batch_clips")}
+    options = RayOptions(address=arguments.ray, timeout=arguments.clip_timeout, **widths)
     check_ray(options)
     return options
 

@@ -171,9 +171,7 @@ class Journal:
         missing = object()
         changed = [name for name in sorted({*now, *then}) if now.get(name, missing) != then.get(name, missing)]
         if changed:
-            lines = [
-                f"  {name}: {then.get(name, 'absent')!r} then, {now.get(name, 'absent')!r} now" for name in changed
-            ]
+            lines = (f"  {key}: {then.get(key, 'absent')!r} then, {now.get(key, 'absent')!r} now" for key in changed)
             raise InputError(
                 f"{self.out} was started with other settings; use those again, or a new --out:\n" + "\n".join(lines)
             )
@@ -213,14 +211,8 @@ class Journal:
                 write_atomically(path.with_suffix(suffix), written)
             else:  # of an earlier version of the clip
                 path.with_suffix(suffix).unlink(missing_ok=True)
-        content = {
-            **marker,
-            "video": file.name,
-            "key": file.key,
-            "fingerprint": taken or fingerprint(file),
-            "bytes": len(blocks),
-        }
-        write_atomically(path, json.dumps(content, separators=(",", ":")).encode())
+        own = {"video": file.name, "key": file.key, "fingerprint": taken or fingerprint(file), "bytes": len(blocks)}
+        write_atomically(path, json.dumps({**marker, **own}, separators=(",", ":")).encode())
 
     def markers(self, files: Iterable[VideoFile]) -> Iterator[dict[str, Any]]:
         """Markers of all clips, in the order of the files; InputError if one is missing."""

@@ -52,12 +52,8 @@ def write_report(
 
 def keep_notes(journal: Journal, files: Sequence[VideoFile]) -> None:
     """Writes report/notes.json, and report/rejected/KEY.jpg for a few clips of every reason."""
-    seconds: Counter[str] = Counter()
-    dropped: Counter[tuple[str, str]] = Counter()
-    lost: Counter[tuple[str, str]] = Counter()
-    clips: Counter[str] = Counter()
-    asked: Counter[tuple[str, str]] = Counter()
-    stored: Counter[tuple[str, str]] = Counter()
+    seconds, clips = Counter[str](), Counter[str]()
+    dropped, lost, asked, stored = (Counter[tuple[str, str]]() for _ in range(4))
     folder = journal.out / "report"
     shutil.rmtree(folder / "rejected", ignore_errors=True)  # of an interrupted run
     _make_folder(folder / "rejected")

@@ -283,9 +283,8 @@ def _frame_field(image: Mapping[str, Any]) -> str:
 
 
 def _frame_of(image: Mapping[str, Any]) -> int:
-    field_name = _frame_field(image)
-    if field_name:
-        return _whole(image[field_name], f"image {image['id']}: the field {field_name}")
+    if name := _frame_field(image):
+        return _whole(image[name], f"image {image['id']}: the field {name}")
     return frame_number(image["file_name"])
 
 

@@ -342,13 +342,8 @@ def _annotated(found: Found, index: int, width: int, height: int) -> AnnotatedOb
     where = f"frame {index}, {found.name}" + ("" if found.object_id is None else f" {found.object_id}")
     if not isinstance(found.name, str) or not (found.object_id is None or isinstance(found.object_id, int)):
         raise ClipError(BAD, error=f"{where}: a name must be a text and a number of an object whole")
-    values: dict[str, Any] = {
-        "object_id": found.object_id,
-        "name": found.name,
-        "attributes": found.attributes,
-        "mask_rle": found.mask_rle,
-        "mask_file": found.mask_file,
-    }
+    names = ("object_id", "name", "attributes", "mask_rle", "mask_file")
+    values = {name: getattr(found, name) for name in names}
     if found.box is not None:
         return AnnotatedObject(box=_pixel_box(found.box, width, height, where), **values)
     mask = read_mask(AnnotatedObject(box=(0, 0, 1, 1), **values), width, height)

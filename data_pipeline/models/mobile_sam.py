@@ -87,19 +87,11 @@ class TinyVitEncoder(torch.nn.Module):
 
 def build_mobile_sam(params: MobileSamParams) -> Sam:
     """A MobileSAM of these sizes with random weights."""
-    decoder = SamParams(
-        encoder_width=params.prompt_width,  # of no consequence: the encoder is replaced
-        encoder_heads=1,
-        encoder_depth=1,
-        global_attention=(),
-        image_size=params.image_size,
-        patch_size=params.stride,
-        prompt_width=params.prompt_width,
-        decoder_depth=params.decoder_depth,
-        decoder_heads=params.decoder_heads,
-        decoder_mlp_width=params.decoder_mlp_width,
-    )
-    return build_prompted(TinyVitEncoder(params), decoder)
+    alike = ("image_size", "prompt_width", "decoder_depth", "decoder_heads", "decoder_mlp_width")
+    sizes = {name: getattr(params, name) for name in alike}
+    # Of no consequence: the encoder is replaced.
+    encoder = {"encoder_width": params.prompt_width, "encoder_heads": 1, "encoder_depth": 1, "global_attention": ()}
+    return build_prompted(TinyVitEncoder(params), SamParams(**encoder, **sizes, patch_size=params.stride))
 
 
 def read_mobile_params(model: str) -> MobileSamParams:

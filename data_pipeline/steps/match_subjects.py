@@ -131,15 +131,12 @@ class MatchSubjects(Step[DetectedPair, TrainingPair]):
     @staticmethod
     def _instances(record: DetectedPair) -> list[tuple[str, list[Detection], list[Detection]]]:
         """Phrase, its detections in the reference and in the target; phrases that are nowhere are left out."""
-        asked = []
-        for entity in record.entities:
-            reference, target = (
-                [found for found in detections if found.entity == entity]
-                for detections in (record.reference, record.target)
-            )
-            if reference or target:
-                asked.append((entity.phrase, reference, target))
-        return asked
+        both = (record.reference, record.target)
+        asked = [
+            (entity.phrase, *([found for found in detections if found.entity == entity] for detections in both))
+            for entity in record.entities
+        ]
+        return [(phrase, reference, target) for phrase, reference, target in asked if reference or target]
 
     def _embed(
         self, record: DetectedPair, asked: list[tuple[str, list[Detection], list[Detection]]]

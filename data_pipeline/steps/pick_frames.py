@@ -129,28 +129,19 @@ class PickFrames(Step[VideoShots, tuple[FramePair, ...]]):
         for shot, indices in wanted[: SHOTS_PER_PAIR * self.pairs_per_clip]:
             if times[indices[-1]] - times[indices[0]] < self.min_gap:
                 break
-            pictures = reader.frames(indices)
-            frames = [
-                Frame(index=index, time=times[index], image=picture)
-                for index, picture in zip(indices, pictures, strict=True)
-            ]
+            pictures = zip(indices, reader.frames(indices), strict=True)
+            frames = [Frame(index=index, time=times[index], image=picture) for index, picture in pictures]
             if choices := self._choices(shot, frames, faults):
                 by_shot.append(choices)
             if sum(choices[0].score >= GOOD_SCORE for choices in by_shot) >= self.pairs_per_clip:
                 break
         if not by_shot:
             return _rejection(faults)
-        chosen = self._best(by_shot)
-        return tuple(
-            FramePair(
-                video=video,
-                shot=choice.shot,
-                reference=choice.reference.frame,
-                target=choice.target.frame,
-                number=number,
-            )
-            for number, choice in enumerate(chosen)
-        )
+        pairs = []
+        for number, choice in enumerate(self._best(by_shot)):
+            reference, target = choice.reference.frame, choice.target.frame
+            pairs.append(FramePair(video=video, shot=choice.shot, reference=reference, target=target, number=number))
+        return tuple(pairs)
 
     def places(self, shot: Shot, usable: Sequence[int], times: Sequence[float], count: int) -> tuple[int, ...]:
         """Numbers of the frames to look at, ascending, at least two: the usable ones nearest to ``count`` places in

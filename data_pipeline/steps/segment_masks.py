@@ -142,14 +142,9 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
 
     def process_many(self, records: Sequence[DetectedPair]) -> list[DetectedPair | Rejected]:
         """The pairs with their masks, rejected if a frame is left without any; all frames in one request."""
-        requests = [
-            (frame, detections)
-            for record in records
-            for frame, detections in (
-                (record.frames.reference, record.reference),
-                (record.frames.target, record.target),
-            )
-        ]
+        requests = []
+        for record in records:
+            requests += [(record.frames.reference, record.reference), (record.frames.target, record.target)]
         found = self._segment(requests)
         return [self._pair(record, found[2 * number], found[2 * number + 1]) for number, record in enumerate(records)]
 

@@ -60,10 +60,8 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         """Adds the counts of another tally."""
-        self.true += other.true
-        self.given += other.given
-        self.box_ious += other.box_ious
-        self.mask_ious += other.mask_ious
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     def figures(self) -> dict[str, float]:
         """Recall and precision, and mean IoU of the boxes and masks that hit; 0 where there is nothing to divide by."""

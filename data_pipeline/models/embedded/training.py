@@ -142,7 +142,8 @@ def train(
             _log(folder / "log.csv", step, speed, {name: value / seen for name, value in sums.items()})
             since, seen, sums = time.perf_counter(), 0, {}
         if step % settings.save_every == 0 or step in (settings.steps, stop_after):
-            _save(folder / "state.pt", model, optimizer, average, settings, step)
+            states = {"model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
+            _save(folder / "state.pt", {"step": step, "settings": _record(settings), **states})
             if on_save is not None:
                 tqdm.write(on_save(_averaged(model, average), step))
                 model.train()
@@ -206,22 +207,8 @@ def _check_record(path: Path, content: Mapping[str, Any], settings: TrainingSett
         )
 
 
-def _save(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor],
-    settings: TrainingSettings,
-    step: int,
-) -> None:
+def _save(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_suffix(".tmp")
-    content = {
-        "step": step,
-        "settings": _record(settings),
-        "model": model.state_dict(),
-        "average": average,
-        "optimizer": optimizer.state_dict(),
-    }
     torch.save(content, partial)
     partial.replace(path)
 

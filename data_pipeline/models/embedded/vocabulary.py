@@ -41,13 +41,9 @@ def vocabulary() -> list[str]:
     words = (*CATEGORIES, *COLORS, *PATTERNS, *ADJECTIVES, *PLACES, *OTHER_THINGS, *FUNCTION_WORDS)
     rest += [word for word in dict.fromkeys(words) if word not in rest]
     free = [number for number, token in enumerate(tokens) if token is None]
-    for number, token in zip(free, rest, strict=False):
+    rest += [f"[unused{number}]" for number in range(len(free) - len(rest))]
+    for number, token in zip(free, rest, strict=True):
         tokens[number] = token
-    unused = 0
-    for number, token in enumerate(tokens):
-        if token is None:
-            tokens[number] = f"[unused{unused}]"
-            unused += 1
     return [str(token) for token in tokens]
 
 
