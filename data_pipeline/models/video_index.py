@@ -32,6 +32,7 @@ from data_pipeline.models.video_pictures import (
     shape_notes,
     upright_size,
 )
+from data_pipeline.reasons import one_line
 from data_pipeline.records import ClipError, VideoFacts
 
 # Nothing else is opened, whatever a file is called: a playlist or a concat script named clip.mp4 would make FFmpeg
@@ -102,11 +103,6 @@ def open_container(path: Path) -> Any:
     for stream in container.streams.video:
         stream.thread_type = "NONE"
     return container
-
-
-def one_line(error: BaseException) -> str:
-    """The kind and the first line of an error, for the evidence of a rejection."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def probe(path: Path, rules: PictureRules = DEFAULT_RULES) -> VideoFacts:

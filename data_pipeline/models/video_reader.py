@@ -17,8 +17,9 @@ import av
 import numpy as np
 from PIL import Image
 
-from data_pipeline.models.video_index import OpenVideo, one_line, open_video, packets_from, probe
+from data_pipeline.models.video_index import OpenVideo, open_video, packets_from, probe
 from data_pipeline.models.video_pictures import PictureMaker, deinterlaced, fields_of, may_have_fields
+from data_pipeline.reasons import one_line
 from data_pipeline.records import ClipError, SettingsError, VideoFacts
 
 __all__ = ["READERS", "DecordReader", "PyAVReader", "VideoReader", "choose_reader", "open_reader", "probe"]
