@@ -13,10 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline.journal import Journal, atomic_file, fingerprint
-from data_pipeline.pairs_format import BLANK_REFERENCE, MEMBER, tar_member
-from data_pipeline.records import VideoFile
+from data_pipeline.journal import Journal, atomic_file, fingerprint, write_atomically
+from data_pipeline.pairs_format import BLANK_REFERENCE, BUILD_SCHEMA, MEMBER, tar_member
+from data_pipeline.records import InputError, VideoFile
+from data_pipeline.safe_text import visible
 from data_pipeline.step import Step
+from data_pipeline.texts import counted
 
 # Packages that can change what comes out.
 PACKAGES = [
@@ -81,9 +83,7 @@ class ShardPlanner:
 
 
 def write_shard(journal: Journal, plan: ShardPlan) -> dict[str, Any]:
-    """Writes one tar file from the journal, clip by clip; the same clips always give the same bytes. Returns its entry
-    in build.json.
-    """
+    """Writes one tar file from the journal; equal clips give equal bytes. Returns its entry in build.json."""
     digest, size = hashlib.sha256(), 0
     with atomic_file(journal.out / plan.name) as file:
 
@@ -163,6 +163,48 @@ def assemble(journal: Journal, files: Sequence[VideoFile], per_shard: int, write
     return {"shards": list(write(journal, plans)), "counts": counts}
 
 
+def beginning(
+    made_by: Mapping[str, str], settings: Mapping[str, Any], hashes: Mapping[str, str], files: Sequence[VideoFile]
+) -> dict[str, Any]:
+    """What build.json says before anything is made. made_by: version, settings hash and importer. hashes: of files."""
+    known = {"inputs_hash": inputs_hash(files), "versions": installed_versions()}
+    return {"schema": BUILD_SCHEMA, **made_by, "settings": settings, "files": hashes, **known}
+
+
+def finish(journal: Journal, files: Sequence[VideoFile], steps: Sequence[Step], content: dict[str, Any]) -> None:
+    """Writes the report and build.json, of this content and with the reasons of rejections, and closes the journal."""
+    from data_pipeline.report import write_report
+
+    tally = write_report(journal, files, [step.name for step in steps], content)
+    reasons = {stage: dict(counts.most_common()) for stage, counts in tally.rejected.items() if counts}
+    content["counts"]["reasons"] = {stage: reasons[stage] for stage in tally.stages if stage in reasons}
+    write_atomically(journal.out / "build.json", json.dumps(content, indent=1).encode())
+    journal.close()
+
+
+def already_made(journal: Journal, files: Sequence[VideoFile], kind: str, inputs: str) -> dict[str, Any]:
+    """The build.json of a dataset that is complete; InputError if its inputs have changed since."""
+    content = json.loads((journal.out / "build.json").read_text(encoding="utf-8"))
+    if content["inputs_hash"] != inputs_hash(files):
+        raise InputError(
+            f"the dataset in {journal.out} is complete, but {inputs} have changed since "
+            f"({content['counts']['videos']} {kind} then, {len(files)} now): choose a new --out"
+        )
+    journal.close()  # a run that was stopped between its last two actions leaves the folder behind
+    return content
+
+
+def outcome(content: Mapping[str, Any], out: Path, one: str) -> list[str]:
+    """Lines that say what came of a run. one: a video, or an item."""
+    counts = content["counts"]
+    made = f"{counted(counts['samples'], 'sample')} with {counted(counts['subjects'], 'subject')}"
+    came_of = f"{counted(counts['videos'], one)}, {counts['rejected']} rejected"
+    lines = [f"{made} from {came_of}; look at {visible(out / 'report.html')}"]
+    for stage, reasons in counts["reasons"].items():
+        lines += [visible(f"  {count} rejected by {stage}: {reason}") for reason, count in reasons.items()]
+    return lines
+
+
 def index_row(sample: Mapping[str, Any], shard: str) -> dict[str, Any]:
     """What the index says about one sample."""
     subjects = sample["subjects"]
@@ -191,9 +233,7 @@ def frame_gap(source: Mapping[str, Any]) -> float | None:
 
 
 class IndexWriter:
-    """index.parquet: one row per sample, in the order of the shards. The columns are those of ``index_row``, also if
-    there is no row.
-    """
+    """index.parquet: a row per sample, in the order of the shards; the columns of ``index_row``, also without a row."""
 
     rows_per_group = 10_000
 
@@ -262,19 +302,14 @@ def installed_versions() -> dict[str, str]:
 
 
 def file_hashes(steps: Sequence[Step]) -> dict[str, str]:
-    """SHA-256 of every file that shapes the dataset: checkpoints, configurations, annotations. Of a folder: of the
-    names and hashes of the files in it.
-    """
+    """SHA-256 of every file that shapes the dataset; of a folder: of the names and hashes of the files in it."""
     return {f"{step.name}.{name}": _hash(path) for step in steps for name, path in step.model_files().items()}
 
 
 def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
     if path.is_dir():
-        for inner in sorted(found for found in path.rglob("*") if found.is_file()):
-            digest.update(f"{inner.relative_to(path).as_posix()} {_hash(inner)}\n".encode())
-        return digest.hexdigest()
+        inside = sorted(found for found in path.rglob("*") if found.is_file())
+        listed = "".join(f"{inner.relative_to(path).as_posix()} {_hash(inner)}\n" for inner in inside)
+        return hashlib.sha256(listed.encode()).hexdigest()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

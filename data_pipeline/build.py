@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -14,34 +13,33 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline import __version__
 from data_pipeline.assemble import (
+    already_made,
     assemble,
+    beginning,
     file_hashes,
-    inputs_hash,
-    installed_versions,
+    finish,
+    outcome,
     settings_hash,
     write_here,
-)
+)  # fmt: skip
+from data_pipeline.command_line import check_pool
 from data_pipeline.extras import need_extras
-from data_pipeline.journal import Journal, write_atomically
+from data_pipeline.file_names import annotations_beside
+from data_pipeline.journal import Journal
 from data_pipeline.languages import OTHER_LANGUAGE, SPACY_MODELS
-from data_pipeline.options import MAX_WORKERS, make_parser, make_steps
+from data_pipeline.options import make_parser, make_steps
 from data_pipeline.outputs import check_folder
-from data_pipeline.pairs_format import BUILD_SCHEMA
 from data_pipeline.records import InputError, MiningError, MissingModelError, ModelNeededError, SettingsError, VideoFile
 from data_pipeline.run import run
 from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_session, run_on_ray, write_on_ray
 from data_pipeline.safe_text import visible
 from data_pipeline.shard_reader import rejected_videos
-from data_pipeline.sources import annotations_beside, find_videos
+from data_pipeline.sources import find_videos
 from data_pipeline.step import Step
 from data_pipeline.texts import counted
 
 if TYPE_CHECKING:
     from data_pipeline.models.hub import HubModel
-
-
-# A day; what is longer is a mistake, and too long for the clocks of some systems.
-LONGEST_TIMEOUT = 86_400
 
 
 def check_inputs(arguments: argparse.Namespace, files: Sequence[VideoFile], steps: Sequence[Step]) -> None:
@@ -123,27 +121,20 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
     journal = Journal(arguments.out)
     journal.check(settings, file_hashes(steps) if journal.is_complete() else None, __version__)
     if journal.is_complete():
-        return _already_built(journal, files)
+        return already_made(journal, files, "videos", "the videos, captions or annotations")
     if not cluster:  # whose machines have caches of their own
         download(steps, arguments, bare)
     say([bare] if bare else [])
     hashes = journal.start(settings, file_hashes(steps), __version__)
     pipeline = {"version": __version__, "settings_hash": settings_hash(settings, __version__)}
     steps[-1] = replace(steps[-1], pipeline=pipeline)
-    content = {
-        "schema": BUILD_SCHEMA,
-        **pipeline,
-        "settings": settings,
-        "files": hashes,
-        "inputs_hash": inputs_hash(files),
-        "versions": installed_versions(),
-    }
+    content = beginning(pipeline, settings, hashes, files)
     with journal.lock():
         try:
             with ray_session(cluster, group_steps(steps)) if cluster else nullcontext():
                 _run(steps, files, journal, cluster, arguments, content)
                 content |= assemble(journal, files, steps[-1].pairs_per_shard, write_on_ray if cluster else write_here)
-                _finish(journal, files, steps, content)
+                finish(journal, files, steps, content)
         except BaseException:
             journal.forget_if_empty()
             raise
@@ -197,16 +188,6 @@ def _run(
             content["files"] = journal.start(content["settings"], file_hashes([steps[place]]), __version__)
 
 
-def _finish(journal: Journal, files: Sequence[VideoFile], steps: Sequence[Step], content: dict[str, Any]) -> None:
-    from data_pipeline.report import write_report
-
-    tally = write_report(journal, files, [step.name for step in steps], content)
-    reasons = {stage: dict(counts.most_common()) for stage, counts in tally.rejected.items() if counts}
-    content["counts"]["reasons"] = {stage: reasons[stage] for stage in tally.stages if stage in reasons}
-    write_atomically(journal.out / "build.json", json.dumps(content, indent=1).encode())
-    journal.close()
-
-
 def default_out(videos: Path) -> Path:
     """``clips/`` -> ``clips-pairs`` beside it. SettingsError for the root, which has nothing beside it."""
     folder = videos.resolve()
@@ -217,12 +198,7 @@ def default_out(videos: Path) -> Path:
 
 def check_machines(arguments: argparse.Namespace) -> RayOptions | None:
     """What to run on: None for this machine. SettingsError for a wrong number, InputError for Ray without Ray."""
-    if not 0 <= arguments.workers <= MAX_WORKERS:
-        raise SettingsError(f"--workers must be 0 or more, and {MAX_WORKERS} at most, got {arguments.workers}")
-    if not 0 < arguments.clip_timeout <= LONGEST_TIMEOUT:
-        raise SettingsError(
-            f"--clip-timeout must lie above 0 and up to {LONGEST_TIMEOUT} s, got {arguments.clip_timeout}"
-        )
+    check_pool(arguments.workers, arguments.clip_timeout, "--clip-timeout")
     if arguments.ray is None:
         for name in ("model_workers", "gpu_share", "batch_clips"):
             if getattr(arguments, name) != 1:
@@ -232,27 +208,10 @@ def check_machines(arguments: argparse.Namespace) -> RayOptions | None:
         return None
     if arguments.device not in ("cpu", "cuda"):
         raise SettingsError(f"on Ray --device is cpu or cuda: Ray deals the GPUs out itself; got {arguments.device!r}")
-    options = RayOptions(
-        address=arguments.ray,
-        workers=arguments.workers,
-        model_workers=arguments.model_workers,
-        gpu_share=arguments.gpu_share,
-        batch_clips=arguments.batch_clips,
-        timeout=arguments.clip_timeout,
-    )
+    widths = {name: getattr(arguments, name) for name in ("workers", "model_workers", "gpu_share", "batch_clips")}
+    options = RayOptions(address=arguments.ray, timeout=arguments.clip_timeout, **widths)
     check_ray(options)
     return options
-
-
-def _already_built(journal: Journal, files: Sequence[VideoFile]) -> dict[str, Any]:
-    content = json.loads((journal.out / "build.json").read_text(encoding="utf-8"))
-    if content["inputs_hash"] != inputs_hash(files):
-        raise InputError(
-            f"the dataset in {journal.out} is complete, but the videos, captions or annotations have changed since "
-            f"({content['counts']['videos']} videos then, {len(files)} now): choose a new --out"
-        )
-    journal.close()  # a run that was stopped between its last two actions leaves the folder behind
-    return content
 
 
 def language_note(out: Path) -> str:
@@ -286,18 +245,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)  # noqa: T201
         return 130
-    counts = content["counts"]
-    print(  # noqa: T201
-        f"{counted(counts['samples'], 'sample')} with {counted(counts['subjects'], 'subject')} from "
-        f"{counted(counts['videos'], 'video')}, "
-        f"{counts['rejected']} rejected; look at {visible(arguments.out / 'report.html')}"
-    )
-    for stage, reasons in counts["reasons"].items():
-        for reason, count in reasons.items():
-            print(visible(f"  {count} rejected by {stage}: {reason}"))  # noqa: T201
+    print("\n".join(outcome(content, arguments.out, "video")))  # noqa: T201
     if note := language_note(arguments.out):
         print(visible(note), file=sys.stderr)  # noqa: T201
-    if counts["samples"] == 0:
+    if content["counts"]["samples"] == 0:
         print("error: no pair was left; the reasons are above and in rejected.jsonl", file=sys.stderr)  # noqa: T201
         if arguments.detector == "embedded":
             known = "the embedded detector knows the ten categories of the procedural world, and no photograph"

@@ -1,13 +1,11 @@
 """Weights in another library's spelling: ``python -m data_pipeline.convert groundingdino --to hf IN OUT``."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
 
+from data_pipeline.command_line import Parser, path_of
 from data_pipeline.extras import need_extras
-from data_pipeline.options import Parser, path_of
 from data_pipeline.outputs import check_folder
 from data_pipeline.records import InputError, MiningError, SettingsError
 from data_pipeline.safe_text import visible

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from data_pipeline.command_line import Parser, check_device_name, path_of
 from data_pipeline.extras import need_extras
 from data_pipeline.journal import atomic_file
-from data_pipeline.options import Parser, check_device_name, path_of
 from data_pipeline.outputs import check_folder
 from data_pipeline.places import SEGMENTER_SIZES, SEGMENTER_WEIGHTS
 from data_pipeline.records import (
@@ -28,7 +28,9 @@ from data_pipeline.records import (
     MissingModelError,
     SettingsError,
     box_in_pixels,
+    mask_box,
 )
+from data_pipeline.records import cut_out as cut_out_of_box
 from data_pipeline.safe_text import visible
 
 if TYPE_CHECKING:
@@ -81,10 +83,7 @@ def cut_out(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     pixels: uint8 (height, width, 3). mask: bool (height, width), not empty. Returns uint8 (rows, columns, 4): straight
     alpha, 255 on the mask; all channels 0 beside it.
     """
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    inside = mask[part][..., None]
-    return np.concatenate([pixels[part] * inside, np.where(inside, np.uint8(255), np.uint8(0))], axis=-1)
+    return cut_out_of_box(pixels, mask, mask_box(mask))
 
 
 def boxes_of(texts: Sequence[str] | None, count: int) -> list[Box]:
@@ -128,9 +127,7 @@ def places_of(photos: Sequence[Path], out: Path) -> list[Path]:
 
 
 def load_segmenter(name: str, checkpoint: Path | None, device: str) -> Segmenter:
-    """The network; its released weights are downloaded where there is no checkpoint. InputError or MissingModelError
-    if they are not to be had.
-    """
+    """The network; without a checkpoint the released weights. InputError, MissingModelError: not to be had."""
     if name == "embedded":
         model, checkpoint = str(SEGMENTER_SIZES), checkpoint or SEGMENTER_WEIGHTS
     else:
@@ -153,9 +150,7 @@ def load_segmenter(name: str, checkpoint: Path | None, device: str) -> Segmenter
 
 
 def reach(box: Box, shape: Sequence[int]) -> tuple[slice, slice]:
-    """Rows and columns that a mask may have: those of the box, and SPILL of its sides beyond. shape: (height, width)
-    first.
-    """
+    """Rows and columns that a mask may have: the box, and SPILL of its sides beyond. shape: (height, width) first."""
     width, height = box[2] - box[0], box[3] - box[1]
     wide = (
         max(0.0, box[0] - SPILL * width),
@@ -195,9 +190,7 @@ def find_mask(segmenter: Segmenter, pixels: np.ndarray, box: Box) -> tuple[np.nd
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Does what the command line says. MiningError for wrong input, before a network is loaded where that can be
-    told; photos that were cut out before stay.
-    """
+    """Does what the command line says. MiningError for wrong input; photos that were cut out before stay."""
     from data_pipeline.importers.pictures import TRANSPARENT, open_picture
 
     boxes = boxes_of(arguments.box, len(arguments.photos))

@@ -1,7 +1,5 @@
 """Pictures for the report: frames with their boxes and masks, cut-outs, contact sheets. Pillow and numpy only."""
 
-from __future__ import annotations
-
 import io
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -28,9 +26,7 @@ Tile = tuple[Image.Image, str]
 
 
 def draw_frame(image: np.ndarray, subjects: Sequence[Drawn], height: int = HEIGHT) -> Image.Image:
-    """The frame at the given height, masks tinted, boxes and phrases in one colour per subject. image: uint8 (h, w,
-    3).
-    """
+    """The frame at this height, masks tinted, boxes and phrases in one colour per subject. image: uint8 (h, w, 3)."""
     pixels = image.astype(np.float32)
     for number, (_, _, mask) in enumerate(subjects):
         if mask is not None:
@@ -71,9 +67,7 @@ def beside(pictures: Sequence[Image.Image], gap: int = 3) -> Image.Image:
 
 
 def contact_sheet(tiles: Sequence[Tile | str], width: int = 1500) -> Image.Image:
-    """Tiles with a few lines of text under each, in rows that fit the width. A string among them is a heading over the
-    tiles that follow.
-    """
+    """Tiles, a few lines of text under each, in rows that fit the width. A string is a heading for what follows."""
     gap, line = 10, 15
     placed: list[tuple[Image.Image, list[str], int, int]] = []
     headings: list[tuple[str, int]] = []
@@ -141,20 +135,13 @@ def _fitting(word: str, size: int, width: int) -> int:
 
 def draw_preview(record: Any) -> bytes:
     """Both frames of a record as a JPEG, with whatever has been found in them; no bytes if nothing was decoded yet."""
-    if isinstance(record, FramePair):
-        frames, subjects = record, ((), ())
-    elif isinstance(record, NamedPair):
-        frames, subjects = record.frames, ((), ())
-    elif isinstance(record, DetectedPair):
-        frames, subjects = record.frames, (record.reference, record.target)
-    elif isinstance(record, TrainingPair):
-        frames = record.frames
-        subjects = (
-            tuple(match.reference for match in record.matches),
-            tuple(match.target for match in record.matches),
-        )
-    else:
+    if not isinstance(record, FramePair | NamedPair | DetectedPair | TrainingPair):
         return b""
+    frames, subjects = getattr(record, "frames", record), ((), ())
+    if isinstance(record, DetectedPair):
+        subjects = (record.reference, record.target)
+    elif isinstance(record, TrainingPair):
+        subjects = ([match.reference for match in record.matches], [match.target for match in record.matches])
     pictures = [
         draw_frame(frame.image, [(found.entity.phrase, found.box, found.mask) for found in detections])
         for frame, detections in zip((frames.reference, frames.target), subjects, strict=True)

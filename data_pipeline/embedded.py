@@ -2,8 +2,6 @@
 download, trained on the procedural world; ``measure``: what they find of the truth on clips they have not seen.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json
@@ -169,10 +167,8 @@ def measure(arguments: argparse.Namespace) -> str:
             if not count:
                 continue
             folder = arguments.work / f"{kind}-{arguments.split}-{seed}"
-            if kind == "clips":
-                write_clips(folder, count, split=arguments.split, seed=seed)
-            else:
-                write_twin_clips(folder, count, split=arguments.split, seed=seed)
+            write = write_clips if kind == "clips" else write_twin_clips
+            write(folder, count, split=arguments.split, seed=seed)
             shown: list[tuple] = []
             clips = tqdm(picked(steps, folder, count), total=count, desc=f"{kind}, seed {seed}")
             figures[kind].append(miner.measure(clips, shown.append).figures())

@@ -1,7 +1,5 @@
 """What `pip install msdiffusion` leaves out because it only draws: the extras of setup.cfg, and how one gets them."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 from data_pipeline.records import InputError
@@ -17,13 +15,9 @@ MODULES = {
 
 
 def missing_extras(*extras: str) -> str | None:
-    """One sentence with the command that installs what is missing; nothing is imported.
+    """One sentence with the command that installs what is missing; nothing is imported. None where all is there.
 
-    Args:
-        extras: names in ``MODULES`` of what is about to be used.
-
-    Returns:
-        None where all is there.
+    extras: names in ``MODULES`` of what is about to be used.
     """
     lacking = {extra: [name for name in MODULES[extra] if find_spec(name) is None] for extra in extras}
     short = [extra for extra in extras if lacking[extra]]

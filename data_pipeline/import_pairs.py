@@ -3,10 +3,7 @@
 docs/data_format.md.
 """
 
-from __future__ import annotations
-
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,23 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import __version__
-from data_pipeline.assemble import assemble, inputs_hash, installed_versions, settings_hash
+from data_pipeline.assemble import already_made, assemble, beginning, finish, outcome, settings_hash
+from data_pipeline.command_line import HelpFormatter, Parser, check_pool, default_workers, finite, path_of
 from data_pipeline.extras import need_extras
+from data_pipeline.file_names import Places
 from data_pipeline.importers.images import find_metadata, list_pictures, read_images
 from data_pipeline.importers.items import Broken, ImportItem, ItemFile, Spool
 from data_pipeline.importers.official import check_items_file, read_official
 from data_pipeline.importers.pictures import EXIF
 from data_pipeline.importers.steps import CutSubjects, OpenPictures, ReadItems, WritePairs
-from data_pipeline.journal import Journal, atomic_file, write_atomically
-from data_pipeline.options import MAX_WORKERS, HelpFormatter, Parser, default_workers, finite, path_of
+from data_pipeline.journal import Journal, atomic_file
 from data_pipeline.outputs import check_folder
-from data_pipeline.pairs_format import BUILD_SCHEMA
 from data_pipeline.records import InputError, MiningError, SettingsError
 from data_pipeline.run import run
 from data_pipeline.safe_text import visible
-from data_pipeline.sources import Places
 from data_pipeline.step import Step
-from data_pipeline.texts import counted
 
 IMPORTERS = ("official", "images")
 BOXES = ("pixels", "normalised")
@@ -42,7 +37,6 @@ ONLY_FOR = {
 }
 """Options that belong to one importer."""
 SPOOL = "items.jsonl"
-LONGEST_TIMEOUT = 86_400
 NOTES = {
     "single_frame": "samples are single frames: a reference is cut out of the target itself, which teaches to copy",
     "subjects_without_mask": "subjects came without a mask: their cut-outs are whole boxes, background included",
@@ -112,12 +106,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise SettingsError(f"{flag} belongs to --from {other}, not to --from {arguments.importer}")
     if not (arguments.out / "build.json").is_file():  # of a finished dataset nothing is written
         check_folder(arguments.out)
-    if not 0 <= arguments.workers <= MAX_WORKERS:
-        raise SettingsError(f"--workers must be 0 or more, and {MAX_WORKERS} at most, got {arguments.workers}")
-    if not 0 < arguments.item_timeout <= LONGEST_TIMEOUT:
-        raise SettingsError(
-            f"--item-timeout must lie above 0 and up to {LONGEST_TIMEOUT} s, got {arguments.item_timeout}"
-        )
+    check_pool(arguments.workers, arguments.item_timeout, "--item-timeout")
     if arguments.mask_threshold is not None and arguments.mask_threshold < 1:
         raise SettingsError(f"--mask-threshold must be at least 1, got {arguments.mask_threshold}")
     if arguments.importer == "official":
@@ -224,33 +213,19 @@ def import_pairs(arguments: argparse.Namespace) -> dict[str, Any]:
     journal.start(settings, {}, __version__)
     path = journal.folder / SPOOL
     if journal.is_complete():
-        return _already_imported(journal, find_items(arguments, path, arguments.quiet, keep=False))
+        files = find_items(arguments, path, arguments.quiet, keep=False)
+        return already_made(journal, files, "items", "its items or pictures")
     pipeline = {"version": __version__, "settings_hash": settings_hash(settings, __version__)}
     steps[-1].pipeline = pipeline
     with journal.lock():
         try:
             files = find_items(arguments, path, arguments.quiet)
-            content = {
-                "schema": BUILD_SCHEMA,
-                **pipeline,
-                "importer": arguments.importer,
-                "settings": settings,
-                "files": {},
-                "inputs_hash": inputs_hash(files),
-                "versions": installed_versions(),
-            }
-            run(
-                steps,
-                files,
-                journal,
-                workers=arguments.workers,
-                timeout=arguments.item_timeout,
-                quiet=arguments.quiet,
-                work=("importing", "item"),
-            )
+            content = beginning({**pipeline, "importer": arguments.importer}, settings, {}, files)
+            how = {"workers": arguments.workers, "timeout": arguments.item_timeout, "quiet": arguments.quiet}
+            run(steps, files, journal, **how, work=("importing", "item"))
             content |= assemble(journal, files, arguments.pairs_per_shard)
             content["counts"] |= count_notes(journal, files)
-            _finish(journal, files, steps, content)
+            finish(journal, files, steps, content)
         except BaseException:
             journal.forget_if_empty()
             raise
@@ -270,27 +245,6 @@ def count_notes(journal: Journal, files: Sequence[ItemFile]) -> dict[str, int]:
     return dict(counts)
 
 
-def _finish(journal: Journal, files: Sequence[ItemFile], steps: Sequence[Step], content: dict[str, Any]) -> None:
-    from data_pipeline.report import write_report
-
-    tally = write_report(journal, files, [step.name for step in steps], content)
-    reasons = {stage: dict(counts.most_common()) for stage, counts in tally.rejected.items() if counts}
-    content["counts"]["reasons"] = {stage: reasons[stage] for stage in tally.stages if stage in reasons}
-    write_atomically(journal.out / "build.json", json.dumps(content, indent=1).encode())
-    journal.close()
-
-
-def _already_imported(journal: Journal, files: Sequence[ItemFile]) -> dict[str, Any]:
-    content = json.loads((journal.out / "build.json").read_text(encoding="utf-8"))
-    if content["inputs_hash"] != inputs_hash(files):
-        raise InputError(
-            f"the dataset in {journal.out} is complete, but its items or pictures have changed since "
-            f"({content['counts']['videos']} items then, {len(files)} now): choose a new --out"
-        )
-    journal.close()
-    return content
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 a dataset was written, 1 no pair was left, 2 wrong input."""
     arguments = make_parser().parse_args(argv)
@@ -305,17 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("stopped; the same command goes on from here")
         return 130
     counts = content["counts"]
-    print(  # noqa: T201
-        f"{counted(counts['samples'], 'sample')} with {counted(counts['subjects'], 'subject')} from "
-        f"{counted(counts['videos'], 'item')}, "
-        f"{counts['rejected']} rejected; look at {visible(arguments.out / 'report.html')}"
-    )
-    for stage, reasons in counts["reasons"].items():
-        for reason, count in reasons.items():
-            print(visible(f"  {count} rejected by {stage}: {reason}"))  # noqa: T201
-    for name, text in NOTES.items():
-        if counts[name]:
-            print(f"  note: {counts[name]} {text}")  # noqa: T201
+    notes = [f"  note: {counts[name]} {text}" for name, text in NOTES.items() if counts[name]]
+    print("\n".join([*outcome(content, arguments.out, "item"), *notes]))  # noqa: T201
     if counts["samples"] == 0:
         say("error: no pair was left; the reasons are above and in rejected.jsonl")
         return 1

@@ -4,8 +4,6 @@ Prints what is known of the sample and draws it; checks the shard on the way (do
 memory and never extracted to the disk.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_pipeline.command_line import Parser, path_of
 from data_pipeline.drawing import contact_sheet, draw_cut_out, draw_frame
 from data_pipeline.extras import need_extras
-from data_pipeline.options import Parser, path_of
 from data_pipeline.outputs import check_file
 from data_pipeline.records import Box, InputError, MiningError, box_in_pixels
 from data_pipeline.safe_text import nobody_reads, printable, visible, visible_line
@@ -78,26 +76,16 @@ def describe(shard: Shard, sample: Sample) -> str:
         facts.append(("mined by", ", ".join(f"{name} {value}" for name, value in metadata["pipeline"].items())))
     rows = [["", "phrase", "kind", "mention", "target box", "reference box", "area", "detection", "similarity"]]
     for number, subject in enumerate(metadata["subjects"]):
-        rows.append(
-            [
-                str(number),
-                subject["phrase"],
-                subject.get("kind", ""),
-                subject["mention"],
-                _box_text(subject["target_box"]),
-                _box_text(subject["reference_box"]),
-                f"{subject['area']:.3f}",
-                f"{subject['detection_score']:.2f}",
-                "" if subject.get("match_similarity") is None else f"{subject['match_similarity']:.3f}",
-            ]
-        )
+        words = (subject["phrase"], subject.get("kind", ""), subject["mention"])
+        boxes = (" ".join(f"{value:.3f}" for value in subject[name]) for name in ("target_box", "reference_box"))
+        similarity = subject.get("match_similarity")
+        measured = (f"{subject['area']:.3f}", f"{subject['detection_score']:.2f}")
+        rows.append([str(number), *words, *boxes, *measured, "" if similarity is None else f"{similarity:.3f}"])
     rows = [[visible_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [f"{name:<10} {visible_line(value)}" for name, value in facts]
-    lines += [
-        "",
-        *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
-    ]
+    lines.append("")
+    lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     for number, subject in enumerate(metadata["subjects"]):
         if subject.get("attributes"):
             attributes = ", ".join(f"{name} {value}" for name, value in subject["attributes"].items())
@@ -115,17 +103,14 @@ def _imported(source: Mapping[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _box_text(box: Sequence[float]) -> str:
-    return " ".join(f"{value:.3f}" for value in box)
-
-
 def draw(sample: Sample) -> Image.Image:
     """The cut-outs; below them the reference cut-outs at their places in the reference frame, with their boxes, the
     target as it is, and the target with its boxes and masks.
     """
     metadata = sample.metadata
     boxes = {
-        side: [_box(subject, f"{side}_box") for subject in metadata["subjects"]] for side in ("reference", "target")
+        side: [tuple(map(float, subject[f"{side}_box"])) for subject in metadata["subjects"]]
+        for side in ("reference", "target")
     }
     phrases = [subject["phrase"] for subject in metadata["subjects"]]
     target = np.asarray(sample.target)
@@ -148,11 +133,6 @@ def draw(sample: Sample) -> Image.Image:
         ],
         width=max(600, 3 * places.width + 40),
     )
-
-
-def _box(subject: Mapping[str, Any], name: str) -> Box:
-    x1, y1, x2, y2 = (float(value) for value in subject[name])
-    return x1, y1, x2, y2
 
 
 def _references_in_place(sample: Sample, boxes: Sequence[Box]) -> np.ndarray:

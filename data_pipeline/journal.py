@@ -6,8 +6,6 @@ Every file is written under a temporary name and renamed, the marker last. When 
 appears and the folder goes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -19,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_pipeline.file_names import beside
 from data_pipeline.records import InputError, OutputError, VideoFile
-from data_pipeline.sources import beside
 
 
 @contextlib.contextmanager
@@ -110,10 +108,7 @@ class Journal:
             self.out.rmdir()  # if nothing else is in it
 
     def check(
-        self,
-        settings: Mapping[str, Mapping[str, Any]],
-        files: Mapping[str, str] | None = None,
-        version: str = "",
+        self, settings: Mapping[str, Mapping[str, Any]], files: Mapping[str, str] | None = None, version: str = ""
     ) -> dict[str, str] | None:
         """Compares what shapes the dataset with what it was started with; InputError that names what differs, or why
         the folder cannot be used. Writes nothing. Returns the hashes that are recorded, None if nothing is.
@@ -147,14 +142,9 @@ class Journal:
         return None
 
     def start(
-        self,
-        settings: Mapping[str, Mapping[str, Any]],
-        files: Mapping[str, str] | None = None,
-        version: str = "",
+        self, settings: Mapping[str, Mapping[str, Any]], files: Mapping[str, str] | None = None, version: str = ""
     ) -> dict[str, str]:
-        """``check``, and records all of it, in a new folder if there is none. Returns the hashes of all files that have
-        shaped the dataset so far.
-        """
+        """``check``, and records it all, in a new folder if there is none. Returns the hashes of all files so far."""
         then = self.check(settings, files, version)
         known = {**(then or {}), **(files or {})}
         if self.is_complete() or known == then:
@@ -168,9 +158,7 @@ class Journal:
         return known
 
     def compare_files(self, now: Mapping[str, str], then: Mapping[str, str]) -> None:
-        """InputError that names every setting whose file has another content than before. A model that is not needed
-        any more, or had not been, is no change.
-        """
+        """InputError that names every setting whose file has changed; a model now or then not needed is no change."""
         changed = [name for name in sorted(now.keys() & then.keys()) if now[name] != then[name]]
         if changed:
             raise InputError(
@@ -183,9 +171,7 @@ class Journal:
         missing = object()
         changed = [name for name in sorted({*now, *then}) if now.get(name, missing) != then.get(name, missing)]
         if changed:
-            lines = [
-                f"  {name}: {then.get(name, 'absent')!r} then, {now.get(name, 'absent')!r} now" for name in changed
-            ]
+            lines = (f"  {key}: {then.get(key, 'absent')!r} then, {now.get(key, 'absent')!r} now" for key in changed)
             raise InputError(
                 f"{self.out} was started with other settings; use those again, or a new --out:\n" + "\n".join(lines)
             )
@@ -225,14 +211,8 @@ class Journal:
                 write_atomically(path.with_suffix(suffix), written)
             else:  # of an earlier version of the clip
                 path.with_suffix(suffix).unlink(missing_ok=True)
-        content = {
-            **marker,
-            "video": file.name,
-            "key": file.key,
-            "fingerprint": taken or fingerprint(file),
-            "bytes": len(blocks),
-        }
-        write_atomically(path, json.dumps(content, separators=(",", ":")).encode())
+        own = {"video": file.name, "key": file.key, "fingerprint": taken or fingerprint(file), "bytes": len(blocks)}
+        write_atomically(path, json.dumps({**marker, **own}, separators=(",", ":")).encode())
 
     def markers(self, files: Iterable[VideoFile]) -> Iterator[dict[str, Any]]:
         """Markers of all clips, in the order of the files; InputError if one is missing."""

@@ -11,7 +11,7 @@ from typing import Any
 from data_pipeline.drawing import draw_preview
 from data_pipeline.journal import Journal, fingerprint
 from data_pipeline.pool import Failure
-from data_pipeline.records import Dropped, EncodedPair, MiningError, ModelNeededError, Rejected, VideoFile
+from data_pipeline.records import EncodedPair, MiningError, ModelNeededError, Rejected, VideoFile
 from data_pipeline.step import Step
 
 UNEXPECTED, TOO_SLOW, DIED = "unexpected error", "took too long", "the worker died"
@@ -88,14 +88,10 @@ def advance(step: Step, journeys: Sequence[Journey]) -> None:
             branch.preview = _preview(branch.record)
             branch.record = Rejected(result.reason, result.evidence, step.name)
             continue
-        journey.notes.update(*(getattr(each, "notes", ()) for each in _as_tuple(result)))
+        branch.record, *others = result if isinstance(result, tuple) else (result,)
+        journey.notes.update(*(getattr(each, "notes", ()) for each in (branch.record, *others)))
         branch.passed += 1
-        if isinstance(result, tuple):
-            branch.record = result[0]
-            later = [Branch(record, number, branch.passed) for number, record in enumerate(result[1:], start=1)]
-            journey.branches += later
-        else:
-            branch.record = result
+        journey.branches += [Branch(record, number, branch.passed) for number, record in enumerate(others, start=1)]
 
 
 def _process(step: Step, records: list[Any]) -> list[Any]:
@@ -118,10 +114,6 @@ def _caption(record: Any) -> str:
     for name in ("frames", "video", "opened", "item"):  # NamedPair -> FramePair -> Video, CutItem -> OpenedItem -> item
         record = getattr(record, name, record)
     return getattr(record, "caption", None) or ""
-
-
-def _as_tuple(result: Any) -> tuple[Any, ...]:
-    return result if isinstance(result, tuple) else (result,)
 
 
 def _preview(record: Any) -> bytes:
@@ -152,7 +144,7 @@ def commit(journey: Journey, journal: Journal) -> Finished:
         lost = [branch for branch in journey.branches if branch is not first]
         blocks, preview = b"", first.preview
     else:
-        marker = {"kept": True, "samples": list(result.samples), "dropped": [_as_dict(lost) for lost in result.dropped]}
+        marker = {"kept": True, "samples": list(result.samples), "dropped": list(map(vars, result.dropped))}
         lost = [branch for branch in journey.branches if not branch.alive]
         blocks, preview = result.blocks, b""
     marker["lost_pairs"] = [
@@ -166,15 +158,6 @@ def commit(journey: Journey, journal: Journal) -> Finished:
     rejected = [branch.record for branch in journey.branches if not branch.alive]
     unexpected = next((why.evidence["traceback"] for why in rejected if why.reason == UNEXPECTED), "")
     return Finished(kept=marker["kept"], unexpected=unexpected)
-
-
-def _as_dict(dropped: Dropped) -> dict[str, Any]:
-    return {
-        "phrase": dropped.phrase,
-        "stage": dropped.stage,
-        "reason": dropped.reason,
-        "evidence": dict(dropped.evidence),
-    }
 
 
 @dataclass(frozen=True)

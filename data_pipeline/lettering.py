@@ -6,8 +6,6 @@ scripts of Asia and Africa; manimgx-fonts-cjk: Chinese, Japanese, Korean). Alway
 same dataset gives the same pictures everywhere.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import unicodedata
 from functools import cache
@@ -74,10 +72,7 @@ def _pieces(text: str, size: int) -> list[tuple[ImageFont.FreeTypeFont, str]]:
         return [(_own_font(size), text)]
     pieces: list[tuple[Path, str]] = []
     for character in text:
-        if pieces and joins(character):
-            file = pieces[-1][0]
-        else:
-            file = _file_of(character)
+        file = pieces[-1][0] if pieces and joins(character) else _file_of(character)
         if pieces and pieces[-1][0] == file:
             pieces[-1] = (file, pieces[-1][1] + character)
         else:

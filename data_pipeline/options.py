@@ -2,20 +2,13 @@
 help. From the parsed options to the list of steps. Why a default is what it is: docs/mining.md.
 """
 
-from __future__ import annotations
-
 import argparse
-import difflib
-import math
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from data_pipeline.command_line import HelpFormatter, Parser, check_device_name, default_workers, finite, path_of
 from data_pipeline.records import SettingsError
-from data_pipeline.safe_text import visible, write_anything
 from data_pipeline.step import Step
 from data_pipeline.steps.cut_shots import CutShots
 from data_pipeline.steps.detect_boxes import DETECTORS, DetectBoxes
@@ -27,9 +20,6 @@ from data_pipeline.steps.read_videos import HDR, INTERLACED, ReadVideos
 from data_pipeline.steps.segment_masks import SEGMENTERS, SegmentMasks
 from data_pipeline.steps.write_captions import CAPTIONERS, WriteCaptions
 from data_pipeline.steps.write_shards import WriteShards
-
-MAX_WORKERS = 1024
-"""Processes of one machine."""
 
 
 @dataclass(frozen=True)
@@ -258,65 +248,6 @@ SHARDS = StepOptions(
 STEPS = (READING, SHOTS, FRAMES, CAPTIONS, ENTITIES, BOXES, MASKS, MATCHING, FILTERS, SHARDS)
 
 
-def path_of(text: str) -> Path:
-    """A path at which there is something, or may be: not one that is too long, goes in a circle or is forbidden, which
-    would be an error wherever it is looked at first.
-    """
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"{text!r} is no path: was a variable of the shell empty?")
-    try:
-        os.stat(text)  # noqa: PTH116
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise argparse.ArgumentTypeError(f"cannot look at {text[:200]!r}: {why}") from error
-    return Path(text)
-
-
-def finite(text: str) -> float:
-    """A number that is neither infinite nor NaN: no comparison would ever notice those."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"needs an ordinary number, got {text}")
-    return number
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in a line or two, with a likely option for a misspelled one, instead of all there are."""
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        """As argparse's, but options are not to be abbreviated."""
-        super().__init__(*arguments, **{"allow_abbrev": False, **settings})
-        write_anything()  # every command begins with its parser
-
-    def error(self, message: str) -> NoReturn:
-        """Exits with 2."""
-        known = list(self._option_string_actions)
-        for word in re.findall(r"--[\w-]+", message.partition("unrecognized arguments:")[2]):
-            if near := difflib.get_close_matches(word, known, n=1):
-                message += f"\ndid you mean {near[0]} for {word}?"
-        left = message.partition("unrecognized arguments:")[2].split()
-        if left and all(re.fullmatch(r"[-+.,\d]+", word) for word in left):
-            message += "\nnumbers that belong together have commas between them and no blanks: --box 0,0,0.5,1"
-        if "--caption:" in message:
-            message += "\na table of captions is given with --captions FILE"
-        self.exit(2, f"error: {visible(message)}\n{self.prog} --help lists all options\n")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one to show."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        plain = action.default in (None, "", (), False)
-        return action.help if plain else super()._get_help_string(action)
-
-
-def default_workers() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
@@ -365,16 +296,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_device_name(device: str) -> None:
-    """SettingsError for a word that names no device of ours; whether it is here is asked of torch later."""
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?|mps", device):
-        raise SettingsError(f"--device is cpu, cuda, cuda:1 or mps, got {device[:80]!r}")
-
-
 def make_steps(arguments: argparse.Namespace) -> list[Step]:
-    """The whole pipeline, in order. SettingsError or InputError if the options don't make sense; nothing heavy is
-    loaded.
-    """
+    """The whole pipeline, in order. SettingsError or InputError if options make no sense; nothing heavy is loaded."""
     annotated = arguments.detector in ("auto", "annotations")
     if arguments.segmenter == "annotations" and arguments.detector != "annotations":
         raise SettingsError(

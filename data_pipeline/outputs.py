@@ -1,7 +1,5 @@
 """Places that are written to, tried before the work."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path
@@ -15,17 +13,11 @@ LONGEST_NAME = 255
 
 
 def check_folder(folder: Path, flag: str = "--out", inside: str = "", *, holds: bool = False) -> None:
-    """Say at once that a folder cannot be made or written in. Nothing is left there, no folder either.
+    """Say at once that a folder cannot be made or written in. Nothing is left there, no folder either. InputError
+    if a file stands there or above it; OutputError if the system refuses to write there, or a name is too long.
 
-    Args:
-        folder: that will be made if it is missing.
-        flag: of the command line, or the name of the argument.
-        inside: the longest name of a file that will be written there.
-        holds: what was named is a file, and this the folder that it lies in.
-
-    Raises:
-        InputError: a file stands there or above it.
-        OutputError: the system refuses to write there, or a name is too long.
+    folder: it may be missing. flag: of the command line, or the name of the argument. inside: the longest name of a
+    file that will be written there. holds: what was named is a file, and this the folder that it lies in.
     """
     try:
         if "\0" in str(folder):

@@ -4,8 +4,6 @@ Mining writes within them; every reader, mining's and training's, holds to them 
 count, because a dataset may come from anybody. Standard library only.
 """
 
-from __future__ import annotations
-
 import re
 import tarfile
 from collections.abc import Iterable, Mapping
@@ -15,6 +13,8 @@ PAIRS_SCHEMA = "msdiffusion.pairs/1"
 """Of a sample's json: the one that this version reads and writes."""
 BUILD_SCHEMA = "data_pipeline.build/1"
 """Of build.json."""
+ANNOTATIONS_SCHEMA = "data_pipeline.annotations/1"
+"""Of the boxes and masks beside a clip or a picture."""
 
 MOST_KEY = 200
 """Characters of a key: it becomes the name of a file, with a suffix."""
@@ -145,9 +145,7 @@ def open_index(file: Any, columns: Iterable[str], rows: int) -> Any:
 
 
 def check_texts(batch: Any) -> None:
-    """ValueError for a text that is longer than any of the index: in a batch of an index that ``open_index`` opened,
-    before it becomes Python's values.
-    """
+    """ValueError for too long a text in a batch of an index of ``open_index``, before it becomes Python's values."""
     from pyarrow import compute
 
     for name in batch.schema.names:

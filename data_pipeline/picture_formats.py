@@ -3,8 +3,6 @@
 Pillow knows dozens, and some of those run other programs to open a file. What a name says counts for nothing.
 """
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO

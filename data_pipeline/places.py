@@ -1,7 +1,5 @@
 """Where the things lie that come along: trained models and configs. Paths only: nothing is read here."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 _PACKAGES = Path(__file__).resolve().parents[1]

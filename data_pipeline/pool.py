@@ -1,8 +1,4 @@
-"""Worker processes of which each holds its models, works on one task at a time, and may hang or die without harm to
-the others.
-"""
-
-from __future__ import annotations
+"""Worker processes that hold their models, work on one task at a time, and may hang or die without harm to others."""
 
 import contextlib
 import gc
@@ -55,9 +51,7 @@ class _Worker(Generic[Task]):
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """No garbage collection inside the block: thousands of modules are hardly any garbage, but every collection while
-    they are imported walks all of them.
-    """
+    """No garbage collection inside: every collection during imports walks thousands of modules, hardly any garbage."""
     gc.disable()
     try:
         yield
@@ -140,9 +134,7 @@ def run_pool(
 
 
 class Guard(Generic[Task]):
-    """One worker that is asked one task at a time, by a caller that waits: a pool for someone who has a thread of his
-    own, such as an actor on a cluster.
-    """
+    """One worker that is asked one task at a time by a caller that waits, such as an actor on a cluster."""
 
     def __init__(self, make: Callable[[], Callable[[Task, Place], Any]], preload: tuple[str, ...] = ()) -> None:
         self._make, self._preload = make, preload

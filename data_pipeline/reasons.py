@@ -1,7 +1,5 @@
 """What a message may repeat of others: the words of libraries, values that somebody gave. Standard library only."""
 
-from __future__ import annotations
-
 import pickle
 import re
 
@@ -30,3 +28,8 @@ def shown(value: object, limit: int = 80) -> str:
     except ValueError:  # Python writes whole numbers of thousands of digits only when told to
         text = f"{type(value).__name__} of more digits than can be written"
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def one_line(error: BaseException) -> str:
+    """The kind and the first line of an error, for the evidence of a rejection."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -11,8 +11,6 @@ Frames of reference, for the whole package:
 Errors: MiningError <- SettingsError(ValueError), InputError(ValueError), OutputError, ClipError.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -106,9 +104,7 @@ def mask_size(rle: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def decode_mask(rle: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """The bool (height, width) mask of such run lengths; ClipError if they don't fill the size, or if that is more than
-    ``MOST_FRAME_PIXELS``.
-    """
+    """Their bool (height, width) mask; ClipError if they don't fill the size, or it is above ``MOST_FRAME_PIXELS``."""
     height, width = mask_size(rle)
     if height * width > MOST_FRAME_PIXELS:
         raise ClipError(
@@ -262,9 +258,7 @@ class VideoFacts:
     tone_map: str = ""
     deinterlace: bool = False
     if_interlaced: str = "deinterlace"
-    """What becomes of frames that turn out to be interlaced though the file did not say so: "deinterlace", "reject" or
-    "keep".
-    """
+    """What becomes of interlaced frames though the file did not say so: "deinterlace", "reject" or "keep"."""
     notes: tuple[str, ...] = ()
 
     @property

@@ -5,8 +5,6 @@ writes it with the same code, so both give the same bytes. What only the run its
 that were left out, pictures of rejected clips) it leaves in ``report/notes.json`` and ``report/rejected/``.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import shutil
@@ -18,15 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.command_line import Parser, path_of
 from data_pipeline.drawing import HEIGHT, Tile, beside, contact_sheet, draw_cut_out, draw_frame
 from data_pipeline.extras import need_extras
 from data_pipeline.journal import Journal, write_atomically
-from data_pipeline.options import Parser, path_of
 from data_pipeline.picture_formats import open_listed
 from data_pipeline.records import InputError, MiningError, OutputError, VideoFile
 from data_pipeline.report_page import Tally, in_words, page
 from data_pipeline.safe_text import nobody_reads, printable, visible
-from data_pipeline.shard_reader import Sample, Shard, index_rows, is_seconds, read_build, read_json, rejected_videos
+from data_pipeline.sample_checks import is_seconds
+from data_pipeline.shard_reader import Sample, Shard, index_rows, read_build, read_json, rejected_videos
 
 NOTES_SCHEMA = "data_pipeline.report/1"
 KEPT_SHOWN = 48
@@ -53,12 +52,8 @@ def write_report(
 
 def keep_notes(journal: Journal, files: Sequence[VideoFile]) -> None:
     """Writes report/notes.json, and report/rejected/KEY.jpg for a few clips of every reason."""
-    seconds: Counter[str] = Counter()
-    dropped: Counter[tuple[str, str]] = Counter()
-    lost: Counter[tuple[str, str]] = Counter()
-    clips: Counter[str] = Counter()
-    asked: Counter[tuple[str, str]] = Counter()
-    stored: Counter[tuple[str, str]] = Counter()
+    seconds, clips = Counter[str](), Counter[str]()
+    dropped, lost, asked, stored = (Counter[tuple[str, str]]() for _ in range(4))
     folder = journal.out / "report"
     shutil.rmtree(folder / "rejected", ignore_errors=True)  # of an interrupted run
     _make_folder(folder / "rejected")
@@ -220,25 +215,21 @@ def _rejected_tiles(
     return tiles
 
 
-def draw_sample(sample: Sample, height: int = HEIGHT) -> Tile:
-    """Cut-outs, then the target with its boxes and masks; and the caption. height: pixels of the target."""
+def draw_sample(sample: Sample) -> Tile:
+    """Cut-outs, then the target with its boxes and masks; and the caption."""
     metadata = sample.metadata
     subjects = [
-        (
-            subject["phrase"],
-            tuple(subject["target_box"]),
-            mask,
-        )
+        (subject["phrase"], tuple(subject["target_box"]), mask)
         for subject, mask in zip(metadata["subjects"], sample.masks, strict=True)
     ]
-    cutouts = [draw_cut_out(picture, height // 2) for picture in sample.references]
+    cutouts = [draw_cut_out(picture, HEIGHT // 2) for picture in sample.references]
     similarities = [subject.get("match_similarity") for subject in metadata["subjects"]]
     known = ", ".join(f"{value:.2f}" for value in similarities if value is not None)
     source = metadata["source"]
     more = [f"similarity {known}"] if known else []
     more += [f"{what} by {source[what]}" for what in ("boxes", "masks") if what in source]
     text = printable(f"{metadata['caption']}\n[{'; '.join([sample.key, *more])}]")
-    return beside([*cutouts, draw_frame(np.asarray(sample.target), subjects, height)]), text
+    return beside([*cutouts, draw_frame(np.asarray(sample.target), subjects)]), text
 
 
 def _save_sheet(out: Path, name: str, tiles: Sequence[Tile | str]) -> str:

@@ -1,7 +1,5 @@
 """The page of the report: HTML with inline SVG, from counts alone. Nothing is read or written here."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -290,10 +288,8 @@ def page(
     rejected = tally.videos - tally.kept_videos
     name, one = ("Import", "items") if "importer" in build else ("Mining", "videos")
     tables = []
-    for title, served in (
-        ("Where boxes and masks came from", True),
-        ("Clips out of the ordinary, kept or rejected", False),
-    ):
+    kinds = ((True, "Where boxes and masks came from"), (False, "Clips out of the ordinary, kept or rejected"))
+    for served, title in kinds:
         rows = [(note, count) for note, count in notes.get("clips", ()) if note.startswith(SERVED) is served]
         if rows:
             tables.append((title, table(("what", one), rows)))

@@ -1,7 +1,5 @@
 """Runs a list of steps on this machine, clip by clip, and leaves each clip's outcome in the journal."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -16,10 +14,8 @@ from data_pipeline.step import Step
 MOST_UNEXPECTED = 50
 
 
-def make_worker(
-    steps: Sequence[Step], journal: Journal, threads: int | None = None
-) -> Callable[[VideoFile, Place | None], Finished]:
-    """Sets the steps up and returns the function that mines one clip and commits it.
+def make_traveller(steps: Sequence[Step], threads: int | None = 1) -> Callable[[Journey, Place | None], Journey]:
+    """Sets the steps up and returns the function that takes one clip through them.
 
     threads: 1 in a process of its own, where the processes are the parallelism; None leaves them to the caller.
     InputError if a step's device is not here.
@@ -32,14 +28,22 @@ def make_worker(
         check_device(step.model_device)
         step.set_up()
 
-    def work(file: VideoFile, place: Place | None) -> Finished:
+    def go(journey: Journey, place: Place | None) -> Journey:
         def at(number: int) -> None:
             if place is not None:
                 place.value = number
 
-        return commit(travel(steps, Journey(file), at), journal)
+        return travel(steps, journey, at)
 
-    return work
+    return go
+
+
+def make_worker(
+    steps: Sequence[Step], journal: Journal, threads: int | None = None
+) -> Callable[[VideoFile, Place | None], Finished]:
+    """The function that mines one clip and commits it, see ``make_traveller``."""
+    go = make_traveller(steps, threads)
+    return lambda file, place: commit(go(Journey(file), place), journal)
 
 
 def run(

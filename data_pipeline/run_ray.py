@@ -6,13 +6,11 @@ of a GPU if it runs on one, and takes several clips in a batch. The last actors 
 lie on a file system that all machines see. Shards, too, are written by the workers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +19,10 @@ from typing import Any
 from data_pipeline.assemble import ShardPlan, write_shard
 from data_pipeline.extras import missing_extras
 from data_pipeline.journal import Journal
-from data_pipeline.journey import Finished, Journey, advance, commit, travel
-from data_pipeline.pool import Failure, Guard, Place
+from data_pipeline.journey import Finished, Journey, advance, commit
+from data_pipeline.pool import Failure, Guard
 from data_pipeline.records import InputError, MiningError, OutputError, SettingsError, VideoFile
-from data_pipeline.run import preloads, show_progress, split_finished
+from data_pipeline.run import make_traveller, preloads, show_progress, split_finished
 from data_pipeline.step import Step
 
 
@@ -54,9 +52,7 @@ class RayOptions:
 
 
 def group_steps(steps: Sequence[Step]) -> list[list[Step]]:
-    """The steps in their order: neighbours without a model together, every step with a model alone. The last one,
-    which encodes the samples, must have none.
-    """
+    """The steps in order: neighbours without a model together, each with a model alone; the last must have none."""
     if steps[-1].model_device:
         raise SettingsError(f"the last step cannot have a model, but {steps[-1].name} has one")
     groups: list[list[Step]] = []
@@ -68,23 +64,6 @@ def group_steps(steps: Sequence[Step]) -> list[list[Step]]:
 
 
 # ------------------------------------------------------------------------------------------------------ in the workers
-
-
-def make_travel(steps: Sequence[Step]) -> Callable[[Journey, Place], Journey]:
-    """Sets the steps up and returns the function that takes a clip through them: what a guarded child does."""
-    from data_pipeline.models.threads import use_one_thread
-
-    use_one_thread()
-    for step in steps:
-        step.setup()
-
-    def work(journey: Journey, place: Place) -> Journey:
-        def at(number: int) -> None:
-            place.value = number
-
-        return travel(steps, journey, at)
-
-    return work
 
 
 def enter(folder: str) -> None:
@@ -102,7 +81,7 @@ class GuardedSteps:
     def __init__(self, steps: Sequence[Step], folder: str, timeout: float, journal: Journal | None = None) -> None:
         enter(folder)
         self._steps, self._timeout, self._journal = steps, timeout, journal
-        self._guard: Guard[Journey] = Guard(partial(make_travel, steps), preloads(steps))
+        self._guard: Guard[Journey] = Guard(partial(make_traveller, steps), preloads(steps))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The same rows, one group of steps later; in the last actor {"name", "kept", "unexpected"}."""

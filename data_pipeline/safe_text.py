@@ -4,8 +4,6 @@ Captions, names, paths and counts of a dataset may come from anybody. Nothing he
 are, and do nothing.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -13,9 +11,7 @@ from functools import cache
 from typing import Any
 
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but for the end of a line and the tab, what turns the direction of text round, and halves of
-characters, which no encoding knows.
-"""
+"""Control characters but line end and tab, what turns the direction of text, and halves of characters."""
 
 MOST_MESSAGE = 2500
 """Characters of an error."""

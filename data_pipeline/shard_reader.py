@@ -3,12 +3,9 @@
 Members are read in memory, never extracted to the disk. Every fault is an ``InputError`` that names the file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
-import math
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,22 +23,20 @@ from data_pipeline.pairs_format import (
     KEY,
     MEMBER,
     MOST_BUILD_BYTES,
-    MOST_CAPTION,
     MOST_LINE_BYTES,
-    MOST_PHRASE,
     MOST_SUBJECTS,
     PAIRS_SCHEMA,
     SAMPLE_BYTES,
     HeaderFile,
     check_texts,
     fault_of_row,
-    fault_of_text,
     is_size,
     most_bytes,
     open_index,
 )
 from data_pipeline.picture_formats import open_listed
 from data_pipeline.records import ClipError, InputError, decode_mask, mask_size
+from data_pipeline.sample_checks import fault_of_sample, is_count
 
 REJECTED_FIELDS = frozenset({"video", "key", "stage", "reason", "evidence"})
 
@@ -100,9 +95,10 @@ class Shard:
                 members = archive.getmembers()
                 end = archive.offset
         except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
-            if self._starts_like_a_tar():
-                raise InputError(f"{self.path} is damaged or cut short ({error}): mine or copy it again") from error
-            raise InputError(f"{self.path} is no tar file ({error})") from error
+            with self.path.open("rb") as file:
+                is_tar = file.read(512)[257:262] == b"ustar"
+            what, advice = ("damaged or cut short", ": mine or copy it again") if is_tar else ("no tar file", "")
+            raise InputError(f"{self.path} is {what} ({error}){advice}") from error
         behind = max((member.offset_data + -(-member.size // 512) * 512 for member in members), default=0)
         with self.path.open("rb") as file:
             file.seek(min(behind, self.path.stat().st_size))
@@ -110,10 +106,6 @@ class Shard:
         if len(rest) < 1024 or any(rest):
             raise InputError(f"{self.path} is cut short after {end} bytes: its end mark is missing; copy it again")
         return members
-
-    def _starts_like_a_tar(self) -> bool:
-        with self.path.open("rb") as file:
-            return file.read(512)[257:262] == b"ustar"
 
     def read(self, key: str) -> Sample:
         """One sample. InputError for an unknown key, another schema, missing or superfluous members, and pictures that
@@ -205,118 +197,21 @@ class Shard:
         if self.path.name not in entries:
             raise InputError(f"{self.path} is not listed in the build.json beside it: it belongs to another dataset")
         entry = entries[self.path.name]
-        digest = hashlib.sha256()
         with self.path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        size = self.path.stat().st_size
-        if digest.hexdigest() != entry["sha256"]:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != entry["sha256"]:
+            size = self.path.stat().st_size
             raise InputError(
-                f"{self.path} has changed since it was built: {size} bytes and sha256 {digest.hexdigest()[:12]}..., "
+                f"{self.path} has changed since it was built: {size} bytes and sha256 {digest[:12]}..., "
                 f"build.json says {entry['bytes']} and {entry['sha256'][:12]}..."
             )
-
-
-def _is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-def is_seconds(value: Any) -> bool:
-    """Whether a value is a time: a finite number of seconds, 0 or more."""
-    return _is_number(value, 0, 1e12)
-
-
-def _is_box(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) != 4 or not all(_is_number(edge, 0, 1) for edge in value):
-        return False
-    return value[0] < value[2] and value[1] < value[3]
-
-
-def _is_short(value: Any) -> bool:
-    return not fault_of_text(value, MOST_CAPTION)
-
-
-# What the programs that show a sample ask of its json: name, whether it may be missing, and whether a value fits.
-Fields = tuple[tuple[str, bool, Callable[[Any], bool]], ...]
-SUBJECT_FIELDS: Fields = (
-    ("phrase", False, lambda value: not fault_of_text(value, MOST_PHRASE)),
-    ("mention", False, _is_short),
-    ("kind", True, _is_short),
-    ("target_box", False, _is_box),
-    ("reference_box", False, _is_box),
-    ("area", False, lambda value: _is_number(value, 0, 1)),
-    ("detection_score", False, lambda value: _is_number(value, 0, 1)),
-    ("match_similarity", True, lambda value: value is None or _is_number(value, -1.001, 1.001)),
-    ("attributes", True, lambda value: isinstance(value, dict)),
-    ("target_mask_rle", True, lambda value: isinstance(value, dict)),
-)
-SOURCE_FIELDS: Fields = (
-    ("video", False, _is_short),
-    ("sha256", False, _is_short),
-    ("pair", True, _is_count),
-    ("boxes", True, _is_short),
-    ("masks", True, _is_short),
-)
-MINED_FIELDS: Fields = (
-    ("frame_reference", False, _is_count),
-    ("frame_target", False, _is_count),
-    ("t_reference", False, is_seconds),
-    ("t_target", False, is_seconds),
-    ("shot", False, lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_seconds, value))),
-)
-IMPORTED_FIELDS: Fields = (
-    ("importer", False, _is_short),
-    ("references", True, lambda value: isinstance(value, list) and all(map(_is_reference, value))),
-)
-
-
-def _is_reference(value: Any) -> bool:
-    if not isinstance(value, dict) or not _is_short(value.get("picture")):
-        return False
-    size = value.get("size")
-    return isinstance(size, list) and len(size) == 2 and is_size(*size)
-
-
-def _fault_of(values: Mapping[str, Any], fields: Fields) -> str:
-    for name, may_miss, fits in fields:
-        if name not in values and may_miss:
-            continue
-        if name not in values:
-            return f"without {name}"
-        if not fits(values[name]):
-            text = repr(values[name])
-            return f"{name} is {text if len(text) <= 80 else f'{text[:80]}...'}"
-    return ""
-
-
-def fault_of_sample(metadata: Mapping[str, Any]) -> str:
-    """What is wrong with the json of a sample in which all fields are there that every sample has; "" for nothing."""
-    if fault := fault_of_text(metadata["caption"], MOST_CAPTION):
-        return f"the caption {fault}"
-    if not is_size(metadata["width"], metadata["height"]):
-        return f"no picture has {metadata['width']!r} x {metadata['height']!r} pixels"
-    subjects, source = metadata["subjects"], metadata["source"]
-    if not 0 < len(subjects) <= MOST_SUBJECTS:
-        return f"{len(subjects):,} subjects, needed are 1 to {MOST_SUBJECTS}"
-    for number, subject in enumerate(subjects):
-        if fault := "no object" if not isinstance(subject, dict) else _fault_of(subject, SUBJECT_FIELDS):
-            return f"subject {number}: {fault}"
-    if not isinstance(source, dict):
-        return "source is no object"
-    if fault := _fault_of(source, (*SOURCE_FIELDS, *(IMPORTED_FIELDS if "importer" in source else MINED_FIELDS))):
-        return f"source: {fault}"
-    return "" if isinstance(metadata.get("pipeline", {}), dict) else "pipeline is no object"
 
 
 def _is_shard_entry(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and all(isinstance(entry.get(name), str) for name in ("name", "sha256"))
-        and all(_is_count(entry.get(name)) for name in ("samples", "bytes"))
+        and all(is_count(entry.get(name)) for name in ("samples", "bytes"))
         and Path(entry["name"]).name == entry["name"]
     )
 
@@ -325,7 +220,7 @@ def _is_shard_entry(entry: Any) -> bool:
 BUILD_FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "settings": lambda value: isinstance(value, dict),
     "versions": lambda value: isinstance(value, dict),
-    "counts": lambda value: isinstance(value, dict) and _is_count(value.get("samples")),
+    "counts": lambda value: isinstance(value, dict) and is_count(value.get("samples")),
     "shards": lambda value: isinstance(value, list) and all(map(_is_shard_entry, value)),
 }
 

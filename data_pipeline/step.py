@@ -62,9 +62,7 @@ class Step(Generic[In, Out]):
         return {name: place for name, place in (places | downloads).items() if place and os.path.exists(place)}  # noqa: PTH110
 
     def downloads(self) -> dict[str, HubModel]:
-        """Models of the hub that ``setup`` loads, by the setting that names each: the runner downloads them before it
-        starts any worker.
-        """
+        """Models of the hub that ``setup`` loads, by the setting that names each; fetched before any worker starts."""
         return {}
 
     def place_of(self, setting: str) -> str:
@@ -94,15 +92,15 @@ class Step(Generic[In, Out]):
             raise
 
     def process(self, record: In) -> Out | Rejected:
-        """The next record, or why the clip goes no further. ``ClipError`` may be raised instead of returning
-        ``Rejected``.
-        """
-        raise NotImplementedError
+        """The next record, or why the clip goes no further; instead of ``Rejected`` a ``ClipError`` may be raised."""
+        if type(self).process_many is Step.process_many:
+            raise NotImplementedError
+        return self.process_many([record])[0]
 
     def process_many(self, records: Sequence[In]) -> list[Out | Rejected]:
         """``process`` for several records, in their order; one that cannot be used never fails the others.
 
-        Steps whose models take batches override this, and their ``process`` is a batch of one.
+        A step overrides either; where its model takes batches, this one.
         """
         results: list[Out | Rejected] = []
         for record in records:

@@ -2,8 +2,6 @@
 or type they were written in. What is certain is read; what is not is an error that says what was found.
 """
 
-from __future__ import annotations
-
 import ast
 import codecs
 import csv
@@ -120,9 +118,7 @@ def _check_windows(content: bytes, name: str) -> None:
 
 
 def clean_caption(text: str) -> str:
-    """Runs of white space and control characters become one space; half a surrogate pair, which json can hold and no
-    file can, becomes U+FFFD.
-    """
+    """White space and control characters become one space; half a surrogate pair, which no file can hold, U+FFFD."""
     text = re.sub(r"[\x00-\x1f\x7f]", " ", text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return " ".join(text.split())
 
@@ -272,9 +268,7 @@ def _quotes(error: csv.Error, path: Path, first: int, last: int) -> str:
 
 
 def _check_swallowed(row: Mapping[str, str], key: str, separator: str, place: str) -> None:
-    """InputError if a line within a cell holds, in a field, what names a file as the row itself does: it is another
-    row.
-    """
+    """InputError if a line within a cell holds, in a field, what names a file as the row itself does: another row."""
     suffix = PurePosixPath(row[key].strip()).suffix.lower()
     lines = (line for cell in row.values() for line in re.split(r"[\r\n]+", cell)[1:]) if suffix else ()
     for parts in (line.split(separator) for line in lines):
@@ -284,9 +278,7 @@ def _check_swallowed(row: Mapping[str, str], key: str, separator: str, place: st
 
 
 def read_json_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int, Any]]:
-    """The values of a file with one json value a line, with their line numbers from 1; a ValueError in place of one
-    that is no json. Empty lines are left out.
-    """
+    """The json values, one a line, with line numbers from 1; a ValueError for one that is no json; no empty lines."""
     # Lines end at "\n" only, not at what splitlines() knows besides: in json that may stand inside a text.
     with open_text(path, notes, newline="\n") as lines:
         for number, line in enumerate(lines, start=1):

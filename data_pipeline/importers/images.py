@@ -4,8 +4,6 @@ Captions: a row of metadata.jsonl or metadata.csv, ``picture.txt`` or ``picture.
 ``picture.annotations.json``. All are specified in docs/importing_pairs.md.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -14,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from data_pipeline.captions import read_sidecar_caption
+from data_pipeline.file_names import annotations_beside, is_hidden, on_disk, path_parts
 from data_pipeline.importers.items import OUTSIDE, Broken, ImportItem, ImportSubject, as_list
-from data_pipeline.pairs_format import MOST_JSON_BYTES
+from data_pipeline.pairs_format import ANNOTATIONS_SCHEMA, MOST_JSON_BYTES
 from data_pipeline.records import ClipError, InputError
-from data_pipeline.sources import annotations_beside, is_hidden, on_disk, path_parts, read_sidecar_caption
 from data_pipeline.texts import (
     SEVERAL,
     UNREADABLE,
@@ -49,7 +48,6 @@ OBJECT_COLUMNS = (
     ("box",),
 )
 """Columns, in small letters, of tables that have a row per object: Open Images, TensorFlow's, VIA, ..."""
-ANNOTATIONS_SCHEMA = "data_pipeline.annotations/1"
 CAPTION_COLUMNS = ("text", "caption")
 JSON_COLUMNS = ("boxes", "phrases", "masks", "objects")
 Row = Mapping[str, Any]
@@ -289,11 +287,7 @@ class CocoFile:
 
 
 def read_images(
-    folder: Path,
-    metadata: Path | None,
-    annotations: Path | None,
-    normalised: bool,
-    notes: list[str] | None = None,
+    folder: Path, metadata: Path | None, annotations: Path | None, normalised: bool, notes: list[str] | None = None
 ) -> Iterator[ImportItem | Broken]:
     """One item for every picture of the folder, or, with a table, for every row of it.
 
@@ -321,9 +315,7 @@ def read_images(
 def to_item(
     folder: Path, row: Row, coco: CocoFile | None, normalised: bool, notes: list[str] | None = None
 ) -> ImportItem:
-    """The item of one picture. notes: takes what was assumed. ClipError if its caption or its boxes are unusable, or if
-    boxes are given twice.
-    """
+    """The item of one picture. notes: takes what was assumed. ClipError: unusable caption or boxes, boxes twice."""
     name = row["file_name"]
     parts = PurePosixPath(name.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or "\0" in name or not parts.name:
@@ -348,9 +340,5 @@ def to_item(
         notes += own
         notes += [SEVERAL] * any(is_several(row.get(column)) for column in CAPTION_COLUMNS)
     return ImportItem(
-        target=name,
-        caption=caption,
-        subjects=subjects,
-        size=size,
-        normalised=normalised and place == "metadata",
+        target=name, caption=caption, subjects=subjects, size=size, normalised=normalised and place == "metadata"
     )

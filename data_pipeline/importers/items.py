@@ -5,8 +5,6 @@ in the working folder of the run: so hundreds of thousands of them, with masks, 
 memory, and a worker is told nothing but where its line lies.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -16,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from data_pipeline.file_names import on_disk, readable_name
 from data_pipeline.records import ClipError, InputError, VideoFile
-from data_pipeline.sources import make_keys, on_disk, readable_name
+from data_pipeline.sources import make_keys
 from data_pipeline.texts import UNREADABLE, short
 
 OUTSIDE = "path outside the folder of pictures"
@@ -71,9 +70,7 @@ class Broken:
 
 @dataclass(frozen=True, kw_only=True)
 class ItemFile(VideoFile):
-    """An item that was found, not yet looked at. path: its target picture. spool, offset, length: where it is written
-    down, in bytes.
-    """
+    """An item that was found. path: its target picture. spool, offset, length: where it is written down, in bytes."""
 
     spool: Path
     offset: int
@@ -108,9 +105,7 @@ def place_of(root: Path, path: str, allow_absolute: bool) -> Path:
 
 
 def unit_of_boxes(item: ImportItem) -> str:
-    """What the numbers of the boxes look like: "fractions" if all lie in [0, 1], "pixels" if one is above 2, "" if
-    they may be either or if there is none.
-    """
+    """What numbers of boxes look like: "fractions" if all are in [0, 1], "pixels" if one is above 2; else ""."""
     numbers: list[float] = []
     for subject in item.subjects:
         for box in (subject.box, subject.reference_box):
@@ -204,9 +199,7 @@ class Spool:
 
 
 def read_item(file: ItemFile) -> ImportItem:
-    """The item as it was written down. ClipError if the source had something unusable there; InputError if the file
-    of items has gone.
-    """
+    """The item as it was written down. ClipError for what the source had unusable; InputError if the file has gone."""
     try:
         with file.spool.open("rb") as lines:
             lines.seek(file.offset)

@@ -6,8 +6,6 @@ image_phrases}``, flat or under the key ``datas``. Boxes are xyxy in pixels of t
 refused: reading one runs whatever code is in it.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -16,14 +14,7 @@ from typing import Any, TextIO
 
 from data_pipeline.importers.items import Broken, ImportItem, ImportSubject, as_list
 from data_pipeline.records import ClipError, InputError
-from data_pipeline.texts import (
-    UNREADABLE,
-    as_caption,
-    as_text,
-    clean_caption,
-    open_text,
-    read_json_lines,
-)
+from data_pipeline.texts import UNREADABLE, as_caption, as_text, clean_caption, open_text, read_json_lines
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 PICKLED = frozenset({".pkl", ".pickle", ".pt", ".pth", ".npy", ".npz", ".joblib"})
@@ -170,9 +161,7 @@ class _Window:
         self._place += 1
 
     def decode(self, decoder: json.JSONDecoder, number: int) -> Any:
-        """Takes one json value. An item that is longer than what has been read is tried again a few times, each time
-        with twice as much.
-        """
+        """Takes one json value. An item longer than what was read is tried again, each time with twice as much."""
         size = BLOCK
         while True:
             try:

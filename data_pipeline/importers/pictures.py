@@ -1,7 +1,5 @@
 """Opens the pictures and masks of an item, and refuses what would not be what it seems."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import math
@@ -12,27 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
+from data_pipeline.file_names import is_file
 from data_pipeline.pairs_format import MOST_SIDE
 from data_pipeline.picture_formats import open_listed
 from data_pipeline.records import AnnotatedObject, Box, ClipError
-from data_pipeline.sources import is_file
 
 MODES = frozenset({"1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"})
 """Modes that become RGB without a loss; those of 16 and 32 bits would be cut."""
 ORIENTATION = 0x0112
 """The EXIF tag that says how a picture is to be turned."""
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What its values ask for."""
 EXIF = ("refuse", "apply", "ignore")
 BAD_PICTURE = "unreadable picture"
 TRANSPARENT = "picture with transparency"
@@ -77,13 +65,13 @@ def open_picture(path: Path, name: str, max_pixels: int, exif: str) -> Picture:
             picture = open_listed(io.BytesIO(content))
             _check_header(picture, name, max_pixels)
             picture.load()
-            turn = _turn_of(picture)
-            if turn is not None and exif == "refuse":
+            turned = _is_turned(picture)
+            if turned and exif == "refuse":
                 raise ClipError(
                     "picture with a rotation in its EXIF data", picture=name, choose="--exif apply or ignore"
                 )
-            if turn is not None and exif == "apply":
-                picture = picture.transpose(turn)
+            if turned and exif == "apply":
+                picture = ImageOps.exif_transpose(picture)
             pixels = np.asarray(_to_srgb(picture, name))
     except ClipError:
         raise
@@ -92,13 +80,12 @@ def open_picture(path: Path, name: str, max_pixels: int, exif: str) -> Picture:
     return Picture(name, pixels, hashlib.sha256(content).hexdigest())
 
 
-def _turn_of(picture: Image.Image) -> Image.Transpose | None:
-    """What turns a picture upright; None for nothing, also where its EXIF data are damaged."""
+def _is_turned(picture: Image.Image) -> bool:
+    """Whether a picture asks to be turned or mirrored; not where its EXIF data are damaged."""
     try:
-        orientation = picture.getexif().get(ORIENTATION)
+        return picture.getexif().get(ORIENTATION) in range(2, 9)
     except Exception:  # of damaged data there are many kinds; the pixels are well
-        return None
-    return TURNS.get(orientation) if isinstance(orientation, int) else None
+        return False
 
 
 def _check_header(picture: Image.Image, name: str, max_pixels: int) -> None:

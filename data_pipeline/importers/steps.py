@@ -1,7 +1,5 @@
 """The steps of an import: read an item, open its pictures, cut its subjects out, write the sample."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -179,15 +177,10 @@ class CutSubjects(Step[OpenedItem, CutItem]):
         x1, y1, x2, y2 = box_in_pixels(reference_box, *reference.size)
         if not whole[y1:y2, x1:x2].any():
             raise ClipError("mask without a pixel inside its box", **where)
-        return CutSubject(
-            subject=subject,
-            target_box=target_box,
-            reference_box=reference_box,
-            cutout=cut_out(reference.pixels, whole, reference_box),
-            mask=mask,
-            reference=reference,
-            single_frame=single_frame,
-        ), int(cut)
+        boxes = {"target_box": target_box, "reference_box": reference_box}
+        of = {"reference": reference, "single_frame": single_frame, "mask": mask}
+        cutout = cut_out(reference.pixels, whole, reference_box)
+        return CutSubject(subject=subject, cutout=cutout, **boxes, **of), int(cut)
 
 
 @dataclass(kw_only=True)

@@ -8,8 +8,6 @@ inside one frame (and index the mask picture), so they say nothing about identit
 docs/data_format.md.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,20 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.models.annotation_formats import (
-    BAD,
+from data_pipeline.file_names import SUFFIXES, Places, annotations_beside, is_hidden, path_parts
+from data_pipeline.models.annotated_masks import (
     BAD_MASK,
-    Entry,
-    Found,
     decode_counts,
     draw_polygons,
-    read_coco,
     read_davis,
     read_names_table,
     read_numbers,
-    read_youtube_vis,
 )
-from data_pipeline.pairs_format import MOST_JSON_BYTES
+from data_pipeline.models.annotation_formats import BAD, Entry, Found, read_coco, read_youtube_vis
+from data_pipeline.pairs_format import ANNOTATIONS_SCHEMA, MOST_JSON_BYTES
 from data_pipeline.records import (
     AnnotatedObject,
     Annotations,
@@ -44,10 +39,8 @@ from data_pipeline.records import (
     mask_box,
     mask_size,
 )
-from data_pipeline.sources import SUFFIXES, Places, annotations_beside, is_hidden, path_parts
 from data_pipeline.texts import counted, decode_text, read_text
 
-SCHEMA = "data_pipeline.annotations/1"
 KNOWN = """\
   ours:         {"videos": {name: {"file", "width", "height", "annotations"}}}
   COCO:         {"images": [...], "annotations": [...], "categories": [...]}
@@ -84,10 +77,10 @@ def read_sidecar(path: Path, width: int, height: int, num_frames: int) -> Annota
         if (size := path.stat().st_size) > MOST_JSON_BYTES:
             raise ClipError(BAD, error=f"{size:,} bytes, more than the {MOST_JSON_BYTES:,} that are read")
         content = json.loads(decode_text(path.read_bytes(), "annotations sidecar", notes))
-        if content.get("schema") != SCHEMA:
+        if content.get("schema") != ANNOTATIONS_SCHEMA:
             found = content.get("schema") or f"no schema, but {', '.join(sorted(content)) or 'an empty object'}"
             hint = "--annotations FILE reads COCO, YouTube-VIS and DAVIS"
-            raise ClipError("unknown annotations schema", found=found, known=SCHEMA, hint=hint)
+            raise ClipError("unknown annotations schema", found=found, known=ANNOTATIONS_SCHEMA, hint=hint)
         _check_size(content, width, height)
         objects = {entry["id"]: entry for entry in content["objects"]}
         if len(objects) < len(content["objects"]):
@@ -349,13 +342,8 @@ def _annotated(found: Found, index: int, width: int, height: int) -> AnnotatedOb
     where = f"frame {index}, {found.name}" + ("" if found.object_id is None else f" {found.object_id}")
     if not isinstance(found.name, str) or not (found.object_id is None or isinstance(found.object_id, int)):
         raise ClipError(BAD, error=f"{where}: a name must be a text and a number of an object whole")
-    values: dict[str, Any] = {
-        "object_id": found.object_id,
-        "name": found.name,
-        "attributes": found.attributes,
-        "mask_rle": found.mask_rle,
-        "mask_file": found.mask_file,
-    }
+    names = ("object_id", "name", "attributes", "mask_rle", "mask_file")
+    values = {name: getattr(found, name) for name in names}
     if found.box is not None:
         return AnnotatedObject(box=_pixel_box(found.box, width, height, where), **values)
     mask = read_mask(AnnotatedObject(box=(0, 0, 1, 1), **values), width, height)

@@ -1,7 +1,6 @@
 """Black bars that were encoded into a picture: above and below (letterbox), at the sides (pillarbox), or both."""
 
-from __future__ import annotations
-
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,11 +18,7 @@ MOST = 0.4
 
 def _brightest(pictures: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     """The largest value of each pixel in any picture and channel, uint8 (height, width)."""
-    first, *others = pictures
-    result = first.copy()
-    for picture in others:
-        np.maximum(result, picture, out=result)
-    return result.max(axis=-1)
+    return functools.reduce(np.maximum, pictures).max(axis=-1)
 
 
 def _lines(seen: np.ndarray) -> tuple[int, int]:

@@ -1,7 +1,5 @@
 """Captions of pictures by BLIP, through transformers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Boxes for the entities of a caption: from the annotations that came with the video, or from Grounding DINO."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,9 +28,7 @@ class AnnotationDetector:
     """Takes the annotated objects whose names the caption mentions. Score 1: somebody vouches for them."""
 
     def detect(self, questions: Sequence[Question]) -> list[tuple[Detection, ...]]:
-        """Detections in the order of the annotations. An object goes to the entity with the longest phrase that it
-        fits.
-        """
+        """Detections in the order of the annotations. An object goes to the entity of the longest phrase that fits."""
         return [self._one(question) for question in questions]
 
     def _one(self, question: Question) -> tuple[Detection, ...]:
@@ -55,9 +51,7 @@ class AnnotationDetector:
 
 
 def same_thing(phrase: str, name: str) -> bool:
-    """True if one name ends with the words of the other: "soccer ball" and "ball", but not "soccer ball" and "tennis
-    ball".
-    """
+    """True if one name ends with the words of the other: "soccer ball" and "ball", not "tennis ball"."""
     first, second = phrase.lower().split(), name.lower().replace("_", " ").split()
     shorter = min(len(first), len(second))
     return shorter > 0 and first[-shorter:] == second[-shorter:]

@@ -1,7 +1,5 @@
 """Embeddings of cut-outs, for telling whether two of them show the same subject."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,9 +33,7 @@ class Embedder(Protocol):
     """Turns cut-outs into unit vectors; the cosine of two is their similarity."""
 
     def embed(self, cutouts: list[np.ndarray]) -> np.ndarray:
-        """cutouts: uint8 RGBA (height, width, 4), alpha 0 outside the subject. Returns float32 (len(cutouts), D),
-        rows of length 1.
-        """
+        """cutouts: N uint8 RGBA (h, w, 4), alpha 0 around the subject. Returns float32 (N, D), rows of length 1."""
         ...
 
 

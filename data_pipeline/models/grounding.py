@@ -140,11 +140,13 @@ class GroundingDetector:
         *,
         box_threshold: float,
         nms_iou: float,
+        image_size: int | None = None,
         batch_size: int = 2,
         max_tokens: int = 256,
     ) -> None:
+        """image_size: pixels of the short side, None for that of the preprocessing."""
         self.tokenizer = tokenizer
-        self.preprocessing = preprocessing
+        self.preprocessing = preprocessing.resized_to(image_size)
         self.box_threshold = box_threshold
         self.nms_iou = nms_iou
         self.batch_size = batch_size

@@ -10,8 +10,6 @@ Two things are mended, without touching an installed file and without leaving an
   mask of another. A hook on each of these layers hands in masks that are repeated in the right order.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import io
@@ -75,9 +73,7 @@ def _replaced_bert() -> Iterator[None]:
 
 
 def mend_text_masks(model: torch.nn.Module) -> None:
-    """Gives every text layer of this model masks in the order in which its attention reads them: all heads of the
-    first caption, then all heads of the second.
-    """
+    """Gives text layers their masks in the order of their attention: all heads of a caption, then of the next."""
     from groundingdino.models.GroundingDINO.transformer_vanilla import TransformerEncoderLayer
 
     def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -197,28 +193,11 @@ def _text_encoder_folder(name: str) -> str:
 
 
 class GroundingDino(GroundingDetector):
-    """A detector (see data_pipeline.models.detector.Detector) round a model of the package.
+    """A detector (see data_pipeline.models.detector.Detector) round a model of the package."""
 
-    image_size: pixels of the short side, None for 800.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        *,
-        box_threshold: float,
-        nms_iou: float,
-        image_size: int | None = None,
-        batch_size: int = 2,
-    ) -> None:
-        super().__init__(
-            model.tokenizer,
-            Preprocessing().resized_to(image_size),
-            box_threshold=box_threshold,
-            nms_iou=nms_iou,
-            batch_size=batch_size,
-            max_tokens=model.max_text_len,
-        )
+    def __init__(self, model: torch.nn.Module, **settings: Any) -> None:
+        """settings: of GroundingDetector."""
+        super().__init__(model.tokenizer, Preprocessing(), max_tokens=model.max_text_len, **settings)
         self.model = model
 
     def forward(self, pixels: torch.Tensor, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,8 +4,6 @@ The same network as the package's (data_pipeline.models.grounding_dino), with ot
 data_pipeline.models.grounding_dino_weights converts in either direction.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 
@@ -59,9 +57,7 @@ def load_grounding_dino_hf(name: str, device: str) -> tuple[torch.nn.Module, Any
 
 
 def use_special_tokens_of(model: torch.nn.Module, tokenizer: Any) -> None:
-    """Tells a GroundingDinoForObjectDetection which tokens separate phrases; the class knows only those of
-    bert-base-uncased by number.
-    """
+    """Tells a model which tokens separate phrases; its class knows only those of bert-base-uncased, by number."""
     vocabulary = tokenizer.get_vocab()
     known = [vocabulary[token] for token in ("[CLS]", "[SEP]", ".", "?") if token in vocabulary]
     buffer = model.model.special_tokens
@@ -69,30 +65,11 @@ def use_special_tokens_of(model: torch.nn.Module, tokenizer: Any) -> None:
 
 
 class GroundingDinoHF(GroundingDetector):
-    """A detector (see data_pipeline.models.detector.Detector) round transformers' GroundingDinoForObjectDetection.
+    """A detector (see data_pipeline.models.detector.Detector) round transformers' GroundingDinoForObjectDetection."""
 
-    image_size: pixels of the short side, None for the model's own.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        tokenizer: Any,
-        preprocessing: Preprocessing,
-        *,
-        box_threshold: float,
-        nms_iou: float,
-        image_size: int | None = None,
-        batch_size: int = 2,
-    ) -> None:
-        super().__init__(
-            tokenizer,
-            preprocessing.resized_to(image_size),
-            box_threshold=box_threshold,
-            nms_iou=nms_iou,
-            batch_size=batch_size,
-            max_tokens=model.config.max_text_len,
-        )
+    def __init__(self, model: torch.nn.Module, tokenizer: Any, preprocessing: Preprocessing, **settings: Any) -> None:
+        """settings: of GroundingDetector."""
+        super().__init__(tokenizer, preprocessing, max_tokens=model.config.max_text_len, **settings)
         self.model = model
 
     def forward(self, pixels: torch.Tensor, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,8 +5,6 @@ block. Three kinds have no counterpart and are left out: the window indices of S
 window size; BERT's pooler, whose output nothing reads; BERT's position numbers, which older versions stored.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -2,8 +2,6 @@
 find them in the cache of huggingface_hub and don't ask the network.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -14,6 +12,7 @@ from pathlib import Path
 from data_pipeline.models.model_files import (
     TEXT_AND_IMAGE_MODEL,
     Needed,
+    check_model_directory,
     choose_files,
     fits,
     is_hub_id,
@@ -64,10 +63,7 @@ SEGMENTERS = {
     "vit_t": HubModel("dhkim2810/MobileSAM", {"weights": ("mobile_sam.pt",)}, title="MobileSAM", megabytes=41),
     **{
         name: HubModel(
-            "ybelkada/segment-anything",
-            {"weights": (f"checkpoints/{file}",)},
-            title=f"SAM {name}",
-            megabytes=megabytes,
+            "ybelkada/segment-anything", {"weights": (f"checkpoints/{file}",)}, title=f"SAM {name}", megabytes=megabytes
         )
         for name, file, megabytes in (
             ("vit_b", "sam_vit_b_01ec64.pth", 375),
@@ -140,9 +136,7 @@ def fetch(models: Iterable[HubModel], say: Callable[[str], None] = lambda line: 
 
 
 def place_of(model: HubModel) -> Path:
-    """Like ``in_cache``, of a model that is downloaded without a word if it is not there. MissingModelError if it is
-    not to be had.
-    """
+    """Like ``in_cache``, of a model that is downloaded silently if need be. MissingModelError: not to be had."""
     fetch([model], quiet=True)
     place = in_cache(model)
     if place is None:
@@ -166,11 +160,8 @@ def find_files(name: str, option: str, needed: Needed) -> dict[str, Path]:
         folder = place if place.is_dir() else place.parent
         listing = list_files(folder)
     else:
+        check_model_directory(name, option, {})
         folder = Path(name)
-        if not folder.is_dir():
-            raise InputError(
-                f"{option}: no directory at {name}; give a model's directory, or its hub id (owner/repository)"
-            )
         listing = sorted(path.name for path in folder.iterdir() if path.is_file())
     return {meaning: folder / file for meaning, file in choose_files(name, option, needed, listing).items()}
 
@@ -206,19 +197,16 @@ def _check_room(chosen: Sequence[tuple[HubModel, Sequence[str], float]]) -> None
     cache = Path(constants.HF_HUB_CACHE)
     here = next(place for place in (cache, *cache.absolute().parents) if os.path.exists(place))  # noqa: PTH110
     free = shutil.disk_usage(here).free / 1e6
-    needed = sum(max(0.0, megabytes - _downloaded(model)) for model, _, megabytes in chosen)
+    needed = 0.0
+    for model, _, megabytes in chosen:
+        blobs = (_repository(model) / "blobs").glob("*")  # what an earlier download has left
+        needed += max(0.0, megabytes - sum(blob.stat().st_size for blob in blobs) / 1e6)
     if needed > free:
         names = " and ".join(model.told(megabytes) for model, _, megabytes in chosen)
         raise InputError(
             f"{names} must be downloaded, and {cache} has room for {free:.0f} MB: free some, or name a folder on "
             "another disk with HF_HOME"
         )
-
-
-def _downloaded(model: HubModel) -> float:
-    """Megabytes of a model that an earlier download has left in the cache."""
-    blobs = _repository(model) / "blobs"
-    return sum(blob.stat().st_size for blob in blobs.glob("*")) / 1e6
 
 
 def _repository(model: HubModel) -> Path:

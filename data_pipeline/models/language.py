@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import spacy
 
 from data_pipeline.languages import BY_CODE, SMALL_WORDS, UNKNOWN, other_language, words_of
+from data_pipeline.models.denial import NOUNS, SUBJECTS, denied_nouns
 from data_pipeline.records import InputError
 
 if TYPE_CHECKING:
@@ -39,12 +40,6 @@ SIZES = words_of(
     three triple two wide
     """
 )
-# After "not" or "no" these deny nothing: "not only a dog", "not far from a house", "no more than two dogs".
-AFFIRMING = frozenset(
-    {"all", "both", "doubt", "every", "everyone", "far", "fewer", "just", "less", "long", "matter", "merely", "only"}
-)
-DENYING = frozenset({"not", "never", "neither", "nor", "no", "none", "nobody", "nothing"})
-UNSEEN = frozenset({"seen", "visible", "shown", "present", "there", "here", "found", "around", "depicted", "pictured"})
 DEFINITE_DETERMINERS = frozenset({"the", "this", "that", "these", "those", *POSSESSIVES})
 
 
@@ -126,18 +121,10 @@ class NounChunker:
         return UNKNOWN if len(words) > 2 and len(strange) > max(1, 0.7 * len(words)) else ""
 
     def _knows(self, word: str) -> bool:
-        forms = (
-            word,
-            word.removesuffix("ing"),
-            word.removesuffix("ing") + "e",
-            word.removesuffix("ed"),
-            *(verbs_of(word) if word.endswith("s") else ()),
-        )
+        stem = word.removesuffix("ing")
+        forms = (word, stem, stem + "e", word.removesuffix("ed"), *(verbs_of(word) if word.endswith("s") else ()))
         parts = (self._nouns, self._verbs, self._adjectives, self._adverbs)
         return any(form in part for part in parts for form in forms)
-
-    def _is_only_noun(self, word: str) -> bool:
-        return word in self._nouns and word not in self._adjectives
 
     def _is_verb_after(self, noun: Token, plural: Token) -> bool:
         """True if the plural may be a verb, and the word before it a noun: surely so where an article follows."""
@@ -176,9 +163,7 @@ class NounChunker:
         return document, begins, ends
 
     def chunks(self, caption: str) -> list[Chunk]:
-        """Noun chunks headed by a noun or a proper noun, in the order of the caption. Positions and texts are those of
-        the caption as it was given.
-        """
+        """Noun chunks headed by a (proper) noun, in order; positions and texts are those of the caption as given."""
         found: list[Chunk] = []
         last_end = -1  # the token after the chunk before
         document, begins, ends = self._parse(caption)
@@ -253,12 +238,8 @@ class NounChunker:
         token = document[number] if number < len(document) else None
         if token is not None and token.lower_ == "can":
             return number + 1 == len(document) or token.nbor().pos_ not in ("VERB", "AUX", "PART", "ADV", "PRON")
-        return (
-            token is not None
-            and token.tag_ in ("NN", "NNP", "VB", "VBP")
-            and token.pos_ != "AUX"
-            and (token.lower_ in self._nouns)
-        )
+        may_be = token is not None and token.tag_ in ("NN", "NNP", "VB", "VBP") and token.pos_ != "AUX"
+        return may_be and token.lower_ in self._nouns
 
     def _chunk(self, root: Token, own: list[Token], owned: bool, joined: bool, denied: bool) -> Chunk:
         head = own[-1]
@@ -266,7 +247,7 @@ class NounChunker:
         for token in own:
             joins = token.pos_ in NOUNS and token.dep_ in ("compound", "nmod", "amod")
             # "a safari jeep", taken for an adjective
-            joins |= token.tag_ == "JJ" and self._is_only_noun(token.lower_)
+            joins |= token.tag_ == "JJ" and token.lower_ in self._nouns and token.lower_ not in self._adjectives
             kind = "determiner" if token.pos_ in DETERMINERS else "compound" if joins else "adjective"
             if token.pos_ == "CCONJ":
                 kind = "and"
@@ -303,10 +284,6 @@ class NounChunker:
         )
 
 
-NOUNS = ("NOUN", "PROPN")
-SUBJECTS = ("nsubj", "nsubjpass")
-
-
 def is_one(tokens: Sequence[Token]) -> bool:
     """True where "a" or another word for a single thing begins a noun chunk, and no quantity follows: "a dog", but not
     "a few dogs", "a hundred dogs" or "another two dogs".
@@ -335,42 +312,6 @@ def participle_inside(tokens: Sequence[Token]) -> int:
     return 0
 
 
-def denied_nouns(document: Doc) -> frozenset[int]:
-    """Numbers of the nouns that the caption says are not there: what "no" or "without" stands before, the objects of a
-    verb with "not", and the subject where "not" goes with being seen. What is said of the subject otherwise ("the dog
-    does not move", "not far from a house") leaves it there.
-    """
-    found: set[int] = set()
-    for token in document:
-        word, head = token.norm_, token.head
-        following = token.nbor().lower_ if token.i + 1 < len(document) else ""
-        if word in ("without", "sans") or token.lower_ == "w/o":
-            found |= complements(token)
-        elif word in ("instead", "free", "devoid", "empty", "lack", "absence") and following == "of":
-            found |= complements(token.nbor()) | alternatives(token.nbor())
-        elif word == "than" and token.i and token.nbor(-1).lower_ == "rather":
-            found |= complements(token) | alternatives(token)
-        elif token.lemma_.lower() in ("lack", "miss") and token.pos_ == "VERB":
-            found |= objects(token)
-        elif word in DENYING and following not in AFFIRMING:
-            if word == "no" and following == "longer":
-                head = head.head
-            elif word == "no" and ((token.i and token.nbor(-1).pos_ == "DET") or more_than(token)):
-                continue  # "a no smoking sign", "no more than two dogs"
-            if word == "not" and (noun := following_noun(token)) is not None:
-                found |= coordinated(noun)
-            elif token.dep_ in (*SUBJECTS, "conj") and word in ("none", "nobody", "nothing"):
-                found |= objects(head, places=False) | {token.i}  # "none of the chairs", taken for a noun
-            elif head.pos_ in (*NOUNS, "PRON"):
-                if word not in ("neither", "nor") or head.dep_ not in SUBJECTS:
-                    found |= coordinated(head)
-                if head.dep_ in SUBJECTS:
-                    found |= objects(head.head, places=False) | (unseen(head.head) if word == "neither" else set())
-            elif head.pos_ in ("VERB", "AUX", "ADJ"):
-                found |= objects(head) | (unseen(head) if word != "nor" else set())
-    return frozenset(found)
-
-
 def is_slash(token: Token) -> bool:
     """True for a slash between two words: "dog/cat", but not "w/o" or "1/2"."""
     if token.text not in ("/", "+", "|") or not 0 < token.i < len(token.doc) - 1:
@@ -395,99 +336,6 @@ def hyphenated(document: Doc) -> list[tuple[int, int]]:
     return runs
 
 
-def following_noun(token: Token) -> Token | None:
-    """The noun whose article or number comes next, wherever the parser hung the "not": "not a single dog"."""
-    if token.i + 1 == len(token.doc) or token.nbor().pos_ not in ("DET", "NUM"):
-        return None
-    return token.nbor().head if token.nbor().head.pos_ in NOUNS else None
-
-
-def more_than(token: Token) -> bool:
-    """True before "more than": a number follows, and so many are there."""
-    return [word.lower_ for word in token.doc[token.i + 1 : token.i + 3]] in (["more", "than"], ["other", "than"])
-
-
-def objects(verb: Token, places: bool = True) -> set[int]:
-    """Numbers of the nouns that a denied verb would have acted on. A clause with a subject of its own is not denied,
-    nor is where it happens, once there is an object: "not wearing a helmet on his motorcycle". places: False where the
-    subject is denied: the bench that nobody sits on is there.
-    """
-    found: set[int] = set()
-    direct = False
-    for child in (child for child in verb.children if child.i > verb.i):
-        if child.dep_ in ("dobj", "attr", "oprd", "dative") and child.pos_ in (*NOUNS, "PRON"):
-            found |= coordinated(child)
-            direct = True
-        elif child.dep_ in ("acomp", "xcomp", "pcomp") or (child.dep_ == "ccomp" and not has_subject(child)):
-            found |= objects(child, places)
-        elif child.dep_ in ("prep", "agent") and places and not direct:
-            found |= complements(child)
-        elif child.dep_ == "conj" and not has_subject(child) and joined_in_denial(verb, child):
-            found |= objects(child, places)
-    return found
-
-
-def has_subject(verb: Token) -> bool:
-    """True for a verb with a subject or an auxiliary of its own: a statement of its own."""
-    return any(child.dep_ in (*SUBJECTS, "expl", "aux", "auxpass") and child.lower_ != "to" for child in verb.children)
-
-
-def joined_in_denial(first: Token, second: Token) -> bool:
-    """True if what is said of the first verb or noun holds for the second: "or", "nor", "and" and commas between them,
-    but not "but"; a verb has to be of the same form ("does not run or jump", not "does not run and jumps").
-    """
-    between = {token.lower_ for token in first.doc[first.i : second.i]}
-    if between & {"but", "only", "just"}:
-        return False
-    infinite = second.tag_ not in ("VBZ", "VBD", "VBP") or between & {"or", "nor"}  # "is not afraid and jumps"
-    return second.pos_ in NOUNS or bool(infinite and second.tag_ == first.tag_)
-
-
-def complements(preposition: Token) -> set[int]:
-    """Numbers of the nouns that hang on a preposition, or on the verb that does: "without looking at the dog"."""
-    found: set[int] = set()
-    for child in preposition.children:
-        if child.dep_ in ("pobj", "dobj", "attr") and child.pos_ in (*NOUNS, "PRON"):
-            found |= coordinated(child)
-        elif child.dep_ in ("pcomp", "prep"):
-            found |= objects(child) if child.dep_ == "pcomp" else complements(child)
-    return found
-
-
-def alternatives(conjunction: Token) -> set[int]:
-    """Numbers of the nouns after "instead of" where the parser took that for a conjunction."""
-    if conjunction.dep_ != "cc":
-        return set()
-    after = (child for child in conjunction.head.children if child.dep_ == "conj" and child.i > conjunction.i)
-    return {i for child in after if child.pos_ in NOUNS for i in coordinated(child)}
-
-
-def coordinated(noun: Token) -> set[int]:
-    """Numbers of a noun, of what is counted by it ("no cup of tea") and of those that it is listed with: "a hat or
-    glasses". One with an article after a comma or after "no" is something else: "no windows and a red door".
-    """
-    found = {noun.i}
-    bare = any(child.lower_ == "no" for child in noun.children)
-    for child in noun.children:
-        if child.dep_ == "prep" and child.lower_ == "of":
-            found |= complements(child)
-        elif child.dep_ in ("conj", "appos") and child.pos_ in NOUNS and joined_in_denial(noun, child):
-            comma = any(token.text == "," for token in noun.doc[noun.i : child.i])
-            article = any(grandchild.dep_ in ("det", "nummod") for grandchild in child.children)
-            alternative = any(token.lower_ in ("or", "nor") for token in child.sent)
-            if alternative or not (article and (comma or bare)):
-                found |= coordinated(child)
-    return found
-
-
-def unseen(verb: Token) -> set[int]:
-    """Numbers of the subjects of a denied "is seen", "is visible", "is there", "appears"."""
-    said = {child.lower_ for child in verb.children if child.dep_ in ("acomp", "advmod", "attr")} | {verb.lower_}
-    if not said & UNSEEN and verb.lemma_ not in ("appear", "exist"):
-        return set()
-    return {i for child in verb.children if child.dep_ in SUBJECTS for i in coordinated(child)}
-
-
 def verbs_of(text: str) -> tuple[str, ...]:
     """The verbs whose third person a word in -s may be: "watches" of "watch", "dances" of "dance"."""
     return (text[:-1], text.removesuffix("es"), text.removesuffix("ies") + "y")
@@ -497,12 +345,8 @@ def plain(caption: str) -> str:
     """The caption without what confuses taggers, character by character, so that positions stay: emoji and other
     symbols become spaces; a caption in capitals, or with a capital on every longer word, becomes lower case.
     """
-    text = "".join(
-        " "
-        if unicodedata.category(letter) in ("So", "Sk", "Cs", "Co", "Cn", "Cf", "Mn") or letter in "#@_*"
-        else letter
-        for letter in caption
-    )
+    odd = ("So", "Sk", "Cs", "Co", "Cn", "Cf", "Mn")
+    text = "".join(" " if unicodedata.category(each) in odd or each in "#@_*" else each for each in caption)
     # Two words are cut at a slash only.
     text = re.sub(r"(?<=[^\W\d_]{2})[+|&](?=[^\W\d_]{2})", "/", text)
     text = re.sub(r"(?<=[^\W\d_]{2})/(?=\s)|(?<=\s)/(?=[^\W\d_]{2})", ",", text)
@@ -513,9 +357,7 @@ def plain(caption: str) -> str:
 
 
 def beginning(span: Span) -> int:
-    """Number of the token where a chunk begins, with the adjectives that the parser left to other words: "a grey and"
-    before "white kitten".
-    """
+    """The token where a chunk begins, with adjectives left to other words: "a grey and" before "white kitten"."""
     document, start = span.doc, span.start
     while start > 0:
         token = document[start - 1]

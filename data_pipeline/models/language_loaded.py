@@ -1,7 +1,5 @@
 """Imported in the server that workers are forked from: they are born with the usual language model, and share it."""
 
-from __future__ import annotations
-
 import contextlib
 
 from data_pipeline.models.language import MODELS, load_chunker

@@ -5,8 +5,6 @@ The encoder is timm's TinyViT (Wu et al., arXiv 2207.10666). MobileSAM's differs
 and 7, a last merging that keeps the resolution (so that 1024 pixels give 64 x 64 features), and a neck to 256 channels.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -58,9 +56,7 @@ class MobileSamParams:
 
 
 class TinyVitEncoder(torch.nn.Module):
-    """Pictures float (N, 3, image_size, image_size), normalised as SAM does, to features (N, prompt_width, grid,
-    grid).
-    """
+    """Float pictures (N, 3, image_size, image_size), normalised as SAM's, to features (N, prompt_width, grid, grid)."""
 
     def __init__(self, params: MobileSamParams) -> None:
         super().__init__()
@@ -91,25 +87,15 @@ class TinyVitEncoder(torch.nn.Module):
 
 def build_mobile_sam(params: MobileSamParams) -> Sam:
     """A MobileSAM of these sizes with random weights."""
-    decoder = SamParams(
-        encoder_width=params.prompt_width,  # of no consequence: the encoder is replaced
-        encoder_heads=1,
-        encoder_depth=1,
-        global_attention=(),
-        image_size=params.image_size,
-        patch_size=params.stride,
-        prompt_width=params.prompt_width,
-        decoder_depth=params.decoder_depth,
-        decoder_heads=params.decoder_heads,
-        decoder_mlp_width=params.decoder_mlp_width,
-    )
-    return build_prompted(TinyVitEncoder(params), decoder)
+    alike = ("image_size", "prompt_width", "decoder_depth", "decoder_heads", "decoder_mlp_width")
+    sizes = {name: getattr(params, name) for name in alike}
+    # Of no consequence: the encoder is replaced.
+    encoder = {"encoder_width": params.prompt_width, "encoder_heads": 1, "encoder_depth": 1, "global_attention": ()}
+    return build_prompted(TinyVitEncoder(params), SamParams(**encoder, **sizes, patch_size=params.stride))
 
 
 def read_mobile_params(model: str) -> MobileSamParams:
-    """The released sizes for "vit_t", else those of a json file with fields of MobileSamParams; InputError for
-    anything else.
-    """
+    """The released sizes for "vit_t", else those of a json file with fields of MobileSamParams; else InputError."""
     if model == "vit_t":
         return MobileSamParams()
     try:
@@ -143,8 +129,6 @@ def our_names(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def load_mobile_sam(model: str, checkpoint: Path, device: str) -> Sam:
-    """The MobileSAM of ``read_mobile_params(model)`` with the weights of a checkpoint, in the release's names; every
-    tensor must fit, InputError if not.
-    """
+    """The MobileSAM of this name or file with a checkpoint's weights, in the release's names; InputError: no fit."""
     params, weights = read_mobile_params(model), our_names(read_tensors(checkpoint))
     return put_weights(lambda: build_mobile_sam(params), weights, checkpoint, f"MobileSAM {model}").to(device)

@@ -6,8 +6,6 @@ what it describes, however large. So the classes that a folder may name stand he
 Standard library only, so that a folder can be refused before anything heavy is imported.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -113,11 +111,7 @@ _PER_STAGE = r"widths|depths|hidden_sizes|num_heads|heads|(.*block_out|conv|neck
 
 
 def read_json(path: Path) -> Any:
-    """The content of a json file.
-
-    Raises:
-        InputError: it is no ordinary file, is too large, or is not JSON in UTF-8.
-    """
+    """The content of a json file; InputError if it is no ordinary file, is too large, or is not JSON in UTF-8."""
     _check_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -134,15 +128,10 @@ def _check_file(path: Path) -> None:
 
 
 def configs_here(source: str, inside: str = "") -> tuple[Path, dict[str, str]]:
-    """Where the configs of a model are on this machine, those of a hub repository after fetching them.
+    """The folder on this machine where the configs of a model are, those of a hub repository after fetching them, and
+    the version of the repository as an option of ``from_pretrained``: what was looked at is what is loaded.
 
-    Args:
-        source: folder or hub name.
-        inside: a folder in it; empty: all of it.
-
-    Returns:
-        That folder, and the version of the repository as an option of ``from_pretrained``: what was looked at is what
-        is loaded.
+    source: folder or hub name. inside: a folder in it; empty: all of it.
     """
     if Path(source).is_dir():
         return Path(source) / inside, {}
@@ -154,11 +143,7 @@ def configs_here(source: str, inside: str = "") -> tuple[Path, dict[str, str]]:
 
 
 def read_sizes(path: Path) -> dict[str, Any]:
-    """A json file of whole numbers by their names, or lists of them, within the limits.
-
-    Raises:
-        InputError: anything else; names the entry.
-    """
+    """A json file of whole numbers by name, or lists of them, within the limits; InputError names what is not."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no sizes by name, but {shown(content)}")
@@ -178,12 +163,9 @@ def three_numbers(values: Any, what: str) -> tuple[float, float, float]:
 
 
 def check_pipeline(folder: Path) -> None:
-    """What a diffusers pipeline of Stable Diffusion claims in its model_index.json and in the folders of its parts.
-
-    Parts that are not there are for others to miss.
-
-    Raises:
-        InputError: it names a class that is not one of ours, code, or a size beyond the limits; with file and entry.
+    """What a diffusers pipeline of Stable Diffusion claims in its model_index.json and in the folders of its parts;
+    those that are not there are for others to miss. InputError, with file and entry, if it names a class that is not
+    one of ours, code, or a size beyond the limits.
     """
     path = folder / "model_index.json"
     index = read_json(path)
@@ -222,16 +204,12 @@ def _check_part(path: Path, part: str, entry: Any) -> None:
 def check_network(
     folder: Path, model_types: Collection[str] = (), class_name: str | None = None, *, tokenizer: bool = False
 ) -> None:
-    """What the json files in the folder of one network, tokenizer or scheduler claim, those that a library would read.
+    """What the json files in the folder of one network, tokenizer or scheduler claim, those that a library would read;
+    InputError with file and entry, and what is allowed. It may hold weights, which are not looked at here.
 
-    Args:
-        folder: it may hold weights, which are not looked at here.
-        model_types: what ``model_type`` of its config.json may be; empty: it is not asked for.
-        class_name: what ``_class_name`` of its config.json must be where it is there (diffusers); None: not asked.
-        tokenizer: whether a tokenizer is loaded from there; else its files are not looked at.
-
-    Raises:
-        InputError: with file and entry, and what is allowed.
+    model_types: what ``model_type`` of its config.json may be; empty: it is not asked for. class_name: what
+    ``_class_name`` of its config.json must be where it is there (diffusers); None: not asked. tokenizer: whether a
+    tokenizer is loaded from there; else its files are not looked at.
     """
     if (folder / "adapter_config.json").exists():  # transformers would load the model that it names instead
         raise InputError(f"{folder / 'adapter_config.json'}: this is a PEFT adapter of another model, not a whole one")
@@ -331,11 +309,7 @@ def _check_index(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def check_values(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise where settings have a key that brings code, or a number beyond the limits, at any depth.
-
-    Raises:
-        InputError: with file, entry, and what is allowed.
-    """
+    """InputError, with what is allowed, for a key that brings code, or a number beyond the limits, at any depth."""
     try:
         entries = list(_entries(content))
     except RecursionError:

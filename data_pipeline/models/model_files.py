@@ -3,8 +3,6 @@
 Standard library only, so that a step can refuse a missing file before anything heavy is imported.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import stat
@@ -21,11 +19,7 @@ TRANSFORMERS_MODEL: Needed = {
     "weights": ("model.safetensors", "model.safetensors.index.json"),
 }
 IMAGE_SETTINGS: Needed = {"image settings": ("preprocessor_config.json", "processor_config.json")}
-TEXT_AND_IMAGE_MODEL: Needed = {
-    **TRANSFORMERS_MODEL,
-    "tokenizer": ("tokenizer.json", "vocab.txt"),
-    **IMAGE_SETTINGS,
-}
+TEXT_AND_IMAGE_MODEL: Needed = {**TRANSFORMERS_MODEL, "tokenizer": ("tokenizer.json", "vocab.txt"), **IMAGE_SETTINGS}
 
 
 def is_hub_id(name: str) -> bool:

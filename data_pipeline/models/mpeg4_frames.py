@@ -5,8 +5,6 @@ one packet per tick of the clock; a picture that is not coded stands in its old 
 not coded where nothing has changed. No decoder gives a picture for either.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

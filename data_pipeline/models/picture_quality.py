@@ -1,7 +1,5 @@
 """Measures of single pictures: sharpness, brightness, clipping, and the change between two."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Loading models without their own bars and warnings: the run has one bar, and many workers."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterator

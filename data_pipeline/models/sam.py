@@ -1,7 +1,5 @@
 """Segment Anything (the package segment-anything 1.0), prompted with boxes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -121,9 +119,7 @@ def put_weights(build: Callable[[], Sam], weights: Mapping[str, torch.Tensor], c
 
 
 def load_sam(model: str, checkpoint: Path, device: str) -> Sam:
-    """The SAM of ``read_params(model)`` with the weights of a checkpoint (``read_tensors``). InputError if they don't
-    fit.
-    """
+    """The SAM of ``read_params(model)`` with the weights of a checkpoint (``read_tensors``); InputError: no fit."""
     params = read_params(model)
     return put_weights(lambda: build_sam(params), read_tensors(checkpoint), checkpoint, model).to(device)
 
@@ -147,9 +143,7 @@ class SamSegmenter:
 
     @torch.inference_mode()
     def segment(self, requests: Sequence[tuple[Frame, tuple[Detection, ...]]]) -> list[tuple[Detection, ...]]:
-        """The detections with masks. A frame is encoded once, however many boxes and requests it has, and not at all
-        if it has no box.
-        """
+        """Detections with masks. A frame is encoded once for all its boxes and requests; without a box, not at all."""
         asked: dict[int, list[int]] = {}  # a frame's identity -> its requests
         for number, (frame, detections) in enumerate(requests):
             if detections:
@@ -166,9 +160,7 @@ class SamSegmenter:
         return found
 
     def _encode(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
-        """Embeddings (N, channels, grid, grid); frames of different sizes share a batch, as all are padded to
-        squares.
-        """
+        """Embeddings (N, channels, grid, grid); frames of any size share a batch, as all are padded to squares."""
         ready = []
         for picture in pictures:
             resized = torch.from_numpy(self._resize.apply_image(picture)).to(self._sam.device)

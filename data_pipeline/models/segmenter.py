@@ -1,7 +1,5 @@
 """Masks for boxes: from the annotations that came with the video, or from Segment Anything."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -37,9 +35,7 @@ class AnnotationSegmenter:
 
 
 class FillingSegmenter:
-    """Reads annotated masks, and asks a network about boxes without one. network: None if none was thought to be
-    needed.
-    """
+    """Reads annotated masks, and asks a network about boxes without one. network: None if none seems needed."""
 
     def __init__(self, network: Segmenter | None) -> None:
         self._network = network

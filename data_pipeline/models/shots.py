@@ -1,7 +1,5 @@
 """Shot boundaries by PySceneDetect."""
 
-from __future__ import annotations
-
 import logging
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What the libraries take of this machine: threads, and devices."""
 
-from __future__ import annotations
-
 import os
 import sys
 

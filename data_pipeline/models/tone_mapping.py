@@ -11,8 +11,6 @@ One fixed curve for all clips, so that a picture depends on nothing but its own 
 4. Encoding: sRGB, as which every training program reads a picture.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import lru_cache
 

@@ -5,8 +5,6 @@ each one can be decoded. The file stays open for the reader that comes next: ope
 a short group of pictures.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +32,7 @@ from data_pipeline.models.video_pictures import (
     shape_notes,
     upright_size,
 )
+from data_pipeline.reasons import one_line
 from data_pipeline.records import ClipError, VideoFacts
 
 # Nothing else is opened, whatever a file is called: a playlist or a concat script named clip.mp4 would make FFmpeg
@@ -106,15 +105,8 @@ def open_container(path: Path) -> Any:
     return container
 
 
-def one_line(error: BaseException) -> str:
-    """The kind and the first line of an error, for the evidence of a rejection."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
 def probe(path: Path, rules: PictureRules = DEFAULT_RULES) -> VideoFacts:
-    """Facts of a video; the file stays open until the next one is probed. ClipError if there is no video in it, or
-    ``rules`` reject it.
-    """
+    """Facts of a video; the file stays open until the next one's. ClipError: no video in it, or ``rules`` reject it."""
     return open_video(path, rules=rules).facts
 
 
@@ -190,7 +182,10 @@ def _list(container: Any, streams: Sequence[Any]) -> tuple[Any, list[Listed]]:
         return count > 1, default, count * context.width * context.height, -stream.index
 
     film = max(streams, key=rank)
-    _check_complete(container, film, listed[film.index])
+    # mp4 lists its packets in its header; a shorter file still opens. What an edit list cuts away is not in the list.
+    found, is_mp4 = listed[film.index], "mp4" in container.format.name.split(",")
+    if is_mp4 and found < len(film.index_entries):
+        raise ClipError("frames are missing", found=found, expected=len(film.index_entries))
     packets, data = tables[film.index], texts[film.index]
     if container.format.name in BARE:
         packets = [packet._replace(pts=None) for packet in packets]
@@ -274,9 +269,9 @@ def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
     colours = colours_of(context)  # before a frame is decoded: decoders forget what only the container says
     counted = _is_counted(container, stream, packets)
     keys = [
-        Key(i, packet.pts or 0, packet.pts or 0 if packet.dts is None else packet.dts)
-        for i, packet in enumerate(packets)
-        if packet.is_key
+        Key(place, one.pts or 0, one.pts or 0 if one.dts is None else one.dts)
+        for place, one in enumerate(packets)
+        if one.is_key
     ]
     if not keys:
         raise ClipError("no key frame" if packets else "video without frames")
@@ -288,7 +283,7 @@ def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
     if not stamps or not stream.time_base:
         raise ClipError("video without frames")
     said = {"several video streams": len(streams) > 1, "times that repeat or go back, made even": again}
-    several = tuple(note for note, holds in said.items() if holds)
+    several = [note for note, holds in said.items() if holds]
     tone_map, notes = light_of(colours, rules)
     description = description_of(container, stream)
     rotation, mirrored = _orientation(container, stream, description)
@@ -326,24 +321,17 @@ def _index(path: Path, container: Any, rules: PictureRules) -> OpenVideo:
     )
 
 
-def _check_complete(container: Any, stream: Any, found: int) -> None:
-    # mp4 lists its packets in its header; a shorter file still opens. What an edit list cuts away is not in the list.
-    expected = len(stream.index_entries) if "mp4" in container.format.name.split(",") else found
-    if found < expected:
-        raise ClipError("frames are missing", found=found, expected=expected)
-
-
 def _orientation(container: Any, stream: Any, description: str) -> tuple[int, bool]:
     """Turn and flip of the stored pictures, see ``orientation_of``.
 
     Only frames carry them, and a frame costs more than all packets: so one is decoded only where the description of the
     stream speaks of a display matrix.
     """
-    if "display matrix" not in description:
-        return 0, False
-    container.seek(stream.start_time or 0, stream=stream)
-    first = next(container.decode(stream), None)
-    return orientation_of(first) if first is not None else (0, False)
+    first = None
+    if "display matrix" in description:
+        container.seek(stream.start_time or 0, stream=stream)
+        first = next(container.decode(stream), None)
+    return (0, False) if first is None else orientation_of(first)
 
 
 def _interlaced(container: Any, stream: Any, codec: str) -> bool:
@@ -393,9 +381,8 @@ def _skip_to(key: Key, video: OpenVideo, packets: Iterator[Any]) -> Iterator[Any
     """The packets from this key frame on; none if the first one lies behind it."""
     begun = False
     for packet in packets:
-        if (
-            not packet.size and packet.dts is not None
-        ):  # "the last picture again", in AVI; a decoder takes it as the end
+        # "The last picture again", in AVI; a decoder takes it as the end.
+        if not packet.size and packet.dts is not None:
             continue
         if not begun:
             position = video.positions.get(packet.pts, -1)

@@ -4,8 +4,6 @@ What the file says about itself is read once (``declared``), without decoding; w
 that is nothing out of the ordinary costs one conversion per frame, and nothing else.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,9 +33,7 @@ SQUARE_ENOUGH = Fraction(1, 100)
 
 @dataclass(frozen=True, kw_only=True)
 class PictureRules:
-    """What to do with clips that are out of the ordinary. hdr: tonemap, reject or keep. interlaced: deinterlace, reject
-    or keep.
-    """
+    """For clips out of the ordinary. hdr: tonemap, reject or keep. interlaced: deinterlace, reject or keep."""
 
     hdr: str = "tonemap"
     interlaced: str = "deinterlace"
@@ -55,10 +51,7 @@ def colours_of(source: Any) -> Colours:
     # FFmpeg has 1 for limited and 2 for full range.
     full_range = {1: False, 2: True}.get(int(source.color_range))
     return Colours(
-        matrix=matrix,
-        transfer=int(source.color_trc),
-        primaries=int(source.color_primaries),
-        full_range=full_range,
+        matrix=matrix, transfer=int(source.color_trc), primaries=int(source.color_primaries), full_range=full_range
     )
 
 
@@ -139,9 +132,7 @@ def orientation_of(frame: Any) -> tuple[int, bool]:
 def upright_size(
     stored: tuple[int, int], crop: tuple[int, int, int, int], aspect: Fraction, rotation: int
 ) -> tuple[int, int]:
-    """Width and height of the finished picture, of a stored one of this width and height; ``VideoFacts`` has the
-    others. ClipError if nothing is left.
-    """
+    """Width and height of the finished picture; stored: those of the stored one. ClipError if nothing is left."""
     left, top, right, bottom = crop
     width, height = stored[0] - left - right, stored[1] - top - bottom
     if width < 1 or height < 1:
@@ -207,9 +198,7 @@ class PictureMaker:
         self._converter = VideoReformatter()
 
     def picture(self, frame: Any) -> np.ndarray:
-        """The upright picture of a decoded frame, uint8 RGB (height, width, 3), with square pixels. ClipError if it is
-        not shaped like the first one.
-        """
+        """A frame's upright picture, uint8 RGB (height, width, 3), square pixels. ClipError: shaped unlike others."""
         facts, orientation = self.facts, orientation_of(frame)
         if orientation != (facts.rotation, facts.mirrored):
             raise ClipError("pictures that turn", rotation=orientation[0], at_first=facts.rotation)

@@ -7,8 +7,6 @@ without a word on open groups of pictures and on HEVC, and cannot open AV1; it s
 decode on one thread: workers are the parallelism.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -19,8 +17,9 @@ import av
 import numpy as np
 from PIL import Image
 
-from data_pipeline.models.video_index import OpenVideo, one_line, open_video, packets_from, probe
+from data_pipeline.models.video_index import OpenVideo, open_video, packets_from, probe
 from data_pipeline.models.video_pictures import PictureMaker, deinterlaced, fields_of, may_have_fields
+from data_pipeline.reasons import one_line
 from data_pipeline.records import ClipError, SettingsError, VideoFacts
 
 __all__ = ["READERS", "DecordReader", "PyAVReader", "VideoReader", "choose_reader", "open_reader", "probe"]
@@ -67,9 +66,7 @@ class PyAVReader:
         self._noted = any(note.startswith("interlaced") for note in facts.notes)
 
     def thumbnails(self, size: int, limit: int) -> np.ndarray:
-        """See VideoReader. A file that ends within its last packet loses what cannot be shown of it: ``facts`` tell it
-        from now on.
-        """
+        """See VideoReader. A file that ends within its last packet loses what cannot be shown; ``facts`` tell it."""
         video, keep = open_video(self.path, self.facts), fits_in_memory(self.facts)
         wanted = self.facts.stamps[:limit]
         pictures: list[np.ndarray] = []

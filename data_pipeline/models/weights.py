@@ -5,8 +5,6 @@ the network does, and every number is finite. What a file lacks would be random 
 noise without a word. An error names file and tensor.
 """
 
-from __future__ import annotations
-
 import pickle
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -51,14 +49,9 @@ def is_counter(name: str) -> bool:
 
 
 def read_tensors(path: Path, inside: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a file of torch of which nothing but tensors is unpickled.
-
-    Args:
-        path: the file; what torch has written as a zip is mapped, not read.
-        inside: keys under which some release keeps its tensors; the first that is there is taken.
-
-    Raises:
-        InputError: no such file, another kind of file, or tensors that are not as large as they say.
+    """The tensors of a .safetensors file, or of a file of torch of which nothing but tensors is unpickled: what torch
+    has written as a zip is mapped, not read. inside: keys under which some release keeps its tensors; the first that is
+    there is taken. InputError: no such file, another kind of file, or tensors that are not as large as they say.
     """
     path = Path(path)
     if not path.is_file():
@@ -77,9 +70,7 @@ def read_tensors(path: Path, inside: Sequence[str] = ()) -> dict[str, Tensor]:
 
 def load_pickle(path: Path) -> Any:
     """What a file of torch holds, mapped where it is a zip; nothing but tensors and plain values is unpickled.
-
-    Raises:
-        InputError: it holds more, or would grow while it is read.
+    InputError if it holds more, or would grow while it is read.
     """
     try:
         zipped = zipfile.is_zipfile(path)
@@ -97,12 +88,8 @@ def load_pickle(path: Path) -> Any:
 
 
 def check_plain(content: Any, source: str | Path) -> None:
-    """Raise unless these are tensors by their names, each as large in the file as its shape says.
-
-    A pickle can repeat one number as a tensor of any size, or hold tensors without numbers.
-
-    Raises:
-        InputError: names the first that is none.
+    """InputError, which names the first that is none, unless these are tensors by their names, each as large in the
+    file as its shape says: a pickle can repeat one number as a tensor of any size, or hold tensors without numbers.
     """
     if not isinstance(content, Mapping):
         raise InputError(f"{source} holds a {type(content).__name__}: needed are tensors by their names")
@@ -126,19 +113,11 @@ def fill(
     left_out: Sequence[str] = (),
     assign: bool = False,
 ) -> None:
-    """Give a network its weights, after all of them were looked at (``check_weights``, which see).
+    """Give a network, on the meta device or with any weights, its own, after all of them were looked at
+    (``check_weights``, which see).
 
-    Args:
-        network: on the meta device or with any weights.
-        weights: by the names of its ``state_dict``.
-        source: the file, for messages.
-        may_lack: as there.
-        left_out: as there.
-        assign: take the tensors themselves, with their dtype, not copies; for networks on the meta device, which may
-            then lack nothing.
-
-    Raises:
-        InputError: names file and tensor.
+    assign: take the tensors themselves, with their dtype, not copies; for networks on the meta device, which may then
+    lack nothing.
     """
     check_weights(network, weights, source, may_lack=may_lack, left_out=left_out, counters=not assign)
     own = network.state_dict()
@@ -154,32 +133,16 @@ def check_weights(
     left_out: Sequence[str] = (),
     counters: bool = True,
 ) -> None:
-    """Raise unless these are the weights of a network, which may be on the meta device: nothing is changed.
+    """InputError, which names file and tensor, unless these are the weights of a network by the names of its
+    ``state_dict``, with its shapes and kinds of dtypes. It may be on the meta device: nothing is changed.
 
-    Args:
-        network: whose names, shapes and dtypes count.
-        weights: by the names of its ``state_dict``.
-        source: the file, for messages.
-        may_lack: parts of names of tensors that need not be there.
-        left_out: beginnings of names of tensors that have no place in the network and are known, such as the head of
-            a classifier.
-        counters: whether ``COUNTERS`` may be lacking, too.
-
-    Raises:
-        InputError: names file and tensor.
+    source: the file, for messages. may_lack: parts of names of tensors that need not be there. left_out: beginnings of
+    names of tensors that have no place in the network and are known, such as the head of a classifier. counters:
+    whether ``COUNTERS`` may be lacking, too.
     """
     own = network.state_dict()
-    check_names(
-        source,
-        [
-            name
-            for name in own
-            if name not in weights
-            and not (counters and is_counter(name))
-            and not any(part in name for part in may_lack)
-        ],
-        [name for name in weights if name not in own and not is_counter(name) and not name.startswith(tuple(left_out))],
-    )
+    known = {"may_lack": may_lack, "left_out": left_out, "counters": counters}
+    check_names(source, own.keys() - weights.keys(), weights.keys() - own.keys(), **known)
     kept = {name: tensor for name, tensor in weights.items() if name in own}
     for name, tensor in kept.items():
         if tuple(tensor.shape) != tuple(own[name].shape):
@@ -192,13 +155,21 @@ def check_weights(
     check_finite(kept.items(), source)
 
 
-def check_names(source: str | Path, missing: Collection[str], extra: Collection[str] = ()) -> None:
-    """Raise where tensors are missing or left over.
-
-    Raises:
-        InputError: names some of each.
+def check_names(
+    source: str | Path,
+    missing: Iterable[str],
+    extra: Iterable[str] = (),
+    *,
+    may_lack: Sequence[str] = (),
+    left_out: Sequence[str] = (),
+    counters: bool = False,
+) -> None:
+    """InputError that names some of each where tensors are missing or left over, but for those that ``check_weights``
+    is told of; counters are never left over.
     """
-    if missing:
+    extra = [name for name in extra if not is_counter(name) and not name.startswith(tuple(left_out))]
+    missing = [name for name in missing if not (counters and is_counter(name))]
+    if missing := [name for name in missing if not any(part in name for part in may_lack)]:
         also = f"; there are others, such as {_some(extra, 1)}, which have no place in it" if extra else ""
         raise InputError(
             f"{source} is incomplete: its files lack {_some(missing)}{also}. What is missing would be random: get the "
@@ -212,11 +183,7 @@ def check_names(source: str | Path, missing: Collection[str], extra: Collection[
 
 
 def check_dtypes(source: str | Path, headings: Mapping[str, Heading]) -> None:
-    """Raise where a tensor holds anything but floating-point numbers, counters apart.
-
-    Raises:
-        InputError: names the tensor and what it holds.
-    """
+    """InputError that names the tensor and what it holds, if that is not floating-point numbers, counters apart."""
     for name, heading in headings.items():
         if not heading.floating and not is_counter(name):
             raise _wrong_dtype(source, name, heading.dtype)
@@ -230,10 +197,8 @@ def _wrong_dtype(source: str | Path, name: str, dtype: str) -> InputError:
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], source: str | Path) -> None:
-    """Raise where a number is NaN or infinite. Other dtypes than floating-point ones, and the meta device, pass.
-
-    Raises:
-        InputError: names the tensor, and how many of its numbers.
+    """InputError that names the tensor, and how many of its numbers, where one is NaN or infinite. Other dtypes than
+    floating-point ones, and the meta device, pass.
     """
     for name, tensor in tensors:
         plain = tensor.is_floating_point() and tensor.layout is torch.strided and tensor.device.type != "meta"
@@ -268,22 +233,14 @@ def load_network(
     variant: str | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A network of diffusers or transformers, if its folder claims nothing strange and its files hold all of it.
+    """A network of diffusers or transformers, if its folder claims nothing strange and its files hold all of it; else
+    an InputError that names file or network, and tensor.
 
-    Args:
-        kind: the class, whose ``from_pretrained`` reads it; one of transformers' Auto classes too.
-        place: what ``from_pretrained`` gets: folder or hub name.
-        what: the network, for messages.
-        folder: where its configs are on this machine; None: ``place``, or fetched from the hub.
-        model_types: see ``check_network``.
-        may_lack: parts of names of tensors that may be missing, beside ``COUNTERS``.
-        left_out: beginnings of names of tensors that have no place in it and are known.
-        variant: as ``from_pretrained`` has it: of "fp16", model.fp16.safetensors. None: a folder that has only those
-            is read from them.
-        options: of ``from_pretrained``.
-
-    Raises:
-        InputError: names file or network, and tensor.
+    kind: the class, whose ``from_pretrained`` reads it; one of transformers' Auto classes too. place: what
+    ``from_pretrained`` gets: folder or hub name. what: the network, for messages. folder: where its configs are on this
+    machine; None: ``place``, or fetched from the hub. model_types: see ``check_network``. may_lack, left_out: see
+    ``check_weights``. variant: as ``from_pretrained`` has it: of "fp16", model.fp16.safetensors. None: a folder that
+    has only those is read from them. options: of ``from_pretrained``.
     """
     if folder is None:
         folder, version = configs_here(str(place), options.get("subfolder", ""))
@@ -305,17 +262,8 @@ def load_network(
     network, report = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     if not headings:  # from a hub: now they are here
         check_dtypes(what, read_headings(folder, stem, variant))
-    check_names(
-        what,
-        sorted(
-            name
-            for name in report["missing_keys"]
-            if not is_counter(name) and not any(part in name for part in may_lack)
-        ),
-        sorted(
-            name for name in report["unexpected_keys"] if not is_counter(name) and not name.startswith(tuple(left_out))
-        ),
-    )
+    known = {"may_lack": may_lack, "left_out": left_out, "counters": True}
+    check_names(what, report["missing_keys"], report["unexpected_keys"], **known)
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise InputError(
             f"{what} does not fit its config: {name} has shape {tuple(found)}, the config asks for {tuple(expected)}: "
@@ -326,18 +274,10 @@ def load_network(
 
 
 def read_headings(folder: Path, stem: str, variant: str | None = None) -> dict[str, Heading]:
-    """Shapes and dtypes of the weights in a folder, in the files that diffusers or transformers would read.
+    """Shapes and dtypes of the weights in a network's folder, in the files that diffusers or transformers would read,
+    by the names in the files; empty where there are no weights. InputError if a file is none of tensors alone.
 
-    Args:
-        folder: of the network.
-        stem: "model" (transformers) or "diffusion_pytorch_model" (diffusers).
-        variant: "fp16" or None.
-
-    Returns:
-        By the names in the files; empty where there are no weights.
-
-    Raises:
-        InputError: a file is none of tensors alone.
+    stem: "model" (transformers) or "diffusion_pytorch_model" (diffusers). variant: "fp16" or None.
     """
     headings: dict[str, Heading] = {}
     for path in _weight_files(folder, stem, variant):
@@ -346,11 +286,7 @@ def read_headings(folder: Path, stem: str, variant: str | None = None) -> dict[s
 
 
 def file_headings(path: Path) -> dict[str, Heading]:
-    """The same of one file: its header, or a pickle that is mapped.
-
-    Raises:
-        InputError: it is none of tensors alone.
-    """
+    """The same of one file: its header, or a pickle that is mapped."""
     if path.suffix.lower() != ".safetensors":
         return {
             name: Heading(tuple(tensor.shape), tensor.is_floating_point(), str(tensor.dtype))
@@ -398,9 +334,8 @@ def _check_size(kind: Any, folder: Path, what: str, headings: Mapping[str, Headi
 def skeleton(kind: Any, folder: Path) -> nn.Module:
     """The network that the config.json in a folder describes, on the meta device: names and shapes alone.
 
-    Args:
-        kind: a class of diffusers or transformers, also one of the Auto classes.
-        folder: on this machine; what it claims should have been looked at (``check_network``).
+    kind: as in ``load_network``. folder: on this machine; what it claims should have been looked at
+    (``check_network``).
     """
     with torch.device("meta"):
         if hasattr(kind, "load_config"):

@@ -1,7 +1,5 @@
 """Step 2: find the cuts, so that the two frames of a pair come from one shot."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
@@ -75,14 +73,8 @@ class CutShots(Step[Video, VideoShots]):
                 left, top, right, bottom = bars
                 facts = video.facts
                 pictures = _within(pictures, bars, (facts.width, facts.height))
-                facts = replace(
-                    facts,
-                    width=facts.width - left - right,
-                    height=facts.height - top - bottom,
-                    bars=bars,
-                    notes=(*facts.notes, CUT_OFF),
-                )
-                video = _now_known(video, facts)
+                size = {"width": facts.width - left - right, "height": facts.height - top - bottom}
+                video = _now_known(video, replace(facts, **size, bars=bars, notes=(*facts.notes, CUT_OFF)))
         cuts = self._find_cuts(
             pictures, cut_ratio=self.cut_ratio, min_content=self.min_content, fade_level=self.fade_level
         )

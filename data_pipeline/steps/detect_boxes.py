@@ -189,12 +189,8 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
             config, checkpoint = files["configuration"], files["weights"]
         return GroundingDino(load_grounding_dino(config, checkpoint, self.text_encoder, self.device), **settings)
 
-    def process(self, record: NamedPair) -> DetectedPair | Rejected:
-        """The pair with its detections; rejected if one of the frames has none."""
-        return self.process_many([record])[0]
-
     def process_many(self, records: Sequence[NamedPair]) -> list[DetectedPair | Rejected]:
-        """The pairs with their detections; both frames of all pairs are asked about in one call of the detector."""
+        """The pairs with their detections, rejected if a frame has none; all frames are asked about in one call."""
         try:
             return self._detect(records)
         except ClipError as error:
@@ -230,17 +226,12 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
             for frame in (record.frames.reference, record.frames.target)
         ]
         found = detector.detect(questions)
-        served = {}
-        if self.detector == "auto":
-            served["boxes"] = "annotations" if detector is self._annotations else self.model
+        annotated = detector is self._annotations
+        served = {"boxes": "annotations" if annotated else self.model} if self.detector == "auto" else {}
+        both = zip(found[::2], found[1::2], strict=True)
         return [
-            self._pair(
-                record,
-                *found[2 * number : 2 * number + 2],
-                served,
-                record.frames.video.annotations if detector is self._annotations else None,
-            )
-            for number, record in enumerate(records)
+            self._pair(record, *pair, served, record.frames.video.annotations if annotated else None)
+            for record, pair in zip(records, both, strict=True)
         ]
 
     @staticmethod
@@ -252,12 +243,8 @@ class DetectBoxes(Step[NamedPair, DetectedPair]):
         named: Annotations | None,
     ) -> DetectedPair | Rejected:
         if not reference or not target:
-            evidence = {
-                "phrases": [entity.phrase for entity in record.entities],
-                "reference": len(reference),
-                "target": len(target),
-                **served,
-            }
+            evidence = {"phrases": [entity.phrase for entity in record.entities]}
+            evidence |= {"reference": len(reference), "target": len(target), **served}
             if named is not None:  # whoever reads it sees whether it is the words that differ
                 indices = (record.frames.reference.index, record.frames.target.index)
                 evidence["annotated"] = sorted({one.name for index in indices for one in named.frames.get(index, ())})

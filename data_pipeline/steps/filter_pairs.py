@@ -1,7 +1,5 @@
 """Step 8: leave out subjects and pairs that would teach something wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -42,27 +40,12 @@ FRACTIONS = [
 
 @dataclass(kw_only=True)
 class FilterPairs(Step[TrainingPair, TrainingPair]):
-    """Rules about single subjects, then about two subjects, then about the pair. Reasons for the defaults:
-    docs/mining.md.
+    """Rules about single subjects in either frame (``faults``), then about two subjects, then about the pair. What each
+    setting bounds, and the reasons for its default: docs/mining.md.
 
-    A subject is left out if, in either frame:
-
-    - its detection score is below min_score, or its mask score (if it has one) below min_mask_score;
-    - its box covers less than min_area or more than max_area of the frame;
-    - its box is wider than max_aspect times its height, or higher than max_aspect times its width;
-    - its mask has fewer than min_pixels pixels, covers less than min_fill of its box, or its tight box and the detected
-      box have an intersection over union below min_mask_agreement;
-    - more than max_border of one side of its tight box lies on the frame's edge: it is cut off there;
-    - more than max_clipped of its pixels are black or white: under- or over-exposed;
-    - the sharpness of the picture in its box is below min_sharpness (both measured by ``models/picture_quality.py``).
-
-    Of two subjects that are probably one thing detected twice (boxes with an intersection over union above
-    max_box_iou, or masks that share more than max_mask_overlap of the smaller one) the one with the lower score, then
-    the smaller one, is left out. Boxes that overlap less than that stay: the model must learn overlapping boxes.
-
-    The pair is rejected if fewer than min_subjects subjects are left, or if the mean difference of the two frames
-    inside the subjects' boxes is below min_change (0 to 1): then the answer is to copy. Of more than max_subjects the
-    largest stay.
+    Of two subjects that are probably one thing detected twice (max_mask_overlap is of the smaller mask) the one with
+    the lower score, then the smaller one, is left out. Boxes that overlap less than max_box_iou stay: the model must
+    learn overlapping boxes. A pair of too little change is rejected: the answer would be to copy.
     """
 
     min_score: float = 0.3
@@ -138,9 +121,7 @@ class FilterPairs(Step[TrainingPair, TrainingPair]):
         return replace(pair, matches=tuple(kept), dropped=(*pair.dropped, *dropped))
 
     def faults(self, found: Detection, image: np.ndarray) -> Iterator[tuple[str, dict[str, float]]]:
-        """What speaks against one detection: reasons with what was measured, cheap ones first. image: the frame that it
-        was found in, uint8 (height, width, 3).
-        """
+        """Faults of one detection in a frame, uint8 (height, width, 3): reason and measures, cheap ones first."""
         if found.score < self.min_score:
             yield "detection score too low", {"score": round(found.score, 3), "min_score": self.min_score}
         if found.mask_score is not None and found.mask_score < self.min_mask_score:
@@ -204,9 +185,7 @@ class FilterPairs(Step[TrainingPair, TrainingPair]):
 
 
 def border_contact(mask: np.ndarray, tight: Box) -> float:
-    """The largest share of a side of the tight box that is mask on the frame's edge, in [0, 1]; 0 if the mask touches
-    no edge.
-    """
+    """Largest share of a side of the tight box that is mask on the frame's edge, in [0, 1]; 0 if it touches none."""
     height, width = mask.shape
     wide, high = (tight[2] - tight[0]) * width, (tight[3] - tight[1]) * height
     edges = ((mask[0], wide), (mask[-1], wide), (mask[:, 0], high), (mask[:, -1], high))

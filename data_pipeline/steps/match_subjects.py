@@ -36,12 +36,9 @@ ROUNDING = 1e-5
 class MatchSubjects(Step[DetectedPair, TrainingPair]):
     """Pairs the instances of each phrase: by object number where the annotations track objects, else by appearance.
 
-    By appearance: the assignment within the phrase with the highest sum of similarities (Hungarian algorithm), of
-    which matches below ``min_similarity`` are left out, and, with ``mutual_best``, those of which one side has a
-    better partner than the other: the assignment pairs as many as it can, so it gives one that has left the frame to
-    one that has entered. A partner is better only if it is more similar by more than ``tie_margin``: three cups that
-    look alike are as good as each other, and all stay. Object numbers decide without any of this; the similarity is
-    then only recorded.
+    The rules, in their order: docs/mining.md. A partner is better only if it is more similar by more than
+    ``tie_margin``: three cups that look alike are as good as each other, and all stay. Where object numbers decide, the
+    similarity is only recorded.
 
     embedder: "histogram", "timm:NAME", "transformers:NAME_OR_DIRECTORY", "dinov2:small" ("base", "large", "giant") or
     "clip:base" ("large"). checkpoint: local weights for timm. min_similarity: a cosine; None takes the embedder's from
@@ -133,18 +130,13 @@ class MatchSubjects(Step[DetectedPair, TrainingPair]):
 
     @staticmethod
     def _instances(record: DetectedPair) -> list[tuple[str, list[Detection], list[Detection]]]:
-        """Phrase, its detections in the reference frame and in the target frame; phrases that are nowhere are left
-        out.
-        """
-        asked = []
-        for entity in record.entities:
-            reference, target = (
-                [found for found in detections if found.entity == entity]
-                for detections in (record.reference, record.target)
-            )
-            if reference or target:
-                asked.append((entity.phrase, reference, target))
-        return asked
+        """Phrase, its detections in the reference and in the target; phrases that are nowhere are left out."""
+        both = (record.reference, record.target)
+        asked = [
+            (entity.phrase, *([found for found in detections if found.entity == entity] for detections in both))
+            for entity in record.entities
+        ]
+        return [(phrase, reference, target) for phrase, reference, target in asked if reference or target]
 
     def _embed(
         self, record: DetectedPair, asked: list[tuple[str, list[Detection], list[Detection]]]

@@ -57,22 +57,13 @@ class _Choice:
 class PickFrames(Step[VideoShots, tuple[FramePair, ...]]):
     """Looks at a few frames of a shot and takes the two that make the best pair.
 
-    candidates: frames that are looked at, evenly spread from reference_place to target_place of the shot (0 is its
-    first frame, 1 its last): a quarter and three quarters keep away from the fades and the half-entered subjects at its
-    ends. With 2 exactly these two places are used. annotated_only: of clips with annotations, the annotated frames
-    nearest to these places. min_gap: seconds between the two frames; nearer ones show the same moment.
+    How candidates are chosen, left out and scored, and what the settings bound: docs/mining.md. Places are fractions of
+    the shot (0 is its first frame, 1 its last); with 2 candidates exactly the two places are used. annotated_only: of
+    clips with annotations, the annotated frames nearest to these places. min_gap: seconds.
 
-    A candidate is left out if its mean grey level is below min_frame_brightness or above max_frame_brightness (0 to 1),
-    or its sharpness below min_frame_sharpness (``models/picture_quality.py``).
-
-    The score of a pair, in [0, 1], is the product of its change (mean difference of the tenth that differs most, of the
-    frames as 32 x 32 pictures, over 0.1) and its sharpness (of the less sharp frame, over 0.7 times that of the
-    sharpest candidate of the shot), both at most 1: enough is enough, so among good pairs the one with the longest gap
-    is taken.
-
-    pairs_per_clip: pairs at most. Shots are looked at in the order of their longest gaps, until as many as are wanted
-    gave a pair that scores 0.5 or more, and at most four for every pair wanted. Each shot that was looked at gives its
-    best pair before one gives a second, and second pairs share as few frames with the first ones as they can.
+    Shots are looked at in the order of their longest gaps, until as many as pairs are wanted (pairs_per_clip) gave one
+    that scores 0.5 or more, and at most four for every pair wanted. Each shot that was looked at gives its best pair
+    before one gives a second, and second pairs share as few frames with the first ones as they can.
     """
 
     reference_place: float = 0.25
@@ -138,28 +129,19 @@ class PickFrames(Step[VideoShots, tuple[FramePair, ...]]):
         for shot, indices in wanted[: SHOTS_PER_PAIR * self.pairs_per_clip]:
             if times[indices[-1]] - times[indices[0]] < self.min_gap:
                 break
-            pictures = reader.frames(indices)
-            frames = [
-                Frame(index=index, time=times[index], image=picture)
-                for index, picture in zip(indices, pictures, strict=True)
-            ]
+            pictures = zip(indices, reader.frames(indices), strict=True)
+            frames = [Frame(index=index, time=times[index], image=picture) for index, picture in pictures]
             if choices := self._choices(shot, frames, faults):
                 by_shot.append(choices)
             if sum(choices[0].score >= GOOD_SCORE for choices in by_shot) >= self.pairs_per_clip:
                 break
         if not by_shot:
             return _rejection(faults)
-        chosen = self._best(by_shot)
-        return tuple(
-            FramePair(
-                video=video,
-                shot=choice.shot,
-                reference=choice.reference.frame,
-                target=choice.target.frame,
-                number=number,
-            )
-            for number, choice in enumerate(chosen)
-        )
+        pairs = []
+        for number, choice in enumerate(self._best(by_shot)):
+            reference, target = choice.reference.frame, choice.target.frame
+            pairs.append(FramePair(video=video, shot=choice.shot, reference=reference, target=target, number=number))
+        return tuple(pairs)
 
     def places(self, shot: Shot, usable: Sequence[int], times: Sequence[float], count: int) -> tuple[int, ...]:
         """Numbers of the frames to look at, ascending, at least two: the usable ones nearest to ``count`` places in
@@ -195,9 +177,7 @@ class PickFrames(Step[VideoShots, tuple[FramePair, ...]]):
     def _choices(
         self, shot: Shot, frames: Sequence[Frame], faults: list[tuple[str, dict[str, float]]]
     ) -> list[_Choice]:
-        """All pairs of good frames that are far enough apart, the best one first; adds what spoke against the others
-        to ``faults``.
-        """
+        """All pairs of good frames far enough apart, the best first; ``faults`` takes what spoke against the others."""
         good = []
         for frame in frames:
             looks = self._quality.look_at(frame.image)
@@ -250,9 +230,7 @@ def _rejection(faults: Sequence[tuple[str, dict[str, float]]]) -> Rejected:
 
 
 def nearest(values: Sequence[int], wanted: float) -> int:
-    """The entry of an ascending, non-empty sequence that lies nearest to ``wanted``; the smaller one if two are as
-    near.
-    """
+    """The entry of an ascending, non-empty sequence nearest to ``wanted``; of two that are as near the smaller one."""
     place = bisect_right(values, wanted)
     candidates = values[max(0, place - 1) : place + 1]
     return min(candidates, key=lambda value: (abs(value - wanted), value))

@@ -1,7 +1,5 @@
 """Step 1: open a video, check it, and put its caption and annotations beside it."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import stat
@@ -96,9 +94,7 @@ class ReadVideos(Step[VideoFile, Video]):
 
 
 def kind_of(path: Path) -> str:
-    """What is at the end of a path and its links: "file", "folder", "pipe" or "device"; OSError if nothing
-    is.
-    """
+    """What is at the end of a path and its links: "file", "folder", "pipe" or "device"; OSError if nothing is."""
     mode = path.stat().st_mode
     kinds = {"file": stat.S_ISREG, "folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO}
     return next((kind for kind, fits in kinds.items() if fits(mode)), "device")
@@ -106,9 +102,6 @@ def kind_of(path: Path) -> str:
 
 def hash_file(path: Path) -> tuple[int, str]:
     """Bytes of a file, and their SHA-256 in hex digits."""
-    digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest

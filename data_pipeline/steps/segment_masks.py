@@ -140,20 +140,11 @@ class SegmentMasks(Step[DetectedPair, DetectedPair]):
             return SamSegmenter(load_mobile_sam(model, checkpoint, self.device), self.frames_per_batch)
         return SamSegmenter(load_sam(model, checkpoint, self.device), self.frames_per_batch)
 
-    def process(self, record: DetectedPair) -> DetectedPair | Rejected:
-        """The pair with its masks; rejected if one of the frames is left without any."""
-        return self.process_many([record])[0]
-
     def process_many(self, records: Sequence[DetectedPair]) -> list[DetectedPair | Rejected]:
-        """The pairs with their masks, both frames of all of them in one request to the segmenter."""
-        requests = [
-            (frame, detections)
-            for record in records
-            for frame, detections in (
-                (record.frames.reference, record.reference),
-                (record.frames.target, record.target),
-            )
-        ]
+        """The pairs with their masks, rejected if a frame is left without any; all frames in one request."""
+        requests = []
+        for record in records:
+            requests += [(record.frames.reference, record.reference), (record.frames.target, record.target)]
         found = self._segment(requests)
         return [self._pair(record, found[2 * number], found[2 * number + 1]) for number, record in enumerate(records)]
 

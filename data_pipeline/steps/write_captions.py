@@ -73,12 +73,8 @@ class WriteCaptions(Step[FramePair, FramePair]):
                 self.place_of("model"), self.device, max_tokens=self.max_tokens, batch_size=self.frames_per_batch
             )
 
-    def process(self, record: FramePair) -> FramePair | Rejected:
-        """The pair with a caption; rejected if there is none to be had."""
-        return self.process_many([record])[0]
-
     def process_many(self, records: Sequence[FramePair]) -> list[FramePair | Rejected]:
-        """The pairs with captions, all target frames that need one in one call of the captioner."""
+        """The pairs with captions, rejected if none is to be had; all frames that need one in one call."""
         blank = [number for number, record in enumerate(records) if not record.video.caption.strip()]
         results: list[FramePair | Rejected] = list(records)
         if self._captioner is None:

@@ -1,8 +1,4 @@
-"""Step 9: turn a pair into the files of its samples. The runner puts them into shards, in the order of the clips'
-names.
-"""
-
-from __future__ import annotations
+"""Step 9: a pair becomes the files of its samples. The runner puts them into shards, in the clips' order of names."""
 
 import io
 import json
@@ -14,16 +10,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.pairs_format import PAIRS_SCHEMA, SWAPPED_SUFFIX, tar_member
-from data_pipeline.records import (
-    EncodedPair,
-    Frame,
-    Match,
-    Rejected,
-    SettingsError,
-    TrainingPair,
-    cut_out,
-    encode_mask,
-)
+from data_pipeline.records import EncodedPair, Frame, Match, Rejected, SettingsError, TrainingPair, cut_out, encode_mask
 from data_pipeline.step import Step
 
 
@@ -51,7 +38,8 @@ class WriteShards(Step[TrainingPair, EncodedPair]):
     def process(self, pair: TrainingPair) -> EncodedPair | Rejected:
         """One or two samples."""
         frames = pair.frames
-        key = sample_key(frames.video.file.key, frames.number)
+        # The best pair of a clip has its key, the others ``KEY-pair1`` and so on.
+        key = frames.video.file.key + (f"-pair{frames.number}" if frames.number else "")
         directions = [(key, frames.reference, frames.target, pair.matches)]
         if self.both_directions:
             swapped = tuple(
@@ -103,11 +91,6 @@ class WriteShards(Step[TrainingPair, EncodedPair]):
             },
             "pipeline": dict(self.pipeline),
         }
-
-
-def sample_key(key: str, number: int) -> str:
-    """The key of a clip's pair: that of the clip for its best pair, ``KEY-pair1`` and so on for the others."""
-    return key if number == 0 else f"{key}-pair{number}"
 
 
 def describe(match: Match) -> dict[str, Any]:

@@ -4,8 +4,6 @@ Subjects move, grow or shrink, change pose, may turn round, and are lit anew ove
 So two frames of one clip show the same subjects differently: one pair for training.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipeline.outputs import check_folder
+from data_pipeline.pairs_format import ANNOTATIONS_SCHEMA
 from data_pipeline.records import OutputError, encode_mask
 from data_pipeline.safe_text import visible
 from data_pipeline.world.palette import BACKGROUNDS
@@ -33,10 +32,11 @@ from data_pipeline.world.scenes import (
 )
 from data_pipeline.world.subjects import Identity, render_subject
 
-ANNOTATIONS_SCHEMA = "data_pipeline.annotations/1"
 MAX_SIZE, MAX_FPS, MAX_CLIP_PIXELS = 2048, 240, 2**28
 """Side of a frame, frames per second, and pixels of all frames of a clip: 1.9 GB with masks of four subjects."""
 MAX_CLIPS, MAX_WORKERS = 1_000_000, 256
+RATE_FACTOR = 14
+"""x264's; lower is better, and this is close to lossless to the eye."""
 POSES = 3
 """Pictures drawn of each subject of a clip; frames reuse them, resized."""
 
@@ -45,13 +45,8 @@ POSES = 3
 class Clip:
     """A clip in memory, with its truth.
 
-    Attributes:
-        frames: (T, size, size, 3) uint8 RGB.
-        masks: (T, S, size, size) bool, visible pixels.
-        subjects: the S identities, in the order of the caption.
-        background: a key of BACKGROUNDS.
-        caption: MS-Bench template.
-        fps: frames per second.
+    frames: (T, size, size, 3) uint8 RGB. masks: (T, S, size, size) bool, visible pixels. subjects: the S identities, in
+    the order of the caption. background: a key of BACKGROUNDS. caption: MS-Bench template. fps: frames per second.
     """
 
     frames: np.ndarray
@@ -71,18 +66,11 @@ def sample_clip(
     num_frames: int = 12,
     fps: int = 8,
 ) -> Clip:
-    """Draws a clip.
+    """Draws a clip; `rng` is the only source of randomness.
 
-    Args:
-        rng: the only source of randomness.
-        split: identities to draw from, see `sample_identity`.
-        num_subjects: 1 to 4; None draws one to three.
-        size: side of the square frames in pixels, even.
-        num_frames: frames of the clip, at least 1.
-        fps: frames per second.
-
-    Raises:
-        ValueError: for an odd size (H.264 halves the colour planes), no frames, or more than fit in memory.
+    split: identities to draw from, see `sample_identity`. num_subjects: 1 to 4; None draws one to three. size: side of
+    the square frames in pixels, even. num_frames: at least 1. fps: frames per second. ValueError for an odd size (H.264
+    halves the colour planes), no frames, or more than fit in memory.
     """
     if not 16 <= size <= MAX_SIZE or size % 2:
         raise ValueError(f"size must be even, at least 16 and at most {MAX_SIZE} pixels, got {size}")
@@ -172,14 +160,9 @@ def annotate(clip: Clip) -> dict:
     }
 
 
-def write_video(path: Path, frames: np.ndarray, fps: int, quality: int = 14) -> None:
+def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
     """Writes (T, H, W, 3) uint8 RGB frames as H.264 in mp4, closed groups of pictures, readable by every player.
-
-    Args:
-        path: target file.
-        frames: even height and width.
-        fps: frames per second.
-        quality: x264's constant rate factor; lower is better, 14 is close to lossless to the eye.
+    Height and width must be even.
     """
     import av
 
@@ -189,7 +172,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int, quality: int = 14) -> 
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1
         # With mbtree, x264 sometimes wrote other bytes for the same frames: an equal seed has to give an equal file.
-        stream.options = {"crf": str(quality), "preset": "veryfast", "x264-params": "open-gop=0:mbtree=0"}
+        stream.options = {"crf": str(RATE_FACTOR), "preset": "veryfast", "x264-params": "open-gop=0:mbtree=0"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -201,18 +184,23 @@ def _write_one(job: tuple[Path, int, int, dict]) -> str:
     path = folder / f"{name}.mp4"
     if path.exists():
         return name
-    clip = sample_clip(np.random.default_rng([seed, index]), **settings)
-    partial = folder / f".{name}.mp4"
+    write_clip(path, sample_clip(np.random.default_rng([seed, index]), **settings))
+    return name
+
+
+def write_clip(path: Path, clip: Clip) -> None:
+    """Writes a video with its caption and annotations beside it; OutputError, with nothing left, if that cannot be."""
+    partial, caption = path.with_name(f".{path.name}"), path.with_suffix(".txt")
+    sidecar = path.with_suffix(".annotations.json")
     try:
         write_video(partial, clip.frames, clip.fps)
-        (folder / f"{name}.txt").write_text(clip.caption + "\n")
-        (folder / f"{name}.annotations.json").write_text(json.dumps(annotate(clip), separators=(",", ":")))
+        caption.write_text(clip.caption + "\n")
+        sidecar.write_text(json.dumps(annotate(clip), separators=(",", ":")))
         partial.rename(path)
     except OSError as error:
-        for file in (partial, folder / f"{name}.txt", folder / f"{name}.annotations.json"):
+        for file in (partial, caption, sidecar):
             file.unlink(missing_ok=True)
         raise OutputError(f"cannot write {path}: {error.strerror or error}. The clips before it are kept") from error
-    return name
 
 
 def write_clips(
@@ -229,23 +217,12 @@ def write_clips(
 ) -> list[Path]:
     """Writes clips with their caption and annotations; clips that are there already are kept, so a rerun resumes.
 
-    Clip i depends on (seed, i) and the settings only, not on `count` or `workers`.
+    Clip i depends on (seed, i) and the settings only, not on `count` or `workers`. Returns the paths of the mp4 files.
 
-    Args:
-        out_dir: folder to write to.
-        count: number of clips.
-        split: "train", "held_out" or "all".
-        seed: of the whole set.
-        num_subjects, size, num_frames, fps: see `sample_clip`.
-        workers: processes; 0 works in this one.
-
-    Returns:
-        paths of the mp4 files.
-
-    Raises:
-        ValueError: for a count under 1 or over a million, or settings that `sample_clip` refuses.
-        FileExistsError: if the folder holds clips made with other settings.
-        MiningError: if nothing can be written there, as on a full disk.
+    split, num_subjects, size, num_frames, fps: see `sample_clip`. seed: of the whole set. workers: processes; 0 works
+    in this one. ValueError for a count under 1 or over a million, or settings that `sample_clip` refuses;
+    FileExistsError if the folder holds clips made with other settings; MiningError if nothing can be written there, as
+    on a full disk.
     """
     for name, value, least, most in (
         ("count", count, 1, MAX_CLIPS),

@@ -1,7 +1,5 @@
 """The vocabulary of the procedural world: categories, colours, patterns, backgrounds."""
 
-from __future__ import annotations
-
 CATEGORIES: tuple[str, ...] = (
     "dog", "cat", "teapot", "backpack", "clock", "lantern", "sneaker", "hat", "fish", "car",
 )  # fmt: skip

@@ -4,8 +4,6 @@ Drawing a subject costs 5 ms and placing it 0.3 ms, so a pool of drawn identitie
 kept in a cache folder named by a hash of the settings; a second call reads them back.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -38,16 +36,11 @@ CHUNK = 500
 
 @dataclass(frozen=True)
 class RenderingSettings:
-    """What to render.
+    """What to render: numbers of scenes and of identities in the pool.
 
-    Attributes:
-        scenes: number of scenes.
-        identities: number of identities in the pool.
-        views: pictures of each identity, in different poses.
-        split: "train", "held_out" or "all".
-        size: side of a scene and long side of a view, in pixels.
-        shares: probabilities of one, two and three subjects in a scene.
-        seed: an equal seed gives equal renderings, whatever the number of workers.
+    views: pictures of each identity, in different poses. split: "train", "held_out" or "all". size: side of a scene and
+    long side of a view, in pixels. shares: probabilities of one, two and three subjects in a scene. seed: an equal seed
+    gives equal renderings, whatever the number of workers.
     """
 
     scenes: int = 40_000
@@ -69,13 +62,9 @@ class RenderingSettings:
 class Renderings:
     """Rendered arrays, read lazily from disk (numpy memory maps).
 
-    Attributes:
-        images: (N, size, size, 3) uint8 scenes.
-        boxes: (N, 3, 4) float32 normalised xyxy, zero where a scene has fewer subjects.
-        members: (N, 3) int32 index into `identities`, -1 where absent.
-        backgrounds: (N,) uint8 index into BACKGROUNDS.
-        views: (I * views, size, size, 4) uint8 RGBA; view k of identity i stands at i * views + k, centred.
-        identities: the I identities.
+    images: (N, size, size, 3) uint8 scenes. boxes: (N, 3, 4) float32 normalised xyxy, zero where a scene has fewer
+    subjects. members: (N, 3) int32 index into the I `identities`, -1 where absent. backgrounds: (N,) uint8 index into
+    BACKGROUNDS. views: (I * views, size, size, 4) uint8 RGBA; view k of identity i stands at i * views + k, centred.
     """
 
     images: np.ndarray
@@ -87,32 +76,31 @@ class Renderings:
 
 
 def load_or_render(settings: RenderingSettings, cache: Path | str, workers: int = 2) -> Renderings:
-    """Renders what `settings` says, or reads it back from `cache`.
-
-    Args:
-        settings: what to render.
-        cache: folder that holds one subfolder per settings.
-        workers: processes.
-
-    Returns:
-        memory-mapped renderings.
-    """
+    """Memory maps of what `settings` says, rendered, or read back from a subfolder of `cache`. workers: processes."""
     key = hashlib.sha256(json.dumps([VERSION, asdict(settings)]).encode()).hexdigest()[:12]
     folder = Path(cache) / f"{settings.split}-{key}"
-    if not (folder / "identities.json").exists():
-        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-        partial.mkdir(parents=True)
-        _render_all(settings, partial, workers)
-        if folder.exists():
-            shutil.rmtree(partial)
-        else:
-            partial.rename(folder)
+    make_once(folder, lambda partial: _render_all(settings, partial, workers))
     arrays = {
         name: np.load(folder / f"{name}.npy", mmap_mode="r")
         for name in ("images", "boxes", "members", "backgrounds", "views")
     }
     identities = [Identity(**fields) for fields in json.loads((folder / "identities.json").read_text())]
     return Renderings(**arrays, identities=identities)
+
+
+def make_once(folder: Path, fill: Callable[[Path], None]) -> None:
+    """A folder that is there whole or not at all, filled if it is not: two runs side by side may want the same one."""
+    if folder.is_dir():
+        return
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    fill(partial)
+    try:
+        partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial)
+        if not folder.is_dir():
+            raise
 
 
 def _render_all(settings: RenderingSettings, folder: Path, workers: int) -> None:
@@ -127,14 +115,12 @@ def _render_all(settings: RenderingSettings, folder: Path, workers: int) -> None
     boxes = np.zeros((count, MAX_SLOTS, 4), np.float32)
     members = np.full((count, MAX_SLOTS), -1, np.int32)
     backgrounds = np.zeros(count, np.uint8)
+
+    def store_views(start: int, part: np.ndarray) -> None:
+        views[start * settings.views : start * settings.views + len(part)] = part
+
     jobs = [(settings, identities[a : a + CHUNK], a) for a in range(0, len(identities), CHUNK)]
-    _run(
-        _render_views,
-        jobs,
-        workers,
-        "drawing subjects",
-        lambda start, result: _fill(views, start * settings.views, result),
-    )
+    _run(_render_views, jobs, workers, "drawing subjects", store_views)
     views.flush()
 
     def store(start: int, result: tuple[np.ndarray, ...]) -> None:
@@ -148,10 +134,6 @@ def _render_all(settings: RenderingSettings, folder: Path, workers: int) -> None
     np.save(folder / "members.npy", members)
     np.save(folder / "backgrounds.npy", backgrounds)
     (folder / "identities.json").write_text(json.dumps([i.as_dict() for i in identities]))
-
-
-def _fill(target: np.ndarray, start: int, part: np.ndarray) -> None:
-    target[start : start + len(part)] = part
 
 
 def _run(work: Callable, jobs: list[tuple], workers: int, title: str, store: Callable) -> None:
@@ -222,18 +204,8 @@ def _crop(view: np.ndarray, flip: bool) -> np.ndarray:
 
 def identity_labels(identities: list[Identity]) -> np.ndarray:
     """(I, 6) int64: index of category, main, second and accent colour, pattern, shape."""
-    colors = list(COLORS)
-    return np.array(
-        [
-            (
-                CATEGORIES.index(i.category),
-                colors.index(i.main_color),
-                colors.index(i.second_color),
-                colors.index(i.accent_color),
-                PATTERNS.index(i.pattern),
-                i.shape,
-            )
-            for i in identities
-        ],
-        np.int64,
-    )
+    rows = []
+    for one in identities:
+        colors = (list(COLORS).index(color) for color in (one.main_color, one.second_color, one.accent_color))
+        rows.append((CATEGORIES.index(one.category), *colors, PATTERNS.index(one.pattern), one.shape))
+    return np.array(rows, np.int64)

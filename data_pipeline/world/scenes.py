@@ -1,7 +1,5 @@
 """Scenes of the procedural world: backgrounds, subjects placed in boxes, captions, exact masks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +20,9 @@ SIZE_RANGES: dict[int, tuple[float, float]] = {1: (0.50, 0.76), 2: (0.36, 0.48),
 class Scene:
     """A picture with its truth.
 
-    Attributes:
-        image: (size, size, 3) uint8 RGB.
-        boxes: (S, 4) float32, normalised xyxy, tight around the visible mask.
-        masks: (S, size, size) bool; a subject in front takes the pixels of one behind.
-        subjects: the S identities, in the order of the caption.
-        background: a key of BACKGROUNDS.
-        caption: MS-Bench template, "a dog and a teapot on the beach".
+    image: (size, size, 3) uint8 RGB. boxes: (S, 4) float32, normalised xyxy, tight around the visible mask. masks: (S,
+    size, size) bool; a subject in front takes the pixels of one behind. subjects: the S identities, in the order of the
+    caption. background: a key of BACKGROUNDS. caption: MS-Bench template, "a dog and a teapot on the beach".
     """
 
     image: np.ndarray
@@ -40,12 +34,9 @@ class Scene:
 
 
 def write_caption(subjects: Sequence[Identity], background: str, detail: str = "plain") -> str:
-    """Caption in the MS-Bench template: "a dog, a hat and a car in the snow".
+    """Caption in the MS-Bench template: "a dog, a hat and a car in the snow". ValueError without a subject.
 
-    Args:
-        subjects: at least one identity.
-        background: a key of BACKGROUNDS.
-        detail: how much of each identity is named, see `Identity.describe`.
+    background: a key of BACKGROUNDS. detail: how much of each identity is named, see `Identity.describe`.
     """
     if not subjects:
         raise ValueError("a caption needs at least one subject")
@@ -55,19 +46,9 @@ def write_caption(subjects: Sequence[Identity], background: str, detail: str = "
 
 
 def render_background(name: str, rng: np.random.Generator, size: int, width: int | None = None) -> np.ndarray:
-    """Draws one of the six backgrounds, out of focus, with random colours and details.
+    """Draws one of the six backgrounds, out of focus, with random colours and details: (size, width, 3) uint8 RGB.
 
-    Args:
-        name: a key of BACKGROUNDS.
-        rng: source of the variation.
-        size: height in pixels.
-        width: width in pixels; `size` when None.
-
-    Returns:
-        (size, width, 3) uint8 RGB.
-
-    Raises:
-        ValueError: for an unknown background.
+    name: a key of BACKGROUNDS; ValueError for another. size, width: in pixels; the width is `size` when None.
     """
     if name not in _BACKGROUND_PAINTERS:
         raise ValueError(f"unknown background {name!r}; known: {', '.join(BACKGROUNDS)}")
@@ -80,15 +61,11 @@ def render_background(name: str, rng: np.random.Generator, size: int, width: int
 def compose(
     background: np.ndarray, sprites: Sequence[np.ndarray], corners: Sequence[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Puts sprites onto a background, later ones in front, each with a soft shadow on the ground.
+    """Puts sprites onto a background, later ones in front, each with a soft shadow on the ground. Returns the image
+    (H, W, 3) uint8 and masks (S, H, W) bool of the visible pixels.
 
-    Args:
-        background: (H, W, 3) uint8 RGB.
-        sprites: (h, w, 4) uint8 RGBA each.
-        corners: (x, y) pixel of each sprite's top left corner; sprites may reach over the border.
-
-    Returns:
-        image (H, W, 3) uint8 and masks (S, H, W) bool of the visible pixels.
+    background: (H, W, 3) uint8 RGB. sprites: (h, w, 4) uint8 RGBA each. corners: (x, y) pixel of each sprite's top left
+    corner; sprites may reach over the border.
     """
     canvas = background.astype(np.float32)
     height, width = canvas.shape[:2]
@@ -134,15 +111,8 @@ def tight_boxes(masks: np.ndarray) -> np.ndarray:
 
 
 def sample_placement(rng: np.random.Generator, count: int, aspects: Sequence[float]) -> list[tuple[float, ...]]:
-    """Draws boxes for subjects; they may touch or overlap a little.
-
-    Args:
-        rng: source of randomness.
-        count: number of subjects, 1 to MAX_SUBJECTS.
-        aspects: width / height of each subject.
-
-    Returns:
-        one normalised xyxy box per subject inside [0.01, 0.99], of the subject's own aspect.
+    """Draws boxes for subjects, 1 to MAX_SUBJECTS (ValueError for another count): normalised xyxy inside [0.01, 0.99],
+    each of its subject's own aspect (width / height). They may touch or overlap a little.
     """
     if count not in SIZE_RANGES:
         raise ValueError(f"a scene holds 1 to {MAX_SUBJECTS} subjects, got {count}")
@@ -191,19 +161,13 @@ def sample_scene(
     subjects: Sequence[Identity] | None = None,
     boxes: Sequence[Sequence[float]] | None = None,
 ) -> Scene:
-    """Draws a scene: identities, boxes, background and light.
+    """Draws a scene: identities, boxes, background and light; with exact boxes and masks.
 
-    Args:
-        rng: the only source of randomness; an equal state gives an equal scene.
-        split: identities to draw from, see `sample_identity`.
-        num_subjects: 1 to MAX_SUBJECTS; None draws one to three.
-        size: side of the square picture in pixels.
-        background: a key of BACKGROUNDS, or None for any.
-        subjects: fixed identities instead of drawn ones; `split` and `num_subjects` are then not used.
-        boxes: fixed normalised xyxy boxes instead of drawn ones, to which the subjects are stretched.
-
-    Returns:
-        the scene, with exact boxes and masks.
+    rng: the only source of randomness; an equal state gives an equal scene. split: identities to draw from, see
+    `sample_identity`. num_subjects: 1 to MAX_SUBJECTS; None draws one to three. size: side of the square picture in
+    pixels. background: a key of BACKGROUNDS, or None for any. subjects: fixed identities instead of drawn ones; `split`
+    and `num_subjects` are then not used. boxes: fixed normalised xyxy boxes instead of drawn ones, to which the
+    subjects are stretched.
     """
     if subjects is None:
         subjects = sample_subjects(rng, sample_count(rng) if num_subjects is None else num_subjects, split)

@@ -4,8 +4,6 @@ An identity is what a reference picture has to carry into a new scene: the categ
 variant of the part shapes. A pose changes what may differ between two frames of one video (legs, tail, clock hands).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -24,18 +22,11 @@ HELD_OUT_SHARE = 5
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a subject itself.
+    """What makes a subject itself. ValueError for a name outside the palette, equal colours, or a shape out of range.
 
-    Attributes:
-        category: one of CATEGORIES.
-        main_color: colour of the body, a key of COLORS.
-        second_color: colour of the pattern on the body; equal to `accent_color` when the pattern is plain.
-        accent_color: colour of the small parts (ears, handle, sole, ...).
-        pattern: one of PATTERNS.
-        shape: variant of the part shapes, 0 to SHAPE_VARIANTS - 1.
-
-    Raises:
-        ValueError: for a name outside the palette, equal colours, or a shape out of range.
+    category: one of CATEGORIES. main_color: of the body, a key of COLORS. second_color: of the pattern on the body;
+    equal to `accent_color`, that of the small parts (ears, handle, sole, ...), when the pattern is plain. pattern: one
+    of PATTERNS. shape: variant of the part shapes, 0 to SHAPE_VARIANTS - 1.
     """
 
     category: str
@@ -74,10 +65,8 @@ class Identity:
         return "held_out" if everywhere or here else "train"
 
     def describe(self, detail: str = "full") -> str:
-        """Noun phrase with its article, in one of three degrees of detail.
-
-        Args:
-            detail: "plain" ("a dog"), "color" ("an orange dog") or "full" ("an orange and green dog with blue checks").
+        """Noun phrase with its article, in one of three degrees of detail: "plain" ("a dog"), "color" ("an orange dog")
+        or "full" ("an orange and green dog with blue checks").
         """
         if detail == "plain":
             words = self.category
@@ -109,13 +98,7 @@ def _bucket(text: str) -> int:
 def sample_identity(rng: np.random.Generator, split: str = "train", category: str | None = None) -> Identity:
     """Draws an identity of one split, uniform over patterns and colours.
 
-    Args:
-        rng: source of randomness.
-        split: "train", "held_out" or "all".
-        category: fixed category, or None for any.
-
-    Raises:
-        ValueError: for an unknown split.
+    split: "train", "held_out" or "all"; ValueError for another. category: None for any.
     """
     if split not in ("train", "held_out", "all"):
         raise ValueError(f"split must be train, held_out or all, got {split!r}")
@@ -138,21 +121,11 @@ def sample_identity(rng: np.random.Generator, split: str = "train", category: st
 def render_subject(
     identity: Identity, size: int, *, pose: float = 0.0, flip: bool = False, light: float = 1.0, supersample: int = 3
 ) -> np.ndarray:
-    """Draws a subject on a transparent ground.
+    """Draws a subject on a transparent ground: (height, width, 4) uint8 RGBA, straight alpha, cropped tight.
 
-    Args:
-        identity: who to draw.
-        size: long side of the result in pixels, at least 8.
-        pose: in [0, 1); moves legs, tail or hands. Identity does not depend on it.
-        flip: mirror left to right.
-        light: factor on the colours, about 0.8 to 1.2.
-        supersample: the drawing is made this many times larger and shrunk, for smooth edges.
-
-    Returns:
-        (height, width, 4) uint8 RGBA, straight alpha, cropped tight, longest side `size`.
-
-    Raises:
-        ValueError: if size is under 8 pixels.
+    size: long side of the result in pixels; ValueError under 8. pose: in [0, 1); moves legs, tail or hands. Identity
+    does not depend on it. flip: mirror left to right. light: factor on the colours, about 0.8 to 1.2. supersample: the
+    drawing is made this many times larger and shrunk, for smooth edges.
     """
     if size < 8:
         raise ValueError(f"a subject needs at least 8 pixels, got size {size}")

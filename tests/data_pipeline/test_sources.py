@@ -7,9 +7,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_pipeline import sources
+from data_pipeline import captions
+from data_pipeline.captions import read_captions
+from data_pipeline.file_names import SUFFIXES, beside, path_parts
 from data_pipeline.records import InputError
-from data_pipeline.sources import SUFFIXES, beside, find_videos, make_keys, path_parts, read_captions
+from data_pipeline.sources import find_videos, make_keys
 
 
 @pytest.fixture
@@ -500,6 +502,6 @@ def test_a_caption_that_is_forbidden_is_told(tmp_path, monkeypatch):
     def forbidden(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(sources, "_read_small", forbidden)
+    monkeypatch.setattr(captions, "_read_small", forbidden)
     [file] = find_videos(tmp_path)
     assert (file.caption, file.notes) == (None, ("caption file that cannot be read: no permission",))

@@ -26,12 +26,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
+from data_pipeline.captions import read_captions
 from data_pipeline.importers.images import read_images
 from data_pipeline.importers.official import read_official
 from data_pipeline.models.annotations import AnnotationSource, read_mask, read_sidecar
 from data_pipeline.records import ClipError, MiningError
 from data_pipeline.shard_reader import Shard, index_rows, read_build, rejected_videos
-from data_pipeline.sources import read_captions
 from msdiffusion.adapter.config import AdapterConfig
 from msdiffusion.errors import MSDiffusionError
 from msdiffusion.request.provenance import SCHEMA, read_request

@@ -6,8 +6,6 @@ near the middle of a subject has to name it and to give its box, as in detectors
 decoder starts from boxes that are nearly right after a few minutes on one processor core.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import BertConfig, ConvNextV2Config, GroundingDinoConfig, GroundingDinoForObjectDetection
 
-from data_pipeline.models.embedded.phrasing import Phrasing, Tokens, sample_phrases, tokenize
+from data_pipeline.models.embedded.detector_losses import DetectorBatch, corners_of, decoder_losses, encoder_losses
+from data_pipeline.models.embedded.phrasing import Tokens, sample_phrases, tokenize
 from data_pipeline.models.embedded.renderings import Renderings
-from data_pipeline.models.embedded.training import Losses, TrainingSettings, begin_from, train
+from data_pipeline.models.embedded.training import Losses, TrainingSettings, train
 from data_pipeline.models.embedded.vocabulary import MAX_TOKENS, SIZE, load_tokenizer, write_tokenizer
 from data_pipeline.models.model_files import share_weights
 from data_pipeline.records import Box, box_iou
@@ -30,14 +27,10 @@ from data_pipeline.world.palette import CATEGORIES
 
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's pixels: what Grounding DINO's preprocessing takes off and divides by."""
-ALPHA, GAMMA = 0.25, 2.0
-BOX_WEIGHT, OVERLAP_WEIGHT, TUTOR_WEIGHT = 5.0, 2.0, 0.5
 THRESHOLD, SAME = 0.35, 0.7
 """The pipeline's own defaults of box_threshold and nms_iou."""
 STRIDES = (8, 16, 32)
 """Of the three levels of features."""
-MIDDLE = 0.5
-"""A place teaches the encoder if it lies in the middle of a box, shrunk to this share of its sides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,22 +154,6 @@ def save_detector(model: GroundingDinoForObjectDetection, folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- the batches
 
 
-@dataclass(frozen=True, eq=False)
-class DetectorBatch:
-    """Frames with questions, and what is true of them.
-
-    pixels: float32 (B, 3, H, W), normalised. text: the questions. boxes: float32 (B, S, 4), centre, width and height
-    as fractions. categories: int64 (B, S), 0 where absent. positive: bool (B, S, T), the tokens that ask for each
-    subject; none for a subject nobody asks for.
-    """
-
-    pixels: Tensor
-    text: Phrasing
-    boxes: Tensor
-    categories: Tensor
-    positive: Tensor
-
-
 def as_pixels(images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) to normalised float32 (B, 3, H, W)."""
     scaled = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
@@ -215,120 +192,6 @@ def sample_batch(rng: np.random.Generator, frames: Renderings, size: int, tokens
 
 
 # ---------------------------------------------------------------------------------------------------------- the losses
-
-
-def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Sigmoid focal loss (Lin et al. 2017), element by element. logits: float, target: float of the same shape."""
-    chance = logits.sigmoid()
-    plain = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    miss = chance + target - 2 * chance * target
-    return (ALPHA * target + (1 - ALPHA) * (1 - target)) * miss.pow(GAMMA) * plain
-
-
-def corners_of(boxes: Tensor) -> Tensor:
-    """(..., 4) centre, width, height to xyxy."""
-    half = boxes[..., 2:] / 2
-    return torch.cat((boxes[..., :2] - half, boxes[..., :2] + half), -1)
-
-
-def overlap(first: Tensor, second: Tensor) -> Tensor:
-    """Generalised IoU (Rezatofighi et al. 2019) in [-1, 1] of boxes (..., 4), centre, width, height; broadcasts."""
-    a, b = corners_of(first), corners_of(second)
-    shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp_min(0).prod(-1)
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
-    union = first[..., 2:].prod(-1) + second[..., 2:].prod(-1) - shared
-    return shared / union.clamp_min(1e-6) - (hull - union) / hull.clamp_min(1e-6)
-
-
-def box_losses(name: str, found: Tensor, true: Tensor) -> Losses:
-    """L1 and GIoU losses of boxes (K, 4) against their truth, means over the K."""
-    count = max(1, len(found))
-    return {
-        f"{name}_box": BOX_WEIGHT * (found - true).abs().sum() / count,
-        f"{name}_overlap": OVERLAP_WEIGHT * (1 - overlap(found, true)).sum() / count,
-    }
-
-
-@torch.no_grad()
-def assign(logits: Tensor, boxes: Tensor, batch: DetectorBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Which query stands for which subject: frame, query and subject numbers, int64 (K,) each, at least cost.
-
-    logits: (B, Q, T). boxes: (B, Q, 4). The cost is DETR's: focal cost of the subject's tokens, L1 and GIoU.
-    """
-    chance = logits.sigmoid().clamp(1e-6, 1 - 1e-6)
-    gain = -(1 - chance).pow(GAMMA) * chance.log() * ALPHA + chance.pow(GAMMA) * (1 - chance).log() * (1 - ALPHA)
-    share = batch.positive.float() / batch.positive.sum(-1, keepdim=True).clamp_min(1)
-    cost = 2 * gain @ share.transpose(1, 2)
-    cost = cost + BOX_WEIGHT * (boxes[:, :, None] - batch.boxes[:, None]).abs().sum(-1)
-    cost = (cost - OVERLAP_WEIGHT * overlap(boxes[:, :, None], batch.boxes[:, None])).numpy()
-    asked = batch.positive.any(-1).numpy()
-    triples = []
-    for frame in range(len(cost)):
-        subjects = np.flatnonzero(asked[frame])
-        for query, column in zip(*linear_sum_assignment(cost[frame][:, subjects]), strict=True):
-            triples.append((frame, query, subjects[column]))
-    frames, queries, subjects = torch.tensor(triples, dtype=torch.int64).reshape(-1, 3).unbind(1)
-    return frames, queries, subjects
-
-
-def decoder_losses(name: str, logits: Tensor, boxes: Tensor, batch: DetectorBatch) -> Losses:
-    """Losses of one decoder layer. logits: (B, Q, T) without padding beyond T. boxes: (B, Q, 4)."""
-    attention = torch.from_numpy(batch.text.attention)
-    logits = logits.masked_fill(~attention[:, None], 0.0)
-    frames, queries, subjects = assign(logits.detach(), boxes.detach(), batch)
-    target = torch.zeros_like(logits)
-    target[frames, queries] = batch.positive[frames, subjects].float()
-    naming = (focal_loss(logits, target) * attention[:, None]).sum() / max(1, len(frames))
-    return {f"{name}_name": naming, **box_losses(name, boxes[frames, queries], batch.boxes[frames, subjects])}
-
-
-def places_of(shapes: list[tuple[int, int]]) -> Tensor:
-    """Middles of the cells of all levels, (N, 2) as fractions, x before y."""
-    levels = []
-    for height, width in shapes:
-        y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
-        levels.append(torch.stack((x, y), -1).reshape(-1, 2))
-    return torch.cat(levels)
-
-
-@torch.no_grad()
-def teachers(places: Tensor, finest: int, batch: DetectorBatch) -> Tensor:
-    """The subject that each place stands for, int64 (B, N), -1 for none.
-
-    places: (N, 2), the first ``finest`` of them those of the finest level, of which the one nearest to a subject's
-    middle always stands for it. A place in the middles of several boxes takes the nearest one by its own size.
-    """
-    offset = (places[None, None] - batch.boxes[:, :, None, :2]).abs() / (batch.boxes[:, :, None, 2:] / 2).clamp_min(
-        1e-6
-    )
-    distance = offset.amax(-1)
-    nearest = distance[..., :finest].argmin(-1)
-    inside = (distance < MIDDLE).scatter(2, nearest[..., None], True)
-    inside = inside & batch.positive.any(-1)[..., None]
-    best = distance.masked_fill(~inside, torch.inf).min(1)
-    return best.indices.masked_fill(best.values.isinf(), -1)
-
-
-def encoder_losses(
-    logits: Tensor, boxes: Tensor, guesses: Tensor, shapes: list[tuple[int, int]], batch: DetectorBatch
-) -> Losses:
-    """Dense losses of the proposals. logits: (B, N, T); boxes: (B, N, 4); guesses: (B, N, categories) of the tutor; N
-    cells of all levels, the finest first.
-    """
-    attention = torch.from_numpy(batch.text.attention)
-    logits = logits.masked_fill(~attention[:, None], 0.0)
-    owner = teachers(places_of(shapes), shapes[0][0] * shapes[0][1], batch)
-    frames, cells = torch.nonzero(owner >= 0, as_tuple=True)
-    subjects = owner[frames, cells]
-    target = torch.zeros_like(logits)
-    target[frames, cells] = batch.positive[frames, subjects].float()
-    naming = (focal_loss(logits, target) * attention[:, None]).sum() / max(1, len(frames))
-    tutoring = functional.cross_entropy(guesses[frames, cells], batch.categories[frames, subjects], reduction="sum")
-    return {
-        "encoder_name": naming,
-        "tutor": TUTOR_WEIGHT * tutoring / max(1, len(frames)),
-        **box_losses("encoder", boxes[frames, cells], batch.boxes[frames, subjects]),
-    }
 
 
 class TutoredDetector(nn.Module):
@@ -430,9 +293,7 @@ def _suppress(boxes: np.ndarray, scores: np.ndarray) -> list[int]:
 
 
 def match_boxes(found: list[Box], true: list[Box]) -> list[float]:
-    """IoUs of the found boxes that hit: each, the best first, takes the true box that it fits best if that is still
-    free and fits by at least 0.5.
-    """
+    """IoUs of the boxes that hit: each, the best first, takes its best true box, if that is free and fits by 0.5."""
     free, hits = list(true), list[float]()
     for box in found:
         best = max(free, key=lambda other: box_iou(box, other), default=None)
@@ -459,14 +320,12 @@ def train_detector(
     tokens = tokens_of(work)
     torch.manual_seed(settings.seed)
     model = TutoredDetector(build_detector(DetectorSizes(image_size=frames.images.shape[1])))
-    if initial is not None:
-        begin_from(model, initial)
     lesson = detector_lesson(model, frames, tokens, settings.batch_size, settings.seed)
 
     def report(average: nn.Module, step: int) -> str:
         values = validate(average.detector, validation, tokens)
         return f"step {step}: held-out " + " ".join(f"{name} {value:.3f}" for name, value in values.items())
 
-    averaged = train(model, lesson, settings, work, on_save=report)
+    averaged = train(model, lesson, settings, work, on_save=report, initial=initial)
     save_detector(averaged.detector, out)
     return sum(value.numel() for value in averaged.detector.parameters())

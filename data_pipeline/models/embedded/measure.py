@@ -19,7 +19,6 @@ from data_pipeline.records import (
     Box,
     DetectedPair,
     Detection,
-    Frame,
     FramePair,
     NamedPair,
     Rejected,
@@ -29,7 +28,7 @@ from data_pipeline.records import (
     mask_box,
 )
 from data_pipeline.step import Step
-from data_pipeline.world.clips import Clip, annotate, write_video
+from data_pipeline.world.clips import Clip, write_clip
 from data_pipeline.world.palette import BACKGROUNDS
 from data_pipeline.world.scenes import compose, fit_sprites, render_background, sample_placement, write_caption
 from data_pipeline.world.subjects import render_subject
@@ -61,10 +60,8 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         """Adds the counts of another tally."""
-        self.true += other.true
-        self.given += other.given
-        self.box_ious += other.box_ious
-        self.mask_ious += other.mask_ious
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     def figures(self) -> dict[str, float]:
         """Recall and precision, and mean IoU of the boxes and masks that hit; 0 where there is nothing to divide by."""
@@ -180,7 +177,8 @@ class Miner:
         named = self.steps["find_entities"].process(frames)
         if isinstance(named, Rejected):
             return ((), ()), None
-        alone = [FramePair(video=frames.video, shot=frames.shot, reference=one, target=one) for one in _both(frames)]
+        both = (frames.reference, frames.target)
+        alone = [FramePair(video=frames.video, shot=frames.shot, reference=one, target=one) for one in both]
         reference, target = (self._detections(NamedPair(frames=one, entities=named.entities)) for one in alone)
         if not reference or not target:
             return (reference, target), None
@@ -202,16 +200,12 @@ class Miner:
         """
         score = Score()
         for frames, sidecar in clips:
-            true = tuple(true_objects(sidecar, frame.index) for frame in _both(frames))
+            true = tuple(true_objects(sidecar, frame.index) for frame in (frames.reference, frames.target))
             found, matched = self.find(frames)
             add_pair(score, true, found, matched)
             if seen is not None:
                 seen((frames, found))
         return score
-
-
-def _both(frames: FramePair) -> tuple[Frame, Frame]:
-    return frames.reference, frames.target
 
 
 def true_objects(annotations: dict[str, Any], index: int) -> list[TrueObject]:
@@ -284,12 +278,5 @@ def write_twin_clips(folder: Path, count: int, *, split: str, seed: int) -> None
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         path = folder / f"twins_{index:06d}.mp4"
-        if path.exists():
-            continue
-        clip = sample_twin_clip(np.random.default_rng([seed, index]), split=split)
-        path.with_suffix(".txt").write_text(clip.caption + "\n", encoding="utf-8")
-        sidecar = path.with_name(f"{path.stem}.annotations.json")
-        sidecar.write_text(json.dumps(annotate(clip), separators=(",", ":")), encoding="utf-8")
-        partial = folder / f".{path.name}"
-        write_video(partial, clip.frames, clip.fps)
-        partial.rename(path)
+        if not path.exists():
+            write_clip(path, sample_twin_clip(np.random.default_rng([seed, index]), split=split))

@@ -1,7 +1,5 @@
 """What the detector is asked in training: the phrases of a caption, and others that nothing in the frame fits."""
 
-from __future__ import annotations
-
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

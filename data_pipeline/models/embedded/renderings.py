@@ -4,13 +4,9 @@ Most frames are frames of clips, as the pipeline decodes them; the others are sc
 which clips never show. Frames pass through JPEG with halved colour planes, which leaves traces much like H.264's.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
-import os
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -24,6 +20,7 @@ from data_pipeline.picture_formats import open_listed
 from data_pipeline.records import SettingsError
 from data_pipeline.world.clips import sample_clip
 from data_pipeline.world.palette import CATEGORIES, COLORS, PATTERNS
+from data_pipeline.world.renderings import make_once
 from data_pipeline.world.scenes import MAX_SUBJECTS, sample_scene, tight_boxes
 from data_pipeline.world.subjects import Identity, sample_identity
 
@@ -92,17 +89,7 @@ def render(settings: RenderSettings, cache: Path, workers: int = 2) -> Rendering
     """Renders what ``settings`` says, or reads it back from the folder ``cache``. The arrays are memory maps."""
     key = hashlib.sha256(json.dumps([VERSION, asdict(settings)]).encode()).hexdigest()[:12]
     folder = cache / f"frames-{settings.split}-{key}"
-    if not folder.is_dir():
-        # Detector and segmenter may be trained side by side, and want the same frames.
-        partial = cache / f"{folder.name}.partial-{os.getpid()}"
-        partial.mkdir(parents=True)
-        _render_into(settings, partial, workers)
-        try:
-            partial.rename(folder)
-        except OSError:
-            shutil.rmtree(partial)
-            if not folder.is_dir():
-                raise
+    make_once(folder, lambda partial: _render_into(settings, partial, workers))
     names = ("images", "boxes", "masks", "traits")
     return Renderings(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names})
 

@@ -4,8 +4,6 @@ Only what the pipeline uses is taught: one box as a prompt, one mask as an answe
 tokens for several masks, points and mask prompts keep their random weights.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -20,7 +18,7 @@ from torch.nn import functional
 
 from data_pipeline.models.embedded.detector import vary
 from data_pipeline.models.embedded.renderings import Renderings
-from data_pipeline.models.embedded.training import Losses, TrainingSettings, begin_from, train
+from data_pipeline.models.embedded.training import Losses, TrainingSettings, train
 from data_pipeline.models.model_files import share_weights
 from data_pipeline.models.sam import SamParams, build_sam
 
@@ -59,16 +57,11 @@ def predict(sam: Sam, pixels: Tensor, frames: Tensor, boxes: Tensor) -> tuple[Te
     """One mask per box.
 
     The package's decoder takes one picture with many prompts; here every prompt brings its picture along, so a batch
-    holds many of both. For one picture the results are equal.
+    holds many of both. For one picture the results are equal. Returns logits (K, size, size) and quality (K,), the
+    estimated IoU.
 
-    Args:
-        sam: the model.
-        pixels: float32 (B, 3, size, size) in [0, 255], size that of the model.
-        frames: int64 (K,), the picture of each box.
-        boxes: float32 (K, 4), xyxy in pixels.
-
-    Returns:
-        logits (K, size, size) and quality (K,), the estimated IoU.
+    pixels: float32 (B, 3, size, size) in [0, 255], size that of the model. frames: int64 (K,), the picture of each box.
+    boxes: float32 (K, 4), xyxy in pixels.
     """
     scaled = (pixels - sam.pixel_mean) / sam.pixel_std
     features = sam.image_encoder(scaled)[frames]
@@ -160,23 +153,15 @@ def train_segmenter(
     out: Path,
     initial: Path | None = None,
 ) -> int:
-    """Trains a segmenter on ``frames`` and writes it to ``out``; returns the number of its parameters.
-
-    work: folder for the state of the run, which goes on from there. validation: frames to look at whenever the state
-    is saved. initial: folder of another run, whose averaged weights this one begins with.
-    """
+    """As ``train_detector``, of a segmenter."""
     torch.manual_seed(settings.seed)
     params = replace(SIZES, image_size=frames.images.shape[1])
     sam = build_segmenter(params)
-    if initial is not None:
-        begin_from(sam, initial)
     lesson = segmenter_lesson(sam, frames, settings.batch_size, settings.seed)
-    averaged = train(
-        sam,
-        lesson,
-        settings,
-        work,
-        on_save=lambda average, step: f"step {step}: held-out mask IoU {validate(average, validation):.3f}",
-    )
+
+    def report(average: Sam, step: int) -> str:
+        return f"step {step}: held-out mask IoU {validate(average, validation):.3f}"
+
+    averaged = train(sam, lesson, settings, work, on_save=report, initial=initial)
     save_segmenter(averaged, params, out)
     return sum(value.numel() for value in averaged.parameters())

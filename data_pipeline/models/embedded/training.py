@@ -4,8 +4,6 @@ What a step learns from depends on the seed and the number of the step only, so 
 the weights of a run that was not.
 """
 
-from __future__ import annotations
-
 import copy
 import csv
 import hashlib
@@ -67,9 +65,7 @@ class TrainingSettings:
 
 
 def begin_from(model: nn.Module, folder: Path) -> None:
-    """Gives a model the averaged weights of another run, read from ``folder``/state.pt. InputError if they are those
-    of a model of other sizes.
-    """
+    """Gives a model the averaged weights of the run in ``folder``; InputError if its model has other sizes."""
     content = _read_state(folder / "state.pt")
     try:
         model.load_state_dict(content["average"])
@@ -78,9 +74,7 @@ def begin_from(model: nn.Module, folder: Path) -> None:
 
 
 def describe_run(folder: Path) -> str:
-    """How far the run in ``folder`` is, and a checksum of its averaged weights: what a run that begins there records.
-    InputError if its state does not open.
-    """
+    """How far the run in ``folder`` is, and a checksum of its averaged weights. InputError: its state does not open."""
     content = _read_state(folder / "state.pt")
     digest = hashlib.sha256()
     for name, value in sorted(content["average"].items()):
@@ -89,9 +83,7 @@ def describe_run(folder: Path) -> str:
 
 
 def check_resume(folder: Path, settings: TrainingSettings) -> None:
-    """InputError if ``folder`` holds the state of another run, or one that does not open. Quick: to be asked before
-    anything is rendered.
-    """
+    """InputError if ``folder`` holds another run's state, or one that does not open. Quick: before any rendering."""
     path = folder / "state.pt"
     if path.is_file():
         _check_record(path, _read_state(path), settings)
@@ -110,27 +102,22 @@ def train(
     settings: TrainingSettings,
     folder: Path,
     *,
+    initial: Path | None = None,
     stop_after: int | None = None,
     on_save: Callable[[nn.Module, int], str] | None = None,
 ) -> nn.Module:
-    """Trains until ``settings.steps``, going on from ``folder``/state.pt if it is there.
+    """Trains until ``settings.steps``, going on from ``folder``/state.pt if it is there; log.csv is beside it. Returns
+    the averaged model, in evaluation mode; the weights of ``model`` are changed in place.
 
-    Args:
-        model: its weights are changed in place.
-        loss: from the number of a step to the losses of its batch; it must depend on nothing else that is random.
-        settings: how.
-        folder: for state.pt and log.csv.
-        stop_after: return after this step of the run, as if killed there; for tests.
-        on_save: called with the averaged model and the step whenever the state is saved; what it returns is printed.
-
-    Returns:
-        the averaged model, in evaluation mode.
-
-    Raises:
-        InputError: if the folder holds the state of another run (other settings, ``learns_from`` among them, or a
-            model of other sizes), or one that does not open.
+    loss: from the number of a step to the losses of its batch; it must depend on nothing else that is random.
+    initial: folder of another run, see ``begin_from``. stop_after: return after this step, as if killed there; for
+    tests. on_save: called with the averaged model and the step whenever the state is saved; its answer is printed.
+    InputError if the folder holds the state of another run (other settings, ``learns_from`` among them, or a model of
+    other sizes), or one that does not open.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if initial is not None:
+        begin_from(model, initial)
     optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98))
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     step = _resume(folder / "state.pt", model, optimizer, average, settings)
@@ -155,7 +142,8 @@ def train(
             _log(folder / "log.csv", step, speed, {name: value / seen for name, value in sums.items()})
             since, seen, sums = time.perf_counter(), 0, {}
         if step % settings.save_every == 0 or step in (settings.steps, stop_after):
-            _save(folder / "state.pt", model, optimizer, average, settings, step)
+            states = {"model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
+            _save(folder / "state.pt", {"step": step, "settings": _record(settings), **states})
             if on_save is not None:
                 tqdm.write(on_save(_averaged(model, average), step))
                 model.train()
@@ -219,22 +207,8 @@ def _check_record(path: Path, content: Mapping[str, Any], settings: TrainingSett
         )
 
 
-def _save(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor],
-    settings: TrainingSettings,
-    step: int,
-) -> None:
+def _save(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_suffix(".tmp")
-    content = {
-        "step": step,
-        "settings": _record(settings),
-        "model": model.state_dict(),
-        "average": average,
-        "optimizer": optimizer.state_dict(),
-    }
     torch.save(content, partial)
     partial.replace(path)
 

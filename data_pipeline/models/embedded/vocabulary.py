@@ -4,8 +4,6 @@ Grounding DINO finds the ends of phrases by four fixed token numbers, those of B
 same places here. Words that are not in the list are spelled in letters.
 """
 
-from __future__ import annotations
-
 import json
 import string
 from pathlib import Path
@@ -43,13 +41,9 @@ def vocabulary() -> list[str]:
     words = (*CATEGORIES, *COLORS, *PATTERNS, *ADJECTIVES, *PLACES, *OTHER_THINGS, *FUNCTION_WORDS)
     rest += [word for word in dict.fromkeys(words) if word not in rest]
     free = [number for number, token in enumerate(tokens) if token is None]
-    for number, token in zip(free, rest, strict=False):
+    rest += [f"[unused{number}]" for number in range(len(free) - len(rest))]
+    for number, token in zip(free, rest, strict=True):
         tokens[number] = token
-    unused = 0
-    for number, token in enumerate(tokens):
-        if token is None:
-            tokens[number] = f"[unused{unused}]"
-            unused += 1
     return [str(token) for token in tokens]
 
 
@@ -62,9 +56,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder; InputError if its special tokens are not where Grounding DINO looks for
-    them.
-    """
+    """A folder's tokenizer; InputError if its special tokens are not where Grounding DINO looks for them."""
     check_network(folder, tokenizer=True)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     for token in ("[CLS]", "[SEP]", ".", "?"):

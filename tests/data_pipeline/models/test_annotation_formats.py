@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.models.annotation_formats import decode_counts, draw_polygons, frame_number, read_numbers
+from data_pipeline.models.annotated_masks import decode_counts, draw_polygons, read_numbers
+from data_pipeline.models.annotation_formats import frame_number
 from data_pipeline.models.annotations import AnnotationSource, read_mask
 from data_pipeline.models.detector import AnnotationDetector, Question
 from data_pipeline.models.segmenter import AnnotationSegmenter

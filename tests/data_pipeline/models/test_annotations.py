@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline.file_names import annotations_beside
 from data_pipeline.models.annotations import (
     AnnotationSource,
     read_many,
@@ -12,7 +13,6 @@ from data_pipeline.models.annotations import (
     read_sidecar,
 )
 from data_pipeline.records import AnnotatedObject, ClipError, InputError, VideoFile, encode_mask
-from data_pipeline.sources import annotations_beside
 
 MASK = np.zeros((8, 10), dtype=bool)
 MASK[2:6, 1:5] = True

@@ -6,25 +6,27 @@ from transformers.utils import logging
 
 from data_pipeline.models.detector import Question
 from data_pipeline.models.embedded.detector import (
-    DetectorBatch,
     DetectorSizes,
     TutoredDetector,
     as_pixels,
-    assign,
     build_detector,
-    corners_of,
     detector_lesson,
-    focal_loss,
     match_boxes,
-    overlap,
-    places_of,
     sample_batch,
     save_detector,
-    teachers,
     tokens_of,
     train_detector,
     validate,
     vary,
+)
+from data_pipeline.models.embedded.detector_losses import (
+    DetectorBatch,
+    assign,
+    corners_of,
+    focal_loss,
+    overlap,
+    places_of,
+    teachers,
 )
 from data_pipeline.models.embedded.phrasing import Phrasing
 from data_pipeline.models.embedded.training import TrainingSettings

@@ -1,7 +1,5 @@
 """Which language a caption is written in, by its letters and its small words; no library and no model."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections import Counter
 
@@ -122,7 +120,8 @@ def other_language(caption: str, expected: str = "English") -> str:
     Half of the letters in another script; or two small words of another language, three in ten words, and more than of
     the expected one: a name or a word of another language does not make a caption foreign.
     """
-    scripts = Counter(_script(letter) for letter in caption if letter.isalpha()) if not caption.isascii() else None
+    names = (unicodedata.name(letter, UNKNOWN) for letter in caption if letter.isalpha())
+    scripts = Counter(name.split()[0].split("-")[0] for name in names) if not caption.isascii() else None
     if scripts and scripts["LATIN"] * 2 <= scripts.total():
         del scripts["LATIN"]
         # Japanese is written with Chinese characters as well.
@@ -134,7 +133,3 @@ def other_language(caption: str, expected: str = "English") -> str:
     best = max(counts, key=lambda language: counts[language])
     enough = max(2, 0.3 * len(words))
     return best if counts[best] >= enough and counts[best] > counts.get(expected, 0) else ""
-
-
-def _script(letter: str) -> str:
-    return unicodedata.name(letter, UNKNOWN).split()[0].split("-")[0]
