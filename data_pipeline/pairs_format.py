@@ -7,7 +7,11 @@ count, because a dataset may come from anybody. Standard library only.
 import re
 import tarfile
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, BinaryIO
+
+from data_pipeline.parquet_footer import column_values
 
 PAIRS_SCHEMA = "msdiffusion.pairs/1"
 """Of a sample's json: the one that this version reads and writes."""
@@ -132,15 +136,11 @@ def open_index(file: Any, columns: Iterable[str], rows: int) -> Any:
     texts = [path for path in paths if path.partition(".")[0] in (*TEXTS, "phrases")]
     if facts.num_rows > rows:
         raise ValueError(f"has {facts.num_rows:,} rows, and build.json says {rows:,} samples")
-    for number in range(facts.num_row_groups):
-        group = facts.row_group(number)
-        for place in range(group.num_columns):
-            column = group.column(place)
-            if column.num_values > group.num_rows * MOST_SUBJECTS:
-                raise ValueError(
-                    f"has {column.num_values:,} values of {column.path_in_schema} in {group.num_rows:,} rows, more "
-                    f"than {MOST_SUBJECTS} a row"
-                )
+    with Path(file).open("rb") if isinstance(file, (str, Path)) else nullcontext(file) as content:
+        for path, values, of_group in column_values(content):
+            if values > of_group * MOST_SUBJECTS:
+                most = f"more than {MOST_SUBJECTS} a row"
+                raise ValueError(f"has {values:,} values of {path} in {of_group:,} rows, {most}")
     return ParquetFile(file, metadata=facts, read_dictionary=texts)
 
 

@@ -18,7 +18,6 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from msdiffusion.adapter.adapter import MSAdapter
-from msdiffusion.adapter.config import AdapterConfig
 from msdiffusion.backbone.backbone import Backbone, quiet_loading
 from msdiffusion.backbone.references import ReferencePreparation
 from msdiffusion.errors import RequestError

@@ -22,8 +22,8 @@ from data_pipeline.models.model_claims import check_network, read_json
 from data_pipeline.models.weights import fill, read_tensors
 from data_pipeline.records import InputError
 from msdiffusion.errors import DataError, WeightsError
-from msdiffusion.own_memory import give_own_memory
 from msdiffusion.files import write_weights
+from msdiffusion.own_memory import give_own_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
