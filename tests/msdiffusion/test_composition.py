@@ -679,7 +679,9 @@ def test_half_precision(tiny_model_dir, unchanged, dtype):
     bare = freeze(StableDiffusionXLPipeline.from_pretrained(tiny_model_dir / "base", add_watermarker=False).to(dtype))
     plain, subjects = compose(model, bare, None)
     assert plain.dtype == subjects.dtype == dtype
-    seeded = [torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=each) for each in (dtype, torch.float32)]
+    seeded = [
+        torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=each) for each in (dtype, torch.float32)
+    ]
     if torch.allclose(seeded[0].float(), seeded[1], atol=0.02):  # older torch draws other noise in half precision
         assert (subjects - unchanged[1]).abs().mean() < (plain - unchanged[1]).abs().mean()
     compose(model, bare, None, guidance_scale=1.0)
