@@ -37,9 +37,9 @@ OLDEST ?= tests
 test-oldest: export OMP_NUM_THREADS = 1
 test-oldest: export HF_HUB_OFFLINE = 1
 test-oldest: $(INSTALLED)  ## the tests on the oldest versions that setup.cfg allows, in .venv-oldest (3 GB of downloads)
-	$(BIN)/uv venv --allow-existing --python $(BIN)/python .venv-oldest
+	$(BIN)/uv venv --seed --allow-existing --python $(BIN)/python .venv-oldest
 	HF_HUB_OFFLINE=0 $(BIN)/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct \
-	  --override overrides.txt --editable ".[all,test]" "opencv-python-headless>=4.10"
+	  --override overrides.txt --editable ".[all,test]" "opencv-python-headless>=4.11"
 	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(OLDEST)
 
 lint: $(INSTALLED)  ## ruff, on everything

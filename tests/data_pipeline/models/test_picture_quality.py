@@ -72,6 +72,8 @@ def test_looks(picture):
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_counted_percentiles_are_those_of_sorting_bit_for_bit(kind):
+    if kind is np.float32 and np.lib.NumpyVersion(np.__version__) < "2.4.0":
+        pytest.skip("numpy before 2.4 rounds the last bit otherwise")
     rng = np.random.default_rng(1)
     for size in (1, 2, 3, 99, 100, 101, 102, 5000):
         for most in (1, 3, 511):
