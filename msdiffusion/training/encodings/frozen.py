@@ -62,6 +62,7 @@ class FrozenEncodings:
         self._prompts: dict[Hashable, tuple[Tensor, ...]] = {}
         self._phrases: dict[Hashable, tuple[Tensor, ...]] = {}
         self._references: dict[Hashable, tuple[Tensor, ...]] = {}
+        self._zero_reference: Tensor | None = None
         self.long_captions = LongCaptions(backbone)
 
     @torch.no_grad()
@@ -97,7 +98,9 @@ class FrozenEncodings:
     @torch.no_grad()
     def zero_reference(self, pixels: Tensor) -> Tensor:
         """(L, D) image tokens of a reference of zeros, of the size (..., 3, h, w) and type of ``pixels``."""
-        return self._encode(pixels.new_zeros(1, *pixels.shape[-3:]))[0]
+        if self._zero_reference is None:
+            self._zero_reference = self._encode(pixels.new_zeros(1, *pixels.shape[-3:]))[0]
+        return self._zero_reference
 
     def _encode(self, pixels: Tensor) -> Tensor:
         return self.backbone.encode_references(pixels, self.features)
