@@ -25,3 +25,29 @@ def open_listed(source: str | Path | IO[bytes]) -> Image.Image:
         return Image.open(source, formats=_KNOWN)
     except UnidentifiedImageError as error:
         raise UnidentifiedImageError(NOT_LISTED) from error
+
+
+ORIENTATION = 0x0112
+"""EXIF tag that says how a camera was held."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Its values, and what turns the picture upright."""
+
+
+def upright_turn(picture: Image.Image) -> Image.Transpose | None:
+    """What turns a picture upright; None for nothing, also where its EXIF data are damaged: the pixels are well.
+
+    Not Pillow's own exif_transpose, which writes the data anew and fails at damaged ones.
+    """
+    try:
+        orientation = picture.getexif().get(ORIENTATION)
+    except Exception:  # of damaged data there are many kinds
+        return None
+    return TURNS.get(orientation) if isinstance(orientation, int) else None

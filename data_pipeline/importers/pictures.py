@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 
 from data_pipeline.file_names import is_file
 from data_pipeline.pairs_format import MOST_SIDE
-from data_pipeline.picture_formats import open_listed
+from data_pipeline.picture_formats import open_listed, upright_turn
 from data_pipeline.records import AnnotatedObject, Box, ClipError
 
 MODES = frozenset({"1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"})
 """Modes that become RGB without a loss; those of 16 and 32 bits would be cut."""
-ORIENTATION = 0x0112
-"""The EXIF tag that says how a picture is to be turned."""
 EXIF = ("refuse", "apply", "ignore")
 BAD_PICTURE = "unreadable picture"
 TRANSPARENT = "picture with transparency"
@@ -65,27 +63,19 @@ def open_picture(path: Path, name: str, max_pixels: int, exif: str) -> Picture:
             picture = open_listed(io.BytesIO(content))
             _check_header(picture, name, max_pixels)
             picture.load()
-            turned = _is_turned(picture)
-            if turned and exif == "refuse":
+            turn = upright_turn(picture)
+            if turn is not None and exif == "refuse":
                 raise ClipError(
                     "picture with a rotation in its EXIF data", picture=name, choose="--exif apply or ignore"
                 )
-            if turned and exif == "apply":
-                picture = ImageOps.exif_transpose(picture)
+            if turn is not None and exif == "apply":
+                picture = picture.transpose(turn)
             pixels = np.asarray(_to_srgb(picture, name))
     except ClipError:
         raise
     except Exception as error:  # decoders raise many things at broken files
         raise ClipError(BAD_PICTURE, picture=name, error=f"{type(error).__name__}: {error}") from error
     return Picture(name, pixels, hashlib.sha256(content).hexdigest())
-
-
-def _is_turned(picture: Image.Image) -> bool:
-    """Whether a picture asks to be turned or mirrored; not where its EXIF data are damaged."""
-    try:
-        return picture.getexif().get(ORIENTATION) in range(2, 9)
-    except Exception:  # of damaged data there are many kinds; the pixels are well
-        return False
 
 
 def _check_header(picture: Image.Image, name: str, max_pixels: int) -> None:

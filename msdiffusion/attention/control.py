@@ -6,7 +6,7 @@ Shapes: B batch, L text tokens, N attended tokens, Q patches, H heads, D head wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,28 +22,40 @@ class AttentionCall:
 
     def __init__(
         self,
-        layer: str,
+        processor: Any,
         query: Tensor,
         text_key: Tensor | Callable[[], Tensor],
         text_mask: Tensor | None,
-        *,
-        backend: Backend = "sdpa",
-        number: Tensor | None = None,
         owned: bool = False,
     ) -> None:
         """Gather it.
 
         Args:
-            layer: its name, as in ``MSAdapter.layers``.
+            processor: of the layer: knows its ``layer``, ``number`` and ``backend``, which are asked for when they are
+                needed only. Code that is compiled once for many layers must not see their names.
             query: (B, H, Q, D).
             text_key: (B, H, L, D), or a function that makes it when it is asked for.
             text_mask: additive mask of the text, broadcastable to (B, H, Q, L).
-            backend: how to attend.
-            number: (1,) integer, see MultiSubjectAttnProcessor.
             owned: whether what was read so far is our own fresh tensor, which a control may change in place.
         """
-        self.layer, self.query, self.text_mask, self._text_key = layer, query, text_mask, text_key
-        self.backend, self.number, self.owned = backend, number, owned
+        self.query, self.text_mask, self.owned, self._processor, self._text_key = (
+            query, text_mask, owned, processor, text_key
+        )  # fmt: skip
+
+    @property
+    def layer(self) -> str:
+        """Name of the layer, as in ``MSAdapter.layers``."""
+        return self._processor.layer
+
+    @property
+    def number(self) -> Tensor | None:
+        """(1,) integer, see MultiSubjectAttnProcessor."""
+        return self._processor.number
+
+    @property
+    def backend(self) -> Backend:
+        """How to attend."""
+        return self._processor.backend
 
     @property
     def text_key(self) -> Tensor:

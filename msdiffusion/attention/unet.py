@@ -76,9 +76,7 @@ class MultiSubjectAttnProcessor:
         key, value = text_cache.states(self.layer, attn, text) if cached else text_states(attn, text)
         hidden = dot_product_attention(query, key, value, attention_mask, self.backend)
         if subjects is not None or controls:
-            call = AttentionCall(
-                self.layer, query, key, attention_mask, backend=self.backend, number=self.number, owned=True
-            )
+            call = AttentionCall(self, query, key, attention_mask, owned=True)
             hidden = _apply_controls(hidden, call, subjects, controls)
         return attn.to_out[1](attn.to_out[0](hidden))
 
@@ -141,12 +139,10 @@ def _through_base(
     text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
     text = hidden_states if text is None else text
     call = AttentionCall(
-        processor.layer,
+        processor,
         split_heads(inner.to_q(hidden_states), attn.heads),
         lambda: split_heads(attn.to_k(text), attn.heads),
         None,
-        backend=processor.backend,
-        number=processor.number,
     )
     return attn.to_out[1](attn.to_out[0](_apply_controls(hidden, call, subjects, controls)))
 

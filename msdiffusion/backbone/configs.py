@@ -181,6 +181,7 @@ def config_source(file: SingleFile, base_config: str | Path | None) -> str:
 
 
 def configs_of(file: SingleFile) -> str:
+    """What is missing beside weights in one file, and how it is given, for messages."""
     return f"configs and tokenizers for {file.path} (base_config= takes any folder or hub name of such a pipeline)"
 
 
@@ -194,6 +195,7 @@ def index_of(folder: Path) -> Mapping[str, Any]:
 
 
 def kind_of(folder: Path, source: str) -> str:
+    """Of which kind the pipeline of a folder is; ``source`` is what messages call it."""
     return kind_of_class(index_of(folder).get("_class_name", ""), source)
 
 
@@ -239,6 +241,7 @@ def split_hub_folder(name: str | Path) -> tuple[str, dict[str, str]]:
 
 
 def not_loaded(what: str, name: str | Path, error: Exception, part: str = "") -> WeightsError:
+    """The error that a part could not be loaded, worded for whoever asked for it by this name."""
     if isinstance(error, WeightsError):
         return error
     if isinstance(error, InputError):  # which names the file

@@ -13,23 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from data_pipeline.picture_formats import NOT_LISTED, open_listed
+from data_pipeline.picture_formats import NOT_LISTED, open_listed, upright_turn
 from msdiffusion.errors import RequestError, shown, warn_caller
 
 VISIBLE = 4
 """An alpha channel that stays below this of 255 shows nothing: masks of 0 and 1 come so."""
-ORIENTATION = 0x0112
-"""EXIF tag that says how a camera was held."""
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation to what turns the picture upright."""
 MAX_PIXELS = 110_000_000
 """Of a picture in a file: medium-format cameras have 102 megapixels; more takes above 5 s and 1 GB to read."""
 MAX_KEPT_PIXELS = 2**25
@@ -254,11 +242,7 @@ def _in_8_bits(picture: Image.Image, name: str, notes: list[str]) -> Image.Image
 def _upright(picture: Image.Image, name: str, notes: list[str]) -> Image.Image:
     """In 8 bits, and turned as cameras note it in EXIF or XMP data, of which nothing is kept."""
     picture.load()  # before its EXIF data are asked: TIFF files are turned on loading
-    try:
-        orientation = picture.getexif().get(ORIENTATION)
-    except Exception:  # at data that a program has damaged pillow raises many things; the pixels are well
-        orientation = None
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    method = upright_turn(picture)
     plain = _in_8_bits(_reduced(picture), name, notes)
     result = plain.copy() if method is None else plain.transpose(method)
     result.info = {key: value for key, value in plain.info.items() if key in ("icc_profile", "transparency")}

@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         datamodule, model = load_run(options.config, rest, options.device)
         parts = parts_to_encode(options.parts, datamodule.samples.augmentation)
-        out = options.out or datamodule.encodings_folder
+        out = options.out or datamodule.source.encodings_folder
         for catalogue in datamodule.catalogues():
             work = Precomputation(
                 datamodule.fixed_dataset(catalogue),

@@ -108,6 +108,7 @@ class HalvingStage(nn.Module):
         self.refine_norm = nn.BatchNorm2d(width_out)
 
     def forward(self, features: Tensor) -> Tensor:
+        """(N, C, h, w) to half the side."""
         features = torch.relu(self.down_norm(self.down(features)))
         return torch.relu(features + self.refine_norm(self.refine(features)))
 
@@ -122,6 +123,7 @@ class PooledReader(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(2 * widths[-1], count) for name, count in classes.items()})
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        """(N, 3, h, w) to the answers of every head."""
         features = self.trunk(pictures)
         pooled = torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1)
         return {name: head(pooled) for name, head in self.heads.items()}

@@ -33,7 +33,12 @@ def test_page_curves_and_pictures(tmp_path, tiny_model_dir, monkeypatch):
     from msdiffusion.evaluation import drawing
 
     original = drawing._draw
-    monkeypatch.setattr(drawing, "_draw", lambda cases, *rest: prompts.extend(cases) or original(cases, *rest))
+
+    def remembered(cases, *rest, **more):
+        prompts.extend(cases)
+        return original(cases, *rest, **more)
+
+    monkeypatch.setattr(drawing, "_draw", remembered)
     arguments = ["--model", str(model), "--out", str(tmp_path / "out"), "--document", str(page), "--pictures", "2"]
     assert main(["bench", "explore", *arguments]) == 0
     points = json.loads((tmp_path / "out" / "points.json").read_text())

@@ -244,7 +244,7 @@ def test_layouts_are_drawn_beside_the_pictures(draw, two, tmp_path, capsys, monk
     assert sorted(path.name for path in (tmp_path / "l").iterdir()) == names
     assert capsys.readouterr().out.split() == [str(tmp_path / "l" / name) for name in names[::2]]
     boxes = [(0, 0.25, 0.5, 0.75), (0.5, 0.25, 1, 0.75)]
-    assert seen == [{"boxes": boxes, "phrases": ["dog", "teapot"], "maps": None}] * 2, "one of each subject"
+    assert seen == [{"boxes": boxes, "phrases": ("dog", "teapot"), "maps": None}] * 2, "one of each subject"
     expected = draw_layout(Image.open(tmp_path / "l" / "x_0.png"), boxes=boxes, phrases=["dog", "teapot"])
     assert np.array_equal(pixels(tmp_path / "l" / "x_0_layout.png"), expected)
     free = [*without(two, "--box"), "--steps", "2", "--layout"]

@@ -105,9 +105,8 @@ def open_first(run, **settings):
     datamodule, module = run
     keys = partial(part_keys, datamodule.samples, module.backbone, module.adapter.config)
     never = changing(datamodule.samples.augmentation)
-    return open_store(
-        datamodule.catalogues()[0], never, keys, datamodule.encodings_folder, datamodule.encodings == "require"
-    )
+    source = datamodule.source
+    return open_store(datamodule.catalogues()[0], never, keys, source.encodings_folder, source.encodings == "require")
 
 
 def files_of(pairs, part="*"):

@@ -55,7 +55,7 @@ def test_two_runs_that_render_the_same_at_once_do_not_disturb_each_other(tmp_pat
     def slow(job):
         if not list(tmp_path.glob("frames-train-????????????")):
             monkeypatch.setattr(renderings, "_render_chunk", render_chunk)
-            monkeypatch.setattr(renderings.os, "getpid", lambda: 4242)
+            monkeypatch.setattr("os.getpid", lambda: 4242)
             render(SETTINGS, tmp_path, workers=0)
         return render_chunk(job)
 

@@ -52,7 +52,7 @@ def test_all_processes_prepare_and_the_first_one_acts():
 
 
 def test_a_split_adapter_is_gathered_by_all_processes(monkeypatch):
-    from msdiffusion.training import strategies
+    from msdiffusion.training.learning import sharding
 
     entered = []
 
@@ -61,7 +61,7 @@ def test_a_split_adapter_is_gathered_by_all_processes(monkeypatch):
         entered.append(module)
         yield
 
-    monkeypatch.setattr(strategies, "whole_weights", gathered)
+    monkeypatch.setattr(sharding, "whole_weights", gathered)
     module = SimpleNamespace(trained_adapter=None)
     for first in (True, False):
         Counter(1).on_train_end(trainer_at(3, first, processes=2), module)
