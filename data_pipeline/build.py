@@ -21,7 +21,7 @@ from data_pipeline.assemble import (
     outcome,
     settings_hash,
     write_here,
-)  # fmt: skip
+)
 from data_pipeline.command_line import check_pool
 from data_pipeline.extras import need_extras
 from data_pipeline.file_names import annotations_beside

@@ -344,9 +344,3 @@ def read_youtube_vis(content: Mapping[str, Any]) -> dict[str, Entry]:
         for name in own:
             result[name] = entry(video, possible[: possible.index(name)])
     return result
-
-
-# -------------------------------------------------------------------------------------------------------------- DAVIS
-
-
-# -------------------------------------------------------------------------------------------------------------- masks

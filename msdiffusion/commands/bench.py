@@ -28,8 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_common(world, pictures=300)
     add = world.add_argument
-    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW",
-        help=f"any of {', '.join(ROWS)}; default: all")  # fmt: skip
+    add(
+        "--rows",
+        nargs="+",
+        choices=list(ROWS),
+        default=list(ROWS),
+        metavar="ROW",
+        help=f"any of {', '.join(ROWS)}; default: all",
+    )
     add("--pairs", type=place_of, default=DEFAULT_PAIRS, metavar="FOLDER", help="mined from world clips")
     add("--steps", type=int, default=900, help="training steps of every trained row")
     add("--train-batch", type=int, default=16, help="pairs per step")
@@ -50,8 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_common(parser: argparse.ArgumentParser, pictures: int) -> None:
     add = parser.add_argument
     add("--out", type=place_of, default=DEFAULT_OUT, metavar="FOLDER", help="adapters, pictures, scores")
-    add("--model", type=lambda place: Path(find_model(place_of(place))), default=DEFAULT_MODEL, metavar="FOLDER",
-        help="embedded model: base, encoder, judge, ...")  # fmt: skip
+    add(
+        "--model",
+        type=lambda place: Path(find_model(place_of(place))),
+        default=DEFAULT_MODEL,
+        metavar="FOLDER",
+        help="embedded model: base, encoder, judge, ...",
+    )
     add("--pictures", type=int, default=pictures, help="held-out pictures per row")
     add("--seed", type=int, default=0, help="of the cases and of the noise")
     add("--draw-batch", type=int, default=16, help="pictures drawn at once")

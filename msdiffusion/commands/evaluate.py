@@ -29,8 +29,12 @@ MAX_SEED = 2**62
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msdiffusion evaluate`; imports nothing heavy."""
     add = parser.add_argument
-    add("--model", default=str(DEFAULT_MODEL), type=find_model,
-        help="adapter: folder, hub name, or ms_adapter.bin (default: embedded)")  # fmt: skip
+    add(
+        "--model",
+        default=str(DEFAULT_MODEL),
+        type=find_model,
+        help="adapter: folder, hub name, or ms_adapter.bin (default: embedded)",
+    )
     add("--judge", default=str(DEFAULT_MODEL / "judge"), type=find_model, help="its folder (default: embedded/judge)")
     add("--subjects", type=int, default=200, help="least number of held-out subjects (default 200)")
     add("--out", type=place_of, required=True, metavar="FOLDER", help="scores, report and pictures go there")
@@ -40,8 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=float, help="weight of the subjects when the adapter is on; default: its own")
     add("--batch-size", type=int, default=16, help="pictures drawn at once")
     add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
-    add("--precision", choices=("float32", "bfloat16"), default="float32",
-        help="of the networks' products; bfloat16 takes half the time on CPUs with AMX and on GPUs")  # fmt: skip
+    add(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the networks' products; bfloat16 takes half the time on CPUs with AMX and on GPUs",
+    )
     parser.set_defaults(run=run, extras=("evaluation",))
 
 

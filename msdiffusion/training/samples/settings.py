@@ -37,7 +37,7 @@ class SampleSettings:
         if not 0 <= self.minimum_visible <= 1:
             raise RequestError(f"minimum_visible must be in [0, 1], got {self.minimum_visible}")
         check_choices(self)
-        self.sizes  # noqa: B018 - so that a resolution that is no multiple of the step is told at once
+        _ = self.sizes  # so that a resolution that is no multiple of the step is told at once
 
     @cached_property
     def sizes(self) -> np.ndarray:
