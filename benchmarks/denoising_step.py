@@ -242,7 +242,7 @@ def measure(
         print(f"largest difference between ours and the naive way: {difference:.2g}; subjects change {effect:.2g}\n")
     layers = list(cross_attentions(unet).values())
     seen = watch(layers, lambda: step("bare"))
-    bound = {name: condition.bind(inputs["sample"], 500) for name, condition in conditions.items()}
+    taking = {name: handed_on(layers[0], lambda name=name: step(name)) for name in conditions if name in variants}
 
     image_tokens = None if projection is None else projection(images)
 
@@ -251,8 +251,8 @@ def measure(
         states, extra = arguments["encoder_hidden_states"], dict(kwargs or {})
         if name == "peer":
             states = (states, image_tokens)
-        if name in bound:
-            extra = {"subjects": bound[name], "text_cache": conditions[name].text_cache.begin(text, unet)}
+        if name in taking:
+            extra = {"participants": taking[name]}
         for layer, processor, hidden in zip(layers, layer_processors(processors), seen, strict=True):
             layer.set_processor(processor)
             result = layer(hidden, encoder_hidden_states=states, **extra)
@@ -288,6 +288,15 @@ def watch(layers: list[Attention], work: Callable[[], Tensor]) -> list[Tensor]:
     for hook in hooks:
         hook.remove()
     return [seen[index] for index in range(len(layers))]
+
+
+def handed_on(layer: Attention, work: Callable[[], Tensor]) -> Any:
+    """What takes part in a layer while ``work`` runs."""
+    given: list[Any] = []
+    hook = layer.register_forward_pre_hook(lambda _, __, kwargs: given.append(kwargs["participants"]), with_kwargs=True)
+    work()
+    hook.remove()
+    return given[0]
 
 
 def layer_processors(processors: dict[str, Any]) -> list[Any]:

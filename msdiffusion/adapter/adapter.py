@@ -136,7 +136,7 @@ class MSAdapter(nn.Module):
             RequestError: unknown backend.
         """
         self.check_unet(unet)
-        install(unet, {name: layer.to_k.out_features for name, layer in self.layers.items()}, backend)
+        install(unet, backend)
 
     def is_installed(self, unet: UNet2DConditionModel) -> bool:
         """Whether every cross-attention layer of the UNet shows subjects."""
@@ -168,6 +168,7 @@ class MSAdapter(nn.Module):
         auto_layout: AutoLayout | None = None,
         num_images: int | None = None,
         guidance: bool | None = None,
+        **told: Any,
     ) -> SubjectCondition:
         """Keys, values and regions for runs of a sampler, or single calls of a UNet. Differentiable.
 
@@ -182,6 +183,7 @@ class MSAdapter(nn.Module):
             auto_layout: let the text's attention replace the regions after some steps.
             num_images: see SubjectCondition.
             guidance: see SubjectCondition.
+            told: ``phrases`` and ``batch_is_sure`` of SubjectCondition.
 
         Raises:
             LayoutError: shapes of tokens, boxes, masks or spans do not go together.
@@ -212,6 +214,7 @@ class MSAdapter(nn.Module):
             num_images=num_images,
             guidance=guidance,
             inert=isinstance(scale, (int, float)) and scale == 0 and auto_layout is None,
+            **told,
         )
 
     def _scales(

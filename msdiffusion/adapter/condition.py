@@ -3,13 +3,13 @@
 ``cross_attention_kwargs={"subjects": condition}`` is all there is to say. Keys and values of the subjects are computed
 when the condition is made; masks once per latent size; only the text's attention maps (auto layout) change over a run.
 
-Shapes: B batch (1 serves any), S subjects, T tokens per subject, N = S * T, L text tokens, Q patches, H heads, D head
-width, C = H * D layer width.
+Shapes: B rows that see subjects (1 layout serves any), S subjects, T tokens per subject, N = S * T, L text tokens, Q
+patches, H heads, D head width, C = H * D layer width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 
 import torch
@@ -17,9 +17,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from msdiffusion.adapter.auto_layout import AutoLayout
-from msdiffusion.attention.control import AttentionCall, attention_probabilities, dot_product_attention, split_heads
+from msdiffusion.attention.control import (
+    AttentionCall,
+    Control,
+    Hook,
+    Layer,
+    Step,
+    dot_product_attention,
+    split_heads,
+)
 from msdiffusion.attention.maps import TextMaps, to_unit_range
-from msdiffusion.attention.text_cache import TextCache
+from msdiffusion.attention.rows import Rows, guided
 from msdiffusion.errors import LayoutError, RequestError
 from msdiffusion.request.layout import grid_of, patch_masks, pool_masks
 from msdiffusion.request.subjects import true_or_false, whole_number
@@ -30,7 +38,7 @@ NULL_TOKENS = 8
 number of tokens a multiple of eight, as fused kernels like it."""
 
 
-class SubjectCondition:
+class SubjectCondition(Control):
     """Keys, values and regions of the subjects for runs of a sampler, or single calls of a UNet.
 
     One object serves one run after another: nothing that a run leaves behind changes the next one. A run begins where
@@ -51,6 +59,8 @@ class SubjectCondition:
         num_images: int | None = None,
         guidance: bool | None = None,
         inert: bool = False,
+        phrases: Sequence[str] = (),
+        batch_is_sure: bool = False,
     ) -> None:
         """Gather what the layers need.
 
@@ -71,6 +81,8 @@ class SubjectCondition:
             guidance: whether the UNet's batch is [unconditional; conditional], whose first half sees no subjects; None:
                 it is if it has twice as many samples as there are pictures.
             inert: no subject has any weight, so nothing needs to be computed.
+            phrases: what each subject is called, for whoever looks.
+            batch_is_sure: ``num_images`` needs no check against the latents of the first call.
 
         Raises:
             LayoutError: shapes of boxes, masks, spans and keys do not go together.
@@ -111,19 +123,15 @@ class SubjectCondition:
             there = there | self._has_mask()
         self.present = there if present is None else there & present
         self.inert = inert
-        self.phrases: tuple[str, ...] = ()
-        """What each subject is called, where ``MSDiffusion.condition`` made this."""
-        self.check_batch = True
-        """Whether ``check_halves`` looks; whoever knows the batch may say no."""
+        self.phrases, self.batch_is_sure = tuple(phrases), batch_is_sure
         self.train_timesteps, self.guidance, self.auto_layout = train_timesteps, guidance, auto_layout
-        self.text_cache = TextCache()
         self._attention_masks: dict[tuple[int, int, int], Tensor] = {}
         self._regions: dict[tuple[int, int, int], Tensor] = {}
         self._stacks: dict[int, tuple[Tensor, Tensor]] = {}
         self._maps = None if auto_layout is None else TextMaps(boxes.device)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> SubjectCondition:
-        """Move it, in place; ``bind`` does so where a UNet runs elsewhere, as with offloading."""
+        """Move it, in place; ``at`` does so where a UNet runs elsewhere, as with offloading."""
         self.keys = {layer: key.to(device, dtype) for layer, key in self.keys.items()}
         self.values = {layer: value.to(device, dtype) for layer, value in self.values.items()}
         self.boxes, self.present = self.boxes.to(device), self.present.to(device)
@@ -169,85 +177,65 @@ class SubjectCondition:
         ]
         return torch.stack([torch.stack(row) for row in pooled])
 
-    def bind(self, sample: Tensor, timestep: Tensor | float, shared: bool = False) -> BoundCondition | None:
-        """The condition for one call of the UNet, None if it is inert; a hook of the UNet does this.
-
-        Args:
-            sample: the UNet's input (batch, channels, rows, columns).
-            timestep: of that call; a number, or a tensor of one or of batch numbers.
-            shared: whether the UNet's blocks are compiled one by one, so that layers share code.
+    def rows(self, samples: int) -> Rows:
+        """What the rows of a batch of so many samples are.
 
         Raises:
-            RequestError: the batch is neither as many samples as there are pictures nor twice as many; or there is auto
-                layout, which each layer remembers for itself, where layers share code.
+            RequestError: neither as many samples as there are pictures nor twice as many, or not those of the layouts.
         """
-        first = self._first_conditional(sample.shape[0])
-        if self.inert:
-            return None
-        if self.boxes.device != sample.device:
-            self.to(sample.device, sample.dtype)
-        if self._maps is not None and not torch.compiler.is_compiling() and self._maps.is_stale():
-            self.reset()
-        if shared and self.auto_layout is not None:
-            raise RequestError(
-                "auto layout and subjects without a box do not go together with compile_repeated_blocks(): compile the "
-                "whole UNet, pipeline.unet.compile()"
-            )
-        return BoundCondition(self, sample, timestep, first, shared)
-
-    def stacks(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Per layer width keys and values (layers, B, N, C) of all layers so wide, in the order of ``keys``."""
-        if not self._stacks:
-            for width in {key.shape[-1] for key in self.keys.values()}:
-                layers = [layer for layer, key in self.keys.items() if key.shape[-1] == width]
-                self._stacks[width] = (
-                    torch.stack([self.keys[layer] for layer in layers]),
-                    torch.stack([self.values[layer] for layer in layers]),
-                )
-        return self._stacks
-
-    def _first_conditional(self, samples: int) -> int:
-        """Index of the first sample that sees subjects: 0, or half the batch."""
         B = self.boxes.shape[0]
         if self.guidance is None:
-            if samples == self.num_images:
-                return 0
-            if samples == 2 * self.num_images:
-                return samples // 2
+            if samples in (self.num_images, 2 * self.num_images):
+                return guided(self.num_images, samples > self.num_images, self.batch_is_sure)
             raise RequestError(
                 f"the condition is for {self.num_images} pictures, so the UNet's batch should be {self.num_images}, or "
                 f"{2 * self.num_images} with guidance, but it is {samples}: make the condition with num_images=... "
-                "(batches of other parts, as of PAG or InstructPix2Pix, are not known here)"
+                '(or, for batches of other parts, as of PAG or InstructPix2Pix, say which: "rows": Rows(...))'
             )
         count = samples // 2 if self.guidance else samples
         if B not in (1, count) or (self.guidance and samples % 2):
             half = " with guidance" if self.guidance else ""
             raise RequestError(f"the condition is for {B} pictures, but the UNet's batch{half} is {samples}")
-        return count if self.guidance else 0
+        return guided(count, self.guidance)
 
-    def check_halves(self, sample: Tensor) -> None:
-        """Look once per run whether the batch is what its size says: it waits for the device.
-
-        A pipeline with guidance gives the UNet every latent twice. Without ``guidance=...`` that is told from
-        the size of the batch, which is wrong if ``num_images`` was.
-
-        Args:
-            sample: the UNet's input (batch, channels, rows, columns).
+    def at(self, step: Step) -> BoundCondition | None:
+        """The condition for one call of the UNet, None if it is inert.
 
         Raises:
-            RequestError: the two halves are equal although there should be no guidance, or the other way round.
+            RequestError: the batch is not one of these pictures; or there is auto layout, which each layer remembers
+                for itself, where layers share code.
         """
-        samples = sample.shape[0]
-        if not self.check_batch or self.guidance is not None or samples % 2:
-            return
-        twice = torch.equal(sample[: samples // 2], sample[samples // 2 :])
-        if twice == (samples == 2 * self.num_images):
-            return
-        seen = "every latent twice, as with guidance" if twice else "different latents, as without guidance"
-        raise RequestError(
-            f"the condition is for {self.num_images} pictures, but the UNet's batch holds {samples} samples, {seen}: "
-            "make the condition with the right num_images=..., or say guidance=True or False"
-        )
+        B, seeing = self.boxes.shape[0], step.rows.prompted()
+        if B not in (1, seeing.stop - seeing.start):
+            raise RequestError(
+                f"the condition is for {B} pictures, but {seeing.stop - seeing.start} rows of the UNet's batch read "
+                f"the prompt ({', '.join(step.rows.branches)} of {step.rows.pictures})"
+            )
+        if self.inert:
+            return None
+        if self.boxes.device != step.sample.device:
+            self.to(step.sample.device, step.sample.dtype)
+        if self._maps is not None and not torch.compiler.is_compiling() and self._maps.is_stale():
+            self.reset()
+        if step.shared and self.auto_layout is not None:
+            raise RequestError(
+                "auto layout and subjects without a box do not go together with compile_repeated_blocks(): compile the "
+                "whole UNet, pipeline.unet.compile()"
+            )
+        return BoundCondition(self, step, seeing)
+
+    def stacks(self, layers: Sequence[Layer]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Per layer width keys and values (layers, B, N, C) of all cross-attention layers so wide, by their number."""
+        if not self._stacks:
+            names: dict[int, list[str]] = {}
+            for layer in sorted(layers, key=lambda layer: layer.number):
+                if layer.kind == "cross":
+                    names.setdefault(layer.width, []).append(layer.name)
+            self._stacks = {
+                width: tuple(torch.stack([states[name] for name in named]) for states in (self.keys, self.values))
+                for width, named in names.items()
+            }
+        return self._stacks
 
     @torch.no_grad()
     def layout_maps(self, rows: int = 32, columns: int = 32) -> Tensor:
@@ -268,17 +256,13 @@ class SubjectCondition:
         return self._maps.mean(rows, columns)
 
 
-class BoundCondition:
-    """A condition for one call of the UNet: AttentionControl."""
+class BoundCondition(Control):
+    """A condition for one call of the UNet."""
 
-    def __init__(
-        self, condition: SubjectCondition, sample: Tensor, timestep: Tensor | float, first: int, shared: bool = False
-    ) -> None:
-        """Work out what all layers of the call share; see SubjectCondition.bind."""
-        self._stacks = condition.stacks() if shared else None
-        self.condition, self.first = condition, first
-        self.samples = sample.shape[0]
-        self.rows, self.columns = sample.shape[-2:]
+    def __init__(self, condition: SubjectCondition, step: Step, seeing: slice) -> None:
+        """Work out what all layers of the call share; ``seeing`` are the rows that see subjects."""
+        self._stacks = condition.stacks(step.layers) if step.shared else None
+        self.condition, self.step, self.seeing = condition, step, seeing
         self.present = condition.present
         # Traced code (torch.compile) must leave nothing behind in objects that outlive the call.
         traced = torch.compiler.is_compiling()
@@ -286,39 +270,50 @@ class BoundCondition:
         self._attention_masks: dict[tuple[int, int, int], Tensor] = {} if changing else condition._attention_masks
         self._regions: dict[tuple[int, int, int], Tensor] = {} if traced else condition._regions
         self._phrase_weights: dict[int, Tensor] = {}
+        self._seen: Tensor | None = None  # regions that the text's map shows in the layer that is at work
         if condition.windows is not None:
             start, end = condition.windows.unbind(-1)  # (B, S)
-            way = 1.0 - self._conditional(timestep, sample).reshape(-1, 1) / condition.train_timesteps
+            way = 1.0 - self._timesteps().reshape(-1, 1) / condition.train_timesteps
             inside = (way >= start) & ((way < end) | (end >= 1.0))
             self.present = self.present & inside
         if condition._maps is not None:
-            condition._maps.begin(self._conditional(timestep, sample).amax())
+            condition._maps.begin(self._timesteps().amax())
 
-    def _conditional(self, timestep: Tensor | float, sample: Tensor) -> Tensor:
-        """(1,) or (batch,) timesteps of the samples that see subjects, float32, on their device."""
-        timesteps = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).reshape(-1)
-        return timesteps if timesteps.shape[0] == 1 else timesteps[self.first :]
+    def _timesteps(self) -> Tensor:
+        """(1,) or (B,) timesteps of the samples that see subjects, float32, on their device."""
+        timesteps = self.step.timestep
+        return timesteps if timesteps.shape[0] == 1 else timesteps[self.seeing]
 
-    def __call__(self, hidden: Tensor, call: AttentionCall) -> Tensor:
+    def wants(self, layer: Layer) -> Collection[Hook]:
+        """Adds to what cross-attention layers read; with auto layout it looks at their maps first."""
+        if layer.kind == "self":
+            return ()
+        if layer.name not in self.condition.keys:
+            raise RequestError(f"the condition has no keys for layer {layer.name!r}: it was made for another UNet")
+        return ("result",) if self.condition.auto_layout is None else ("weights", "result")
+
+    def weights(self, call: AttentionCall, weights: Tensor) -> Tensor:
+        """Look where the text's words are seen."""
+        layout = self.condition.auto_layout
+        self._seen = self._text_regions(call, weights[self.seeing], layout) & self.present.unsqueeze(-1)
+        return weights
+
+    def result(self, call: AttentionCall, hidden: Tensor) -> Tensor:
         """Add what the patches read from the subjects."""
-        condition, first = self.condition, self.first
-        query = call.query[first:]
+        seeing = self.seeing
+        query = call.query[seeing]
         B, H, Q, _ = query.shape
         key, value = (
             split_heads(states.to(query.dtype), H).expand(B, -1, -1, -1) for states in self._states(call, query)
         )
-        tokens = (key.shape[2] - NULL_TOKENS) // condition.boxes.shape[1]
-        if condition.auto_layout is None:
-            allowed = self._mask(Q, tokens)
-        else:
-            regions = self._text_regions(call, query, condition.auto_layout) & self.present.unsqueeze(-1)
-            allowed = _attention_mask(regions, tokens)
+        tokens = (key.shape[2] - NULL_TOKENS) // self.condition.boxes.shape[1]
+        allowed = self._mask(Q, tokens) if self._seen is None else _attention_mask(self._seen, tokens)
         read = dot_product_attention(query, key, value, allowed, call.backend)
-        if first == 0:
+        if hidden.shape[0] == B:
             return hidden + read
-        if not call.owned or hidden.requires_grad or read.requires_grad:
-            return torch.cat([hidden[:first], hidden[first:] + read])
-        hidden[first:] += read
+        if hidden.requires_grad or read.requires_grad:
+            return torch.cat([hidden[: seeing.start], hidden[seeing] + read, hidden[seeing.stop :]])
+        hidden[seeing] += read
         return hidden
 
     def _states(self, call: AttentionCall, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -326,15 +321,13 @@ class BoundCondition:
         if self._stacks is not None:  # by number: the layers of a width share one code, which must hold no names
             keys, values = self._stacks[query.shape[1] * query.shape[3]]
             return keys.index_select(0, call.number).squeeze(0), values.index_select(0, call.number).squeeze(0)
-        keys, values = self.condition.keys, self.condition.values
-        if call.layer not in keys:
-            raise RequestError(f"the condition has no keys for layer {call.layer!r}: it was made for another UNet")
-        return keys[call.layer], values[call.layer]
+        name = call.layer.name
+        return self.condition.keys[name], self.condition.values[name]
 
     def _mask(self, patches: int, tokens: int) -> Tensor:
         if self._stacks is not None:  # nothing may be remembered, as above
             return _attention_mask(self._new_regions(patches) & self.present.unsqueeze(-1), tokens)
-        level = (self.rows, self.columns, patches)
+        level = (*self.step.grid, patches)
         if level not in self._attention_masks:
             regions = self._given_regions(patches) & self.present.unsqueeze(-1)
             self._attention_masks[level] = _attention_mask(regions, tokens)
@@ -342,29 +335,25 @@ class BoundCondition:
 
     def _given_regions(self, patches: int) -> Tensor:
         """(B, S, Q) of boxes or masks."""
-        level = (self.rows, self.columns, patches)
+        level = (*self.step.grid, patches)
         if level not in self._regions:
             self._regions[level] = self._new_regions(patches)
         return self._regions[level]
 
     def _new_regions(self, patches: int) -> Tensor:
-        return self.condition.regions(*grid_of(patches, self.rows, self.columns))
+        return self.condition.regions(*grid_of(patches, *self.step.grid))
 
     @torch.no_grad()
-    def _text_regions(self, call: AttentionCall, query: Tensor, layout: AutoLayout) -> Tensor:
-        """Regions (B, S, Q) seen in the text attention of all steps so far, where it is time for them."""
+    def _text_regions(self, call: AttentionCall, probabilities: Tensor, layout: AutoLayout) -> Tensor:
+        """Regions (B, S, Q) seen in the text's maps (B, H, Q, L) of all steps so far, where it is time for them."""
         maps = self.condition._maps
-        mask = call.text_mask
-        if mask is not None and mask.shape[0] > 1:
-            mask = mask[self.first :]
-        probabilities = attention_probabilities(query, call.text_key[self.first :], mask)  # (B, H, Q, L)
         # Mean over the tokens of each phrase, then over the heads; summed up in float32.
         seen = (probabilities @ self._weights(layout, probabilities)).float().mean(dim=1).transpose(1, 2)  # (B, S, Q)
-        patches = query.shape[2]
-        mean = maps.add(call.layer, seen, grid_of(patches, self.rows, self.columns))
-        chosen = maps.steps >= torch.as_tensor(layout.start_step, device=query.device).unsqueeze(-1)
+        patches = seen.shape[2]
+        mean = maps.add(call.layer.name, seen, grid_of(patches, *self.step.grid))
+        chosen = maps.steps >= torch.as_tensor(layout.start_step, device=seen.device).unsqueeze(-1)
         if layout.subjects is not None:
-            chosen = chosen & layout.subjects.to(query.device).unsqueeze(-1)
+            chosen = chosen & layout.subjects.to(seen.device).unsqueeze(-1)
         return torch.where(chosen, to_unit_range(mean) > layout.threshold, self._given_regions(patches))
 
     def _weights(self, layout: AutoLayout, probabilities: Tensor) -> Tensor:

@@ -222,8 +222,8 @@ class BatchDrawing:
         """Pictures of one batch, and layout maps (P, S, rows, columns) if there are any."""
         request = self.requests[batch[0].request]
         scales = [self.model.adapter.config.drawing(scale=each.scale)["scale"] for each in self.requests]
-        condition = encoded.condition([picture.request for picture in batch], scales)
-        condition.check_batch = False  # known here; and pictures of one seed have equal latents
+        # How large the batch is, is known here; and pictures of one seed have equal latents.
+        condition = encoded.condition([picture.request for picture in batch], scales, batch_is_sure=True)
         pipeline, options, settings = self.pipeline, request.pipeline_options, self._settings(request)
         # As numbers, so that NaN is seen: in a picture it is black. Pasting into another picture needs pictures.
         if settings["output_type"] in ("pil", "np") and options.get("padding_mask_crop") is None:

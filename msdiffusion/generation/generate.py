@@ -234,9 +234,7 @@ class MSDiffusion:
         with self._turns.take():
             warn_beyond_training(self, [subjects], [prompt])  # the tokenizer serves one at a time
             layout = SubjectBatch(self, scheduler, [subjects], [prompt])
-            condition = layout.condition([0] * num_images, [chosen], guidance=guidance)
-        condition.phrases = subjects.names
-        return condition
+            return layout.condition([0] * num_images, [chosen], guidance=guidance, phrases=subjects.names)
 
     def scale_of(self, scale: float | None) -> float:
         """The weight of all subjects: ``scale``, or the adapter's own for None."""

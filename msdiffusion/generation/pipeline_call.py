@@ -13,6 +13,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from msdiffusion.attention.binding import after_steps
 from msdiffusion.backbone.pretrained import withheld
 from msdiffusion.errors import RequestError, reason, shown
 
@@ -48,11 +49,14 @@ def call_pipeline(
             "generate was called by a callback of a run of the same model: draw after the run, or from on_result"
         )
     given = {name: value for name, value in options.items() if value is not None}
-    callback = given.get("callback_on_step_end")
+    kwargs = {**(given.pop("cross_attention_kwargs", None) or {}), "subjects": condition}
+    controls = kwargs.get("controls") or ()
+    callback = after_steps(controls, given.get("callback_on_step_end"))
+    if callback is not None:
+        given["callback_on_step_end"] = callback
     watched = "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters
     if watched and not hasattr(callback, "tensor_inputs"):  # diffusers' own say by it what they want to see
         callback = given["callback_on_step_end"] = _Watched(callback, check_first)
-    kwargs = {**(given.pop("cross_attention_kwargs", None) or {}), "subjects": condition}
     encoder = getattr(pipeline.text_encoder, "_orig_mod", pipeline.text_encoder)
     # diffusers looks for the last norm where transformers had it before 5.6. Not for longer than this call: by the
     # same name LoRA loaders tell how layers are called.

@@ -89,7 +89,10 @@ def check_options(pipeline: Any, options: Mapping[str, Any], most_skipped: int) 
         if pooled in known and options.get(f"{kind}prompt_embeds") is not None and options.get(pooled) is None:
             raise RequestError(f"{kind}prompt_embeds needs {pooled} beside it: encode_prompt gives both")
     if isinstance(pipeline, PAGMixin) and options.get("pag_scale", 3.0) != 0:  # its own default
-        raise RequestError("PAG gives the UNet batches of three parts, which subjects don't know: say pag_scale=0")
+        raise RequestError(
+            "PAG gives the UNet batches of three parts: say pag_scale=0, or call the pipeline with "
+            "model.condition(...) and rows"
+        )
     if options.get("clip_skip") is not None:
         whole_number(options["clip_skip"], "clip_skip", 0, most_skipped)
     _check_start(options.get("image"))

@@ -102,7 +102,7 @@ class SubjectBatch:
 
     @torch.no_grad()
     def condition(
-        self, pictures: Sequence[int], scales: Sequence[float], *, guidance: bool | None = None
+        self, pictures: Sequence[int], scales: Sequence[float], *, guidance: bool | None = None, **told: Any
     ) -> SubjectCondition:
         """One condition for a batch of pictures.
 
@@ -110,6 +110,7 @@ class SubjectBatch:
             pictures: per picture of the batch the index of its layout.
             scales: per layout the weight of all its subjects.
             guidance: see SubjectCondition.
+            told: ``phrases`` and ``batch_is_sure`` of SubjectCondition.
 
         Raises:
             RequestError: windows, and a scheduler whose timesteps do not say how far a run is.
@@ -157,6 +158,7 @@ class SubjectBatch:
                 auto_layout=auto_layout,
                 num_images=len(pictures),
                 guidance=guidance,
+                **told,
             )
 
 

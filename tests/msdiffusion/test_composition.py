@@ -33,6 +33,8 @@ from torch._dynamo.utils import counters
 
 from msdiffusion import MSDiffusion
 from msdiffusion.adapter.adapter import MSAdapter
+from msdiffusion.attention.control import Control
+from msdiffusion.attention.rows import Rows
 from msdiffusion.backbone.backbone import Backbone
 from msdiffusion.errors import RequestError, WeightsError
 from msdiffusion.own_memory import give_own_memory
@@ -837,6 +839,92 @@ def test_stable_diffusion_1(tiny_sd1_model_dir, tmp_path):
     for each in (model.pipeline, bare):
         each.load_lora_weights(tmp_path, weight_name=LORA)
     compose(model, bare, unchanged)
+
+
+# ------------------------------------------------------------------------------- other parts of a batch, other controls
+
+
+def drawn_by(pipeline, condition=None, *, rows=None, **options):
+    """A picture; ``rows`` for batches of other parts than guidance makes."""
+    given = {} if condition is None else {"cross_attention_kwargs": {"subjects": condition, "rows": rows}}
+    settings = {"num_inference_steps": 2, "output_type": "pt", "guidance_scale": 3.0, **given, **options}
+    return pipeline(PROMPT, generator=torch.Generator().manual_seed(0), **settings).images
+
+
+def test_perturbed_attention_guidance(model, tiny_model_dir):
+    parts = {"pag_applied_layers": ["mid"], "add_watermarker": False}
+    pipeline = diffusers.StableDiffusionXLPAGPipeline(**model.pipeline.components, **parts)
+    bare = diffusers.StableDiffusionXLPAGPipeline.from_pretrained(tiny_model_dir / "base", **parts)
+    freeze(bare)
+    pipeline.set_progress_bar_config(disable=True)
+    rows = Rows(("unconditional", "conditional", "perturbed"), 1)
+    expected = drawn_by(bare, pag_scale=3.0)
+    assert torch.equal(drawn_by(pipeline, condition_of(model, scale=0), rows=rows, pag_scale=3.0), expected)
+    assert not torch.equal(drawn_by(pipeline, condition_of(model), rows=rows, pag_scale=3.0), expected)
+    rows = Rows(("conditional", "perturbed"), 1)
+    alone = drawn_by(pipeline, condition_of(model), rows=rows, pag_scale=3.0, guidance_scale=1.0)
+    assert not torch.equal(alone, drawn_by(bare, pag_scale=3.0, guidance_scale=1.0))
+
+
+def test_instruct_pix2pix(tiny_sd1_model_dir):
+    """Its batch begins with the conditional part; a subject leaves the two others alone."""
+    model = MSDiffusion.from_pretrained(tiny_sd1_model_dir, device="cpu")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config({**model.pipeline.unet.config, "in_channels": 8}).requires_grad_(False)
+    parts = {**model.pipeline.components, "unet": unet}
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    rows, start = Rows(("conditional", "image", "unconditional"), 1), {"image": start_picture()}
+    expected = drawn_by(pipeline, **start)
+    model.adapter.install(unet)
+    assert torch.equal(drawn_by(pipeline, **start), expected)
+    assert torch.equal(drawn_by(pipeline, condition_of(model, scale=0), rows=rows, **start), expected)
+    predictions = []
+    unet.register_forward_hook(lambda _, __, output: predictions.append(output[0]))
+    drawn_by(pipeline, **start)
+    assert not torch.equal(drawn_by(pipeline, condition_of(model), rows=rows, **start), expected)
+    differs = [not torch.equal(*pair) for pair in zip(predictions[0], predictions[2], strict=True)]
+    assert differs == [True, False, False]
+    with pytest.raises(RequestError, match="say which"):
+        drawn_by(pipeline, condition_of(model), **start)
+
+
+def test_controls_beside_the_subjects(model):
+    """They come through generate, and reach attention, text and latents."""
+
+    class Everything(Control):
+        def __init__(self):
+            self.seen = []
+
+        def wants(self, layer):
+            return ("result",) if layer.kind == "self" else ()
+
+        def text(self, step, states):
+            self.seen.append(("text", step.number))
+            return states
+
+        def result(self, call, hidden):
+            self.seen.append(("result", call.layer.kind))
+            return hidden
+
+        def latents(self, step, latents):
+            self.seen.append(("latents", step.number))
+            return latents + 1
+
+    plain = ours(model)
+    control = Everything()
+    shifted = ours(model, cross_attention_kwargs={"controls": [control]}, steps=3)
+    assert [each for each in control.seen if each[0] != "result"] == [
+        (name, step) for step in range(3) for name in ("text", "latents")
+    ]
+    assert ("result", "self") in control.seen
+    assert not torch.equal(shifted, plain)
+
+    def add_one(pipeline, step, timestep, tensors):
+        return {"latents": tensors["latents"] + 1}
+
+    assert torch.equal(shifted, ours(model, callback_on_step_end=add_one))
+    assert torch.equal(ours(model), plain)
 
 
 def test_the_embedded_model_keeps_its_promises_too():

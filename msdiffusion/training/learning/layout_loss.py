@@ -14,14 +14,14 @@ Shape letters: B batch, S subjects, L text tokens, H heads, Q patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from msdiffusion.attention.control import AttentionCall, attention_probabilities
+from msdiffusion.attention.control import AttentionCall, Control, Hook, Layer
 from msdiffusion.errors import PhraseError
 from msdiffusion.request.layout import grid_of, patch_masks
 from msdiffusion.request.phrases import find_in_prompt, token_span
@@ -70,8 +70,8 @@ class PhraseTokens:
             occurrence += 1
 
 
-class LayoutLoss:
-    """An AttentionControl that changes nothing and notes, in each cross-attention layer, where phrases are looked for.
+class LayoutLoss(Control):
+    """A control that changes nothing and notes, in each cross-attention layer, where phrases are looked for.
 
     One object serves one call of the UNet. Subjects that share a phrase share its words, so each of them may be looked
     for in any of their boxes.
@@ -107,19 +107,22 @@ class LayoutLoss:
         self._outside: list[Tensor] = []
         self._closed = False
 
-    def __call__(self, hidden: Tensor, call: AttentionCall) -> Tensor:
-        """``hidden``, untouched.
+    def wants(self, layer: Layer) -> Collection[Hook]:
+        """The maps of cross-attention."""
+        return ("weights",) if layer.kind == "cross" else ()
+
+    def weights(self, call: AttentionCall, weights: Tensor) -> Tensor:
+        """``weights``, untouched.
 
         With gradient checkpointing a layer is computed again in the backward pass. It must then do the same arithmetic
         as at first, and be counted no second time.
         """
-        probabilities = attention_probabilities(call.query, call.text_key, call.text_mask)  # (B, H, Q, L)
-        maps = (probabilities @ self.words.to(probabilities.dtype)).float().mean(dim=1)  # (B, Q, S)
+        maps = (weights @ self.words.to(weights.dtype)).float().mean(dim=1)  # (B, Q, S)
         inside = (maps * self._region(maps.shape[1])).sum(dim=1)  # (B, S)
         outside = 1 - inside / maps.sum(dim=1).clamp(min=1e-12)
         if not self._closed:
             self._outside.append(outside)
-        return hidden
+        return weights
 
     def loss(self) -> Tensor:
         """float32 (B,) in [0, 1]: per sample the mean over layers and subjects; 0 for samples without a subject.

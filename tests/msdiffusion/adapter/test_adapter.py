@@ -12,7 +12,7 @@ from msdiffusion.adapter.adapter import MSAdapter
 from msdiffusion.adapter.auto_layout import AutoLayout
 from msdiffusion.adapter.config import AdapterConfig
 from msdiffusion.adapter.resampler import ResamplerParams
-from msdiffusion.attention.unet import MultiSubjectAttnProcessor, TransparentAttnProcessor, cross_attentions
+from msdiffusion.attention.unet import ControlledAttnProcessor, cross_attentions
 from msdiffusion.errors import LayoutError, RequestError, WeightsError
 from msdiffusion.generation.identity import identify
 
@@ -198,8 +198,8 @@ def test_install_is_silent_repeatable_and_leaves_the_bare_unet(golden, unet, ada
     adapter.install(unet)
     adapter.install(unet)
     processors = unet.attn_processors.values()
-    assert {type(processor) for processor in processors} == {MultiSubjectAttnProcessor, TransparentAttnProcessor}
-    assert not any(isinstance(getattr(p, "base", None), TransparentAttnProcessor) for p in processors)
+    assert {type(processor) for processor in processors} == {ControlledAttnProcessor}
+    assert {processor.base for processor in processors} == {None}
     predict(unet, golden, make_condition(adapter, golden))
     assert torch.equal(predict(unet, golden), expected)
     assert not caplog.records
@@ -207,9 +207,9 @@ def test_install_is_silent_repeatable_and_leaves_the_bare_unet(golden, unet, ada
 
 def test_softmax_backend_is_for_all_attention(unet, adapter):
     adapter.install(unet, "softmax")
-    bases = [p.base for p in unet.attn_processors.values() if isinstance(p, TransparentAttnProcessor)]
-    assert bases
-    assert all(isinstance(base, AttnProcessor) for base in bases)
+    plain = [processor._plain for processor in unet.attn_processors.values()]
+    assert plain
+    assert all(isinstance(processor, AttnProcessor) for processor in plain)
     with pytest.raises(RequestError, match="backend"):
         adapter.install(unet, "flash")
 

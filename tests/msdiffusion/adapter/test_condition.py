@@ -6,10 +6,13 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from msdiffusion.adapter.auto_layout import AutoLayout
 from msdiffusion.adapter.condition import SubjectCondition
-from msdiffusion.attention.unet import MultiSubjectAttnProcessor
+from msdiffusion.attention.control import Layer, Participants, Step
+from msdiffusion.attention.rows import Rows, check_seen
+from msdiffusion.attention.unet import ControlledAttnProcessor
 from msdiffusion.errors import LayoutError, RequestError
 
 LAYER = "layer"
+PLACE = Layer(LAYER, "cross", "mid_block", 0, 32, 4)
 TEXT = 77
 DUMMIES = 4
 
@@ -47,11 +50,18 @@ def run(layer, golden, condition, *, hidden=None, backend="sdpa", samples=slice(
     """The layer's result; ``size`` are the rows and columns of the latents."""
     tensors, _ = golden
     hidden = tensors["hidden_states"] if hidden is None else hidden
-    layer.set_processor(MultiSubjectAttnProcessor(LAYER, backend))
+    layer.set_processor(ControlledAttnProcessor(PLACE, backend))
     text = tensors["encoder_hidden_states"][:, :TEXT]
     sample = torch.zeros(hidden[samples].shape[0], 4, *size)
-    bound = None if condition is None else condition.bind(sample, timestep)
-    return layer(hidden[samples], encoder_hidden_states=text[samples], subjects=bound)
+    taking = None if condition is None else participants(condition, sample, timestep)
+    return layer(hidden[samples], encoder_hidden_states=text[samples], participants=taking)
+
+
+def participants(condition, sample, timestep=500):
+    """What the hook of a UNet makes of a condition."""
+    step = Step(sample, timestep, condition.rows(sample.shape[0]), tuple(sample.shape[-2:]), layers=[PLACE])
+    bound = condition.at(step)
+    return Participants(step, [] if bound is None else [bound])
 
 
 def text_only(layer, golden, processor=None):
@@ -326,15 +336,6 @@ def test_layout_maps_show_where_the_text_looked(layer, golden):
         make_condition(golden).layout_maps()
 
 
-def test_nothing_is_kept_from_calls_that_record_gradients(layer, golden):
-    condition = make_condition(golden)
-    text = torch.zeros(1, 2, 3)
-    with torch.enable_grad():
-        assert condition.text_cache.begin(text) is None
-    with torch.no_grad():
-        assert condition.text_cache.begin(text) is condition.text_cache
-
-
 def test_moving_takes_everything_along(layer, golden):
     spans, windows = golden[0]["phrase_token_spans"], torch.tensor([[[0.0, 1.0]] * 3] * 2)
     condition = make_condition(golden, auto_layout=AutoLayout(spans), windows=windows, masks=torch.ones(2, 3, 2, 2) > 0)
@@ -370,16 +371,16 @@ def test_masks_of_different_resolutions(layer, golden):
 def test_the_halves_of_a_batch_are_looked_at(layer, golden):
     noise = torch.randn(4, 4, 2, 2)
     two = make_condition(golden)
-    two.check_halves(noise[:2])
-    two.check_halves(torch.cat([noise[:2], noise[:2]]))
+    for sample in (noise[:2], torch.cat([noise[:2], noise[:2]])):
+        assert not two.rows(len(sample)).sure
+        check_seen(two.rows(len(sample)), sample)
     with pytest.raises(RequestError, match="2 pictures.*4 samples, different latents, as without guidance"):
-        two.check_halves(noise)
+        check_seen(two.rows(4), noise)
     with pytest.raises(RequestError, match="2 samples, every latent twice, as with guidance"):
-        two.check_halves(torch.cat([noise[:1], noise[:1]]))
-    for certain in (make_condition(golden, guidance=False), make_condition(golden, guidance=True)):
-        certain.check_halves(noise)
-    two.check_batch = False
-    two.check_halves(noise)
+        check_seen(two.rows(2), torch.cat([noise[:1], noise[:1]]))
+    assert make_condition(golden, guidance=True).rows(4) == Rows(("unconditional", "conditional"), 2)
+    assert make_condition(golden, guidance=False).rows(2) == Rows(("conditional",), 2)
+    assert make_condition(golden, batch_is_sure=True).rows(4).sure
 
 
 def test_a_broken_off_run_is_forgotten_on_demand_and_grids_are_kept_apart(layer, golden):
@@ -416,10 +417,10 @@ def test_what_another_processor_returned_is_not_changed(layer, golden):
 
     tensors, _ = golden
     condition = make_condition(golden, guidance=True)
-    layer.set_processor(MultiSubjectAttnProcessor(LAYER, base=Keeping()))
+    layer.set_processor(ControlledAttnProcessor(PLACE, base=Keeping()))
     hidden, text = (tensors[name].repeat(2, 1, 1) for name in ("hidden_states", "encoder_hidden_states"))
-    bound = condition.bind(torch.zeros(4, 4, 12, 12), 500)
-    layer(hidden, encoder_hidden_states=text[:, :TEXT], subjects=bound)
+    taking = participants(condition, torch.zeros(4, 4, 12, 12))
+    layer(hidden, encoder_hidden_states=text[:, :TEXT], participants=taking)
     torch.testing.assert_close(kept[0][:2], kept[0][2:])
 
 

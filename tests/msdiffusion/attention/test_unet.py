@@ -1,4 +1,4 @@
-"""The attention processors: the text path is diffusers' own, whatever processor was there before."""
+"""The attention processors: what is read is diffusers' own, whatever processor was there before, and controls."""
 
 import pytest
 import torch
@@ -9,20 +9,36 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from torch import nn
 
-from msdiffusion.attention.binding import SubjectBinder
-from msdiffusion.attention.control import AttentionCall
-from msdiffusion.attention.text_cache import TextCache
-from msdiffusion.attention.unet import (
-    MultiSubjectAttnProcessor,
-    MultiSubjectIPAdapterAttnProcessor,
-    TransparentAttnProcessor,
-)
+from msdiffusion.attention.control import Control, Layer, Participants, Step
+from msdiffusion.attention.rows import guided
+from msdiffusion.attention.unet import ControlledAttnProcessor, ControlledIPAdapterAttnProcessor
 from msdiffusion.errors import RequestError
 
-LAYER = "layer"
+CROSS = Layer("mid_block/attentions/0/transformer_blocks/0/attn2", "cross", "mid_block", 0, 32, 4)
+SELF = Layer("mid_block/attentions/0/transformer_blocks/0/attn1", "self", "mid_block", 0, 32, 4)
 TEXT = 77
+
+
+class Acting(Control):
+    """Functions in place of methods."""
+
+    def __init__(self, **hooks):
+        self.hooks, self.calls = tuple(hooks), []
+        for name, hook in hooks.items():
+            setattr(self, name, lambda call, *states, hook=hook: self.calls.append(call) or hook(call, *states))
+
+    def wants(self, layer):
+        return self.hooks
+
+
+def shifted(call, hidden):
+    """Needs everything it may look at."""
+    return hidden + call.query.mean() + call.key.mean() + call.value.mean()
+
+
+def taking(*controls):
+    return Participants(Step(torch.zeros(2, 4, 12, 12), 500, guided(2, False), (12, 12)), controls)
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +55,44 @@ def layer(golden):
     return module.requires_grad_(False)
 
 
-def text_only(layer, golden, processor=None, **options):
+def read(layer, golden, processor=None, *controls, cross=True, **options):
     tensors, _ = golden
     layer.set_processor(processor or AttnProcessor2_0())
-    text = tensors["encoder_hidden_states"][:, :TEXT]
+    text = tensors["encoder_hidden_states"][:, :TEXT] if cross else None
+    if controls:
+        options["participants"] = taking(*controls)
     return layer(tensors["hidden_states"], encoder_hidden_states=text, **options)
 
 
 @pytest.mark.exact
-def test_without_subjects_it_is_diffusers_own_attention_bit_for_bit(layer, golden):
-    own = text_only(layer, golden, MultiSubjectAttnProcessor(LAYER))
-    assert torch.equal(own, text_only(layer, golden))
+@pytest.mark.parametrize("where", [CROSS, SELF])
+def test_without_controls_it_is_diffusers_own_attention_bit_for_bit(layer, golden, where):
+    cross = where is CROSS
+    own = read(layer, golden, ControlledAttnProcessor(where), cross=cross)
+    assert torch.equal(own, read(layer, golden, cross=cross))
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("backend", ["sdpa", "softmax"])
+@pytest.mark.parametrize("where", [CROSS, SELF])
+def test_controls_that_change_nothing_change_nothing(layer, golden, where, backend):
+    """Bit for bit, also where they look at everything; the softmax backend may go another way in self-attention."""
+    cross = where is CROSS
+    own = ControlledAttnProcessor(where, backend)
+    watching = Acting(
+        sources=lambda call: call, weights=lambda call, weights: weights, result=lambda call, hidden: hidden
+    )
+    plain, watched = read(layer, golden, own, cross=cross), read(layer, golden, own, watching, cross=cross)
+    assert len(watching.calls) == 3
+    if cross or backend == "sdpa":
+        assert torch.equal(watched, plain)
+    torch.testing.assert_close(watched, plain)
 
 
 @pytest.mark.exact
 def test_softmax_backend_equals_diffusers_plain_attention(layer, golden):
-    own = text_only(layer, golden, MultiSubjectAttnProcessor(LAYER, "softmax"))
-    torch.testing.assert_close(own, text_only(layer, golden, AttnProcessor()))
+    own = read(layer, golden, ControlledAttnProcessor(CROSS, "softmax"))
+    torch.testing.assert_close(own, read(layer, golden, AttnProcessor()))
 
 
 def test_text_masks_are_honoured(layer, golden):
@@ -66,8 +103,8 @@ def test_text_masks_are_honoured(layer, golden):
     results = []
     for processor in (
         AttnProcessor2_0(),
-        MultiSubjectAttnProcessor(LAYER),
-        MultiSubjectAttnProcessor(LAYER, "softmax"),
+        ControlledAttnProcessor(CROSS),
+        ControlledAttnProcessor(CROSS, "softmax"),
     ):
         layer.set_processor(processor)
         results.append(layer(tensors["hidden_states"], encoder_hidden_states=text, attention_mask=mask))
@@ -75,49 +112,88 @@ def test_text_masks_are_honoured(layer, golden):
     torch.testing.assert_close(results[0], results[2])
 
 
-def test_controls_follow_one_another(layer, golden):
-    seen = []
+def test_controls_follow_one_another_in_the_order_given(layer, golden):
+    double, add = Acting(result=lambda _, hidden: hidden * 2), Acting(result=lambda _, hidden: hidden + 1)
+    own = ControlledAttnProcessor(CROSS)
 
-    def halve(hidden, call):
-        assert isinstance(call, AttentionCall)
-        seen.append(call.layer)
-        return hidden / 2
+    def before_output(*controls):
+        return read(layer, golden, own, *controls) - layer.to_out[0].bias
 
-    tensors, _ = golden
-    layer.set_processor(MultiSubjectAttnProcessor(LAYER))
-    inputs = {"encoder_hidden_states": tensors["encoder_hidden_states"][:, :TEXT]}
-    whole = layer(tensors["hidden_states"], **inputs)
-    quarter = layer(tensors["hidden_states"], **inputs, controls=[halve, halve])
-    bias = layer.to_out[0].bias
-    torch.testing.assert_close(quarter - bias, (whole - bias) / 4)
-    assert seen == [LAYER, LAYER]
+    unit = torch.ones(2, 144, layer.to_q.in_features) @ layer.to_out[0].weight.T
+    plain = before_output()
+    torch.testing.assert_close(before_output(double, add), 2 * plain + unit)
+    torch.testing.assert_close(before_output(add, double), 2 * plain + 2 * unit)
 
 
-def test_transparent_processor_passes_everything_on(layer, golden, caplog):
-    tensors, _ = golden
-    layer.set_processor(AttnProcessor2_0())
-    expected = layer(tensors["hidden_states"])
-    layer.set_processor(TransparentAttnProcessor(AttnProcessor2_0()))
-    assert torch.equal(layer(tensors["hidden_states"], subjects=shifted, text_cache=TextCache()), expected)
-    layer.set_processor(TransparentAttnProcessor())  # as diffusers makes it while it loads an IP-Adapter
-    assert torch.equal(layer(tensors["hidden_states"]), expected)
+@pytest.mark.parametrize("where", [CROSS, SELF])
+def test_every_hook_takes_part(layer, golden, where):
+    """A map that is replaced, keys that are masked, and values that others have, against what they must give."""
+    cross = where is CROSS
+    own = ControlledAttnProcessor(where)
+    keys = TEXT if cross else 144
+    first = torch.zeros(1, 1, 1, keys)
+    first[..., 0] = 1
+    only = Acting(weights=lambda _, weights: first.expand_as(weights))
+    barred = Acting(sources=lambda call: call.replaced(mask=first.bool()))
+    torch.testing.assert_close(
+        read(layer, golden, own, only, cross=cross), read(layer, golden, own, barred, cross=cross)
+    )
+    swapped = Acting(
+        sources=lambda call: call.replaced(query=call.query.flip(0), key=call.key.flip(0), value=call.value.flip(0))
+    )
+    torch.testing.assert_close(
+        read(layer, golden, own, swapped, cross=cross), read(layer, golden, own, cross=cross).flip(0)
+    )
+    call = swapped.calls[0]
+    assert call.layer is where
+    assert (call.text, call.image) == ((slice(None), slice(0, 0)) if cross else (slice(0, 0), slice(None)))
+    assert call.query.shape == (2, 4, 144, 8)
+    assert call.key.shape == call.value.shape == (2, 4, keys, 8)
+
+
+def test_self_attention_that_others_take_part_in(layer, golden):
+    """Shared self-attention whose masks are empty is one's own; with full ones, what is shared is read."""
+
+    def sharing(open_to_others):
+        def sources(call):
+            others = [torch.cat([states, states.flip(0)], dim=2) for states in (call.key, call.value)]
+            mask = torch.cat([torch.ones(144, dtype=torch.bool), torch.full((144,), open_to_others)])
+            return call.replaced(key=others[0], value=others[1], mask=mask.view(1, 1, 1, -1))
+
+        return Acting(sources=sources)
+
+    own = ControlledAttnProcessor(SELF)
+    alone = read(layer, golden, own, cross=False)
+    torch.testing.assert_close(read(layer, golden, own, sharing(False), cross=False), alone)
+    assert (read(layer, golden, own, sharing(True), cross=False) - alone).abs().max() > 1e-3
+
+
+def test_a_processor_without_a_layer_passes_everything_on(layer, golden, caplog):
+    """As diffusers makes one while it loads an IP-Adapter."""
+    ours = ControlledAttnProcessor()
+    for cross in (True, False):
+        expected = read(layer, golden, cross=cross)
+        assert torch.equal(read(layer, golden, ours, Acting(result=shifted), cross=cross), expected)
     assert not caplog.records
-
-
-def shifted(hidden, call):
-    """A control that needs everything it may look at."""
-    return hidden + call.query.mean() + call.text_key.mean()
 
 
 @pytest.mark.exact
 @pytest.mark.parametrize("base", [AttnProcessor(), AttnProcessor2_0(), SlicedAttnProcessor(2)])
 def test_another_processor_goes_on_working_inside_ours(layer, golden, base):
-    inside = MultiSubjectAttnProcessor(LAYER, base=base)
-    assert torch.equal(text_only(layer, golden, inside), text_only(layer, golden, base))
-    controlled = text_only(layer, golden, inside, subjects=shifted)
-    expected = text_only(layer, golden, MultiSubjectAttnProcessor(LAYER), subjects=shifted)
+    inside = ControlledAttnProcessor(CROSS, base=base)
+    assert torch.equal(read(layer, golden, inside), read(layer, golden, base))
+    controlled = read(layer, golden, inside, Acting(result=shifted))
+    expected = read(layer, golden, ControlledAttnProcessor(CROSS), Acting(result=shifted))
     torch.testing.assert_close(controlled, expected)
-    assert not torch.equal(controlled, text_only(layer, golden, base))
+    assert not torch.equal(controlled, read(layer, golden, base))
+    maps = []
+    looking = Acting(weights=lambda _, weights: maps.append(weights) or weights)
+    assert torch.equal(read(layer, golden, inside, looking), read(layer, golden, base))
+    read(layer, golden, ControlledAttnProcessor(CROSS), looking)
+    torch.testing.assert_close(maps[0], maps[1])
+    for hooks in ({"weights": lambda _, weights: weights / 2}, {"sources": lambda call: call}):
+        with pytest.raises(RequestError, match=f"wants to change what .*attn2 attends to, but {type(base).__name__}"):
+            read(layer, golden, inside, Acting(**hooks))
 
 
 @pytest.mark.exact
@@ -128,89 +204,25 @@ def test_an_ip_adapter_goes_on_working_inside_ours(layer, golden):
     base = IPAdapterAttnProcessor2_0(width, width, num_tokens=(4,), scale=0.7)
     text = (tensors["encoder_hidden_states"][:, :TEXT], [torch.randn(2, 1, 4, width)])
 
-    def run(processor, **options):
+    def run(processor, *controls):
         layer.set_processor(processor)
+        options = {"participants": taking(*controls)} if controls else {}
         with torch.no_grad():
             return layer(tensors["hidden_states"], encoder_hidden_states=text, **options)
 
     expected = run(base)
-    ours = MultiSubjectIPAdapterAttnProcessor(base, LAYER)
+    ours = ControlledIPAdapterAttnProcessor(base, CROSS)
     assert isinstance(ours, IPAdapterAttnProcessor2_0)
     assert torch.equal(run(ours), expected)
-    assert torch.equal(run(ours, subjects=lambda hidden, call: hidden), expected)
-    assert not torch.equal(run(ours, subjects=shifted), expected)
+    assert torch.equal(run(ours, Acting(result=lambda _, hidden: hidden)), expected)
+    assert not torch.equal(run(ours, Acting(result=shifted)), expected)
     ours.scale[0] = 0.0  # what set_ip_adapter_scale does
-    assert torch.equal(run(ours), text_only(layer, golden))
+    assert torch.equal(run(ours), read(layer, golden))
 
 
-def test_text_keys_are_computed_once_per_text(layer, golden):
-    calls = []
-
-    class Counting(nn.Linear):
-        def forward(self, states):
-            calls.append(states)
-            return super().forward(states)
-
-    tensors, _ = golden
-    text, cache = tensors["encoder_hidden_states"][:, :TEXT].clone(), TextCache()
-    expected = text_only(layer, golden)
-    layer.set_processor(MultiSubjectAttnProcessor(LAYER))
-    whole, layer.to_k = layer.to_k, Counting(*reversed(layer.to_k.weight.shape), bias=False)
-    layer.to_k.load_state_dict(whole.state_dict())
-    try:
-        with torch.no_grad():
-
-            def run():
-                return layer(
-                    tensors["hidden_states"], encoder_hidden_states=text, text_cache=cache.begin(text)
-                )  # fmt: skip
-
-            assert torch.equal(run(), expected)
-            assert torch.equal(run(), expected)
-            assert len(calls) == 1
-            text.mul_(2)  # changed in place: the cache must not serve it
-            assert not torch.equal(run(), expected)
-            assert len(calls) == 2
-            text = text.clone()
-            run()
-            assert len(calls) == 3
-    finally:
-        layer.to_k = whole
-
-
-def test_text_keys_are_kept_for_one_unet_precision_and_state_of_the_weights(layer, golden):
-    text, cache = golden[0]["encoder_hidden_states"][:, :TEXT].clone(), TextCache()
-    ours, theirs = object(), object()
-    with torch.no_grad():
-        assert cache.begin(text, ours).is_new
-        key = cache.states(LAYER, layer, text)[0]
-        assert not cache.begin(text, ours).is_new
-        assert cache.states(LAYER, layer, text)[0] is key
-        assert cache.begin(text, theirs).is_new
-        with torch.autocast("cpu", torch.bfloat16):
-            assert cache.begin(text, theirs).is_new
-            assert cache.states(LAYER, layer, text)[0].dtype == torch.bfloat16
-        cache.begin(text, ours)
-        key = cache.states(LAYER, layer, text)[0]
-        layer.to_k.weight.mul_(2)
-        try:
-            torch.testing.assert_close(cache.states(LAYER, layer, text)[0], 2 * key)
-        finally:
-            layer.to_k.weight.div_(2)
-        with torch.inference_mode():
-            assert cache.begin(text.clone(), ours) is None  # nobody counts its changes
-
-
-def test_the_binder_sees_a_replaced_processor_and_leaves_other_calls_alone(layer, golden):
-    binder = SubjectBinder([layer])
-    assert binder(None, (), {}) is None
-    assert binder(None, (), {"cross_attention_kwargs": {"scale": 0.5}}) is None
-    assert binder(None, (), {"cross_attention_kwargs": {"subjects": shifted}}) is None  # needs no binding
-    condition = type("Condition", (), {"bind": None, "text_cache": None})()
-    with pytest.raises(RequestError, match="as 'subject': its name must be \"subjects\""):
-        binder(None, (), {"cross_attention_kwargs": {"subject": condition}})
-    given = {"cross_attention_kwargs": {"subjects": type("Condition", (), {"bind": None})()}}
-    for processor in (AttnProcessor2_0(), MultiSubjectAttnProcessor()):
-        layer.set_processor(processor)
-        with pytest.raises(RequestError, match=r"model.install\(\)"):
-            binder(None, (), given)
+def test_what_comes_past_the_hook_is_refused(layer, golden):
+    for processor in (ControlledAttnProcessor(CROSS), ControlledAttnProcessor()):
+        for given in ({"subjects": Control()}, {"controls": [Control()]}):
+            with pytest.raises(RequestError, match="call the denoiser itself"):
+                read(layer, golden, processor, **given)
+        read(layer, golden, processor, subjects=None, controls=[])

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from msdiffusion.attention.control import AttentionCall
-from msdiffusion.attention.unet import MultiSubjectAttnProcessor
 from msdiffusion.training.learning.layout_loss import LayoutLoss, PhraseTokens
 
 GRID = (4, 6)  # rows, columns
@@ -15,11 +13,9 @@ L = 5
 
 
 def look(loss, maps):
-    """Hand a control attention (B, Q, L) whose probabilities are these, as one layer of one head would have it."""
-    key = torch.eye(L).expand(len(maps), 1, L, L) * L**0.5
-    call = AttentionCall(MultiSubjectAttnProcessor("layer"), maps.log().clamp(min=-80).unsqueeze(1), key, None)
-    hidden = torch.zeros(len(maps), maps.shape[1], L)
-    assert loss(hidden, call) is hidden
+    """Show a control attention (B, Q, L), as one layer of one head would have it."""
+    weights = maps.unsqueeze(1)
+    assert loss.weights(None, weights) is weights
 
 
 def attention(*places):
