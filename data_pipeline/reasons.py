@@ -31,5 +31,9 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The kind and the first line of an error, for the evidence of a rejection."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    """The kind and the first line of an error, for the evidence of a rejection.
+
+    Without what PyAV adds from FFmpeg's log: whether it does, and of which file, depends on what else the process has
+    done (torchvision 0.24 switches it on for all).
+    """
+    return f"{type(error).__name__}: {error}".partition("; last error log: ")[0].splitlines()[0][:200]

@@ -37,7 +37,7 @@ def bfloat16_units(device: torch.device) -> str | None:
             return None
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 does not tell
         for name, words in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16")):
             if capabilities.get(name, False):
                 return words
