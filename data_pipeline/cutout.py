@@ -32,6 +32,7 @@ from data_pipeline.records import (
 )
 from data_pipeline.records import cut_out as cut_out_of_box
 from data_pipeline.safe_text import visible
+from data_pipeline.steps.filter_pairs import FilterPairs
 
 if TYPE_CHECKING:
     from data_pipeline.models.segmenter import Segmenter
@@ -217,6 +218,11 @@ def run(arguments: argparse.Namespace) -> None:
         with atomic_file(place) as file:
             Image.fromarray(cut_out(pixels, mask)).save(file, "PNG")
         _tell(f"{photo}: {mask.mean():.0%} of the photo, the network's own score {score:.2f}")
+        if score < FilterPairs.min_mask_score:  # mining would not take it
+            _tell(
+                f"note: {place} may be something else, so low a score has it: look at it, and give --box X1,Y1,X2,Y2 "
+                "close round the thing if it is"
+            )
         if is_cut(mask, box):
             _tell(
                 f"note: in {place} the mask runs along the box's edge: it is the background, or the thing is cut off; "

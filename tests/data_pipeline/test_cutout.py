@@ -76,7 +76,9 @@ def test_a_mask_along_the_edge_of_the_box_is_told(photo, tmp_path, monkeypatch, 
     """By the way of the background, and of a thing that goes on beyond the box; not of a bust at the photo's edge."""
     monkeypatch.setattr(cutout, "load_segmenter", lambda *_: Everything(True))
     assert main([str(photo[0]), "--out", str(tmp_path / "out")]) == 0
-    assert "photo.png the mask runs along the box's edge: it is the background, or the thing" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "photo.png the mask runs along the box's edge: it is the background, or the thing" in told
+    assert "photo.png may be something else, so low a score has it" in told  # 0.5
     mask = np.zeros((100, 100), bool)
     mask[40:, 30:70] = True
     assert not is_cut(mask, (0.2, 0.3, 0.8, 1.0))
