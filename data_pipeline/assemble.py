@@ -9,13 +9,13 @@ import platform
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_pipeline.errors import InputError
 from data_pipeline.journal import Journal, atomic_file, fingerprint, write_atomically
 from data_pipeline.pairs_format import BLANK_REFERENCE, BUILD_SCHEMA, MEMBER, tar_member
-from data_pipeline.records import InputError, VideoFile
+from data_pipeline.records import VideoFile
 from data_pipeline.safe_text import visible
 from data_pipeline.step import Step
 from data_pipeline.texts import counted
@@ -292,6 +292,8 @@ def inputs_hash(files: Sequence[VideoFile]) -> str:
 
 def installed_versions() -> dict[str, str]:
     """Python and the packages that can change what comes out."""
+    from importlib import metadata  # for --help: it is slow to import
+
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

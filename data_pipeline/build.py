@@ -23,13 +23,14 @@ from data_pipeline.assemble import (
     write_here,
 )
 from data_pipeline.command_line import check_pool
+from data_pipeline.errors import InputError, MiningError, MissingModelError, ModelNeededError, SettingsError
 from data_pipeline.extras import need_extras
 from data_pipeline.file_names import annotations_beside
 from data_pipeline.journal import Journal
 from data_pipeline.languages import OTHER_LANGUAGE, SPACY_MODELS
 from data_pipeline.options import make_parser, make_steps
 from data_pipeline.outputs import check_folder
-from data_pipeline.records import InputError, MiningError, MissingModelError, ModelNeededError, SettingsError, VideoFile
+from data_pipeline.records import VideoFile
 from data_pipeline.run import run
 from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_session, run_on_ray, write_on_ray
 from data_pipeline.safe_text import visible

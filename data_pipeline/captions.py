@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.file_names import Places, beside
-from data_pipeline.records import ClipError, InputError
 from data_pipeline.texts import (
     SEVERAL,
     as_caption,

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_pipeline.records import SettingsError
+from data_pipeline.errors import SettingsError
 from data_pipeline.safe_text import visible, write_anything
 
 MAX_WORKERS = 1024

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from data_pipeline.command_line import Parser, path_of
+from data_pipeline.errors import InputError, MiningError, SettingsError
 from data_pipeline.extras import need_extras
 from data_pipeline.outputs import check_folder
-from data_pipeline.records import InputError, MiningError, SettingsError
 from data_pipeline.safe_text import visible
 
 

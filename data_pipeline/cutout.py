@@ -13,23 +13,12 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.command_line import Parser, check_device_name, path_of
+from data_pipeline.errors import ClipError, InputError, MiningError, MissingModelError, SettingsError
 from data_pipeline.extras import need_extras
 from data_pipeline.journal import atomic_file
 from data_pipeline.outputs import check_folder
 from data_pipeline.places import SEGMENTER_SIZES, SEGMENTER_WEIGHTS
-from data_pipeline.records import (
-    Box,
-    ClipError,
-    Detection,
-    Entity,
-    Frame,
-    InputError,
-    MiningError,
-    MissingModelError,
-    SettingsError,
-    box_in_pixels,
-    mask_box,
-)
+from data_pipeline.records import Box, Detection, Entity, Frame, box_in_pixels, mask_box
 from data_pipeline.records import cut_out as cut_out_of_box
 from data_pipeline.safe_text import visible
 from data_pipeline.steps.filter_pairs import FilterPairs

@@ -14,12 +14,13 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipeline.drawing import beside, draw_frame
+from data_pipeline.errors import InputError, MiningError, SettingsError
 from data_pipeline.extras import need_extras
 from data_pipeline.options import make_parser as make_mining_parser
 from data_pipeline.options import make_steps
 from data_pipeline.outputs import check_folder
 from data_pipeline.places import EMBEDDED
-from data_pipeline.records import FramePair, InputError, MiningError, Rejected, SettingsError
+from data_pipeline.records import FramePair, Rejected
 from data_pipeline.sources import find_videos
 from data_pipeline.step import Step
 

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from data_pipeline.records import InputError
+from data_pipeline.errors import InputError
 
 MODULES = {
     "mining": ("av", "cv2", "fontTools", "pyarrow", "scenedetect", "scipy", "segment_anything", "timm"),

@@ -15,6 +15,7 @@ from typing import Any
 from data_pipeline import __version__
 from data_pipeline.assemble import already_made, assemble, beginning, finish, outcome, settings_hash
 from data_pipeline.command_line import HelpFormatter, Parser, check_pool, default_workers, finite, path_of
+from data_pipeline.errors import InputError, MiningError, SettingsError
 from data_pipeline.extras import need_extras
 from data_pipeline.file_names import Places
 from data_pipeline.importers.images import find_metadata, list_pictures, read_images
@@ -24,7 +25,6 @@ from data_pipeline.importers.pictures import EXIF
 from data_pipeline.importers.steps import CutSubjects, OpenPictures, ReadItems, WritePairs
 from data_pipeline.journal import Journal, atomic_file
 from data_pipeline.outputs import check_folder
-from data_pipeline.records import InputError, MiningError, SettingsError
 from data_pipeline.run import run
 from data_pipeline.safe_text import visible
 from data_pipeline.step import Step

@@ -14,9 +14,10 @@ from PIL import Image
 
 from data_pipeline.command_line import Parser, path_of
 from data_pipeline.drawing import contact_sheet, draw_cut_out, draw_frame
+from data_pipeline.errors import InputError, MiningError
 from data_pipeline.extras import need_extras
 from data_pipeline.outputs import check_file
-from data_pipeline.records import Box, InputError, MiningError, box_in_pixels
+from data_pipeline.records import Box, box_in_pixels
 from data_pipeline.safe_text import nobody_reads, printable, visible, visible_line
 from data_pipeline.shard_reader import Sample, Shard, read_build
 

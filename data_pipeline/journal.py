@@ -17,8 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_pipeline.errors import InputError, OutputError
 from data_pipeline.file_names import beside
-from data_pipeline.records import InputError, OutputError, VideoFile
+from data_pipeline.records import VideoFile
 
 
 @contextlib.contextmanager

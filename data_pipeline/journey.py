@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.drawing import draw_preview
+from data_pipeline.errors import MiningError, ModelNeededError
 from data_pipeline.journal import Journal, fingerprint
 from data_pipeline.pool import Failure
-from data_pipeline.records import EncodedPair, MiningError, ModelNeededError, Rejected, VideoFile
+from data_pipeline.records import EncodedPair, Rejected, VideoFile
 from data_pipeline.step import Step
 
 UNEXPECTED, TOO_SLOW, DIED = "unexpected error", "took too long", "the worker died"

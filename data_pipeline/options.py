@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
 from data_pipeline.command_line import HelpFormatter, Parser, check_device_name, default_workers, finite, path_of
-from data_pipeline.records import SettingsError
+from data_pipeline.errors import SettingsError
 from data_pipeline.step import Step
 from data_pipeline.steps.cut_shots import CutShots
 from data_pipeline.steps.detect_boxes import DETECTORS, DetectBoxes

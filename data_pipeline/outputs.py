@@ -3,10 +3,9 @@
 import errno
 import os
 from pathlib import Path
-from uuid import uuid4
 
+from data_pipeline.errors import InputError, OutputError
 from data_pipeline.reasons import shown
-from data_pipeline.records import InputError, OutputError
 
 LONGEST_NAME = 255
 """Bytes of a name that file systems take."""
@@ -31,7 +30,7 @@ def check_folder(folder: Path, flag: str = "--out", inside: str = "", *, holds: 
         if long := next((part for part in parts if len(os.fsencode(part)) > LONGEST_NAME), None):
             told = f"{os.strerror(errno.ENAMETOOLONG)}, {LONGEST_NAME} bytes are the most: {shown(long)}"
             raise OSError(errno.ENAMETOOLONG, told)
-        trial = there / f".{uuid4().hex}.tmp"
+        trial = there / f".{os.urandom(16).hex()}.tmp"
         trial.touch()
         trial.unlink()
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, TypeVar
 
-from data_pipeline.records import MiningError
+from data_pipeline.errors import MiningError
 
 Task = TypeVar("Task")
 Place = Any  # a shared integer: the number of the stage that a worker is in

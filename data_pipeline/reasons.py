@@ -1,6 +1,5 @@
 """What a message may repeat of others: the words of libraries, values that somebody gave. Standard library only."""
 
-import pickle
 import re
 
 
@@ -13,7 +12,7 @@ def reason(error: BaseException) -> str:
     same.
     """
     text = str(error)
-    if isinstance(error, pickle.UnpicklingError) or re.search("weights[_ ]only|unpickl", text, re.IGNORECASE):
+    if type(error).__name__ == "UnpicklingError" or re.search("weights[_ ]only|unpickl", text, re.IGNORECASE):
         return "it is a pickle of more than tensors, which could run code when it is read"
     lines = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).strip().splitlines()
     if len(lines) > 1 and lines[0].rstrip().endswith(":"):

@@ -18,10 +18,11 @@ import numpy as np
 
 from data_pipeline.command_line import Parser, path_of
 from data_pipeline.drawing import HEIGHT, Tile, beside, contact_sheet, draw_cut_out, draw_frame
+from data_pipeline.errors import InputError, MiningError, OutputError
 from data_pipeline.extras import need_extras
 from data_pipeline.journal import Journal, write_atomically
 from data_pipeline.picture_formats import open_listed
-from data_pipeline.records import InputError, MiningError, OutputError, VideoFile
+from data_pipeline.records import VideoFile
 from data_pipeline.report_page import Tally, in_words, page
 from data_pipeline.safe_text import nobody_reads, printable, visible
 from data_pipeline.sample_checks import is_seconds

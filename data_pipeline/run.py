@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+from data_pipeline.errors import MiningError
 from data_pipeline.journal import Journal
 from data_pipeline.journey import TRY_AGAIN, Finished, Journey, commit, travel
 from data_pipeline.pool import Failure, Place, run_pool, uncollected
-from data_pipeline.records import MiningError, VideoFile
+from data_pipeline.records import VideoFile
 from data_pipeline.safe_text import visible
 from data_pipeline.step import Step
 

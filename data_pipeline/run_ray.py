@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.assemble import ShardPlan, write_shard
+from data_pipeline.errors import InputError, MiningError, OutputError, SettingsError
 from data_pipeline.extras import missing_extras
 from data_pipeline.journal import Journal
 from data_pipeline.journey import Finished, Journey, advance, commit
 from data_pipeline.pool import Failure, Guard
-from data_pipeline.records import InputError, MiningError, OutputError, SettingsError, VideoFile
+from data_pipeline.records import VideoFile
 from data_pipeline.run import make_traveller, preloads, show_progress, split_finished
 from data_pipeline.step import Step
 

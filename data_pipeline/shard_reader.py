@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.pairs_format import (
     BLANK_REFERENCE,
     BUILD_SCHEMA,
@@ -35,7 +36,7 @@ from data_pipeline.pairs_format import (
     open_index,
 )
 from data_pipeline.picture_formats import open_listed
-from data_pipeline.records import ClipError, InputError, decode_mask, mask_size
+from data_pipeline.records import decode_mask, mask_size
 from data_pipeline.sample_checks import fault_of_sample, is_count
 
 REJECTED_FIELDS = frozenset({"video", "key", "stage", "reason", "evidence"})

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data_pipeline.captions import match_captions, read_captions, read_sidecar_caption
+from data_pipeline.errors import InputError
 from data_pipeline.file_names import SUFFIXES, Places, is_hidden, readable_name
 from data_pipeline.pairs_format import KEY_CHARACTERS
-from data_pipeline.records import InputError, VideoFile
+from data_pipeline.records import VideoFile
 from data_pipeline.texts import counted
 
 OTHERS = (

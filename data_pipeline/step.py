@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from data_pipeline.records import ClipError, InputError, Rejected
+from data_pipeline.errors import ClipError, InputError
+from data_pipeline.records import Rejected
 
 if TYPE_CHECKING:
     from data_pipeline.models.hub import HubModel

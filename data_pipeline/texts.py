@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TextIO
 
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.pairs_format import MOST_CAPTION, fault_of_text
-from data_pipeline.records import ClipError, InputError
 
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 MARKS = (

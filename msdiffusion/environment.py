@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,5 +73,7 @@ def _processor() -> str:
             name, _, value = line.partition(":")
             facts[name.strip()] = value.strip()
     if "model name" not in facts:
+        import platform
+
         return platform.processor() or platform.machine()
     return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"

@@ -94,7 +94,7 @@ class TrainingError(MSDiffusionError):
 @contextlib.contextmanager
 def refused_weights() -> collections.abc.Iterator[None]:
     """What the common door for weights (``data_pipeline.models.weights``) refuses in this block is a WeightsError."""
-    from data_pipeline.records import InputError
+    from data_pipeline.errors import InputError
 
     try:
         yield

@@ -7,15 +7,15 @@ import errno
 import functools
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from data_pipeline import outputs
-from data_pipeline.records import MiningError
+from data_pipeline.errors import MiningError
 from msdiffusion.errors import RequestError, reason, shown
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def share(place: str | Path) -> None:
 
 def _new_file_mode(folder: Path) -> int:
     """What the umask makes of a new file; seen from one, as asking for it would change it for all threads."""
-    trial = folder / f".{uuid4().hex}.tmp"
+    trial = folder / f".{os.urandom(16).hex()}.tmp"
     trial.touch()
     try:
         return stat.S_IMODE(trial.stat().st_mode)

@@ -50,14 +50,14 @@ TRAINING_RANKS = {
 STRANGERS = {("training", "generation")}
 # The only parts of data_pipeline that msdiffusion may know.
 SHARED_WITH_MSDIFFUSION = (
-    *("data_pipeline.records", "data_pipeline.reasons", "data_pipeline.world", "data_pipeline.pairs_format"),
-    *("data_pipeline.picture_formats", "data_pipeline.safe_text", "data_pipeline.places", "data_pipeline.extras"),
-    "data_pipeline.outputs",
+    *("data_pipeline.errors", "data_pipeline.records", "data_pipeline.reasons", "data_pipeline.world"),
+    *("data_pipeline.pairs_format", "data_pipeline.picture_formats", "data_pipeline.safe_text", "data_pipeline.places"),
+    *("data_pipeline.extras", "data_pipeline.outputs"),
     *("data_pipeline.models.model_claims", "data_pipeline.models.weights"),
 )
 # What a step may know of data_pipeline: records, the base class, lists of words, and the wrappers round the libraries.
 KNOWN_TO_STEPS = (
-    *("data_pipeline.records", "data_pipeline.step", "data_pipeline.places"),
+    *("data_pipeline.errors", "data_pipeline.records", "data_pipeline.step", "data_pipeline.places"),
     *("data_pipeline.languages", "data_pipeline.models", "data_pipeline.pairs_format"),
 )
 # Libraries that cost seconds to import or need weights: inside data_pipeline they appear in models/ only.

@@ -13,10 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_pipeline.captions import read_sidecar_caption
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.file_names import annotations_beside, is_hidden, on_disk, path_parts
 from data_pipeline.importers.items import OUTSIDE, Broken, ImportItem, ImportSubject, as_list
 from data_pipeline.pairs_format import ANNOTATIONS_SCHEMA, MOST_JSON_BYTES
-from data_pipeline.records import ClipError, InputError
 from data_pipeline.texts import (
     SEVERAL,
     UNREADABLE,

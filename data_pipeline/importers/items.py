@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.file_names import on_disk, readable_name
-from data_pipeline.records import ClipError, InputError, VideoFile
+from data_pipeline.records import VideoFile
 from data_pipeline.sources import make_keys
 from data_pipeline.texts import UNREADABLE, short
 

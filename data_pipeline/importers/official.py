@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.importers.items import Broken, ImportItem, ImportSubject, as_list
-from data_pipeline.records import ClipError, InputError
 from data_pipeline.texts import UNREADABLE, as_caption, as_text, clean_caption, open_text, read_json_lines
 
 SUFFIXES = (".json", ".jsonl", ".parquet")

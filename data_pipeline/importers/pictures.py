@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
+from data_pipeline.errors import ClipError
 from data_pipeline.file_names import is_file
 from data_pipeline.pairs_format import MOST_SIDE
 from data_pipeline.picture_formats import open_listed, upright_turn
-from data_pipeline.records import AnnotatedObject, Box, ClipError
+from data_pipeline.records import AnnotatedObject, Box
 
 MODES = frozenset({"1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"})
 """Modes that become RGB without a loss; those of 16 and 32 bits would be cut."""

@@ -8,22 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_pipeline.errors import ClipError, SettingsError
 from data_pipeline.importers.items import ImportItem, ImportSubject, ItemFile, place_of, read_item
 from data_pipeline.importers.pictures import EXIF, Picture, open_picture, read_mask, to_box
 from data_pipeline.options import SHARDS
 from data_pipeline.pairs_format import MOST_PHRASE, MOST_SUBJECTS, PAIRS_SCHEMA, fault_of_text
-from data_pipeline.records import (
-    Box,
-    ClipError,
-    EncodedPair,
-    Rejected,
-    SettingsError,
-    box_area,
-    box_in_pixels,
-    cut_out,
-    encode_mask,
-    mask_box,
-)
+from data_pipeline.records import Box, EncodedPair, Rejected, box_area, box_in_pixels, cut_out, encode_mask, mask_box
 from data_pipeline.step import Step
 
 UNHASHED: dict[str, Any] = {"metadata": {"hashed": False}}

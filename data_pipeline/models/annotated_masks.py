@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.models.annotation_formats import BAD, Entry, Found, first_number, frame_number, guarded
 from data_pipeline.pairs_format import MOST_PIXELS
-from data_pipeline.records import ClipError, InputError
 from data_pipeline.texts import read_csv
 
 BAD_MASK = "unreadable mask in the annotations"

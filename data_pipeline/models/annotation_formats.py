@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.file_names import path_parts
-from data_pipeline.records import ClipError, InputError
 
 BAD = "unreadable annotations"
 FRAME_FOLDERS = frozenset(

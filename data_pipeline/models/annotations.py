@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.file_names import SUFFIXES, Places, annotations_beside, is_hidden, path_parts
 from data_pipeline.models.annotated_masks import (
     BAD_MASK,
@@ -28,17 +29,7 @@ from data_pipeline.models.annotated_masks import (
 )
 from data_pipeline.models.annotation_formats import BAD, Entry, Found, read_coco, read_youtube_vis
 from data_pipeline.pairs_format import ANNOTATIONS_SCHEMA, MOST_JSON_BYTES
-from data_pipeline.records import (
-    AnnotatedObject,
-    Annotations,
-    Box,
-    ClipError,
-    InputError,
-    VideoFile,
-    decode_mask,
-    mask_box,
-    mask_size,
-)
+from data_pipeline.records import AnnotatedObject, Annotations, Box, VideoFile, decode_mask, mask_box, mask_size
 from data_pipeline.texts import counted, decode_text, read_text
 
 KNOWN = """\

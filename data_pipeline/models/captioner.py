@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.hub import model_folder
 from data_pipeline.models.model_claims import check_network
 from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, check_model_directory
 from data_pipeline.models.quiet import quiet_loading
 from data_pipeline.models.weights import load_network
 from data_pipeline.reasons import reason
-from data_pipeline.records import InputError
 
 OPTION = "--caption-model"
 

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from data_pipeline.errors import InputError, SettingsError
 from data_pipeline.models.model_claims import VISION, check_network, three_numbers
 from data_pipeline.models.model_files import IMAGE_SETTINGS, TRANSFORMERS_MODEL, check_model_directory
 from data_pipeline.models.quiet import quiet_loading
 from data_pipeline.reasons import reason
-from data_pipeline.records import InputError, SettingsError
 
 HEADS = (
     *("classifier.", "cls_classifier.", "distillation_classifier.", "head.", "fc."),

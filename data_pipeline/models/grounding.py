@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data_pipeline.errors import ClipError
 from data_pipeline.models.detector import Question
-from data_pipeline.records import Box, ClipError, Detection, box_area, box_iou
+from data_pipeline.records import Box, Detection, box_area, box_iou
 
 LONGEST_OVER_SHORTEST = 1333 / 800
 

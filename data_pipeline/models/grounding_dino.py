@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.grounding import GroundingDetector, Preprocessing
 from data_pipeline.models.model_claims import MAX_BYTES, check_network, check_values, configs_here
 from data_pipeline.models.weights import check_weights, fill, read_tensors
 from data_pipeline.reasons import reason
-from data_pipeline.records import InputError
 
 # Tensors that the network works out for itself, or has no use for: a checkpoint may lack them.
 DISPENSABLE = ("relative_position_index", "bert.pooler.", "bert.embeddings.position_ids")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.grounding import GroundingDetector, Preprocessing
 from data_pipeline.models.hub import model_folder
 from data_pipeline.models.model_claims import check_network, three_numbers
@@ -16,7 +17,6 @@ from data_pipeline.models.model_files import TEXT_AND_IMAGE_MODEL, check_model_d
 from data_pipeline.models.quiet import quiet_loading
 from data_pipeline.models.weights import load_network
 from data_pipeline.reasons import reason
-from data_pipeline.records import InputError
 
 OPTION = "--detector-model"
 

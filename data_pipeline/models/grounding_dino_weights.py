@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.grounding import Preprocessing
 from data_pipeline.models.grounding_dino import DISPENSABLE, load_grounding_dino, read_package_config
 from data_pipeline.models.grounding_dino_hf import OPTION, load_grounding_dino_hf
 from data_pipeline.models.model_files import share_weights
-from data_pipeline.records import InputError
 
 _SWIN = "model.backbone.conv_encoder.model"
 # (package, transformers): the first that fits the start of a name is replaced, then the inner parts are.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.errors import InputError, MissingModelError
 from data_pipeline.models.model_files import (
     TEXT_AND_IMAGE_MODEL,
     Needed,
@@ -19,7 +20,6 @@ from data_pipeline.models.model_files import (
     list_files,
     missing_parts,
 )
-from data_pipeline.records import InputError, MissingModelError
 
 TRANSFORMERS_FILES = ("*.json", "*.txt", "*.safetensors")
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import spacy
 
+from data_pipeline.errors import InputError
 from data_pipeline.languages import BY_CODE, SMALL_WORDS, UNKNOWN, other_language, words_of
 from data_pipeline.models.denial import NOUNS, SUBJECTS, denied_nouns
-from data_pipeline.records import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,8 +2,8 @@
 
 import contextlib
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.language import MODELS, load_chunker
-from data_pipeline.records import InputError
 
 with contextlib.suppress(InputError):  # the worker will say so
     load_chunker(MODELS)

@@ -15,10 +15,10 @@ from segment_anything.modeling import Sam
 from segment_anything.modeling.common import LayerNorm2d
 from timm.models.tiny_vit import TinyVit
 
+from data_pipeline.errors import InputError, SettingsError
 from data_pipeline.models.model_claims import read_sizes
 from data_pipeline.models.sam import SamParams, build_prompted, put_weights
 from data_pipeline.models.weights import read_tensors
-from data_pipeline.records import InputError, SettingsError
 
 # The classifier that the encoder was pre-trained with: checkpoints carry it, masks never see it.
 CLASSIFIER = ("image_encoder.head.", "image_encoder.norm_head.")

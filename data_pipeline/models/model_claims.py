@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import InputError
 from data_pipeline.reasons import shown
-from data_pipeline.records import InputError
 
 MAX_BYTES = 20_000_000
 """Of one json file; the tokenizer.json of CLIP has 3.6 million."""

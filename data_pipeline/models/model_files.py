@@ -9,7 +9,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_pipeline.records import InputError
+from data_pipeline.errors import InputError
 
 Needed = Mapping[str, Sequence[str]]
 """What a directory must hold: meaning -> file names of which one is enough. A name with a star is a pattern."""

@@ -10,10 +10,11 @@ import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.utils.transforms import ResizeLongestSide
 
+from data_pipeline.errors import InputError, SettingsError
 from data_pipeline.models.model_claims import read_sizes
 from data_pipeline.models.weights import check_weights, read_tensors
 from data_pipeline.reasons import reason
-from data_pipeline.records import Detection, Frame, InputError, SettingsError
+from data_pipeline.records import Detection, Frame
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from data_pipeline.errors import ClipError, ModelNeededError
 from data_pipeline.models.annotations import read_mask
-from data_pipeline.records import ClipError, Detection, Frame, ModelNeededError
+from data_pipeline.records import Detection, Frame
 
 
 class Segmenter(Protocol):

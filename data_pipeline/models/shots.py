@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 
-from data_pipeline.records import InputError
+from data_pipeline.errors import InputError
 
 try:
     import cv2

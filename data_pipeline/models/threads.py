@@ -3,7 +3,7 @@
 import os
 import sys
 
-from data_pipeline.records import InputError
+from data_pipeline.errors import InputError
 
 
 def use_one_thread() -> None:

@@ -17,6 +17,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
+from data_pipeline.errors import ClipError
 from data_pipeline.models.mpeg4_frames import MAX_NOT_CODED, is_packed, pictures_in
 from data_pipeline.models.video_pictures import (
     DEFAULT_RULES,
@@ -33,7 +34,7 @@ from data_pipeline.models.video_pictures import (
     upright_size,
 )
 from data_pipeline.reasons import one_line
-from data_pipeline.records import ClipError, VideoFacts
+from data_pipeline.records import VideoFacts
 
 # Nothing else is opened, whatever a file is called: a playlist or a concat script named clip.mp4 would make FFmpeg
 # read other files, and a still picture is no video.

@@ -16,8 +16,9 @@ import numpy as np
 from av.video.reformatter import ColorRange, VideoReformatter
 from PIL import Image
 
+from data_pipeline.errors import ClipError
 from data_pipeline.models.tone_mapping import TO_BT709, to_bt709
-from data_pipeline.records import ClipError, Colours, VideoFacts
+from data_pipeline.records import Colours, VideoFacts
 
 BT709, UNSAID, BT2020 = 1, 2, 9
 # Matrices of H.273 that can be converted to RGB, and names of those that cannot.

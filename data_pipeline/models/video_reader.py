@@ -17,10 +17,11 @@ import av
 import numpy as np
 from PIL import Image
 
+from data_pipeline.errors import ClipError, SettingsError
 from data_pipeline.models.video_index import OpenVideo, open_video, packets_from, probe
 from data_pipeline.models.video_pictures import PictureMaker, deinterlaced, fields_of, may_have_fields
 from data_pipeline.reasons import one_line
-from data_pipeline.records import ClipError, SettingsError, VideoFacts
+from data_pipeline.records import VideoFacts
 
 __all__ = ["READERS", "DecordReader", "PyAVReader", "VideoReader", "choose_reader", "open_reader", "probe"]
 

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.model_claims import check_network, configs_here, read_json
 from data_pipeline.reasons import reason
-from data_pipeline.records import InputError
 
 COUNTERS = ("position_ids", "num_batches_tracked", "relative_position_index", "attention_bias_idxs")
 """Last names of tensors that count places or steps: whole numbers, which a file may hold or lack."""

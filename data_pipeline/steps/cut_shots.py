@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from data_pipeline.records import Rejected, SettingsError, Shot, Video, VideoFacts, VideoShots
+from data_pipeline.errors import SettingsError
+from data_pipeline.records import Rejected, Shot, Video, VideoFacts, VideoShots
 from data_pipeline.step import Step
 
 # Frames that are decoded at full size to measure black bars.

@@ -7,18 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from data_pipeline.errors import ClipError, InputError, ModelNeededError, SettingsError
 from data_pipeline.places import EMBEDDED_DETECTOR
-from data_pipeline.records import (
-    Annotations,
-    ClipError,
-    DetectedPair,
-    Detection,
-    InputError,
-    ModelNeededError,
-    NamedPair,
-    Rejected,
-    SettingsError,
-)
+from data_pipeline.records import Annotations, DetectedPair, Detection, NamedPair, Rejected
 from data_pipeline.step import Step
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from itertools import chain
 
 import numpy as np
 
+from data_pipeline.errors import SettingsError
 from data_pipeline.pairs_format import MOST_SUBJECTS
 from data_pipeline.records import (
     Box,
@@ -14,7 +15,6 @@ from data_pipeline.records import (
     FramePair,
     Match,
     Rejected,
-    SettingsError,
     TrainingPair,
     box_area,
     box_in_pixels,

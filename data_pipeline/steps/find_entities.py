@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from data_pipeline.errors import SettingsError
 from data_pipeline.languages import OTHER_LANGUAGE, SPACY_MODELS, english
 from data_pipeline.pairs_format import MOST_PHRASE
-from data_pipeline.records import Entity, FramePair, NamedPair, Rejected, SettingsError
+from data_pipeline.records import Entity, FramePair, NamedPair, Rejected
 from data_pipeline.step import Step
 
 if TYPE_CHECKING:

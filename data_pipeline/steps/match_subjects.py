@@ -9,17 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from data_pipeline.records import (
-    DetectedPair,
-    Detection,
-    Dropped,
-    InputError,
-    Match,
-    Rejected,
-    SettingsError,
-    TrainingPair,
-    cut_out,
-)
+from data_pipeline.errors import InputError, SettingsError
+from data_pipeline.records import DetectedPair, Detection, Dropped, Match, Rejected, TrainingPair, cut_out
 from data_pipeline.step import Step
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_pipeline.records import Frame, FramePair, Rejected, SettingsError, Shot, VideoShots
+from data_pipeline.errors import SettingsError
+from data_pipeline.records import Frame, FramePair, Rejected, Shot, VideoShots
 from data_pipeline.step import Step
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data_pipeline.records import InputError, Rejected, SettingsError, Video, VideoFile
+from data_pipeline.errors import InputError, SettingsError
+from data_pipeline.records import Rejected, Video, VideoFile
 from data_pipeline.step import Step
 
 HDR = ("tonemap", "reject", "keep")

@@ -8,17 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from data_pipeline.errors import ClipError, InputError, SettingsError
 from data_pipeline.places import EMBEDDED_SEGMENTER, SEGMENTER_SIZES, SEGMENTER_WEIGHTS
-from data_pipeline.records import (
-    ClipError,
-    DetectedPair,
-    Detection,
-    Frame,
-    InputError,
-    Rejected,
-    SettingsError,
-    box_in_pixels,
-)
+from data_pipeline.records import DetectedPair, Detection, Frame, Rejected, box_in_pixels
 from data_pipeline.step import Step
 
 if TYPE_CHECKING:

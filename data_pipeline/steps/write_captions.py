@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from data_pipeline.records import FramePair, Rejected, SettingsError
+from data_pipeline.errors import SettingsError
+from data_pipeline.records import FramePair, Rejected
 from data_pipeline.step import Step
 
 if TYPE_CHECKING:

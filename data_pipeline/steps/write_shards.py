@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_pipeline.errors import SettingsError
 from data_pipeline.pairs_format import PAIRS_SCHEMA, SWAPPED_SUFFIX, tar_member
-from data_pipeline.records import EncodedPair, Frame, Match, Rejected, SettingsError, TrainingPair, cut_out, encode_mask
+from data_pipeline.records import EncodedPair, Frame, Match, Rejected, TrainingPair, cut_out, encode_mask
 from data_pipeline.step import Step
 
 

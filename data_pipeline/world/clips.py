@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data_pipeline.errors import OutputError
 from data_pipeline.outputs import check_folder
 from data_pipeline.pairs_format import ANNOTATIONS_SCHEMA
-from data_pipeline.records import OutputError, encode_mask
+from data_pipeline.records import encode_mask
 from data_pipeline.safe_text import visible
 from data_pipeline.world.palette import BACKGROUNDS
 from data_pipeline.world.scenes import (

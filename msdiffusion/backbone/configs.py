@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictData
 from safetensors import SafetensorError
 from transformers import CLIPTextConfig, CLIPVisionConfig, PreTrainedModel
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.model_claims import (
     CLIP_TEXT,
     CLIP_VISION,
@@ -31,7 +32,6 @@ from data_pipeline.models.model_claims import (
     read_json,
 )
 from data_pipeline.models.weights import skeleton
-from data_pipeline.records import InputError
 from msdiffusion.backbone.open_clip_encoder import OpenClipName, names_open_clip, vision_config
 from msdiffusion.backbone.single_file import SingleFile, check_shapes, names_single_file, read_single_file
 from msdiffusion.errors import WeightsError, reason

@@ -38,9 +38,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.model_claims import configs_here
 from data_pipeline.models.weights import check_finite, load_network, state_of
-from data_pipeline.records import InputError
 from msdiffusion import pixel_autoencoder
 from msdiffusion.backbone.configs import (
     LOADING_ERRORS,

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from data_pipeline.build import main
+from data_pipeline.errors import ClipError
 from data_pipeline.file_names import readable_name
 from data_pipeline.models import video_index
-from data_pipeline.records import ClipError, Rejected, VideoFile, encode_mask
+from data_pipeline.records import Rejected, VideoFile, encode_mask
 from data_pipeline.sources import find_videos
 from data_pipeline.steps.cut_shots import CutShots
 from data_pipeline.steps.read_videos import ReadVideos

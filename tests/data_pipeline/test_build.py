@@ -15,8 +15,9 @@ from PIL import Image
 
 from data_pipeline import build, run
 from data_pipeline.build import check_inputs, main
+from data_pipeline.errors import InputError, SettingsError
 from data_pipeline.options import STEPS, make_parser, make_steps
-from data_pipeline.records import InputError, SettingsError, box_iou, decode_mask
+from data_pipeline.records import box_iou, decode_mask
 from data_pipeline.sources import find_videos
 from data_pipeline.steps.filter_pairs import FilterPairs
 

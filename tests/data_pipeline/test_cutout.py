@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_pipeline import cutout
 from data_pipeline.cutout import MIDDLE, boxes_of, cut_out, find_mask, is_cut, main
-from data_pipeline.records import MissingModelError, SettingsError
+from data_pipeline.errors import MissingModelError, SettingsError
 from data_pipeline.world import sample_scene
 
 

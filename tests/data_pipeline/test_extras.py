@@ -12,8 +12,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from data_pipeline import build, convert, cutout, embedded, extras, import_pairs, inspect, report
+from data_pipeline.errors import InputError
 from data_pipeline.extras import MODULES, missing_extras, need_extras
-from data_pipeline.records import InputError
 from data_pipeline.world import __main__ as world
 
 ROOT = Path(__file__).parents[2]

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import InputError, OutputError
 from data_pipeline.journal import Journal, atomic_file, write_atomically
-from data_pipeline.records import InputError, OutputError, VideoFile
+from data_pipeline.records import VideoFile
 
 SETTINGS = {"filter_pairs": {"min_area": 0.01, "words": ("a",)}, "cut_shots": {"max_frames": 10}}
 

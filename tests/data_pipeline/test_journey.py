@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from data_pipeline.errors import ClipError
 from data_pipeline.journal import Journal
 from data_pipeline.journey import Branch, Journey, advance, commit, outcome, travel
-from data_pipeline.records import ClipError, Dropped, EncodedPair, NamedPair, Rejected, VideoFile
+from data_pipeline.records import Dropped, EncodedPair, NamedPair, Rejected, VideoFile
 from data_pipeline.step import Step
 
 

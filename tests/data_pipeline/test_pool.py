@@ -4,13 +4,13 @@ import sys
 import pytest
 
 from data_pipeline import pool
+from data_pipeline.errors import InputError, MiningError
 from data_pipeline.pool import Failure, run_pool
-from data_pipeline.records import InputError, MiningError
 
 # Workers import this by name: it has to be a file on the path, not a function of a test.
 WORK = """
 import os, threading, time
-from data_pipeline.records import InputError
+from data_pipeline.errors import InputError
 
 def make(kind):
     if kind == "no model":

@@ -3,9 +3,9 @@
 import av
 import pytest
 
+from data_pipeline.errors import ClipError
 from data_pipeline.models.video_index import open_container
 from data_pipeline.reasons import one_line
-from data_pipeline.records import ClipError
 
 
 def test_an_error_is_told_in_one_line_of_some_length():

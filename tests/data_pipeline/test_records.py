@@ -1,16 +1,8 @@
 import numpy as np
 import pytest
 
-from data_pipeline.records import (
-    ClipError,
-    box_in_pixels,
-    box_intersection,
-    box_iou,
-    cut_out,
-    decode_mask,
-    encode_mask,
-    mask_box,
-)
+from data_pipeline.errors import ClipError
+from data_pipeline.records import box_in_pixels, box_intersection, box_iou, cut_out, decode_mask, encode_mask, mask_box
 
 
 @pytest.mark.parametrize("counts", [[2**62] * 4 + [16], [-1, 17], [[16]], [17]])

@@ -11,8 +11,9 @@ from PIL import Image
 from data_pipeline import report
 from data_pipeline.assemble import IndexWriter, assemble
 from data_pipeline.drawing import draw_preview
+from data_pipeline.errors import InputError, OutputError
 from data_pipeline.journal import Journal
-from data_pipeline.records import InputError, OutputError, TrainingPair, VideoFile
+from data_pipeline.records import TrainingPair, VideoFile
 from data_pipeline.report import keep_notes, main, read_notes, render_report, write_report
 from data_pipeline.steps.write_shards import WriteShards
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import pytest
 
 from data_pipeline import run as runner
+from data_pipeline.errors import ClipError, MiningError, OutputError
 from data_pipeline.journal import Journal
 from data_pipeline.options import make_parser, make_steps
-from data_pipeline.records import ClipError, EncodedPair, MiningError, OutputError, Rejected, VideoFile
+from data_pipeline.records import EncodedPair, Rejected, VideoFile
 from data_pipeline.run import preloads, run
 from data_pipeline.step import Step
 

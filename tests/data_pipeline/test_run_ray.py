@@ -10,9 +10,10 @@ import pytest
 from data_pipeline import extras, run_ray
 from data_pipeline.assemble import ShardPlan
 from data_pipeline.build import main
+from data_pipeline.errors import InputError, OutputError, SettingsError
 from data_pipeline.journal import Journal
 from data_pipeline.pairs_format import tar_member
-from data_pipeline.records import InputError, OutputError, SettingsError, VideoFile
+from data_pipeline.records import VideoFile
 from data_pipeline.run import split_finished
 from data_pipeline.run_ray import RayOptions, check_ray, group_steps, ray_session, run_on_ray, write_on_ray
 from data_pipeline.step import Step
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignor
 STEPS = """
 import os, time
 from dataclasses import dataclass
-from data_pipeline.records import ClipError, EncodedPair, InputError
+from data_pipeline.records import EncodedPair
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.step import Step
 
 @dataclass(kw_only=True)

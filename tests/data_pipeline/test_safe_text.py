@@ -1,7 +1,7 @@
 import pytest
 from jinja2 import UndefinedError
 
-from data_pipeline.records import ClipError, InputError
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.safe_text import Html, html, printable, visible, visible_line
 from msdiffusion.errors import DataError, warn_caller
 
@@ -67,7 +67,7 @@ def test_half_a_character_of_a_file_name_does_no_harm():
 
 
 def test_an_error_keeps_both_ends_of_what_is_endless():
-    from data_pipeline.records import InputError
+    from data_pipeline.errors import InputError
     from msdiffusion.errors import RequestError
 
     for kind in (InputError, RequestError):

@@ -6,8 +6,9 @@ import tarfile
 import numpy as np
 import pytest
 
+from data_pipeline.errors import InputError
 from data_pipeline.pairs_format import tar_member
-from data_pipeline.records import InputError, TrainingPair
+from data_pipeline.records import TrainingPair
 from data_pipeline.shard_reader import Shard, index_rows, read_build, rejected_videos
 from data_pipeline.steps.write_shards import WriteShards
 

@@ -9,8 +9,8 @@ import pytest
 
 from data_pipeline import captions
 from data_pipeline.captions import read_captions
+from data_pipeline.errors import InputError
 from data_pipeline.file_names import SUFFIXES, beside, path_parts
-from data_pipeline.records import InputError
 from data_pipeline.sources import find_videos, make_keys
 
 

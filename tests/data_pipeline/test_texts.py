@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.records import ClipError, InputError
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.texts import as_caption, clean_caption, decode_text, open_text, read_csv, read_json_lines, read_text
 
 WESTERN = st.text(alphabet=[*map(chr, range(32, 127)), "\n"], min_size=1)

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from data_pipeline import build, convert, cutout, import_pairs, inspect, report
+from data_pipeline.errors import OutputError
 from data_pipeline.outputs import check_file, check_folder
-from data_pipeline.records import OutputError
 from data_pipeline.world import __main__ as world
 
 HEAVY = ("av", "cv2", "decord", "diffusers", "huggingface_hub", "spacy", "torch", "transformers")

@@ -27,10 +27,10 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from data_pipeline.captions import read_captions
+from data_pipeline.errors import ClipError, MiningError
 from data_pipeline.importers.images import read_images
 from data_pipeline.importers.official import read_official
 from data_pipeline.models.annotations import AnnotationSource, read_mask, read_sidecar
-from data_pipeline.records import ClipError, MiningError
 from data_pipeline.shard_reader import Shard, index_rows, read_build, rejected_videos
 from msdiffusion.adapter.config import AdapterConfig
 from msdiffusion.errors import MSDiffusionError

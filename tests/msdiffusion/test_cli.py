@@ -17,7 +17,7 @@ def test_help_loads_nothing_heavy(arguments):
         "import sys; from msdiffusion.cli import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as end: assert not end.code\n"
-        "print(sorted({'torch', 'diffusers', 'transformers', 'spacy', 'PIL'} & sys.modules.keys()))"
+        "print(sorted({'torch', 'diffusers', 'transformers', 'spacy', 'PIL', 'numpy'} & sys.modules.keys()))"
     )
     out = subprocess.check_output([sys.executable, "-c", code, *arguments], text=True)
     assert out.strip().endswith("[]")

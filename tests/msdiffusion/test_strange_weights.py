@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_pipeline.records import InputError
+from data_pipeline.errors import InputError
 from msdiffusion.errors import WeightsError
 from msdiffusion.places import DEFAULT_MODEL
 

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data_pipeline.errors import SettingsError
 from data_pipeline.picture_formats import open_listed
-from data_pipeline.records import SettingsError
 from data_pipeline.world.clips import sample_clip
 from data_pipeline.world.palette import CATEGORIES, COLORS, PATTERNS
 from data_pipeline.world.renderings import make_once

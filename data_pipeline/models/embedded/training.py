@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data_pipeline.records import InputError, SettingsError
+from data_pipeline.errors import InputError, SettingsError
 
 Losses = dict[str, Tensor]
 """Named parts of the loss, scalars; their sum is minimised."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.model_claims import check_network
-from data_pipeline.records import InputError
 from data_pipeline.world.palette import BACKGROUNDS, CATEGORIES, COLORS, PATTERNS
 
 SPECIAL = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.model_claims import check_network, read_json
 from data_pipeline.models.weights import fill, read_tensors
-from data_pipeline.records import InputError
 from msdiffusion.errors import DataError, WeightsError
 from msdiffusion.files import write_weights
 from msdiffusion.own_memory import give_own_memory

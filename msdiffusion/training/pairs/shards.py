@@ -20,6 +20,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
+from data_pipeline.errors import ClipError
 from data_pipeline.pairs_format import (
     MOST_CAPTION,
     MOST_PHRASE,
@@ -29,7 +30,7 @@ from data_pipeline.pairs_format import (
     fault_of_text,
 )
 from data_pipeline.picture_formats import open_listed
-from data_pipeline.records import ClipError, decode_mask, mask_size
+from data_pipeline.records import decode_mask, mask_size
 from msdiffusion.errors import DataError, shown
 from msdiffusion.training.pairs.tar_index import ShardTable, walk_shard
 

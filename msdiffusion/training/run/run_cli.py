@@ -16,8 +16,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.weights import check_plain, load_pickle
-from data_pipeline.records import InputError
 from data_pipeline.safe_text import visible
 from msdiffusion.errors import MSDiffusionError, RequestError, WeightsError, refused_weights
 from msdiffusion.files import check_folder

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.importers.images import (
     CocoFile,
     corners,
@@ -17,7 +18,6 @@ from data_pipeline.importers.images import (
 )
 from data_pipeline.importers.items import place_of
 from data_pipeline.importers.pictures import to_box
-from data_pipeline.records import ClipError, InputError
 
 
 def test_pictures_are_listed_in_order_and_hidden_ones_are_not(tmp_path):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.importers.items import (
     Broken,
     ImportItem,
@@ -13,7 +14,6 @@ from data_pipeline.importers.items import (
     unit_of_boxes,
 )
 from data_pipeline.journal import fingerprint
-from data_pipeline.records import ClipError, InputError
 
 
 def item(target: str = "a.png", **changes: object) -> ImportItem:

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline.errors import InputError
 from data_pipeline.importers import official
 from data_pipeline.importers.items import Broken
 from data_pipeline.importers.official import check_items_file, read_official
-from data_pipeline.records import InputError
 
 TEXT = st.text(max_size=5)
 JSON = st.none() | st.booleans() | st.integers() | TEXT | st.lists(TEXT | st.floats(0, 1), max_size=3)

@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_pipeline.errors import ClipError
 from data_pipeline.importers.pictures import open_picture, read_mask, to_box
-from data_pipeline.records import ClipError, box_in_pixels, encode_mask
+from data_pipeline.records import box_in_pixels, encode_mask
 from data_pipeline.steps.write_shards import encode_png
 
 SIDES = st.integers(3, 5000)

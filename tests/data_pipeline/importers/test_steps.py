@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline.errors import ClipError, SettingsError
 from data_pipeline.importers.items import ImportItem, ImportSubject
 from data_pipeline.importers.steps import OpenPictures, ReadItems, mention_of
-from data_pipeline.records import ClipError, SettingsError
 
 WORDS = st.lists(st.text("abcdefgh", min_size=1, max_size=6), min_size=1, max_size=3)
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.models.annotated_masks import decode_counts, draw_polygons, read_numbers
 from data_pipeline.models.annotation_formats import frame_number
 from data_pipeline.models.annotations import AnnotationSource, read_mask
 from data_pipeline.models.detector import AnnotationDetector, Question
 from data_pipeline.models.segmenter import AnnotationSegmenter
-from data_pipeline.records import ClipError, InputError, encode_mask
+from data_pipeline.records import encode_mask
 
 WIDTH, HEIGHT, FRAMES = 10, 8, 12
 MASK = np.zeros((HEIGHT, WIDTH), dtype=bool)

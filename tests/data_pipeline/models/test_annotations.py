@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline.errors import ClipError, InputError
 from data_pipeline.file_names import annotations_beside
 from data_pipeline.models.annotations import (
     AnnotationSource,
@@ -12,7 +13,7 @@ from data_pipeline.models.annotations import (
     read_mask,
     read_sidecar,
 )
-from data_pipeline.records import AnnotatedObject, ClipError, InputError, VideoFile, encode_mask
+from data_pipeline.records import AnnotatedObject, VideoFile, encode_mask
 
 MASK = np.zeros((8, 10), dtype=bool)
 MASK[2:6, 1:5] = True

@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
+from data_pipeline.errors import InputError, SettingsError
 from data_pipeline.models.embedder import HistogramEmbedder, hub_name, load_embedder
-from data_pipeline.records import InputError, SettingsError
 
 
 def disc(colour, size=40, stripes=None):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.errors import ClipError
 from data_pipeline.models.detector import Question
 from data_pipeline.models.grounding import (
     GroundingDetector,
@@ -10,7 +11,7 @@ from data_pipeline.models.grounding import (
     boxes_of_phrases,
     phrase_texts,
 )
-from data_pipeline.records import ClipError, Frame
+from data_pipeline.records import Frame
 
 
 class WordTokenizer:

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.detector import Question
 from data_pipeline.models.grounding import Preprocessing
 from data_pipeline.models.grounding_dino import (
@@ -13,7 +14,7 @@ from data_pipeline.models.grounding_dino import (
     read_package_config,
     read_weights,
 )
-from data_pipeline.records import InputError, box_iou
+from data_pipeline.records import box_iou
 from data_pipeline.steps.detect_boxes import DetectBoxes
 
 pytestmark = [

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.detector import Question
 from data_pipeline.models.grounding import Preprocessing
 from data_pipeline.models.grounding_dino_hf import GroundingDinoHF, load_grounding_dino_hf
-from data_pipeline.records import InputError
 from data_pipeline.steps.detect_boxes import DetectBoxes
 
 WORDS = ["[PAD]", "[UNK]", "[SEP]", "[CLS]", "dog", ".", "cat", "red", "ball", "a", "##s"]

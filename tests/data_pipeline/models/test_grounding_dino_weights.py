@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from data_pipeline.convert import main
+from data_pipeline.errors import InputError
 from data_pipeline.models.detector import Question
 from data_pipeline.models.grounding import Preprocessing
 from data_pipeline.models.grounding_dino import (
@@ -22,7 +23,6 @@ from data_pipeline.models.grounding_dino_weights import (
     to_hf,
     to_package,
 )
-from data_pipeline.records import InputError
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import InputError, MissingModelError
 from data_pipeline.models.hub import (
     GROUNDING_DINO,
     SEGMENTERS,
@@ -19,7 +20,6 @@ from data_pipeline.models.hub import (
     place_of,
     transformers_model,
 )
-from data_pipeline.records import InputError, MissingModelError
 
 NAMES = ("config.json", "preprocessor_config.json", "tokenizer.json", "vocab.txt")
 NETWORK = {"model.safetensors": b"w" * 3_000_000, **{name: name.encode() for name in NAMES}}

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from data_pipeline.errors import InputError, SettingsError
 from data_pipeline.models.detector import AnnotationDetector, Question
 from data_pipeline.models.mobile_sam import (
     MobileSamParams,
@@ -18,16 +19,7 @@ from data_pipeline.models.mobile_sam import (
     read_mobile_params,
 )
 from data_pipeline.models.sam import SamSegmenter
-from data_pipeline.records import (
-    AnnotatedObject,
-    Annotations,
-    DetectedPair,
-    Detection,
-    Entity,
-    Frame,
-    InputError,
-    SettingsError,
-)
+from data_pipeline.records import AnnotatedObject, Annotations, DetectedPair, Detection, Entity, Frame
 from data_pipeline.steps.segment_masks import SegmentMasks
 
 TINY = {

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.model_claims import CLIP_VISION, check_network, check_pipeline, configs_here, read_sizes
-from data_pipeline.records import InputError
 
 INDEX = {
     "_class_name": "StableDiffusionXLPipeline",

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.model_files import TRANSFORMERS_MODEL, check_model_directory, is_hub_id, missing_parts
-from data_pipeline.records import InputError
 
 NEEDED = {"weights": ("*.safetensors", "*.pth"), "configuration": ("*.py",)}
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from data_pipeline.errors import InputError, SettingsError
 from data_pipeline.models.sam import RELEASED, SamParams, SamSegmenter, build_sam, load_sam
-from data_pipeline.records import Frame, InputError, SettingsError
+from data_pipeline.records import Frame
 from data_pipeline.steps.segment_masks import SegmentMasks
 
 TINY = {

@@ -3,8 +3,8 @@ import os
 import pytest
 import torch
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.threads import check_device, use_one_thread
-from data_pipeline.records import InputError
 
 
 def test_one_thread_for_a_torch_that_is_there_and_for_what_comes(monkeypatch):

@@ -8,10 +8,10 @@ import av
 import numpy as np
 import pytest
 
+from data_pipeline.errors import ClipError
 from data_pipeline.models import video_index
 from data_pipeline.models.video_index import close_last, open_video, packets_from, probe
 from data_pipeline.models.video_reader import PyAVReader
-from data_pipeline.records import ClipError
 
 spec = importlib.util.spec_from_file_location("mining_video_files", Path(__file__).parents[1] / "test_video_files.py")
 video_files = importlib.util.module_from_spec(spec)

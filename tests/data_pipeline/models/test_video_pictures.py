@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 
+from data_pipeline.errors import ClipError
 from data_pipeline.models.video_pictures import DEFAULT_RULES, PictureRules, may_have_fields
 from data_pipeline.models.video_reader import open_reader, probe
-from data_pipeline.records import ClipError, VideoFile
+from data_pipeline.records import VideoFile
 from data_pipeline.steps.cut_shots import CutShots
 from data_pipeline.steps.read_videos import ReadVideos
 

@@ -7,9 +7,9 @@ import av
 import numpy as np
 import pytest
 
+from data_pipeline.errors import ClipError, SettingsError
 from data_pipeline.models import video_reader
 from data_pipeline.models.video_reader import DecordReader, PyAVReader, choose_reader, open_reader, probe
-from data_pipeline.records import ClipError, SettingsError
 
 spec = importlib.util.spec_from_file_location("mining_video_files", Path(__file__).parents[1] / "test_video_files.py")
 video_files = importlib.util.module_from_spec(spec)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.weights import (
     Heading,
     check_dtypes,
@@ -21,7 +22,6 @@ from data_pipeline.models.weights import (
     read_tensors,
     state_of,
 )
-from data_pipeline.records import InputError
 
 
 def network():

@@ -3,7 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_pipeline.records import Annotations, Rejected, SettingsError
+from data_pipeline.errors import SettingsError
+from data_pipeline.records import Annotations, Rejected
 from data_pipeline.sources import find_videos
 from data_pipeline.steps.cut_shots import CutShots
 from data_pipeline.steps.read_videos import ReadVideos

@@ -4,18 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.errors import ClipError, InputError, SettingsError
 from data_pipeline.models.detector import AnnotationDetector, Question, same_thing
-from data_pipeline.records import (
-    AnnotatedObject,
-    Annotations,
-    ClipError,
-    DetectedPair,
-    Detection,
-    InputError,
-    NamedPair,
-    Rejected,
-    SettingsError,
-)
+from data_pipeline.records import AnnotatedObject, Annotations, DetectedPair, Detection, NamedPair, Rejected
 from data_pipeline.steps import detect_boxes
 from data_pipeline.steps.detect_boxes import DetectBoxes
 

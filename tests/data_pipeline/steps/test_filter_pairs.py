@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from data_pipeline.records import DetectedPair, NamedPair, Rejected, SettingsError, TrainingPair
+from data_pipeline.errors import SettingsError
+from data_pipeline.records import DetectedPair, NamedPair, Rejected, TrainingPair
 from data_pipeline.sources import find_videos
 from data_pipeline.steps.cut_shots import CutShots
 from data_pipeline.steps.detect_boxes import DetectBoxes

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.errors import InputError, SettingsError
 from data_pipeline.models.language import NounChunker, load_chunker
-from data_pipeline.records import InputError, SettingsError
 from data_pipeline.steps.find_entities import FindEntities
 from data_pipeline.world import BACKGROUNDS, write_caption
 from data_pipeline.world.scenes import sample_subjects

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.records import DetectedPair, InputError, Rejected, SettingsError
+from data_pipeline.errors import InputError, SettingsError
+from data_pipeline.records import DetectedPair, Rejected
 from data_pipeline.steps.match_subjects import MIN_SIMILARITY, MatchSubjects, assign, is_mutual_best
 
 RED, BLUE, GREEN = (210, 30, 30), (30, 30, 210), (30, 200, 60)

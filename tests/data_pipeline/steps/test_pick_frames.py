@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from data_pipeline.errors import SettingsError
 from data_pipeline.models import video_reader
-from data_pipeline.records import Annotations, FramePair, Rejected, SettingsError, Shot, VideoShots
+from data_pipeline.records import Annotations, FramePair, Rejected, Shot, VideoShots
 from data_pipeline.sources import find_videos
 from data_pipeline.steps import pick_frames
 from data_pipeline.steps.pick_frames import PickFrames, nearest

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from data_pipeline.records import ClipError, InputError, Rejected, SettingsError
+from data_pipeline.errors import ClipError, InputError, SettingsError
+from data_pipeline.records import Rejected
 from data_pipeline.sources import find_videos
 from data_pipeline.steps import read_videos
 from data_pipeline.steps.read_videos import ReadVideos

@@ -3,14 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_pipeline.records import (
-    AnnotatedObject,
-    DetectedPair,
-    InputError,
-    Rejected,
-    SettingsError,
-    encode_mask,
-)
+from data_pipeline.errors import InputError, SettingsError
+from data_pipeline.records import AnnotatedObject, DetectedPair, Rejected, encode_mask
 from data_pipeline.steps import segment_masks
 from data_pipeline.steps.segment_masks import SegmentMasks
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from data_pipeline.records import InputError, Rejected, SettingsError
+from data_pipeline.errors import InputError, SettingsError
+from data_pipeline.records import Rejected
 from data_pipeline.steps.write_captions import WriteCaptions
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat", "red", "ball", "on", "grass", "two", "cups"]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.records import SettingsError, TrainingPair, cut_out, decode_mask
+from data_pipeline.errors import SettingsError
+from data_pipeline.records import TrainingPair, cut_out, decode_mask
 from data_pipeline.steps.write_shards import WriteShards
 
 MASK = np.zeros((32, 48), dtype=bool)

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
+from data_pipeline.errors import SettingsError
 from data_pipeline.models.embedded import renderings
 from data_pipeline.models.embedded.renderings import MIN_PIXELS, RenderSettings, render, sample_twins
-from data_pipeline.records import SettingsError, mask_box
+from data_pipeline.records import mask_box
 
 SETTINGS = RenderSettings(frames=10, size=48, seed=3)
 

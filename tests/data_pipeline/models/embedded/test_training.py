@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from data_pipeline.errors import InputError, SettingsError
 from data_pipeline.models.embedded.training import TrainingSettings, begin_from, check_resume, describe_run, train
-from data_pipeline.records import InputError, SettingsError
 
 SETTINGS = TrainingSettings(
     steps=12, batch_size=8, learning_rate=0.05, warmup=3, average=0.9, save_every=5, log_every=4

@@ -1,7 +1,7 @@
 import pytest
 
+from data_pipeline.errors import InputError
 from data_pipeline.models.embedded.vocabulary import SIZE, SPECIAL, load_tokenizer, vocabulary, write_tokenizer
-from data_pipeline.records import InputError
 from data_pipeline.world.palette import BACKGROUNDS, CATEGORIES, COLORS
 
 
