@@ -18,10 +18,9 @@ from data_pipeline.extras import need_extras
 from data_pipeline.journal import atomic_file
 from data_pipeline.outputs import check_folder
 from data_pipeline.places import SEGMENTER_SIZES, SEGMENTER_WEIGHTS
-from data_pipeline.records import Box, Detection, Entity, Frame, box_in_pixels, mask_box
+from data_pipeline.records import LEAST_MASK_SCORE, Box, Detection, Entity, Frame, box_in_pixels, mask_box
 from data_pipeline.records import cut_out as cut_out_of_box
 from data_pipeline.safe_text import visible
-from data_pipeline.steps.filter_pairs import FilterPairs
 
 if TYPE_CHECKING:
     from data_pipeline.models.segmenter import Segmenter
@@ -207,7 +206,7 @@ def run(arguments: argparse.Namespace) -> None:
         with atomic_file(place) as file:
             Image.fromarray(cut_out(pixels, mask)).save(file, "PNG")
         _tell(f"{photo}: {mask.mean():.0%} of the photo, the network's own score {score:.2f}")
-        if score < FilterPairs.min_mask_score:  # mining would not take it
+        if score < LEAST_MASK_SCORE:
             _tell(
                 f"note: {place} may be something else, so low a score has it: look at it, and give --box X1,Y1,X2,Y2 "
                 "close round the thing if it is"

@@ -21,6 +21,8 @@ from data_pipeline.errors import ClipError
 from data_pipeline.pairs_format import MOST_FRAME_PIXELS
 
 Box = tuple[float, float, float, float]
+LEAST_MASK_SCORE = 0.7
+"""A mask that SAM scores lower is often another thing's."""
 
 
 # -------------------------------------------------------------------------------------------------------------- masks

@@ -9,6 +9,7 @@ import numpy as np
 from data_pipeline.errors import SettingsError
 from data_pipeline.pairs_format import MOST_SUBJECTS
 from data_pipeline.records import (
+    LEAST_MASK_SCORE,
     Box,
     Detection,
     Dropped,
@@ -49,7 +50,7 @@ class FilterPairs(Step[TrainingPair, TrainingPair]):
     """
 
     min_score: float = 0.3
-    min_mask_score: float = 0.7
+    min_mask_score: float = LEAST_MASK_SCORE
     min_area: float = 0.01
     max_area: float = 0.7
     max_aspect: float = 4.0

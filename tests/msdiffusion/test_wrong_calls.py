@@ -270,7 +270,7 @@ def condition(**changes):
         (lambda: condition(auto_layout=AutoLayout(torch.zeros(1, 3, 2), 0.5, 5)),
          "spans must be (1, 2, 2) for these boxes"),
         (lambda: condition().layout_maps(), "there are no layout maps: they are gathered by a run with auto_layout"),
-        (lambda: condition().bind(torch.zeros(3, 4, 8, 8), 1),
+        (lambda: condition().rows(3),
          "the UNet's batch should be 1, or 2 with guidance, but it is 3"),
     ],
 )  # fmt: skip
