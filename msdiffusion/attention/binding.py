@@ -225,7 +225,9 @@ def after_steps(controls: Sequence[Control], callback: Callable[..., Any] | None
     Returns:
         ``callback`` itself where no control has ``latents``.
     """
-    changing = [control for control in controls if type(control).latents is not Control.latents]
+    changing = [
+        control for control in controls if getattr(type(control), "latents", Control.latents) is not Control.latents
+    ]
     if not changing:
         return callback
 

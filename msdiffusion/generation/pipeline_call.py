@@ -50,10 +50,13 @@ def call_pipeline(
         )
     given = {name: value for name, value in options.items() if value is not None}
     kwargs = {**(given.pop("cross_attention_kwargs", None) or {}), "subjects": condition}
-    controls = kwargs.get("controls") or ()
-    callback = after_steps(controls, given.get("callback_on_step_end"))
-    if callback is not None:
+    controls, theirs = kwargs.get("controls"), given.get("callback_on_step_end")
+    # What is no list of controls is refused by the hook of the UNet.
+    callback = after_steps(controls if isinstance(controls, (list, tuple)) else (), theirs)
+    if callback is not theirs:
         given["callback_on_step_end"] = callback
+        if hasattr(theirs, "tensor_inputs"):  # of diffusers' own, which can't say it through ours
+            given["callback_on_step_end_tensor_inputs"] = sorted({"latents", *theirs.tensor_inputs})
     watched = "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters
     if watched and not hasattr(callback, "tensor_inputs"):  # diffusers' own say by it what they want to see
         callback = given["callback_on_step_end"] = _Watched(callback, check_first)

@@ -22,6 +22,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.callbacks import SDXLCFGCutoffCallback
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0, SlicedAttnProcessor
 from diffusers.models.embeddings import ImageProjection
@@ -925,6 +926,13 @@ def test_controls_beside_the_subjects(model):
 
     assert torch.equal(shifted, ours(model, callback_on_step_end=add_one))
     assert torch.equal(ours(model), plain)
+    cut_off = SDXLCFGCutoffCallback(cutoff_step_ratio=0.5)  # needs tensors of its own
+    both = ours(model, cross_attention_kwargs={"controls": [control]}, callback_on_step_end=cut_off)
+    assert not torch.equal(both, shifted)
+    assert not torch.equal(both, ours(model, callback_on_step_end=cut_off))
+    for wrong in (control, [3], "control"):
+        with pytest.raises(RequestError, match="controls must be"):
+            ours(model, cross_attention_kwargs={"controls": wrong})
 
 
 def test_the_embedded_model_keeps_its_promises_too():
