@@ -27,7 +27,7 @@ from msdiffusion.attention.control import (
     split_heads,
 )
 from msdiffusion.attention.maps import TextMaps, to_unit_range
-from msdiffusion.attention.rows import Rows, guided
+from msdiffusion.attention.rows import PROMPTED, Rows, guided
 from msdiffusion.errors import LayoutError, RequestError
 from msdiffusion.request.layout import grid_of, patch_masks, pool_masks
 from msdiffusion.request.subjects import true_or_false, whole_number
@@ -199,12 +199,16 @@ class SubjectCondition(Control):
         return guided(count, self.guidance)
 
     def at(self, step: Step) -> BoundCondition | None:
-        """The condition for one call of the UNet, None if it is inert.
+        """The condition for one call of the UNet, None if it is inert or nothing in the batch reads the prompt.
 
         Raises:
             RequestError: the batch is not one of these pictures; or there is auto layout, which each layer remembers
                 for itself, where layers share code.
         """
+        if any(layer.kind == "joint" for layer in step.layers):
+            raise RequestError("a condition of subjects is for a UNet; this is a transformer with joint attention")
+        if not set(step.rows.branches) & set(PROMPTED):
+            return None
         B, seeing = self.boxes.shape[0], step.rows.prompted()
         if B not in (1, seeing.stop - seeing.start):
             raise RequestError(

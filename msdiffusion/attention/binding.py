@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from msdiffusion.attention.control import Backend, Control, ControlledProcessor, Layer, Participants, Step
 from msdiffusion.attention.rows import Rows, check_seen, guided, seen
 from msdiffusion.attention.text_cache import Run, Runs
-from msdiffusion.attention.unet import remove_pag, unet_processors
+from msdiffusion.attention.unet import PAG_PROCESSORS, remove_pag, unet_processors
 from msdiffusion.errors import RequestError, shown
 
 GIVEN = ("subjects", "controls", "rows")
@@ -87,6 +88,11 @@ class ControlHook:
             self._argument(args, kwargs, name)
             for name in ("sample" if self.is_unet else "hidden_states", "timestep", "encoder_hidden_states")
         )
+        if told is None and any(isinstance(attention.processor, PAG_PROCESSORS) for attention in self.attentions):
+            raise RequestError(
+                "batches of other parts, as of PAG, don't show what they are: say which, "
+                '"rows": Rows(("unconditional", "conditional", "perturbed"), pictures)'
+            )
         run = self.runs.begin(text)
         grid = tuple(sample.shape[-2:]) if self.is_unet else _grid(self._argument(args, kwargs, "img_ids"), run)
         shared = any(block._compiled_call_impl is not None for block in self.blocks)
@@ -97,7 +103,7 @@ class ControlHook:
         step = Step(
             sample,
             timestep,
-            _rows(told, controls, sample, run),
+            _rows(told, controls, sample, run) if self.is_unet or told is not None else guided(sample.shape[0], False),
             grid,
             number=None if run is None else run.number,
             text_tokens=text.shape[1],
@@ -108,15 +114,15 @@ class ControlHook:
         for layer, attention in zip(self.layers, self.attentions, strict=True):
             if not _is_ours(attention) and any(control.wants(layer) for control in bound):
                 raise RequestError(
-                    "attention processors of the UNet were replaced after the adapter was installed (load_ip_adapter, "
-                    "attention slicing, ...), so the subjects would be ignored: call model.install(), or make the "
-                    "condition after the change"
+                    f"the attention processor of {layer.name} was replaced after ours had been installed "
+                    "(load_ip_adapter, attention slicing, ...), so subjects and controls would be ignored: call "
+                    "model.install(), or make the condition after the change"
                 )
         states = text
         for control in bound:
             states = control.text(step, states)
         cache = None if run is None else run.cache(states)
-        if bound and not step.rows.sure and cache is not None and run.number == 0:
+        if bound and not step.rows.sure and run is not None and run.number == 0:
             check_seen(step.rows, sample)
         place = self.places["encoder_hidden_states"]
         if len(args) > place:
@@ -160,11 +166,13 @@ def _grid(img_ids: Tensor, run: Run | None) -> tuple[int, int]:
         raise RequestError(
             "controls do not go together with a transformer that is compiled as a whole: use compile_repeated_blocks()"
         )
-    if run.grid is None:
+    known, grid = run.grid
+    if known is None or known() is not img_ids:
         ids = img_ids[0] if img_ids.ndim == 3 else img_ids
-        rows, columns = (ids[ids[:, 0] == 0][:, 1:].amax(dim=0) + 1).tolist()
-        run.grid = int(rows), int(columns)
-    return run.grid
+        own = ids[ids[:, 0] == 0]
+        columns = int((own[:, 1] == own[0, 1]).sum())  # counted: in bfloat16 numbers above 256 are rounded
+        run.grid = known, grid = weakref.ref(img_ids), (own.shape[0] // columns, columns)
+    return grid
 
 
 def install(denoiser: nn.Module, backend: Backend = "sdpa") -> list[Layer]:
@@ -235,6 +243,8 @@ def after_steps(controls: Sequence[Control], callback: Callable[..., Any] | None
         if "latents" not in tensors:
             raise RequestError('a control changes latents: callback_on_step_end_tensor_inputs must hold "latents"')
         latents = tensors["latents"]
+        if latents.ndim != 4:
+            raise RequestError("controls change latents of (pictures, channels, rows, columns), not packed ones")
         step = Step(latents, timestep, guided(latents.shape[0], False), tuple(latents.shape[-2:]), number=number)
         for control in changing:
             latents = control.latents(step, latents)

@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from msdiffusion.attention.rows import Rows
+from msdiffusion.errors import RequestError
 
 Backend = Literal["sdpa", "softmax"]
 """``sdpa``: torch's fused attention, best for inference and on a GPU. ``softmax``: two matrix products and a softmax,
 whose backward is far cheaper on a CPU."""
 Hook = Literal["sources", "weights", "result"]
+HOOKS = ("sources", "weights", "result")
 Kind = Literal["self", "cross", "joint"]
 
 
@@ -72,12 +74,15 @@ class Step:
             shared: whether blocks are compiled one by one, so that layers share code.
         """
         self.sample, self.rows, self.grid, self.number = sample, rows, grid, number
-        self.text_tokens, self.layers, self.shared, self._timestep = text_tokens, layers, shared, timestep
+        self.text_tokens, self.layers, self.shared = text_tokens, layers, shared
+        # A number would be part of compiled blocks; a tensor is converted only where somebody asks for it.
+        number_given = not isinstance(timestep, Tensor)
+        self._timestep = torch.full((1,), float(timestep), device=sample.device) if number_given else timestep
 
     @property
     def timestep(self) -> Tensor:
         """(1,) or (R,) float32 on the sample's device."""
-        return torch.as_tensor(self._timestep, dtype=torch.float32, device=self.sample.device).reshape(-1)
+        return self._timestep.to(self.sample.device, torch.float32).reshape(-1)
 
 
 class ControlledProcessor:
@@ -153,13 +158,18 @@ class AttentionCall:
         return self._value if isinstance(self._value, Tensor) else self._value()
 
     def replaced(
-        self, *, query: Tensor | None = None, key: Tensor | None = None, value: Tensor | None = None, **mask: Any
+        self,
+        *,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        mask: Tensor | Literal["as it is"] | None = "as it is",
     ) -> AttentionCall:
         """A copy with other sources; ``mask=None`` takes the mask away."""
         changed = copy.copy(self)
         changed.query = self.query if query is None else query
         changed._key, changed._value = (self._key if key is None else key), (self._value if value is None else value)
-        changed.mask = mask.pop("mask", self.mask)
+        changed.mask = self.mask if isinstance(mask, str) else mask
         return changed
 
 
@@ -190,7 +200,10 @@ class Control:
         return call
 
     def weights(self, call: AttentionCall, weights: Tensor) -> Tensor:
-        """Another map than (R, H, Q, K), whose rows sum to one; the same object after a mere look at it."""
+        """Another map than (R, H, Q, K), whose rows sum to one; the same object after a mere look at it.
+
+        Not in place: in compiled code and under ``inference_mode`` nobody would see it.
+        """
         return weights
 
     def result(self, call: AttentionCall, hidden: Tensor) -> Tensor:
@@ -208,13 +221,21 @@ class Participants:
     def __init__(self, step: Step, controls: Sequence[Control], text_cache: Any = None) -> None:
         """``controls`` are those of this call; ``text_cache`` keeps keys and values of the text, see TextCache.
 
-        Where layers share code it must not depend on their names, so all layers of a kind get what the first one gets.
+        Raises:
+            RequestError: layers share code, which must not depend on their names, and a control wants not all of a
+                kind; or it wants a hook that there is not.
         """
         self.step, self.controls, self.text_cache = step, controls, text_cache
         self._by_kind: dict[str, list[tuple[Control, Collection[Hook]]]] | None = None
         if step.shared:
-            first = {layer.kind: layer for layer in reversed(step.layers)}
-            self._by_kind = {kind: self._of(layer) for kind, layer in first.items()}
+            self._by_kind = {}
+            for layer in step.layers:
+                wanted = self._of(layer)
+                if self._by_kind.setdefault(layer.kind, wanted) != wanted:
+                    raise RequestError(
+                        f"a control takes part in some {layer.kind}-attention layers only, which does not go together "
+                        "with compile_repeated_blocks(): compile the whole denoiser, or let it take part in all"
+                    )
 
     def of(self, processor: ControlledProcessor) -> list[tuple[Control, Collection[Hook]]]:
         """Controls and their hooks in the layer of a processor."""
@@ -224,6 +245,10 @@ class Participants:
 
     def _of(self, layer: Layer) -> list[tuple[Control, Collection[Hook]]]:
         wanted = [(control, control.wants(layer)) for control in self.controls]
+        for control, hooks in wanted:
+            for hook in hooks:
+                if hook not in HOOKS:
+                    raise RequestError(f"{type(control).__name__} wants {hook!r}: hooks are {', '.join(HOOKS)}")
         return [(control, hooks) for control, hooks in wanted if hooks]
 
 
@@ -242,8 +267,8 @@ def attend(
     if any("weights" in hooks for _, hooks in controls):
         own = attention_probabilities(call.query, call.key, call.mask)
         weights = read_weights(call, own, controls)
-        if weights is own and backend == "sdpa":
-            weights = None
+        if weights is None and backend == "softmax":
+            weights = own
     if weights is None:
         hidden = dot_product_attention(call.query, call.key, call.value, call.mask, backend)
     else:
@@ -251,12 +276,17 @@ def attend(
     return change_result(call, hidden, controls)
 
 
-def read_weights(call: AttentionCall, weights: Tensor, controls: Sequence[tuple[Control, Collection[Hook]]]) -> Tensor:
-    """The map after all controls that want it."""
+def read_weights(
+    call: AttentionCall, own: Tensor, controls: Sequence[tuple[Control, Collection[Hook]]]
+) -> Tensor | None:
+    """The map after all controls that want it; None where nobody has changed it."""
+    counted = not torch.compiler.is_compiling() and not own.is_inference()
+    version = own._version if counted else 0
+    weights = own
     for control, hooks in controls:
         if "weights" in hooks:
             weights = control.weights(call, weights)
-    return weights
+    return None if weights is own and not (counted and own._version != version) else weights
 
 
 def change_result(call: AttentionCall, hidden: Tensor, controls: Sequence[tuple[Control, Collection[Hook]]]) -> Tensor:

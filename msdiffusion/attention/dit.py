@@ -13,7 +13,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
-from torch import Tensor
+from torch import Tensor, nn
 
 from msdiffusion.attention.control import AttentionCall, Backend, ControlledProcessor, Layer, Participants, attend
 from msdiffusion.attention.unet import layer_name, refuse_unbound
@@ -47,7 +47,7 @@ class ControlledFluxAttnProcessor(ControlledProcessor):
         wanted = [] if participants is None or self.kind is None else participants.of(self)
         if not wanted:
             return self.base(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        if not isinstance(self.base, FluxAttnProcessor):
+        if type(self.base) is not FluxAttnProcessor:
             raise RequestError(
                 f"a control takes part in {self.layer.name}, but {type(self.base).__name__} of another library "
                 "attends there: take that away, or the control"
@@ -61,9 +61,9 @@ class ControlledFluxAttnProcessor(ControlledProcessor):
             query, key = (apply_rotary_emb(part, image_rotary_emb, sequence_dim=1) for part in (query, key))
         L = participants.step.text_tokens
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-        call = AttentionCall(
-            self, participants.step, query, key, value, attention_mask, slice(0, L), slice(L, query.shape[2])
-        )
+        rows, columns = participants.step.grid  # other pictures may follow (Kontext)
+        image = slice(L, L + rows * columns)
+        call = AttentionCall(self, participants.step, query, key, value, attention_mask, slice(0, L), image)
         hidden = attend(call, wanted, self.backend)
         if encoder_hidden_states is None:
             return hidden
@@ -92,5 +92,7 @@ def flux_processors(transformer: FluxTransformer2DModel, backend: Backend) -> tu
         path = layer_name(name)
         layers.append(Layer(path, "joint", path.partition("/")[0], len(layers), attn.inner_dim, attn.heads))
         base = present.base if isinstance(present, ControlledFluxAttnProcessor) else present
-        processors[name] = ControlledFluxAttnProcessor(layers[-1], backend, base)
+        # One with weights (IP-Adapter) stays where it is, and its weights with it: no control takes part there.
+        own = isinstance(base, nn.Module)
+        processors[name] = base if own else ControlledFluxAttnProcessor(layers[-1], backend, base)
     return processors, layers

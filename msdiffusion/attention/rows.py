@@ -64,8 +64,20 @@ def guided(pictures: int, guidance: bool, sure: bool = True) -> Rows:
 
 
 def seen(sample: Tensor) -> Rows:
-    """What the batch looks like: a sampler with guidance gives every latent twice. It waits for the device."""
+    """What the batch looks like: a sampler with guidance gives every latent twice. It waits for the device.
+
+    Two pictures of one seed look the same without guidance: whoever draws such says ``rows``.
+
+    Raises:
+        RequestError: every latent is there three times.
+    """
     samples = sample.shape[0]
+    latents = sample[:, :4]  # InstructPix2Pix's start picture follows
+    if samples % 3 == 0 and torch.equal(latents[: samples // 3], latents[-samples // 3 :]):
+        raise RequestError(
+            f"the batch of {samples} holds every latent three times: say what its parts are, "
+            '"rows": Rows(("conditional", "image", "unconditional"), pictures)'
+        )
     twice = samples % 2 == 0 and torch.equal(sample[: samples // 2], sample[samples // 2 :])
     return guided(samples // 2 if twice else samples, twice)
 

@@ -47,8 +47,8 @@ class Run:
     def __init__(self, made_for: tuple[Any, ...]) -> None:
         """``made_for``: version of the text and precision of autocast."""
         self.made_for, self.number = made_for, -1
-        self.grid: tuple[int, int] | None = None
-        """Of a transformer's patches: to read it waits for the device, as to look at the batch does."""
+        self.grid: tuple[Any, tuple[int, int]] = (None, (0, 0))
+        """Of a transformer's patches, with the ids that told it: to read it waits for the device, as ``rows`` does."""
         self.rows: Rows | None = None
         self._cache = TextCache()
 
@@ -82,7 +82,9 @@ class TextCache:
 
     def states(self, layer: str, attn: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value of one layer, each (R, H, L, D)."""
-        if not (isinstance(attn.to_k, nn.Linear) and isinstance(attn.to_v, nn.Linear)):
+        known, _ = self._text
+        other = known is None or known() is not text  # of a call inside this one
+        if other or not (isinstance(attn.to_k, nn.Linear) and isinstance(attn.to_v, nn.Linear)):
             return text_states(attn, text)
         weights = (attn.to_k.weight, attn.to_v.weight)
         if any(weight.is_inference() for weight in weights):

@@ -177,11 +177,8 @@ def _through_base(
         *_parts(processor.kind),
     )
     hooks = {hook for _, wanted_hooks in wanted for hook in wanted_hooks}
-    if "weights" in hooks:
-        weights = attention_probabilities(call.query, call.key, None)
-        if read_weights(call, weights, wanted) is not weights:
-            hooks.add("sources")
-    if "sources" in hooks:
+    own = attention_probabilities(call.query, call.key, None) if "weights" in hooks else None
+    if "sources" in hooks or (own is not None and read_weights(call, own, wanted) is not None):
         raise RequestError(
             f"a control wants to change what {processor.layer.name} attends to, but {type(base).__name__} of another "
             "library attends there: take that away (unload_ip_adapter, disable_attention_slicing, ...), or the control"
@@ -221,7 +218,7 @@ def unet_processors(unet: UNet2DConditionModel, backend: Backend) -> tuple[dict[
             processors[name] = ControlledIPAdapterAttnProcessor(present, layer, backend)
             continue
         base = present.base if isinstance(present, ControlledAttnProcessor) else present
-        plain = base is None or isinstance(base, (AttnProcessor, AttnProcessor2_0))
+        plain = base is None or type(base) in (AttnProcessor, AttnProcessor2_0)
         processors[name] = ControlledAttnProcessor(layer, backend, None if plain else base)
     return processors, list(layers.values())
 
@@ -278,7 +275,7 @@ def cross_attentions(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
 
 
 def _has_other_parts(module: nn.Module) -> bool:
-    parts = ("group_norm", "spatial_norm", "norm_q", "add_k_proj")
+    parts = ("group_norm", "spatial_norm", "norm_cross", "norm_q", "add_k_proj")
     return any(getattr(module, part, None) is not None for part in parts)
 
 

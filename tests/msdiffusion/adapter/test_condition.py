@@ -383,6 +383,15 @@ def test_the_halves_of_a_batch_are_looked_at(layer, golden):
     assert make_condition(golden, batch_is_sure=True).rows(4).sure
 
 
+def test_a_batch_that_reads_no_prompt_has_no_subjects(golden):
+    """As pipelines give that draw both halves in calls of their own; and a transformer is refused."""
+    sample, condition = torch.zeros(2, 4, 12, 12), make_condition(golden)
+    assert condition.at(Step(sample, 500, Rows(("unconditional",), 2), (12, 12), layers=[PLACE])) is None
+    joint = Layer("transformer_blocks/0/attn", "joint", "transformer_blocks", 0, 32, 4)
+    with pytest.raises(RequestError, match="is for a UNet; this is a transformer"):
+        condition.at(Step(sample, 500, condition.rows(2), (12, 12), layers=[joint]))
+
+
 def test_a_broken_off_run_is_forgotten_on_demand_and_grids_are_kept_apart(layer, golden):
     spans = golden[0]["phrase_token_spans"]
     fresh = make_condition(golden, auto_layout=AutoLayout(spans, start_step=2))

@@ -169,3 +169,47 @@ def test_what_another_library_reads_is_not_taken_over(transformer):
         predict(transformer, Joint(result=lambda call, hidden: hidden))
     with pytest.raises(RequestError, match="call the denoiser itself"):
         transformer.forward(**arguments(joint_attention_kwargs={"controls": [Control()]}))
+
+
+def test_the_picture_among_other_pictures_and_sizes(transformer):
+    """One text for two sizes; and a reference beside the picture, as Kontext has it, is not of the picture."""
+    install(transformer)
+    calls = []
+    watching = Joint(sources=lambda call: calls.append(call) or call)
+    given = arguments(joint_attention_kwargs={"controls": [watching]})
+    turned = given["img_ids"].clone()
+    turned[:, 1], turned[:, 2] = given["img_ids"][:, 2], given["img_ids"][:, 1]
+    both = torch.cat([given["img_ids"], given["img_ids"] + torch.tensor([1.0, 0, 0])])
+    for more in ({}, {"img_ids": turned.flip(0)}, {"img_ids": both, "hidden_states": torch.zeros(2, 30, 4)}):
+        transformer(**given | more)
+    assert [call.step.grid for call in calls[::4]] == [(ROWS, COLUMNS), (COLUMNS, ROWS), (ROWS, COLUMNS)]
+    assert calls[-1].image == slice(TOKENS, TOKENS + ROWS * COLUMNS)
+    assert calls[-1].query.shape[2] == TOKENS + 2 * ROWS * COLUMNS
+
+
+def test_equal_pictures_are_no_guidance(transformer):
+    install(transformer)
+    calls = []
+    given = arguments(joint_attention_kwargs={"controls": [Joint(sources=lambda call: calls.append(call) or call)]})
+    transformer(**given | {"hidden_states": torch.zeros(2, ROWS * COLUMNS, 4)})
+    assert calls[0].step.rows == guided(2, False)
+
+
+def test_processors_with_weights_stay_where_they_are(transformer):
+    """An IP-Adapter's: no control takes part there, and its weights stay the transformer's."""
+
+    class Weighty(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def __call__(self, *args, **kwargs):
+            return FluxAttnProcessor()(*args, **kwargs)
+
+    transformer.transformer_blocks[0].attn.set_processor(Weighty())
+    before = set(transformer.state_dict())
+    install(transformer)
+    assert set(transformer.state_dict()) == before
+    with pytest.raises(RequestError, match="transformer_blocks/0/attn was replaced"):
+        predict(transformer, Joint(result=lambda call, hidden: hidden))
+    predict(transformer, Joint("single", result=lambda call, hidden: hidden))

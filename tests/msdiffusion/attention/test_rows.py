@@ -46,3 +46,8 @@ def test_guidance_is_seen():
     assert seen(torch.cat([latents, latents])) == guided(2, True)
     assert seen(latents) == guided(2, False)
     assert seen(latents[:1]) == guided(1, False)
+    with pytest.raises(RequestError, match="holds every latent three times: say what its parts are"):
+        seen(torch.cat([latents, latents, latents]))
+    start = torch.cat([torch.ones(2, 4, 3, 3), torch.ones(2, 4, 3, 3), torch.zeros(2, 4, 3, 3)])
+    with pytest.raises(RequestError, match="three times"):
+        seen(torch.cat([torch.cat([latents] * 3), start], dim=1))

@@ -99,3 +99,13 @@ def test_other_states_than_the_text_are_kept_while_they_are_the_same(layer):
     assert runs.begin(text).cache(states).states(NAME, layer, states)[0] is first
     others = states.clone()
     assert runs.begin(text).cache(others).states(NAME, layer, others)[0] is not first
+
+
+@torch.no_grad()
+def test_another_text_in_between_gets_its_own_keys(layer):
+    """As where a control calls the denoiser inside of a call, or in another thread."""
+    text, states, runs = torch.zeros(2, 5, 8), torch.randn(2, 5, 8), Runs()
+    cache = runs.begin(text).cache(text)
+    outer = cache.states(NAME, layer, text)[0]
+    runs.begin(text).cache(states).states(NAME, layer, states)
+    assert torch.equal(cache.states(NAME, layer, text)[0], outer)

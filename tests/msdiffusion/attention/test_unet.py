@@ -226,3 +226,31 @@ def test_what_comes_past_the_hook_is_refused(layer, golden):
             with pytest.raises(RequestError, match="call the denoiser itself"):
                 read(layer, golden, processor, **given)
         read(layer, golden, processor, subjects=None, controls=[])
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "softmax"])
+def test_a_map_that_is_changed_in_place_is_changed(layer, golden, backend):
+    own = ControlledAttnProcessor(CROSS, backend)
+    halved = Acting(weights=lambda _, weights: weights / 2)
+    in_place = Acting(weights=lambda _, weights: weights.div_(2))
+    assert torch.equal(read(layer, golden, own, in_place), read(layer, golden, own, halved))
+    inside = ControlledAttnProcessor(CROSS, base=SlicedAttnProcessor(2))
+    with pytest.raises(RequestError, match="wants to change what"):
+        read(layer, golden, inside, in_place)
+
+
+def test_wrong_words_of_a_control_are_refused(layer, golden):
+    odd = Acting()
+    odd.hooks = ("results",)
+    with pytest.raises(RequestError, match="Acting wants 'results': hooks are sources, weights, result"):
+        read(layer, golden, ControlledAttnProcessor(CROSS), odd)
+    with pytest.raises(TypeError, match="keys"):
+        read(layer, golden, ControlledAttnProcessor(CROSS), Acting(sources=lambda call: call.replaced(keys=1)))
+
+
+def test_a_map_without_its_mask(layer, golden):
+    mask = torch.zeros(2, 1, TEXT)
+    mask[:, :, 40:] = -10000.0
+    free = Acting(sources=lambda call: call.replaced(mask=None))
+    own = ControlledAttnProcessor(CROSS)
+    assert torch.equal(read(layer, golden, own, free, attention_mask=mask), read(layer, golden, own))
