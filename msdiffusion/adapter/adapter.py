@@ -168,7 +168,8 @@ class MSAdapter(nn.Module):
         auto_layout: AutoLayout | None = None,
         num_images: int | None = None,
         guidance: bool | None = None,
-        **told: Any,
+        phrases: Sequence[str] = (),
+        batch_is_sure: bool = False,
     ) -> SubjectCondition:
         """Keys, values and regions for runs of a sampler, or single calls of a UNet. Differentiable.
 
@@ -183,7 +184,8 @@ class MSAdapter(nn.Module):
             auto_layout: let the text's attention replace the regions after some steps.
             num_images: see SubjectCondition.
             guidance: see SubjectCondition.
-            told: ``phrases`` and ``batch_is_sure`` of SubjectCondition.
+            phrases: see SubjectCondition.
+            batch_is_sure: see SubjectCondition.
 
         Raises:
             LayoutError: shapes of tokens, boxes, masks or spans do not go together.
@@ -214,7 +216,8 @@ class MSAdapter(nn.Module):
             num_images=num_images,
             guidance=guidance,
             inert=isinstance(scale, (int, float)) and scale == 0 and auto_layout is None,
-            **told,
+            phrases=phrases,
+            batch_is_sure=batch_is_sure,
         )
 
     def _scales(

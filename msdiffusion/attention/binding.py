@@ -121,6 +121,7 @@ class ControlHook:
         states = text
         for control in bound:
             states = control.text(step, states)
+        step.text_tokens = states.shape[1]
         cache = None if run is None else run.cache(states)
         if bound and not step.rows.sure and run is not None and run.number == 0:
             check_seen(step.rows, sample)
@@ -178,8 +179,9 @@ def _grid(img_ids: Tensor, run: Run | None) -> tuple[int, int]:
 def install(denoiser: nn.Module, backend: Backend = "sdpa") -> list[Layer]:
     """Give a denoiser the processors in which controls take part. Without a control they change nothing.
 
-    Processors that somebody else has put in place (IP-Adapter, attention slicing, ...) go on working inside ours.
-    Doing it again changes nothing, and puts back what has been replaced since.
+    Processors that somebody else has put in place (IP-Adapter, attention slicing, ...) go on working inside ours; those
+    of a transformer that have weights stay where they are, and controls that want their layers are refused. Doing it
+    again changes nothing, and puts back what has been replaced since.
 
     Args:
         denoiser: a UNet2DConditionModel or FluxTransformer2DModel.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,11 +21,14 @@ from torch.nn import functional
 from msdiffusion.attention.rows import Rows
 from msdiffusion.errors import RequestError
 
+if TYPE_CHECKING:
+    from msdiffusion.attention.text_cache import TextCache
+
 Backend = Literal["sdpa", "softmax"]
 """``sdpa``: torch's fused attention, best for inference and on a GPU. ``softmax``: two matrix products and a softmax,
 whose backward is far cheaper on a CPU."""
 Hook = Literal["sources", "weights", "result"]
-HOOKS = ("sources", "weights", "result")
+HOOKS = get_args(Hook)
 Kind = Literal["self", "cross", "joint"]
 
 
@@ -218,7 +221,7 @@ class Control:
 class Participants:
     """The controls of one call of the denoiser, as its layers get them."""
 
-    def __init__(self, step: Step, controls: Sequence[Control], text_cache: Any = None) -> None:
+    def __init__(self, step: Step, controls: Sequence[Control], text_cache: TextCache | None = None) -> None:
         """``controls`` are those of this call; ``text_cache`` keeps keys and values of the text, see TextCache.
 
         Raises:
@@ -252,9 +255,7 @@ class Participants:
         return [(control, hooks) for control, hooks in wanted if hooks]
 
 
-def attend(
-    call: AttentionCall, controls: Sequence[tuple[Control, Collection[Hook]]], backend: Backend = "sdpa"
-) -> Tensor:
+def attend(call: AttentionCall, controls: Sequence[tuple[Control, Collection[Hook]]]) -> Tensor:
     """Attention with controls, heads merged: (R, Q, C).
 
     A control that only looks at the map changes nothing, bit for bit: what is read from a map that nobody changed is
@@ -267,10 +268,10 @@ def attend(
     if any("weights" in hooks for _, hooks in controls):
         own = attention_probabilities(call.query, call.key, call.mask)
         weights = read_weights(call, own, controls)
-        if weights is None and backend == "softmax":
+        if weights is None and call.backend == "softmax":
             weights = own
     if weights is None:
-        hidden = dot_product_attention(call.query, call.key, call.value, call.mask, backend)
+        hidden = dot_product_attention(call.query, call.key, call.value, call.mask, call.backend)
     else:
         hidden = _merge_heads(weights @ call.value, call.query)
     return change_result(call, hidden, controls)

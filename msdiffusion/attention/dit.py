@@ -64,7 +64,7 @@ class ControlledFluxAttnProcessor(ControlledProcessor):
         rows, columns = participants.step.grid  # other pictures may follow (Kontext)
         image = slice(L, L + rows * columns)
         call = AttentionCall(self, participants.step, query, key, value, attention_mask, slice(0, L), image)
-        hidden = attend(call, wanted, self.backend)
+        hidden = attend(call, wanted)
         if encoder_hidden_states is None:
             return hidden
         return attn.to_out[1](attn.to_out[0](hidden[:, L:].contiguous())), attn.to_add_out(hidden[:, :L].contiguous())

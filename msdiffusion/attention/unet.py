@@ -86,9 +86,7 @@ class ControlledAttnProcessor(ControlledProcessor):
         if not wanted and self.kind == "self":
             return self._plain(attn, hidden_states, encoder_hidden_states, attention_mask)
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], text.shape[0])
-            attention_mask = attention_mask.unflatten(0, (text.shape[0], attn.heads))
+        attention_mask = _mask_of_text(attn, attention_mask, text)
         query = split_heads(attn.to_q(hidden_states), attn.heads)
         cache = None if participants is None or self.kind == "self" else participants.text_cache
         # Compiled code must not look at what the cache holds by now, or it would be compiled for every state of it.
@@ -96,7 +94,7 @@ class ControlledAttnProcessor(ControlledProcessor):
         key, value = cache.states(self.layer.name, attn, text) if cached else text_states(attn, text)
         step = None if participants is None else participants.step
         call = AttentionCall(self, step, query, key, value, attention_mask, *_parts(self.kind))
-        return attn.to_out[1](attn.to_out[0](attend(call, wanted, self.backend)))
+        return attn.to_out[1](attn.to_out[0](attend(call, wanted)))
 
 
 class ControlledIPAdapterAttnProcessor(ControlledProcessor, IPAdapterAttnProcessor2_0):
@@ -140,6 +138,13 @@ def refuse_unbound(subjects: Any, controls: Any) -> None:
         raise RequestError("call the denoiser itself, not its forward(): hooks bind the condition to each call")
 
 
+def _mask_of_text(attn: Attention, mask: Tensor | None, text: Tensor) -> Tensor | None:
+    """What diffusers hands to a layer, broadcastable to (R, H, Q, L)."""
+    if mask is None:
+        return None
+    return attn.prepare_attention_mask(mask, text.shape[1], text.shape[0]).unflatten(0, (text.shape[0], attn.heads))
+
+
 def _parts(kind: str | None) -> tuple[slice, slice]:
     """Which keys of a layer are of the text, and which of the picture."""
     everything = slice(None)
@@ -173,11 +178,11 @@ def _through_base(
         split_heads(inner.to_q(hidden_states), attn.heads),
         lambda: split_heads(attn.to_k(text), attn.heads),
         lambda: split_heads(attn.to_v(text), attn.heads),
-        None,
+        _mask_of_text(attn, attention_mask, text),
         *_parts(processor.kind),
     )
     hooks = {hook for _, wanted_hooks in wanted for hook in wanted_hooks}
-    own = attention_probabilities(call.query, call.key, None) if "weights" in hooks else None
+    own = attention_probabilities(call.query, call.key, call.mask) if "weights" in hooks else None
     if "sources" in hooks or (own is not None and read_weights(call, own, wanted) is not None):
         raise RequestError(
             f"a control wants to change what {processor.layer.name} attends to, but {type(base).__name__} of another "
@@ -248,7 +253,9 @@ def remove_pag(unet: Any) -> None:
     left = [name for name, processor in present.items() if isinstance(processor, PAG_PROCESSORS)]
     if left:
         layers = unet_layers(unet)
-        unet.set_attn_processor({**present, **{name: ControlledAttnProcessor(layers.get(name)) for name in left}})
+        backend = next((each.backend for each in present.values() if isinstance(each, ControlledProcessor)), "sdpa")
+        ours = {name: ControlledAttnProcessor(layers.get(name), backend) for name in left}
+        unet.set_attn_processor({**present, **ours})
 
 
 PAG_PROCESSORS = (PAGCFGIdentitySelfAttnProcessor2_0, PAGIdentitySelfAttnProcessor2_0)

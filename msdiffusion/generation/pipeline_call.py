@@ -55,8 +55,9 @@ def call_pipeline(
     callback = after_steps(controls if isinstance(controls, (list, tuple)) else (), theirs)
     if callback is not theirs:
         given["callback_on_step_end"] = callback
-        if hasattr(theirs, "tensor_inputs"):  # of diffusers' own, which can't say it through ours
-            given["callback_on_step_end_tensor_inputs"] = sorted({"latents", *theirs.tensor_inputs})
+        # What diffusers' own callbacks want to see they can't say through ours.
+        wanted = getattr(theirs, "tensor_inputs", given.get("callback_on_step_end_tensor_inputs", ()))
+        given["callback_on_step_end_tensor_inputs"] = sorted({"latents", *wanted})
     watched = "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters
     if watched and not hasattr(callback, "tensor_inputs"):  # diffusers' own say by it what they want to see
         callback = given["callback_on_step_end"] = _Watched(callback, check_first)
@@ -163,6 +164,6 @@ class _Watched:
             if sound and isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise RequestError(
                     f"callback_on_step_end gave {name} that are no numbers (NaN or infinite) after step {step}: the "
-                    "mistake is in the callback"
+                    "mistake is in the callback, or in a control that changes latents"
                 )
         return changed

@@ -102,7 +102,13 @@ class SubjectBatch:
 
     @torch.no_grad()
     def condition(
-        self, pictures: Sequence[int], scales: Sequence[float], *, guidance: bool | None = None, **told: Any
+        self,
+        pictures: Sequence[int],
+        scales: Sequence[float],
+        *,
+        guidance: bool | None = None,
+        phrases: Sequence[str] = (),
+        batch_is_sure: bool = False,
     ) -> SubjectCondition:
         """One condition for a batch of pictures.
 
@@ -110,7 +116,8 @@ class SubjectBatch:
             pictures: per picture of the batch the index of its layout.
             scales: per layout the weight of all its subjects.
             guidance: see SubjectCondition.
-            told: ``phrases`` and ``batch_is_sure`` of SubjectCondition.
+            phrases: see SubjectCondition.
+            batch_is_sure: see SubjectCondition.
 
         Raises:
             RequestError: windows, and a scheduler whose timesteps do not say how far a run is.
@@ -158,7 +165,8 @@ class SubjectBatch:
                 auto_layout=auto_layout,
                 num_images=len(pictures),
                 guidance=guidance,
-                **told,
+                phrases=phrases,
+                batch_is_sure=batch_is_sure,
             )
 
 

@@ -926,6 +926,10 @@ def test_controls_beside_the_subjects(model):
 
     assert torch.equal(shifted, ours(model, callback_on_step_end=add_one))
     assert torch.equal(ours(model), plain)
+    named = {"callback_on_step_end": add_one, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with pytest.raises(KeyError, match="latents"):  # which the callback itself does not get
+        ours(model, **named)
+    ours(model, cross_attention_kwargs={"controls": [control]}, **named)
     cut_off = SDXLCFGCutoffCallback(cutoff_step_ratio=0.5)  # needs tensors of its own
     both = ours(model, cross_attention_kwargs={"controls": [control]}, callback_on_step_end=cut_off)
     assert not torch.equal(both, shifted)

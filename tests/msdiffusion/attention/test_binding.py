@@ -161,6 +161,18 @@ def test_other_text(unet):
             assert torch.equal(by_name, expected)
 
 
+def test_text_of_another_length(unet):
+    install(unet)
+    longer, watching = torch.cat([TEXT, TEXT], dim=1), Watching("cross")
+
+    class Longer(Control):
+        def text(self, step, states):
+            return longer
+
+    assert torch.equal(predict(unet, controls=[Longer(), watching]), predict(unet, text=longer))
+    assert watching.steps[0].text_tokens == 14
+
+
 @pytest.mark.parametrize(
     "rows",
     [Rows(("conditional", "image", "unconditional"), 1), Rows(("unconditional", "conditional", "perturbed"), 1)],
@@ -232,13 +244,13 @@ def test_shared_code_knows_no_layer_of_its_own(unet):
 
 
 def test_processors_of_pag_without_rows_are_refused(unet):
-    """Their batch may look like one with guidance."""
-    layers = install(unet)
+    """Their batch may look like one with guidance. What takes their place attends as the others do."""
+    layers = install(unet, "softmax")
     own = next(layer for layer in layers if layer.kind == "self").name.replace("/", ".")
     unet.get_submodule(own).set_processor(PAGIdentitySelfAttnProcessor2_0())
     with pytest.raises(RequestError, match="as of PAG, don't show what they are"):
         predict(unet, controls=[Scaling("cross", 1.0)])
-    assert is_installed(unet)
+    assert {processor.backend for processor in unet.attn_processors.values()} == {"softmax"}
     predict(unet, controls=[Scaling("self", 1.0)])  # ours again
 
 

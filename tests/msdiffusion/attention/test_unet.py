@@ -254,3 +254,14 @@ def test_a_map_without_its_mask(layer, golden):
     free = Acting(sources=lambda call: call.replaced(mask=None))
     own = ControlledAttnProcessor(CROSS)
     assert torch.equal(read(layer, golden, own, free, attention_mask=mask), read(layer, golden, own))
+
+
+def test_the_map_round_another_processor_knows_the_mask(layer, golden):
+    mask = torch.zeros(2, 1, TEXT)
+    mask[:, :, 40:] = -10000.0
+    maps = []
+    looking = Acting(weights=lambda _, weights: maps.append(weights) or weights)
+    for base in (None, SlicedAttnProcessor(2)):
+        read(layer, golden, ControlledAttnProcessor(CROSS, base=base), looking, attention_mask=mask)
+    torch.testing.assert_close(*maps)
+    assert maps[0][..., 40:].max() == 0
