@@ -24,8 +24,8 @@ from msdiffusion.attention.control import (
     Layer,
     Step,
     dot_product_attention,
-    split_heads,
 )
+from msdiffusion.attention.heads import split_heads
 from msdiffusion.attention.maps import TextMaps, to_unit_range
 from msdiffusion.attention.rows import PROMPTED, Rows, guided
 from msdiffusion.errors import LayoutError, RequestError

@@ -12,17 +12,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from msdiffusion.attention.heads import merge_heads
 from msdiffusion.attention.rows import Rows
+from msdiffusion.attention.text_cache import TextCache
 from msdiffusion.errors import RequestError
-
-if TYPE_CHECKING:
-    from msdiffusion.attention.text_cache import TextCache
 
 Backend = Literal["sdpa", "softmax"]
 """``sdpa``: torch's fused attention, best for inference and on a GPU. ``softmax``: two matrix products and a softmax,
@@ -273,7 +272,7 @@ def attend(call: AttentionCall, controls: Sequence[tuple[Control, Collection[Hoo
     if weights is None:
         hidden = dot_product_attention(call.query, call.key, call.value, call.mask, call.backend)
     else:
-        hidden = _merge_heads(weights @ call.value, call.query)
+        hidden = merge_heads(weights @ call.value).to(call.query.dtype)
     return change_result(call, hidden, controls)
 
 
@@ -307,7 +306,7 @@ def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tenso
         hidden = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     else:
         hidden = attention_probabilities(query, key, mask) @ value
-    return _merge_heads(hidden, query)
+    return merge_heads(hidden).to(query.dtype)
 
 
 def attention_probabilities(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
@@ -316,12 +315,3 @@ def attention_probabilities(query: Tensor, key: Tensor, mask: Tensor | None) -> 
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(dim=-1)
-
-
-def split_heads(states: Tensor, heads: int) -> Tensor:
-    """(R, N, C) to (R, H, N, D)."""
-    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _merge_heads(hidden: Tensor, like: Tensor) -> Tensor:
-    return hidden.transpose(1, 2).flatten(start_dim=2).to(like.dtype)

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from msdiffusion.attention.control import split_heads
+from msdiffusion.attention.heads import split_heads
 from msdiffusion.attention.rows import Rows
 
 

@@ -40,8 +40,8 @@ from msdiffusion.attention.control import (
     attention_probabilities,
     change_result,
     read_weights,
-    split_heads,
 )
+from msdiffusion.attention.heads import split_heads
 from msdiffusion.attention.text_cache import text_states
 from msdiffusion.errors import RequestError, WeightsError
 
